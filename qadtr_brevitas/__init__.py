@@ -1,0 +1,3 @@
+"""Train, attack and deploy quantized networks that resist adversarial patches (QADT-R on Brevitas)."""
+
+__version__ = "0.1.0"

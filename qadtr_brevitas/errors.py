@@ -1,0 +1,66 @@
+"""Errors a user may see. Each message says what was given, the rule, and what to type next."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+
+class QadtrError(Exception):
+    """Base of every error meant for users; the command line prints it without a traceback."""
+
+    exit_code = 1
+
+
+class UsageError(QadtrError):
+    """A wrong name, value or combination of options; exit code 2, as for any bad usage."""
+
+    exit_code = 2
+
+
+class DataError(QadtrError):
+    """A data set that is missing, empty, corrupt, or does not fit the model."""
+
+
+class CheckpointError(QadtrError):
+    """A model directory, checkpoint or patch file that cannot be read, written or does not fit."""
+
+
+class TrainingError(QadtrError):
+    """Training that cannot go on, for instance because the loss is no longer finite."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing wrong in a recipe.
+
+    Args:
+        path: dotted path of the key, for instance `train.attack.steps`.
+        message: what is wrong and the rule.
+        line: 1-based line in the file, or None for a key given on the command line.
+    """
+
+    path: str
+    message: str
+    line: int | None = None
+
+
+class RecipeError(UsageError):
+    """Everything that is wrong in one recipe, all at once."""
+
+    def __init__(self, source: str, problems: Sequence[Problem]) -> None:
+        self.source = source
+        self.problems = tuple(problems)
+        lines = [
+            f"{source}:{p.line}: {p.path}: {p.message}" if p.line else f"{source}: {p.path}: {p.message}"
+            for p in self.problems
+        ]
+        super().__init__("\n".join(lines))
+
+
+def suggest(name: str, choices: Iterable[str]) -> str:
+    """Words an unknown name: the nearest right one if there is one, else all of them."""
+    choices = sorted(choices)
+    near = get_close_matches(name, choices, n=1, cutoff=0.6)
+    if near:
+        return f"did you mean {near[0]!r}?"
+    return f"choose from {', '.join(choices)}"
