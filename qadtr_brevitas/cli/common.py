@@ -1,0 +1,158 @@
+"""What all commands share: options, talk on stderr, data on stdout, progress.
+
+@click.command("evaluate", epilog=examples("qadtr-brevitas evaluate runs/qat"))
+@device_option
+@seed_option()
+@output_options
+def command(device: str, seed: int) -> None:
+    with progress("attacking") as report:
+        ...                         # report(done, total), or report(done, total, "loss 1.2")
+    emit(data, table)               # the table, or `data` as JSON with --json
+    say("wrote report.json; next: qadtr-brevitas ...")
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+
+QUIET, JSON, DEBUG = (f"qadtr_brevitas.{name}" for name in ("quiet", "json", "debug"))
+
+
+class Report(Protocol):
+    """Told how far a long task has come; `total` may be 0 as long as it is not known."""
+
+    def __call__(self, done: int, total: int, note: str = "") -> None: ...
+
+
+def examples(*lines: str) -> str:
+    """The `Examples:` block at the end of a command's help."""
+    return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def output_options(command: _Command) -> _Command:
+    """Adds --json, -q/--quiet and --debug; `emit`, `say`, `progress` and the error handler obey them."""
+    command = _flag("--debug", key=DEBUG, help="Show the traceback of an error.")(command)
+    command = _flag("--quiet", "-q", key=QUIET, help="Print results and errors only.")(command)
+    return _flag("--json", "json_", key=JSON, help="Print one JSON document on standard output.")(command)
+
+
+def device_option(command: _Command) -> _Command:
+    """Adds --device; hand its value to `resolve_device`."""
+    return click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]|mps", help="Device.")(
+        command
+    )
+
+
+def seed_option(default: int | None = 0) -> Callable[[_Command], _Command]:
+    """Adds --seed; with default None the command sees None where it is not given."""
+    return click.option(
+        "--seed", type=click.IntRange(min=0), default=default, show_default=default is not None, help="Random seed."
+    )
+
+
+def threads_option(command: _Command) -> _Command:
+    """Adds --threads, which is obeyed at once: numeric libraries read it when they are first imported."""
+    return click.option(
+        "--threads", type=click.IntRange(min=1), expose_value=False, callback=_set_threads, help="CPU threads to use."
+    )(command)
+
+
+def stdout() -> Console:
+    """Where results go; plain text off a terminal and under NO_COLOR."""
+    from rich.console import Console
+
+    # A pipe has no width: wide enough that no table is cut.
+    return Console(file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else 200)
+
+
+def stderr() -> Console:
+    """Where talk, progress and errors go; plain text off a terminal and under NO_COLOR."""
+    from rich.console import Console
+
+    return Console(file=sys.stderr, highlight=False, soft_wrap=True)
+
+
+def is_quiet() -> bool:
+    """True under -q/--quiet."""
+    return bool(_meta().get(QUIET))
+
+
+def wants_json() -> bool:
+    """True under --json."""
+    return bool(_meta().get(JSON))
+
+
+def wants_debug() -> bool:
+    """True under --debug."""
+    return bool(_meta().get(DEBUG))
+
+
+def say(message: str) -> None:
+    """Prints a line of talk on stderr, unless -q is given."""
+    if not is_quiet():
+        stderr().print(message, markup=False)
+
+
+def emit(data: Any, text: RenderableType | None = None) -> None:
+    """Prints a command's result on stdout: `data` as one JSON document under --json, else `text` for people.
+
+    A `text` of None prints nothing; a plain string is printed as it is.
+    """
+    if wants_json():
+        click.echo(json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False))
+    elif isinstance(text, str):
+        click.echo(text)
+    elif text is not None:
+        stdout().print(text)
+
+
+@contextmanager
+def progress(description: str) -> Iterator[Report]:
+    """A progress bar with the time left on stderr; silent off a terminal and under -q."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = stderr()
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    disabled = is_quiet() or not console.is_terminal
+    with Progress(*columns, TextColumn("{task.fields[note]}"), console=console, disable=disabled) as bar:
+        task = bar.add_task(description, total=None, note="")
+
+        def report(done: int, total: int, note: str = "") -> None:
+            bar.update(task, completed=done, total=total or None, note=note)
+
+        yield report
+
+
+def _flag(*names: str, key: str, help: str) -> Callable[[_Command], _Command]:
+    """A flag kept beside the command's own parameters, for the functions above."""
+
+    def store(context: click.Context, parameter: click.Parameter, value: bool) -> None:
+        if value:
+            context.meta[key] = True
+
+    return click.option(*names, is_flag=True, expose_value=False, callback=store, help=help)
+
+
+def _meta() -> dict[str, Any]:
+    context = click.get_current_context(silent=True)
+    return context.meta if context else {}
+
+
+def _set_threads(context: click.Context, parameter: click.Parameter, value: int | None) -> None:
+    if value is None:
+        return
+    os.environ["OMP_NUM_THREADS"] = str(value)
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(value)
