@@ -50,10 +50,7 @@ class RecipeError(UsageError):
     def __init__(self, source: str, problems: Sequence[Problem]) -> None:
         self.source = source
         self.problems = tuple(problems)
-        lines = [
-            f"{source}:{p.line}: {p.path}: {p.message}" if p.line else f"{source}: {p.path}: {p.message}"
-            for p in self.problems
-        ]
+        lines = [f"{f'{source}:{p.line}' if p.line else 'command line'}: {p.path}: {p.message}" for p in self.problems]
         super().__init__("\n".join(lines))
 
 

@@ -1,0 +1,62 @@
+"""Recipes: one YAML file says everything about a run. Checking one imports neither torch, timm nor brevitas."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from qadtr_brevitas.errors import Problem, RecipeError
+from qadtr_brevitas.recipe.overrides import apply_override
+from qadtr_brevitas.recipe.problems import dotted, explain
+from qadtr_brevitas.recipe.sections import (
+    CalibrationSection,
+    DataSection,
+    ModelSection,
+    OptimizerSection,
+    QuantSection,
+    Recipe,
+    SchedulerSection,
+    TrainSection,
+)
+from qadtr_brevitas.recipe.slots import slot_name
+from qadtr_brevitas.recipe.source import read_source
+from qadtr_brevitas.recipe_files import find_recipe
+
+__all__ = [
+    "CalibrationSection",
+    "DataSection",
+    "ModelSection",
+    "OptimizerSection",
+    "QuantSection",
+    "Recipe",
+    "SchedulerSection",
+    "TrainSection",
+    "load_recipe",
+    "slot_name",
+]
+
+
+def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads and checks a recipe.
+
+    Args:
+        source: a file, or the name of a shipped recipe.
+        overrides: `key.sub=value` texts, as on the command line; a value of null takes the key out.
+
+    Raises:
+        UsageError: there is no such recipe, or the file is no mapping.
+        RecipeError: something is wrong in it; the error lists everything that is, each with its place.
+    """
+    path = find_recipe(source)
+    root = read_source(path)
+    problems = [problem for text in overrides if (problem := apply_override(root, text))]
+    data = root.plain()
+    try:
+        recipe = Recipe.model_validate(data)
+    except ValidationError as error:
+        found = explain(error, Recipe, data)
+        problems += [Problem(dotted(place), message, root.line_of(place)) for place, message in found]
+    else:
+        if not problems:
+            return recipe
+    raise RecipeError(str(path), sorted(problems, key=lambda problem: problem.line or 0))

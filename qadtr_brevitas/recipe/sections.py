@@ -1,0 +1,151 @@
+"""The sections of a recipe. Each key has a type, a range, a default and a description; no other keys exist."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from qadtr_brevitas.plugin import PrecisionField
+from qadtr_brevitas.precision import DEFAULT_BITS, Precision, parse_precisions
+from qadtr_brevitas.recipe.problems import located_error
+from qadtr_brevitas.recipe.slots import Slot
+from qadtr_brevitas.registry import ATTACKS, DATASETS, GRADIENT_RULES, REGULARIZERS, SCHEDULES
+
+DatasetSlot: TypeAlias = Annotated[Any, Slot(DATASETS)]
+ScheduleSlot: TypeAlias = Annotated[Any, Slot(SCHEDULES, key="schedule")]
+AttackSlot: TypeAlias = Annotated[Any, Slot(ATTACKS)]
+RegularizerSlot: TypeAlias = Annotated[Any, Slot(REGULARIZERS)]
+GradientSlot: TypeAlias = Annotated[Any, Slot(GRADIENT_RULES)]
+
+
+class Section(BaseModel):
+    """A frozen mapping that refuses unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
+
+
+class ModelSection(Section):
+    """The float network that is converted."""
+
+    name: str = Field("cifar_resnet20", min_length=1, description="any timm model name, untouched")
+    pretrained: bool = Field(False, description="let timm load its pretrained weights")
+    checkpoint: str | None = Field(None, description="float weights to start from, .safetensors or .pth")
+    num_classes: int | None = Field(None, ge=2, description="classes; null: as many as the data set has")
+    args: dict[str, Any] = Field({}, description="further arguments of timm.create_model")
+
+
+class DataSection(Section):
+    """Images and labels."""
+
+    dataset: DatasetSlot = Field("cifar10", description="the data set")
+    augment: Literal["none", "crop", "crop-flip"] = Field("crop-flip", description="what training images go through")
+    val_share: float = Field(0.0, ge=0, lt=1, description="share of the training images held out to choose best/")
+    train_limit: int | None = Field(None, ge=1, description="use only so many training images, balanced over classes")
+    test_limit: int | None = Field(None, ge=1, description="use only so many test images, balanced over classes")
+
+
+class CalibrationSection(Section):
+    """How quantizer ranges are first set."""
+
+    method: Literal["mse", "minmax", "percentile"] = Field("mse", description="how a range is chosen from the data")
+    samples: int = Field(512, ge=1, description="training images looked at")
+
+
+class QuantSection(Section):
+    """Which layers are quantized, and to what."""
+
+    precisions: tuple[PrecisionField, ...] = Field(
+        parse_precisions(DEFAULT_BITS), min_length=1, description="the precisions the model can be switched to"
+    )
+    edge: Literal["8bit", "same", "float"] = Field(
+        "8bit", description="first and last layer: at least 8 bit, same, float"
+    )
+    norm: Literal["statistics", "switchable"] = Field(
+        "statistics", description="per precision: norm statistics only, or a whole BatchNorm"
+    )
+    narrow_range: bool = Field(True, description="symmetric weights; 2 bit is then ternary")
+    calibration: CalibrationSection = Field(default_factory=CalibrationSection, description="first quantizer ranges")
+
+
+class OptimizerSection(Section):
+    """The optimizer, made by timm."""
+
+    name: str = Field("sgd", min_length=1, description="any timm optimizer name")
+    lr: float = Field(0.02, gt=0, description="highest learning rate, for the global batch")
+    momentum: float = Field(0.9, ge=0, lt=1, description="momentum, or beta1 of Adam")
+    weight_decay: float = Field(1e-4, ge=0, description="weight decay; none on norms, biases and thresholds")
+    threshold_lr: float = Field(1.0, ge=0, description="factor on the learning rate of quantizer thresholds")
+
+
+class SchedulerSection(Section):
+    """The learning rate over time; it changes with every optimizer step."""
+
+    name: Literal["cosine", "poly", "step", "constant"] = Field("cosine", description="shape of the curve")
+    warmup_epochs: float = Field(1, ge=0, description="epochs of linear warm-up, part of train.epochs")
+    min_lr: float = Field(0.0, ge=0, description="learning rate at the end")
+    decay_epochs: float = Field(30, gt=0, description="step only: epochs between two drops")
+    decay_rate: float = Field(0.1, gt=0, le=1, description="step only: factor at each drop")
+
+
+class TrainSection(Section):
+    """The training run: precision schedule, attack, regularizers and gradient rule are independent choices."""
+
+    epochs: int = Field(15, ge=1, description="epochs of quantized training")
+    batch_size: int = Field(128, ge=1, description="images per step, over all processes")
+    float_epochs: int = Field(0, ge=0, description="epochs at 32 bit before calibration, to train from scratch")
+    optimizer: OptimizerSection = Field(default_factory=OptimizerSection, description="the optimizer")
+    scheduler: SchedulerSection = Field(default_factory=SchedulerSection, description="the learning rate over time")
+    precision: ScheduleSlot = Field("uniform", description="which precision each step trains")
+    attack: AttackSlot | None = Field(None, description="adversarial inputs the steps see")
+    regularizers: tuple[RegularizerSlot, ...] = Field((), description="extra losses")
+    gradient: GradientSlot | None = Field(None, description="what happens to gradients before the optimizer step")
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="label smoothing of the cross entropy")
+    clip_grad_norm: float | None = Field(None, gt=0, description="largest norm of the gradient")
+    amp: Literal["no", "bf16", "fp16"] = Field("no", description="automatic mixed precision")
+    validate_every: int = Field(1, ge=1, description="epochs between two validations")
+    checkpoint_every: int = Field(200, ge=1, description="steps between two states that --resume can start from")
+    norm_batches: int = Field(50, ge=0, description="batches to recalibrate norm statistics at the end; 0: keep them")
+
+
+class Recipe(Section):
+    """Everything that is to be said about a run."""
+
+    seed: int = Field(0, ge=0, description="everything random follows from it")
+    model: ModelSection = Field(default_factory=ModelSection, description="the float network")
+    data: DataSection = Field(default_factory=DataSection, description="images and labels")
+    quant: QuantSection = Field(default_factory=QuantSection, description="quantization")
+    train: TrainSection = Field(default_factory=TrainSection, description="training")
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Recipe:
+        if problems := [*_precision_problems(self), *_training_problems(self.train)]:
+            raise located_error(problems)
+        return self
+
+    def dump_yaml(self, *, describe: bool = False) -> str:
+        """The recipe as YAML with every key written out; `describe` adds each key's description as a comment."""
+        from qadtr_brevitas.recipe.dump import dump_yaml
+
+        return dump_yaml(self, describe=describe)
+
+
+def _precision_problems(recipe: Recipe) -> list[tuple[tuple[str, ...], str]]:
+    allowed = recipe.quant.precisions
+    choices: tuple[Precision, ...] = getattr(recipe.train.precision, "choices", ())
+    if foreign := [str(precision) for precision in choices if precision not in allowed]:
+        have = ", ".join(map(str, allowed))
+        rule = f"{', '.join(foreign)} must also be in quant.precisions, which has {have}"
+        return [(("train", "precision", "choices"), rule)]
+    return []
+
+
+def _training_problems(train: TrainSection) -> list[tuple[tuple[str, ...], str]]:
+    problems: list[tuple[tuple[str, ...], str]] = []
+    if train.attack is not None and not hasattr(train.attack, "share"):
+        rule = "this attack cannot be used in training, it has no key 'share'; use it with `qadtr-brevitas attack`"
+        problems.append((("train", "attack"), rule))
+    if train.scheduler.warmup_epochs > train.epochs:
+        rule = f"must be at most train.epochs, which is {train.epochs}, got {train.scheduler.warmup_epochs:g}"
+        problems.append((("train", "scheduler", "warmup_epochs"), rule))
+    return problems
