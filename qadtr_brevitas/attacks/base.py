@@ -1,0 +1,55 @@
+"""What an attack sees and what it offers. Light to import: attacks are named in recipes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol, TypeAlias
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from qadtr_brevitas.attacks.patch import Patch
+    from qadtr_brevitas.precision import Precision
+
+Model: TypeAlias = "Callable[[Tensor], Tensor]"
+"""Images (N, 3, H, W) in [0, 1] to logits (N, classes). In evaluation mode, at the precision to be attacked."""
+
+
+class Progress(Protocol):
+    """Told how many steps are done, of how many, and how it goes."""
+
+    def __call__(self, done: int, total: int, note: str = "") -> None: ...
+
+
+class ImageAttack(Protocol):
+    """An attack that makes adversarial images, one batch at a time (in training and evaluation)."""
+
+    def run(
+        self,
+        model: Model,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        generator: torch.Generator,
+        precision: Precision | None = None,
+    ) -> Tensor:
+        """Adversarial versions of `images` (N, 3, H, W) in [0, 1], of the same shape and range."""
+        ...
+
+
+class PatchAttack(Protocol):
+    """An attack that makes one patch for all images."""
+
+    def fit(
+        self,
+        model: Model,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        held_out: tuple[Tensor, Tensor],
+        seed: int,
+        progress: Progress | None = None,
+    ) -> Patch:
+        """A patch made on `images` (N, 3, H, W), uint8 or float in [0, 1], and chosen on the `held_out` ones."""
+        ...

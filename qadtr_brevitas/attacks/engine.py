@@ -1,0 +1,186 @@
+"""The loop that makes a universal texture: batches, steps, and keeping the best on held-out images."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from qadtr_brevitas.attacks.base import Model
+from qadtr_brevitas.attacks.fake_quantize import PATCH_FILE_BITS, fake_quantize
+from qadtr_brevitas.errors import DataError, TrainingError, UsageError
+
+Init: TypeAlias = Literal["uniform", "gray"]
+StepRule: TypeAlias = Literal["sgd", "sign", "adam"]
+Objective: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
+Score: TypeAlias = Callable[[Tensor], float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Search:
+    """How a texture is searched.
+
+    Args:
+        steps: number of optimizer steps.
+        batch_size: images per step.
+        step_rule: `sgd` follows the raw gradient, `sign` its sign, `adam` Adam.
+        lr: step size at the start; of `sign`, in pixel values.
+        cosine: True to let the step size fall to zero along a cosine.
+        check_every: steps between looks at the held-out score.
+    """
+
+    steps: int
+    batch_size: int
+    step_rule: StepRule
+    lr: float
+    cosine: bool
+    check_every: int
+
+
+@dataclass(frozen=True)
+class Found:
+    """The best texture of a search, on the 8-bit grid, and its held-out score."""
+
+    texture: Tensor
+    score: float
+
+
+def search_texture(
+    start: Tensor,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    objective: Objective,
+    score: Score,
+    search: Search,
+    generator: torch.Generator,
+    report: Callable[[int, float], None] | None = None,
+) -> Found:
+    """Descends the objective in the texture alone and keeps the best texture by score, not the last.
+
+    The master texture is a float in [0, 1]. What the network sees, what is scored and what is returned is its 8-bit
+    rounding, with the gradient passed straight through.
+
+    Args:
+        start: (3, h, w) in [0, 1].
+        images: (N, 3, H, W), uint8 or float in [0, 1], on the device to compute on.
+        labels: (N,).
+        objective: (texture, images, labels) -> scalar to be made small. Draws placements and the like itself.
+        score: texture -> success rate on held-out images. The same texture must score the same.
+        search: step rule and budget.
+        generator: draws the batches.
+        report: called after every step with the number of steps done and the best score so far.
+
+    Raises:
+        TrainingError: the texture is no longer finite.
+    """
+    texture = start.detach().clone().requires_grad_()
+    optimizer = _optimizer(texture, search)
+    best = Found(start, -math.inf)
+    for step, index in zip(range(1, search.steps + 1), _batches(len(images), search.batch_size, generator)):
+        batch = as_float(images[index]), labels[index]
+        loss = objective(fake_quantize(texture, PATCH_FILE_BITS), *batch)
+        # Assigned, never accumulated; and nothing but the texture gets a gradient.
+        (gradient,) = torch.autograd.grad(loss, texture)
+        texture.grad = gradient.sign() if search.step_rule == "sign" else gradient
+        for group in optimizer.param_groups:
+            group["lr"] = _step_size(search, step)
+        optimizer.step()
+        with torch.no_grad():
+            texture.clamp_(0, 1)
+        if step % search.check_every == 0 or step == search.steps:
+            best = max(best, _check(texture, score, step), key=lambda found: found.score)
+        if report is not None:
+            report(step, best.score)
+    return best
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Images to choose a patch on: classified correctly without it and, if targeted, not of the target class.
+
+    This is a yardstick for choosing among textures; the reported success rate comes from the evaluation.
+    """
+
+    images: Tensor
+    labels: Tensor
+    target: int | None
+
+    @classmethod
+    def select(cls, model: Model, images: Tensor, labels: Tensor, *, target: int | None, batch_size: int) -> HeldOut:
+        """Keeps the images that count.
+
+        Raises:
+            UsageError: the model has no class `target`.
+            DataError: no image counts.
+        """
+        logits = _logits(model, images, batch_size)
+        if target is not None and target >= logits.shape[1]:
+            raise UsageError(f"target {target}: the model has {logits.shape[1]} classes, give 0..{logits.shape[1] - 1}")
+        counts = logits.argmax(1) == labels
+        if target is not None:
+            counts &= labels != target
+        if not bool(counts.any()):
+            raise DataError(
+                "the model classifies no held-out image correctly that is not of the target class: "
+                "give more held-out images or check that model and data set belong together"
+            )
+        return cls(images[counts], labels[counts], target)
+
+    def success_rate(self, model: Model, apply: Callable[[Tensor], Tensor], *, batch_size: int) -> float:
+        """Share of these images that, after `apply`, are classified as the target (or, untargeted, wrongly)."""
+        predictions = _logits(lambda images: model(apply(images)), self.images, batch_size).argmax(1)
+        success = predictions != self.labels if self.target is None else predictions == self.target
+        return success.float().mean().item()
+
+
+def start_texture(init: Init, size: tuple[int, int], *, generator: torch.Generator) -> Tensor:
+    """Texture (3, h, w) to start from: uniform noise in [0, 1], or mid-gray."""
+    if init == "gray":
+        return torch.full((3, *size), 0.5)
+    return torch.rand(3, *size, generator=generator, device=generator.device)
+
+
+def as_float(images: Tensor) -> Tensor:
+    """Images in [0, 1] from uint8 or float ones."""
+    return images.float().div_(255) if images.dtype == torch.uint8 else images
+
+
+def _optimizer(texture: Tensor, search: Search) -> torch.optim.Optimizer:
+    if search.step_rule == "adam":
+        return torch.optim.Adam([texture], lr=search.lr)
+    return torch.optim.SGD([texture], lr=search.lr)
+
+
+def _step_size(search: Search, step: int) -> float:
+    if not search.cosine:
+        return search.lr
+    return search.lr * (1 + math.cos(math.pi * (step - 1) / search.steps)) / 2
+
+
+def _batches(count: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Endless batches of indices; every image once before any twice."""
+    while True:
+        order = torch.randperm(count, generator=generator, device=generator.device)
+        # A short last batch would weigh its images more; with few images it is all there is.
+        full = count - count % batch_size if count >= batch_size else count
+        yield from order[:full].split(batch_size)
+
+
+def _check(texture: Tensor, score: Score, step: int) -> Found:
+    if not bool(texture.isfinite().all()):
+        raise TrainingError(
+            f"the patch is not finite after step {step}: check the model's outputs or give a smaller lr"
+        )
+    with torch.no_grad():
+        rounded = fake_quantize(texture, PATCH_FILE_BITS)
+        return Found(rounded, score(rounded))
+
+
+@torch.no_grad()
+def _logits(model: Model, images: Tensor, batch_size: int) -> Tensor:
+    return torch.cat([model(as_float(batch)) for batch in images.split(batch_size)])

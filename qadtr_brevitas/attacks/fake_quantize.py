@@ -1,0 +1,51 @@
+"""Quantization of pixels, with gradients passed straight through: Q_b of eq. (1)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qadtr_brevitas.precision import FLOAT_BITS
+
+PATCH_FILE_BITS = 8
+"""Patches live on the grid of 8-bit images: they are quantized before they are scored, not when they are saved."""
+
+
+def fake_quantize(values: Tensor, bits: int, *, noise: float = 0.0, generator: torch.Generator | None = None) -> Tensor:
+    """Uniform quantization of pixels on [0, 1]: round(p * (2^b - 1)) / (2^b - 1).
+
+    The gradient is the identity for values inside [0, 1] and zero outside, where they are clipped. At 32 bit nothing
+    is done.
+
+    Args:
+        values: any shape, range [0, 1].
+        bits: bit-width b; the result has at most 2^b levels.
+        noise: standard deviation of a relative error of the quantizer's step, one draw per call.
+        generator: where that draw comes from; needed with noise.
+
+    Returns:
+        Same shape, range [0, 1].
+    """
+    if bits == FLOAT_BITS:
+        return values
+    top = 2**bits - 1
+    steps = float(top)
+    if noise > 0:
+        assert generator is not None, "quantization noise needs a generator"
+        error = torch.randn((), generator=generator, device=generator.device).item()
+        steps = top / max(1 + noise * error, 0.5)
+    return _RoundToGrid.apply(values.clamp(0, 1), steps, top)  # pyright: ignore[reportReturnType]
+
+
+class _RoundToGrid(torch.autograd.Function):
+    """Rounds to multiples of 1 / steps, at most `top` of them and at most 1; the gradient passes unchanged."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, steps: float, top: int) -> Tensor:
+        return (values * steps).round_().clamp_(max=top).div_(steps).clamp_(max=1)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        return grad_outputs[0], None, None

@@ -1,0 +1,174 @@
+"""A patch: texture, shape, placement rule and the facts of how it was made. Saved without pickle."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from qadtr_brevitas.attacks.fake_quantize import PATCH_FILE_BITS, fake_quantize
+from qadtr_brevitas.attacks.geometry import Place, paste, place_corners
+from qadtr_brevitas.errors import CheckpointError, UsageError
+from qadtr_brevitas.files import write_atomically
+
+FORMAT = "qadtr_brevitas.patch"
+FORMAT_VERSION = 1
+_PICTURE_SIDE = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Patch:
+    """A universal patch.
+
+    Args:
+        texture: (3, h, w) in [0, 1], on the grid of 8-bit images, so that what is saved is what was scored.
+        mask: boolean (h, w), True where the patch covers the image. Never derived from the texture.
+        place: `random`, or (row, column) of the top left pixel.
+        meta: how it was made, JSON values only. The attack fills `attack`, `settings`, `target`, `seed`,
+            `threat_model` (such as "universal targeted") and `versions`; whoever knows the model adds `source`
+            (its `name` and `fingerprint`, and the `precision` attacked) with `with_meta`.
+
+    Raises:
+        UsageError: shapes that do not go together, or a texture off the grid.
+    """
+
+    texture: Tensor
+    mask: Tensor
+    place: Place = "random"
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.texture.ndim != 3 or self.texture.shape[0] != 3 or self.texture.shape[1:] != self.mask.shape:
+            raise UsageError(
+                f"texture {tuple(self.texture.shape)} and mask {tuple(self.mask.shape)} do not go together: "
+                "give (3, h, w) and (h, w)"
+            )
+        if not torch.equal(fake_quantize(self.texture, PATCH_FILE_BITS), self.texture):
+            raise UsageError("the texture is not on the grid of 8-bit images in [0, 1]: give fake_quantize(texture, 8)")
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(h, w) in pixels."""
+        return self.mask.shape[0], self.mask.shape[1]
+
+    @property
+    def pixels(self) -> int:
+        """Number of pixels it covers."""
+        return int(self.mask.sum())
+
+    def to(self, device: torch.device | str) -> Patch:
+        """The same patch on another device."""
+        return replace(self, texture=self.texture.to(device), mask=self.mask.to(device))
+
+    def with_meta(self, **facts: Any) -> Patch:
+        """The same patch with more known about it."""
+        return replace(self, meta={**self.meta, **facts})
+
+    def apply(
+        self, images: Tensor, *, corners: Tensor | None = None, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Puts the patch on images (N, 3, H, W) in [0, 1]; pixels outside the mask stay the same floats.
+
+        Args:
+            images: on the patch's device.
+            corners: (N, 2) row and column per image; None follows the patch's own placement rule.
+            generator: where random places come from; needed if `place` is random and no corners are given.
+
+        Raises:
+            UsageError: the patch does not fit on the image, or no generator for random places.
+        """
+        if corners is None:
+            image_size = images.shape[-2], images.shape[-1]
+            corners = place_corners(self.place, len(images), image_size, self.size, generator=generator)
+        return paste(images, self.texture, self.mask, corners)
+
+    def save(self, path: str | Path) -> Path:
+        """Writes NAME.safetensors and, to look at, NAME.png; returns the path of the first.
+
+        Raises:
+            CheckpointError: the files cannot be written.
+        """
+        target = _with_suffix(Path(path))
+        tensors = {
+            "texture": (self.texture * 255).round().to(torch.uint8).cpu().contiguous(),
+            "mask": self.mask.to(torch.uint8).cpu().contiguous(),
+        }
+        header = {
+            "format": FORMAT,
+            "version": str(FORMAT_VERSION),
+            "place": json.dumps(self.place),
+            "meta": json.dumps(dict(self.meta)),
+        }
+        write_atomically(target, lambda temporary: save_file(tensors, temporary, metadata=header))
+        write_atomically(target.with_suffix(".png"), self._draw)
+        return target
+
+    @classmethod
+    def load(cls, path: str | Path) -> Patch:
+        """Reads what `save` wrote, bit for bit.
+
+        Raises:
+            CheckpointError: no such file, not a patch file, a damaged one, or one of a newer version.
+        """
+        source = _with_suffix(Path(path))
+        header, tensors = _read(source)
+        if header.get("format") != FORMAT:
+            raise CheckpointError(f"{source} is not a patch file: give one that `qadtr-brevitas attack` wrote")
+        if int(header["version"]) > FORMAT_VERSION:
+            raise CheckpointError(
+                f"{source} has patch format {header['version']}, this release reads up to {FORMAT_VERSION}: "
+                "upgrade qadtr_brevitas"
+            )
+        try:
+            place = json.loads(header["place"])
+            return cls(
+                texture=tensors["texture"].float() / 255,
+                mask=tensors["mask"].bool(),
+                place=place if place == "random" else (place[0], place[1]),
+                meta=json.loads(header["meta"]),
+            )
+        except (KeyError, ValueError, IndexError, TypeError, UsageError) as error:
+            raise CheckpointError(f"{source} is damaged ({error}): make the patch again") from error
+
+    def _draw(self, path: Path) -> None:
+        """The patch enlarged without smoothing; pixels outside the mask are transparent."""
+        from PIL import Image
+
+        pixels = torch.cat([self.texture, self.mask[None].float()]).mul(255).round().to(torch.uint8).cpu()
+        scale = max(1, _PICTURE_SIDE // max(self.size))
+        enlarged = pixels.repeat_interleave(scale, 1).repeat_interleave(scale, 2).permute(1, 2, 0).contiguous()
+        Image.fromarray(enlarged.numpy(), "RGBA").save(path, format="PNG")
+
+
+def versions() -> dict[str, str]:
+    """Releases a patch was made with, for its meta."""
+    return {name: _version(name) for name in ("qadtr_brevitas", "torch", "brevitas")}
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _with_suffix(path: Path) -> Path:
+    return path if path.suffix == ".safetensors" else path.with_name(path.name + ".safetensors")
+
+
+def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}
+    except FileNotFoundError as error:
+        raise CheckpointError(f"there is no patch file {path}: make one with `qadtr-brevitas attack`") from error
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read as safetensors ({error}): make the patch again") from error

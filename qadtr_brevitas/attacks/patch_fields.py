@@ -1,0 +1,62 @@
+"""Recipe keys that every patch attack has: budget, shape and place."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import model_validator
+
+from qadtr_brevitas.plugin import STRICT, Field, dataclass
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_DEFAULT_SHARE = 1 / 16
+
+Pixels = Annotated[int, Field(ge=1)]
+Index = Annotated[int, Field(ge=0)]
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class PatchFields:
+    """Budget, shape and place of a patch."""
+
+    size: Annotated[
+        Pixels | tuple[Pixels, Pixels] | None,
+        Field(description="side or diameter in pixels, or [height, width] of a rectangle"),
+    ] = None
+    np: Annotated[
+        float | None,
+        Field(gt=0, le=1, description="budget as a share of the pixels; with neither size nor np, a sixteenth"),
+    ] = None
+    shape: Annotated[Literal["square", "rectangle", "disc"], Field(description="what the patch covers")] = "square"
+    place: Annotated[
+        Literal["random"] | tuple[Index, Index],
+        Field(description="random, anew per image and step, or [row, column] of the top left pixel"),
+    ] = "random"
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> PatchFields:
+        if self.size is not None and self.np is not None:
+            raise ValueError("size and np are two ways to give one budget: give only one of them")
+        if self.shape == "rectangle" and not isinstance(self.size, tuple):
+            raise ValueError("a rectangle needs size=[height, width]")
+        if self.shape != "rectangle" and isinstance(self.size, tuple):
+            raise ValueError(f"a {self.shape} needs a single size; for [height, width] give shape=rectangle")
+        return self
+
+    def mask(self, image_size: tuple[int, int]) -> Tensor:
+        """The pixels the patch covers, boolean (h, w), for images of (H, W) pixels.
+
+        Raises:
+            UsageError: the patch does not fit on the image at its place.
+        """
+        from qadtr_brevitas.attacks.geometry import fixed_corners, shape_mask, side_for_share
+
+        size = self.size
+        if size is None:
+            size = side_for_share(self.np or _DEFAULT_SHARE, image_size, self.shape)
+        mask = shape_mask(self.shape, size)
+        corner = (0, 0) if self.place == "random" else self.place
+        fixed_corners(corner, 1, image_size, (mask.shape[0], mask.shape[1]))
+        return mask
