@@ -1,0 +1,152 @@
+"""Image files to one uint8 array, on several threads, and once only: the result is kept in the cache folder."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from hashlib import blake2b
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy
+from PIL import Image
+
+from qadtr_brevitas.data.listing import Listing
+from qadtr_brevitas.data.places import cache_folder
+from qadtr_brevitas.errors import DataError, QadtrError
+from qadtr_brevitas.files import write_atomically
+
+Pixels: TypeAlias = "numpy.ndarray[tuple[int, ...], numpy.dtype[numpy.uint8]]"
+
+CHUNK = 128
+THREADS = 8
+# Decoding that takes less than this is not worth a file.
+CACHE_FROM_SECONDS = 2.0
+
+
+def read_images(
+    listing: Listing,
+    *,
+    image_size: int | None,
+    max_gb: float,
+    progress: Callable[[int, int], object] | None = None,
+) -> Pixels:
+    """Decodes every image of a listing to RGB, or reads what an earlier call has kept.
+
+    Args:
+        listing: the files.
+        image_size: height and width in pixels, reached by resizing the shorter side (bicubic) and cutting out the
+            center; None where all images have the same size already.
+        max_gb: refuse to take more memory than this, in 10^9 bytes.
+        progress: is told (images done, images in all).
+
+    Returns:
+        uint8 (N, 3, H, W).
+
+    Raises:
+        DataError: an image that cannot be read, images of different sizes, or more than `max_gb` of them.
+    """
+    size = (image_size, image_size) if image_size else _size_of(listing.paths[0])
+    shape = (len(listing.paths), 3, *size)
+    _check_memory(shape, max_gb)
+    cache = _cache_file(listing, image_size)
+    if (kept := _read_cache(cache, shape)) is not None:
+        return kept
+    started = time.monotonic()
+    images = numpy.empty(shape, dtype=numpy.uint8)
+    with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
+        try:
+            for done in pool.map(lambda chunk: _decode_chunk(listing, chunk, images, image_size), _chunks(shape[0])):
+                if progress:
+                    progress(done, shape[0])
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    if time.monotonic() - started > CACHE_FROM_SECONDS:
+        _write_cache(cache, images)
+    return images
+
+
+def _chunks(count: int) -> Iterator[range]:
+    return (range(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK))
+
+
+def _decode_chunk(listing: Listing, chunk: range, images: Pixels, image_size: int | None) -> int:
+    for index in chunk:
+        images[index] = _decode(listing.paths[index], images.shape[2:], resize=image_size is not None)
+    return chunk.stop
+
+
+def _decode(path: str, size: tuple[int, ...], *, resize: bool) -> Pixels:
+    """One image, uint8 (3, H, W)."""
+    try:
+        with Image.open(path) as file:
+            image = file.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise _unreadable(path, error) from error
+    height, width = size
+    if resize and image.size != (width, height):
+        image = _resize(image, height)
+    if image.size != (width, height):
+        raise DataError(
+            f"{path} is {image.height}x{image.width}, but the first image is {height}x{width}: "
+            "set data.dataset.image_size to bring all to one size"
+        )
+    return numpy.asarray(image).transpose(2, 0, 1)
+
+
+def _resize(image: Image.Image, size: int) -> Image.Image:
+    """Resizes the shorter side to `size` and cuts out the center."""
+    scale = size / min(image.size)
+    width, height = (max(size, round(side * scale)) for side in image.size)
+    left, top = (width - size) // 2, (height - size) // 2
+    resized = image.resize((width, height), Image.Resampling.BICUBIC)
+    return resized.crop((left, top, left + size, top + size))
+
+
+def _size_of(path: str) -> tuple[int, int]:
+    try:
+        with Image.open(path) as image:
+            return image.height, image.width
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: str, error: Exception) -> DataError:
+    return DataError(f"cannot read the image {path} ({error}): replace it or delete it")
+
+
+def _check_memory(shape: tuple[int, ...], max_gb: float) -> None:
+    count, _, height, width = shape
+    needed = count * 3 * height * width / 1e9
+    if needed > max_gb:
+        raise DataError(
+            f"{count} images of {height}x{width} need {needed:.3g} GB of memory, more than max_gb = {max_gb:g}: "
+            "set data.dataset.image_size smaller or data.dataset.max_gb larger"
+        )
+
+
+def _cache_file(listing: Listing, image_size: int | None) -> Path:
+    place = blake2b(f"{listing.folder.resolve()}/{image_size}".encode(), digest_size=6).hexdigest()
+    return cache_folder() / "decoded" / f"{place}-{listing.digest}.npy"
+
+
+def _read_cache(cache: Path, shape: tuple[int, ...]) -> Pixels | None:
+    try:
+        kept = numpy.load(cache, allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+    return kept if kept.shape == shape and kept.dtype == numpy.uint8 else None
+
+
+def _write_cache(cache: Path, images: Pixels) -> None:
+    try:
+        write_atomically(cache, lambda path: numpy.save(path, images, allow_pickle=False))
+        for old in cache.parent.glob(f"{cache.name.partition('-')[0]}-*.npy"):
+            if old != cache:
+                old.unlink(missing_ok=True)
+    except (OSError, QadtrError):
+        # A cache that cannot be written costs time at the next start and nothing else.
+        return

@@ -1,0 +1,90 @@
+"""Procedural colored shapes on noise: any image size, any number of images, nothing to read."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+from qadtr_brevitas.data.split_names import check_split
+from qadtr_brevitas.plugin import STRICT, Field, dataclass
+
+if TYPE_CHECKING:
+    from torch import Generator, Tensor
+
+    from qadtr_brevitas.data.split import Progress, Split
+
+SHAPES = ("circle", "square", "triangle", "cross", "ring", "diamond", "bar", "column", "saltire", "frame")
+# Images drawn at once, which bounds the memory large ones take.
+CHUNK = 256
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Shapes:
+    """One colored shape on each image, at a random place and size on a background of noise; classes are the shapes."""
+
+    image_size: Annotated[int, Field(ge=8, le=1024, description="height and width in pixels")] = 32
+    classes: Annotated[int, Field(ge=2, le=len(SHAPES), description="number of shapes")] = len(SHAPES)
+    train_images: Annotated[int, Field(ge=1, description="images for training")] = 1000
+    test_images: Annotated[int, Field(ge=1, description="images for testing")] = 200
+    seed: Annotated[int, Field(ge=0, description="decides every image")] = 0
+
+    def load(self, split: str, *, progress: Progress | None = None) -> Split:
+        """Draws one split, uint8 (N, 3, image_size, image_size); classes take turns.
+
+        Args:
+            split: "train" or "test".
+            progress: is told (images drawn, images in all).
+
+        Raises:
+            UsageError: another split.
+        """
+        import torch
+
+        from qadtr_brevitas.data.split import Split
+        from qadtr_brevitas.seeding import generator
+
+        check_split(split)
+        count = self.train_images if split == "train" else self.test_images
+        labels = torch.arange(count) % self.classes
+        images = torch.empty(count, 3, self.image_size, self.image_size, dtype=torch.uint8)
+        for start in range(0, count, CHUNK):
+            chunk = slice(start, start + CHUNK)
+            images[chunk] = _draw(labels[chunk], self.image_size, generator(self.seed, "shapes", split, start))
+            if progress:
+                progress(min(start + CHUNK, count), count)
+        return Split(images, labels, SHAPES[: self.classes])
+
+
+def _draw(labels: Tensor, size: int, generator: Generator) -> Tensor:
+    """Draws the shapes `labels` (N,), uint8 (N, 3, size, size)."""
+    import torch
+
+    count = len(labels)
+    radius = torch.empty(count, 1, 1).uniform_(0.25, 0.4, generator=generator)
+    center = radius + (1 - 2 * radius) * torch.rand(2, count, 1, 1, generator=generator)
+    pixels = (torch.arange(size) + 0.5) / size
+    y = (pixels[:, None] - center[0]) / radius
+    x = (pixels[None, :] - center[1]) / radius
+    inside = torch.stack(_shapes(x, y))[labels, torch.arange(count)]
+    noise = torch.rand(count, 3, size, size, generator=generator)
+    shades = torch.rand(2, count, 3, 1, 1, generator=generator)
+    # The background stays in the lower half of the range and the shape in the upper one, so every shape can be seen.
+    background, foreground = 0.25 * (shades[0] + noise), 0.6 + 0.4 * shades[1]
+    return torch.where(inside[:, None], foreground, background).mul(255).round().to(torch.uint8)
+
+
+def _shapes(x: Tensor, y: Tensor) -> list[Tensor]:
+    """Every shape of SHAPES in order, bool (N, H, W); x and y are (N, H or 1, W or 1), with the shape in [-1, 1]."""
+    ax, ay = x.abs(), y.abs()
+    box, distance = ax.maximum(ay), (x.square() + y.square()).sqrt()
+    return [
+        distance <= 1,
+        box <= 0.85,
+        (ay <= 1) & (ax <= (y + 1) / 2),
+        (box <= 1) & (ax.minimum(ay) <= 0.3),
+        (distance <= 1) & (distance >= 0.6),
+        ax + ay <= 1,
+        (ax <= 1) & (ay <= 0.35),
+        (ay <= 1) & (ax <= 0.35),
+        (box <= 1) & ((ax - ay).abs() <= 0.35),
+        (box <= 0.9) & (box >= 0.55),
+    ]

@@ -1,0 +1,99 @@
+"""Split: the images of one split of a data set, all in memory as bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from qadtr_brevitas.errors import DataError, UsageError
+from qadtr_brevitas.seeding import generator
+
+Progress: TypeAlias = Callable[[int, int], object]
+"""Is told (images done, images in all) while a split loads."""
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Images with labels, as uint8: four times smaller than float32, and exact.
+
+    Args:
+        images: uint8 (N, 3, H, W), RGB.
+        labels: int64 (N,), indices into `classes`.
+        classes: names of the classes.
+
+    Raises:
+        DataError: other shapes or types, or a label that is not an index into `classes`.
+    """
+
+    images: Tensor
+    labels: Tensor
+    classes: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if self.images.dtype != torch.uint8 or self.images.ndim != 4 or self.images.shape[1] != 3:
+            given = f"{self.images.dtype} {tuple(self.images.shape)}"
+            raise DataError(f"images are {given}: a split holds torch.uint8 of shape (N, 3, H, W)")
+        if self.labels.dtype != torch.int64 or self.labels.shape != self.images.shape[:1]:
+            given = f"{self.labels.dtype} {tuple(self.labels.shape)}"
+            raise DataError(f"labels are {given}: a split holds one torch.int64 for each of its {len(self)} images")
+        if len(self) and not 0 <= int(self.labels.min()) <= int(self.labels.max()) < len(self.classes):
+            raise DataError(
+                f"labels are not all in 0..{len(self.classes) - 1}, but there are {len(self.classes)} classes"
+            )
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        height, width = self.images.shape[2:]
+        return height, width
+
+    def batch(self, indices: Tensor, *, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+        """The chosen images as float32 (n, 3, H, W) in [0, 1], with labels int64 (n,), on `device`.
+
+        Args:
+            indices: int64 (n,), on the CPU.
+        """
+        images = self.images[indices].to(device, non_blocking=True)
+        return images.float().div_(255), self.labels[indices].to(device, non_blocking=True)
+
+    def subset(self, indices: Tensor) -> Split:
+        """The chosen images only; `classes` stays whole, so labels keep their meaning."""
+        return replace(self, images=self.images[indices], labels=self.labels[indices])
+
+    def balanced(self, count: int, *, seed: int) -> Split:
+        """`count` images drawn at random, equally many of each class as far as there are enough.
+
+        Raises:
+            UsageError: fewer than 1 or more than all images wanted.
+        """
+        return self.divide(count, seed=seed)[0]
+
+    def divide(self, count: int, *, seed: int) -> tuple[Split, Split]:
+        """Divides into `count` class-balanced random images and the rest, both in the order they have here.
+
+        Raises:
+            UsageError: fewer than 1 or more than all images wanted.
+        """
+        if not 1 <= count <= len(self):
+            raise UsageError(f"{count} images cannot be drawn from {len(self)}: give a number from 1 to {len(self)}")
+        chosen = torch.zeros(len(self), dtype=torch.bool)
+        chosen[_balanced_indices(self.labels, count, seed)] = True
+        return self.subset(chosen.nonzero().flatten()), self.subset((~chosen).nonzero().flatten())
+
+
+def _balanced_indices(labels: Tensor, count: int, seed: int) -> Tensor:
+    """Takes one random image of every class, then a second, and so on, until there are enough."""
+    shuffled = torch.randperm(len(labels), generator=generator(seed, "balanced"))
+    by_class = shuffled[labels[shuffled].argsort(stable=True)]
+    sizes = labels.bincount()
+    first_of_class = sizes.cumsum(0) - sizes
+    turn = torch.empty_like(labels)
+    turn[by_class] = torch.arange(len(labels)) - first_of_class[labels[by_class]]
+    return shuffled[turn[shuffled].argsort(stable=True)[:count]]
