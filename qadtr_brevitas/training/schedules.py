@@ -1,0 +1,154 @@
+"""Precision schedules: which precision a training step runs at.
+
+A draw depends on (seed, step) only: every rank draws the same, and a resumed run what an uninterrupted one would have.
+"""
+
+from __future__ import annotations
+
+from random import Random
+from typing import Annotated, Protocol
+
+from pydantic import model_validator
+
+from qadtr_brevitas.plugin import STRICT, Field, PrecisionField, dataclass
+from qadtr_brevitas.precision import DEFAULT_BITS, Precision, parse_precisions
+from qadtr_brevitas.seeding import derive_seed
+
+
+class Schedule(Protocol):
+    """Chooses the precision, or precisions, of each training step."""
+
+    def precisions(self, step: int, *, seed: int, epoch: int, epochs: int) -> tuple[Precision, ...]:
+        """Precisions of one step, usually one; the losses at several are averaged.
+
+        Args:
+            step: 0-based count of optimizer steps since the run began.
+            seed: the recipe's seed.
+            epoch: 0-based epoch of quantized training.
+            epochs: epochs of quantized training in all.
+        """
+        ...
+
+    def possible(self) -> tuple[Precision, ...]:
+        """Every precision a step may get: the model must have been converted for them."""
+        ...
+
+
+Choices = Annotated[
+    tuple[PrecisionField, ...],
+    Field(min_length=1, description="precisions to choose from, e.g. [32, 8, 5, 4, 2] or [w4a8, w2a8]"),
+]
+_DEFAULT = parse_precisions(DEFAULT_BITS)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Uniform:
+    """One precision a step, all equally likely: dynamic bit-width training (QADT-R, eq. 2).
+
+    Eq. 2 draws the pair (b_w, b_a) from Uniform(B), B a set of single numbers. Decision: one number for both, as in
+    every table of the paper and in DWQ. The literal alternative, two independent draws, is `independent: true`; the
+    model must then be converted for the pairs too, and their norm statistics recalibrated.
+    """
+
+    choices: Choices = _DEFAULT
+    independent: Annotated[bool, Field(description="draw weight and activation bits separately")] = False
+
+    def precisions(self, step: int, *, seed: int, epoch: int, epochs: int) -> tuple[Precision, ...]:
+        """One precision, drawn for this step; see `Schedule.precisions`."""
+        random = _random(seed, step)
+        drawn = random.choice(self.choices)
+        if self.independent:
+            drawn = Precision(drawn.weight, random.choice(self.choices).act)
+        return (drawn,)
+
+    def possible(self) -> tuple[Precision, ...]:
+        """See `Schedule.possible`."""
+        return _pairs(self.choices) if self.independent else self.choices
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Fixed:
+    """One precision throughout: standard quantization-aware training."""
+
+    choice: Annotated[PrecisionField, Field(description="the precision, e.g. 4 or w4a8")] = Precision(4, 4)
+
+    def precisions(self, step: int, *, seed: int, epoch: int, epochs: int) -> tuple[Precision, ...]:
+        """The one precision; see `Schedule.precisions`."""
+        return (self.choice,)
+
+    def possible(self) -> tuple[Precision, ...]:
+        """See `Schedule.possible`."""
+        return (self.choice,)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Cycle:
+    """Each precision for some epochs in turn.
+
+    The paper's Table 17 says 20 epochs for each of 5 precisions, which is twice its 50 epochs. Decision: by default
+    the epochs of the run are divided into one equal stretch for each precision; `epochs_each: 20` is the literal
+    alternative, which starts over after the last precision.
+    """
+
+    choices: Choices = _DEFAULT
+    epochs_each: Annotated[int | None, Field(ge=1, description="epochs at a time; null: all epochs, divided")] = None
+
+    def precisions(self, step: int, *, seed: int, epoch: int, epochs: int) -> tuple[Precision, ...]:
+        """The precision of this epoch; see `Schedule.precisions`."""
+        turn = epoch * len(self.choices) // epochs if self.epochs_each is None else epoch // self.epochs_each
+        return (self.choices[turn % len(self.choices)],)
+
+    def possible(self) -> tuple[Precision, ...]:
+        """See `Schedule.possible`."""
+        return self.choices
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Weighted:
+    """One precision a step, drawn with given weights, for instance to train low precisions more often."""
+
+    choices: Choices = _DEFAULT
+    weights: Annotated[
+        tuple[Annotated[float, Field(ge=0)], ...], Field(description="one for each choice, e.g. [1, 1, 1, 1, 2.5]")
+    ] = (1, 1, 1, 1, 1)
+
+    @model_validator(mode="after")
+    def _one_weight_each(self) -> Weighted:
+        if len(self.weights) != len(self.choices):
+            raise ValueError(f"{len(self.weights)} weights for {len(self.choices)} choices: give one weight for each")
+        if sum(self.weights) <= 0:
+            raise ValueError("all weights are 0: give at least one above 0")
+        return self
+
+    def precisions(self, step: int, *, seed: int, epoch: int, epochs: int) -> tuple[Precision, ...]:
+        """One precision, drawn for this step; see `Schedule.precisions`."""
+        return tuple(_random(seed, step).choices(self.choices, self.weights))
+
+    def possible(self) -> tuple[Precision, ...]:
+        """See `Schedule.possible`."""
+        return self.choices
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Sandwich:
+    """Highest, random and lowest precision in every step (Yu and Huang 2019), which costs three steps."""
+
+    choices: Choices = _DEFAULT
+
+    def precisions(self, step: int, *, seed: int, epoch: int, epochs: int) -> tuple[Precision, ...]:
+        """Up to three precisions, highest first; see `Schedule.precisions`."""
+        ordered = sorted(self.choices, key=lambda p: (p.weight + p.act, p), reverse=True)
+        between = [_random(seed, step).choice(ordered[1:-1])] if len(ordered) > 2 else []
+        return tuple(dict.fromkeys((ordered[0], *between, ordered[-1])))
+
+    def possible(self) -> tuple[Precision, ...]:
+        """See `Schedule.possible`."""
+        return self.choices
+
+
+def _random(seed: int, step: int) -> Random:
+    return Random(derive_seed(seed, "precision", step))
+
+
+def _pairs(choices: tuple[Precision, ...]) -> tuple[Precision, ...]:
+    return tuple(Precision(weight.weight, act.act) for weight in choices for act in choices)
