@@ -13,7 +13,7 @@ PATCH_FILE_BITS = 8
 """Patches live on the grid of 8-bit images: they are quantized before they are scored, not when they are saved."""
 
 
-def fake_quantize(values: Tensor, bits: int, *, noise: float = 0.0, generator: torch.Generator | None = None) -> Tensor:
+def fake_quantize(values: Tensor, bits: int, *, step_error: float = 0.0) -> Tensor:
     """Uniform quantization of pixels on [0, 1]: round(p * (2^b - 1)) / (2^b - 1).
 
     The gradient is the identity for values inside [0, 1] and zero outside, where they are clipped. At 32 bit nothing
@@ -22,8 +22,7 @@ def fake_quantize(values: Tensor, bits: int, *, noise: float = 0.0, generator: t
     Args:
         values: any shape, range [0, 1].
         bits: bit-width b; the result has at most 2^b levels.
-        noise: standard deviation of a relative error of the quantizer's step, one draw per call.
-        generator: where that draw comes from; needed with noise.
+        step_error: relative error of the quantizer's step, above -1: quantization noise.
 
     Returns:
         Same shape, range [0, 1].
@@ -31,12 +30,7 @@ def fake_quantize(values: Tensor, bits: int, *, noise: float = 0.0, generator: t
     if bits == FLOAT_BITS:
         return values
     top = 2**bits - 1
-    steps = float(top)
-    if noise > 0:
-        assert generator is not None, "quantization noise needs a generator"
-        error = torch.randn((), generator=generator, device=generator.device).item()
-        steps = top / max(1 + noise * error, 0.5)
-    return _RoundToGrid.apply(values.clamp(0, 1), steps, top)  # pyright: ignore[reportReturnType]
+    return _RoundToGrid.apply(values.clamp(0, 1), top / (1 + step_error), top)  # pyright: ignore[reportReturnType]
 
 
 class _RoundToGrid(torch.autograd.Function):

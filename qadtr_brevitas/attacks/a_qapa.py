@@ -1,0 +1,132 @@
+"""A-QAPA: patches made inside the quantized network, from quantized pixels, for training and as an attack."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
+
+from qadtr_brevitas.plugin import STRICT, Field, dataclass
+from qadtr_brevitas.precision import DEFAULT_BITS, FLOAT_BITS, MAX_BITS, MIN_BITS
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from qadtr_brevitas.attacks.base import Model
+    from qadtr_brevitas.precision import Precision
+
+Choice = TypeVar("Choice")
+Bits = Annotated[int, Field(ge=MIN_BITS, le=MAX_BITS)] | Literal[32]
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class AQapa:
+    """Adaptive quantization-aware patches (QADT-R, eq. 1): x_adv = Q_b(x) (1 - M) + Q_b(p) M.
+
+    A fresh patch per image, at a place of its own, is optimized by sign steps inside the network at its current
+    precision: a float master patch is rounded in the forward pass and the gradient goes straight through. One size,
+    one shape and one patch bit-width are drawn per batch.
+
+    What the paper leaves open, and what is done here:
+
+    - Eq. (1) quantizes the whole image, the text only "the adversarial region". Default: the equation.
+      `quantize_image=false` is the text; then nothing but masked pixels changes.
+    - b is the network's activation bit-width; `patch_bits` gives the patch one of its own, fixed or drawn from
+      {32, 8, 5, 4, 2}. At 32 bit neither image nor patch is quantized.
+    - sigma_b = 0.01 ("variance of bit-width switching noise", Table 17) is in no equation. `noise` is read as the
+      standard deviation of a relative error of the quantizer's step, drawn per batch and quantizer. Default: off.
+      Literally, as a variance, it would be noise=0.1.
+    - Steps, sizes, shapes, attacked share and target in training are not given. As in PBAT (Rao et al. 2020) half of
+      each batch is attacked, with steps of 0.1 against the true class; 5 of its 25 steps, because on a float
+      CIFAR ResNet-20 they already leave 22 % accuracy of 91 (10 steps 13 %, noise 80 %) at a fifth of the cost.
+      `targeted=true` goes towards a random other class instead.
+    """
+
+    share: Annotated[float, Field(gt=0, le=1, description="share of each training batch that is attacked")] = 0.5
+    steps: Annotated[int, Field(ge=0, description="sign steps per patch; 0: noise")] = 5
+    step_size: Annotated[float, Field(gt=0, le=1, description="step in pixel values")] = 0.1
+    sizes: Annotated[
+        tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1, description="sides or diameters in pixels")
+    ] = (6, 8, 10)
+    shapes: Annotated[tuple[Literal["square", "disc"], ...], Field(min_length=1, description="shapes to draw from")] = (
+        "square",
+        "disc",
+    )
+    patch_bits: Annotated[
+        Literal["same", "random"] | Bits, Field(description="bit-width of the patch; same: the network's activations'")
+    ] = "same"
+    quantize_image: Annotated[bool, Field(description="quantize the clean pixels too, as eq. (1) says")] = True
+    noise: Annotated[float, Field(ge=0, le=0.2, description="relative error of the quantizers' steps, std")] = 0.0
+    targeted: Annotated[bool, Field(description="aim at a random other class instead of any")] = False
+
+    def run(
+        self,
+        model: Model,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        generator: torch.Generator,
+        precision: Precision | None = None,
+    ) -> Tensor:
+        """Patched images of every image given. The model's parameters get no gradients.
+
+        Args:
+            model: in evaluation mode, at `precision`.
+            images: (N, 3, H, W) in [0, 1].
+            labels: (N,).
+            generator: draws sizes, shapes, places, bit-widths and starts.
+            precision: what the model runs at; None means not quantized.
+
+        Returns:
+            (N, 3, H, W) in [0, 1]; outside the masks equal to the images, quantized if `quantize_image`.
+
+        Raises:
+            UsageError: a size larger than the images.
+        """
+        import torch
+
+        from qadtr_brevitas.attacks.fake_quantize import fake_quantize
+        from qadtr_brevitas.attacks.geometry import paste, random_corners, shape_mask
+        from qadtr_brevitas.attacks.losses import attack_loss
+
+        def draw(*size: int) -> Tensor:
+            return torch.rand(*size, generator=generator, device=generator.device).to(images.device)
+
+        side = _choose(self.sizes, generator)
+        mask = shape_mask(_choose(self.shapes, generator), side)
+        bits = FLOAT_BITS if precision is None else precision.act
+        patch_bits = self._patch_bits(bits, generator)
+        # One draw for the batch: a quantizer that differed from step to step would be a moving target.
+        image_error, patch_error = (self.noise * torch.randn(2, generator=generator, device=generator.device)).tolist()
+        corners = random_corners(len(images), (images.shape[-2], images.shape[-1]), (side, side), generator=generator)
+        shifts = draw(len(images)) if self.targeted else None
+        patches = draw(len(images), 3, side, side)
+        background = fake_quantize(images, bits, step_error=image_error) if self.quantize_image else images
+
+        def put(patches: Tensor) -> Tensor:
+            return paste(background, fake_quantize(patches, patch_bits, step_error=patch_error), mask, corners)
+
+        for _ in range(self.steps):
+            patches.requires_grad_()
+            logits = model(put(patches))
+            targets = None if shifts is None else _other_classes(labels, shifts, logits.shape[1])
+            loss = attack_loss("cross-entropy", logits, labels, targets).sum()
+            (gradient,) = torch.autograd.grad(loss, patches)
+            patches = (patches.detach() - self.step_size * gradient.sign()).clamp_(0, 1)
+        return put(patches)
+
+    def _patch_bits(self, network_bits: int, generator: torch.Generator) -> int:
+        if self.patch_bits == "same":
+            return network_bits
+        return _choose(DEFAULT_BITS, generator) if self.patch_bits == "random" else self.patch_bits
+
+
+def _choose(choices: Sequence[Choice], generator: torch.Generator) -> Choice:
+    import torch
+
+    return choices[int(torch.randint(len(choices), (), generator=generator, device=generator.device))]
+
+
+def _other_classes(labels: Tensor, shifts: Tensor, classes: int) -> Tensor:
+    """A class other than each label; `shifts` in [0, 1) say which."""
+    return (labels + 1 + (shifts * (classes - 1)).long()) % classes
