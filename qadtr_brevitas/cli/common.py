@@ -43,9 +43,14 @@ def examples(*lines: str) -> str:
 
 def output_options(command: _Command) -> _Command:
     """Adds --json, -q/--quiet and --debug; `emit`, `say`, `progress` and the error handler obey them."""
-    command = _flag("--debug", key=DEBUG, help="Show the traceback of an error.")(command)
+    command = debug_option(command)
     command = _flag("--quiet", "-q", key=QUIET, help="Print results and errors only.")(command)
     return _flag("--json", "json_", key=JSON, help="Print one JSON document on standard output.")(command)
+
+
+def debug_option(command: _Command) -> _Command:
+    """Adds --debug; `output_options` has it already."""
+    return _flag("--debug", key=DEBUG, help="Show the traceback of an error.")(command)
 
 
 def device_option(command: _Command) -> _Command:

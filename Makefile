@@ -1,0 +1,56 @@
+# Everything below sets itself up: it needs Python 3.11 or newer with pip, and nothing else.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+# The tested pair. On Linux the wheels of PyPI bring several GB of CUDA packages; for a CPU build use for instance
+#   make test TORCH="--index-url https://download.pytorch.org/whl/cpu torch torchvision"
+TORCH ?= torch==2.14.1 torchvision==0.29.1
+QUICKSTART ?= quickstart
+
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+RUN := $(BIN)/qadtr-brevitas
+
+# More OpenMP threads than free cores slow small networks down by far.
+test bench: export OMP_NUM_THREADS ?= 1
+
+.PHONY: help quickstart test lint types bench format clean
+.DEFAULT_GOAL := help
+
+help: ## show this text
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+quickstart: $(INSTALLED) ## train, attack and compare two small networks, no download (about 5 minutes)
+	$(RUN) train digits_qat -o $(QUICKSTART)/qat
+	$(RUN) train digits_qadtr -o $(QUICKSTART)/qadtr
+	$(RUN) attack $(QUICKSTART)/qat -o $(QUICKSTART)/qat/patches
+	$(RUN) attack $(QUICKSTART)/qadtr -o $(QUICKSTART)/qadtr/patches
+	$(RUN) evaluate $(QUICKSTART)/qat $(QUICKSTART)/qadtr -o $(QUICKSTART)/report
+
+test: $(INSTALLED) ## run the tests; PYTEST_ARGS adds options
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(INSTALLED) ## check style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(INSTALLED) ## check types, strictly
+	$(BIN)/pyright
+
+bench: $(INSTALLED) ## measure speed and memory against the float model and stock Brevitas
+	$(BIN)/python -m bench --json bench.json
+
+format: $(INSTALLED) ## put the code into shape
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove the environment, caches and build outputs; keeps runs
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# pip knows dependency groups from 25.1 on.
+$(INSTALLED): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet --editable . --group dev
+	touch $@

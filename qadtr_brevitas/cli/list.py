@@ -1,0 +1,55 @@
+"""`qadtr-brevitas list KIND [GLOB]`."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatch
+
+import click
+
+from qadtr_brevitas import recipe_files
+from qadtr_brevitas.cli.common import emit, examples, output_options
+from qadtr_brevitas.errors import UsageError, suggest
+from qadtr_brevitas.registry import REGISTRIES
+
+KINDS = ("models", *REGISTRIES, "recipes")
+
+
+@click.command(
+    "list",
+    epilog=examples(
+        "qadtr-brevitas list models 'cifar_*'",
+        "qadtr-brevitas list attacks",
+        "qadtr-brevitas list recipes --json",
+    ),
+)
+@click.argument("kind", metavar="|".join(KINDS))
+@click.argument("pattern", default="*", metavar="[GLOB]")
+@output_options
+def command(kind: str, pattern: str) -> None:
+    """List the names of a kind, with what they are; a shell pattern picks some.
+
+    Models are timm's, those of this package included.
+    """
+    from rich.table import Table
+
+    if kind not in KINDS:
+        raise UsageError(f"cannot list {kind!r}: {suggest(kind, KINDS)}")
+    found = _entries(kind, pattern)
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for name, description in found.items():
+        table.add_row(name, description)
+    emit([{"name": name, "description": description} for name, description in found.items()], table)
+
+
+def _entries(kind: str, pattern: str) -> dict[str, str]:
+    if kind == "models":
+        import timm
+
+        import qadtr_brevitas.models  # noqa: F401  registers the models of this package
+
+        return dict.fromkeys(timm.list_models(pattern), "")
+    if kind == "recipes":
+        shipped = recipe_files.shipped_recipes().items()
+        return {name: recipe_files.recipe_description(path) for name, path in shipped if fnmatch(name, pattern)}
+    registry = REGISTRIES[kind]
+    return {name: registry.describe(name) for name in registry.names(pattern)}

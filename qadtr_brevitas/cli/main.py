@@ -1,0 +1,110 @@
+"""The group of all commands, none of which is imported before it is called, and the one place that words errors."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib import import_module
+
+import click
+
+from qadtr_brevitas import __version__
+from qadtr_brevitas.cli import common
+from qadtr_brevitas.errors import QadtrError
+
+COMMANDS = {
+    "convert": ("qadtr_brevitas.cli.convert", "Turn a float model into a switchable quantized one."),
+    "train": ("qadtr_brevitas.cli.train", "Train a switchable quantized model as a recipe says."),
+    "attack": ("qadtr_brevitas.cli.attack", "Make adversarial patches against a model."),
+    "evaluate": ("qadtr_brevitas.cli.evaluate", "Score models under attack and write a report."),
+    "recipes": ("qadtr_brevitas.cli.recipes", "List, show, copy and check recipes."),
+    "list": ("qadtr_brevitas.cli.list", "List models, attacks, data sets and other names."),
+    "info": ("qadtr_brevitas.cli.info", "Say what a model, run, patch or report is."),
+}
+
+
+class LazyGroup(click.Group):
+    """A group that knows its commands by name and help, and imports one only to run it or to show its own help."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """The names in the order in which the commands are used."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Imports the command."""
+        if cmd_name not in COMMANDS:
+            return None
+        return import_module(COMMANDS[cmd_name][0]).command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Writes the list of commands from the table, not from the commands."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+
+    def invoke(self, ctx: click.Context) -> object:
+        """Runs the command; an error meant for users becomes one that click prints without a traceback."""
+        try:
+            return super().invoke(ctx)
+        except (QadtrError, OSError) as error:
+            # A closed pipe, as in `... | head`, is click's to handle.
+            if isinstance(error, BrokenPipeError):
+                raise
+            if common.wants_debug():
+                traceback.print_exc()
+            raise _Failure(error) from error
+
+
+class _Failure(click.ClickException):
+    """An error as it is shown: red, on stderr, with its own exit code."""
+
+    def __init__(self, error: QadtrError | OSError) -> None:
+        super().__init__(_word(error))
+        self.exit_code = error.exit_code if isinstance(error, QadtrError) else 1
+
+    def show(self, file: object = None) -> None:
+        common.stderr().print(f"Error: {self.message}", style="red", markup=False)
+
+
+def _word(error: QadtrError | OSError) -> str:
+    if isinstance(error, OSError):
+        place = f"{error.filename}: " if error.filename else ""
+        return f"{place}{error.strerror or error}; check the path, its permissions and the free space"
+    text = str(error)
+    return f"\n{text}" if "\n" in text else text
+
+
+@click.group(
+    cls=LazyGroup,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
+    epilog=common.examples(
+        "qadtr-brevitas recipes list",
+        "qadtr-brevitas train digits_qadtr -o runs/qadtr",
+        "qadtr-brevitas attack runs/qadtr -o runs/qadtr/patches",
+        "qadtr-brevitas evaluate runs/qadtr -o runs/report",
+    ),
+)
+@click.version_option(__version__, prog_name="qadtr-brevitas")
+@common.debug_option
+def cli() -> None:
+    """Train, attack and deploy quantized networks that resist adversarial patches (QADT-R on Brevitas).
+
+    Every command says which files it wrote and what to type next.
+    """
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns its exit code: 0 ok, 1 failure, 2 bad usage or an invalid recipe."""
+    try:
+        result = cli.main(arguments, prog_name="qadtr-brevitas", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("Stopped. `train` goes on where it was when the same command is given again.", err=True)
+        return 1
+    except BrokenPipeError:
+        # Python would complain once more when it flushes at exit.
+        sys.stdout = None
+        return 1
+    return result if isinstance(result, int) else 0

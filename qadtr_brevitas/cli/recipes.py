@@ -1,0 +1,94 @@
+"""`qadtr-brevitas recipes list|show|copy|validate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from qadtr_brevitas import recipe_files
+from qadtr_brevitas.cli.common import emit, examples, output_options, say
+
+
+@click.group(
+    "recipes",
+    epilog=examples(
+        "qadtr-brevitas recipes list",
+        "qadtr-brevitas recipes show digits_qadtr",
+        "qadtr-brevitas recipes copy digits_qadtr my_recipe.yaml",
+        "qadtr-brevitas recipes validate my_recipe.yaml train.epochs=3",
+    ),
+)
+def command() -> None:
+    """List, show, copy and check recipes.
+
+    A recipe is one YAML file that says everything about a training run.
+    """
+
+
+@command.command("list", epilog=examples("qadtr-brevitas recipes list", "qadtr-brevitas recipes list 'cifar10_*'"))
+@click.argument("pattern", default="*", metavar="[GLOB]")
+@output_options
+def list_(pattern: str) -> None:
+    """List the recipes that ship with the package."""
+    from fnmatch import fnmatch
+
+    from rich.table import Table
+
+    found = {name: path for name, path in recipe_files.shipped_recipes().items() if fnmatch(name, pattern)}
+    table = Table(box=None, pad_edge=False, show_header=False)
+    rows = [{"name": name, "description": recipe_files.recipe_description(path)} for name, path in found.items()]
+    for row in rows:
+        table.add_row(row["name"], row["description"])
+    emit(rows, table)
+    say("next: qadtr-brevitas recipes show NAME, or qadtr-brevitas train NAME -o DIR")
+
+
+@command.command(
+    epilog=examples(
+        "qadtr-brevitas recipes show digits_qadtr",
+        "qadtr-brevitas recipes show --keys digits_qadtr train.epochs=3",
+    )
+)
+@click.argument("recipe")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--keys", is_flag=True, help="Write out every key, with its value and what it is.")
+@output_options
+def show(recipe: str, overrides: tuple[str, ...], keys: bool) -> None:
+    """Print a recipe: as it was written or, with --keys, --json or overrides, as it is understood."""
+    path = recipe_files.find_recipe(recipe)
+    text = path.read_text(encoding="utf-8", errors="replace").rstrip("\n")
+    from qadtr_brevitas.cli.common import wants_json
+
+    if not (keys or overrides or wants_json()):
+        return emit(None, text)
+    from qadtr_brevitas.recipe import load_recipe
+
+    loaded = load_recipe(path, overrides)
+    emit(loaded.model_dump(mode="json"), loaded.dump_yaml(describe=True).rstrip("\n"))
+
+
+@command.command(epilog=examples("qadtr-brevitas recipes copy digits_qadtr my_recipe.yaml"))
+@click.argument("recipe")
+@click.argument("target", type=click.Path(path_type=Path), default=Path())
+@click.option("--force", is_flag=True, help="Overwrite a file that is already there.")
+@output_options
+def copy(recipe: str, target: Path, force: bool) -> None:
+    """Copy a recipe to TARGET, a file or a folder (here, if left out), to change it."""
+    written = recipe_files.copy_recipe(recipe, target, force=force)
+    emit({"written": str(written)})
+    say(f"wrote {written}; next: qadtr-brevitas train {written} -o DIR")
+
+
+@command.command(epilog=examples("qadtr-brevitas recipes validate my_recipe.yaml train.epochs=3"))
+@click.argument("recipe")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@output_options
+def validate(recipe: str, overrides: tuple[str, ...]) -> None:
+    """Check a recipe, with overrides as `train` takes them; every mistake is listed at once, with its line."""
+    from qadtr_brevitas.recipe import load_recipe
+
+    path = recipe_files.find_recipe(recipe)
+    load_recipe(path, overrides)
+    emit({"recipe": str(path), "valid": True})
+    say(f"{path} is valid; next: qadtr-brevitas train {' '.join((recipe, *overrides))} -o DIR")
