@@ -19,7 +19,9 @@ Model: TypeAlias = "Callable[[Tensor], Tensor]"
 class Progress(Protocol):
     """Told how many steps are done, of how many, and how it goes."""
 
-    def __call__(self, done: int, total: int, note: str = "") -> None: ...
+    def __call__(self, done: int, total: int, note: str = "") -> None:
+        """Shows it, or does nothing."""
+        ...
 
 
 class ImageAttack(Protocol):

@@ -81,7 +81,9 @@ def search_texture(
     texture = start.detach().clone().requires_grad_()
     optimizer = _optimizer(texture, search)
     best = Found(start, -math.inf)
-    for step, index in zip(range(1, search.steps + 1), _batches(len(images), search.batch_size, generator)):
+    batches = _batches(len(images), search.batch_size, generator)
+    for step in range(1, search.steps + 1):
+        index = next(batches)
         batch = as_float(images[index]), labels[index]
         loss = objective(fake_quantize(texture, PATCH_FILE_BITS), *batch)
         # Assigned, never accumulated; and nothing but the texture gets a gradient.

@@ -30,16 +30,19 @@ def fake_quantize(values: Tensor, bits: int, *, step_error: float = 0.0) -> Tens
     if bits == FLOAT_BITS:
         return values
     top = 2**bits - 1
-    return _RoundToGrid.apply(values.clamp(0, 1), top / (1 + step_error), top)  # pyright: ignore[reportReturnType]
+    return _RoundToGrid.apply(values, top / (1 + step_error), top)  # pyright: ignore[reportReturnType]
 
 
 class _RoundToGrid(torch.autograd.Function):
-    """Rounds to multiples of 1 / steps, at most `top` of them and at most 1; the gradient passes unchanged."""
+    """Clips to [0, 1] and rounds to multiples of 1 / steps, at most `top` of them."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, steps: float, top: int) -> Tensor:
-        return (values * steps).round_().clamp_(max=top).div_(steps).clamp_(max=1)
+        # Both ends belong to the inside: torch.clamp gives none there, and a pixel at 0 or 1 could never leave.
+        ctx.save_for_backward((values >= 0) & (values <= 1))
+        return values.clamp(0, 1).mul_(steps).round_().clamp_(max=top).div_(steps).clamp_(max=1)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
-        return grad_outputs[0], None, None
+        (inside,) = ctx.saved_tensors
+        return grad_outputs[0] * inside, None, None

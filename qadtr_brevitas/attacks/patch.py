@@ -21,6 +21,7 @@ from qadtr_brevitas.files import write_atomically
 
 FORMAT = "qadtr_brevitas.patch"
 FORMAT_VERSION = 1
+_TENSORS = ("texture", "mask")
 _PICTURE_SIDE = 256
 
 
@@ -120,22 +121,15 @@ class Patch:
         """
         source = _with_suffix(Path(path))
         header, tensors = _read(source)
-        if header.get("format") != FORMAT:
-            raise CheckpointError(f"{source} is not a patch file: give one that `qadtr-brevitas attack` wrote")
-        if int(header["version"]) > FORMAT_VERSION:
-            raise CheckpointError(
-                f"{source} has patch format {header['version']}, this release reads up to {FORMAT_VERSION}: "
-                "upgrade qadtr_brevitas"
-            )
         try:
             place = json.loads(header["place"])
             return cls(
                 texture=tensors["texture"].float() / 255,
                 mask=tensors["mask"].bool(),
-                place=place if place == "random" else (place[0], place[1]),
+                place=place if place == "random" else (int(place[0]), int(place[1])),
                 meta=json.loads(header["meta"]),
             )
-        except (KeyError, ValueError, IndexError, TypeError, UsageError) as error:
+        except (LookupError, ValueError, TypeError, UsageError) as error:
             raise CheckpointError(f"{source} is damaged ({error}): make the patch again") from error
 
     def _draw(self, path: Path) -> None:
@@ -167,8 +161,20 @@ def _with_suffix(path: Path) -> Path:
 def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     try:
         with safe_open(path, framework="pt") as file:
-            return file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}
-    except FileNotFoundError as error:
-        raise CheckpointError(f"there is no patch file {path}: make one with `qadtr-brevitas attack`") from error
+            header = file.metadata() or {}
+            _check_format(path, header)
+            return header, {name: file.get_tensor(name) for name in _TENSORS}
+    except FileNotFoundError:
+        raise CheckpointError(f"there is no patch file {path}: make one with `qadtr-brevitas attack`") from None
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} cannot be read as safetensors ({error}): make the patch again") from error
+        raise CheckpointError(f"{path} is not a whole safetensors file ({error}): make the patch again") from error
+
+
+def _check_format(path: Path, header: Mapping[str, str]) -> None:
+    if header.get("format") != FORMAT:
+        raise CheckpointError(f"{path} is not a patch file: give one that `qadtr-brevitas attack` wrote")
+    version = header.get("version", "")
+    if not version.isdecimal() or int(version) > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has patch format {version!r}, this release reads up to {FORMAT_VERSION}: upgrade qadtr_brevitas"
+        )

@@ -1,0 +1,180 @@
+import pytest
+import torch
+
+from qadtr_brevitas.attacks.geometry import (
+    crop,
+    fixed_corners,
+    paste,
+    place_corners,
+    random_corners,
+    shape_mask,
+    side_for_share,
+)
+from qadtr_brevitas.errors import UsageError
+from qadtr_brevitas.seeding import generator
+
+
+def reference(images, texture, mask, corners):
+    """x * (1 - M) + p * M with full-size canvases, one image at a time."""
+    size = texture.shape[-2:]
+    pasted = []
+    for number, (row, column) in enumerate(corners.tolist()):
+        own = texture if texture.ndim == 3 else texture[number]
+        own_mask = mask if mask.ndim == 2 else mask[number]
+        room = (column, images.shape[3] - column - size[1], row, images.shape[2] - row - size[0])
+        canvas = torch.nn.functional.pad(own, room)
+        covered = torch.nn.functional.pad(own_mask.to(images.dtype), room)
+        pasted.append(images[number] * (1 - covered) + canvas * covered)
+    return torch.stack(pasted)
+
+
+def example(*, per_image, dtype=torch.float32):
+    draw = generator(0, "geometry")
+    images = torch.rand(5, 3, 9, 12, generator=draw, dtype=dtype)
+    lead = (5,) if per_image else ()
+    texture = torch.rand(*lead, 3, 4, 3, generator=draw, dtype=dtype)
+    mask = torch.rand(*lead, 4, 3, generator=draw) > 0.4
+    corners = random_corners(5, (9, 12), (4, 3), generator=draw)
+    return images, texture, mask, corners
+
+
+@pytest.mark.parametrize("side", [1, 2, 3, 6, 7, 8, 10, 50])
+def test_a_disc_covers_the_pixels_whose_center_is_in_the_circle(side):
+    middle = (side - 1) / 2
+    expected = [
+        [(row - middle) ** 2 + (column - middle) ** 2 <= (side / 2) ** 2 for column in range(side)]
+        for row in range(side)
+    ]
+    assert shape_mask("disc", side).tolist() == expected
+
+
+def test_exact_areas():
+    assert shape_mask("square", 8).sum() == 64
+    assert shape_mask("rectangle", (4, 9)).sum() == 36
+    assert shape_mask("rectangle", (4, 9)).shape == (4, 9)
+    assert [int(shape_mask("disc", side).sum()) for side in (4, 6, 8)] == [12, 32, 52]
+
+
+@pytest.mark.parametrize(("shape", "size"), [("rectangle", 4), ("square", (4, 4)), ("disc", (4, 4))])
+def test_a_size_must_go_with_its_shape(shape, size):
+    with pytest.raises(UsageError, match=f"does not fit shape {shape}: give a"):
+        shape_mask(shape, size)
+
+
+def test_a_size_must_be_positive():
+    with pytest.raises(UsageError, match="give at least 1 pixel"):
+        shape_mask("square", 0)
+
+
+@pytest.mark.parametrize(("share", "side"), [(0.06, 54), (0.08, 63), (0.1, 70), (1.0, 224)])
+def test_np_is_a_share_of_the_pixels(share, side):
+    assert side_for_share(share, (224, 224)) == side
+
+
+def test_np_on_small_images():
+    assert side_for_share(1 / 16, (32, 32)) == 8
+
+
+@pytest.mark.parametrize("share", [0.01, 0.0351563, 0.0625, 0.2])
+def test_a_disc_never_exceeds_its_budget_and_uses_it(share):
+    side = side_for_share(share, (32, 32), "disc")
+    assert shape_mask("disc", side).sum() <= share * 1024 < shape_mask("disc", side + 1).sum()
+
+
+def test_shares_that_cannot_be_used():
+    with pytest.raises(UsageError, match="less than one pixel"):
+        side_for_share(0.0001, (32, 32))
+    with pytest.raises(UsageError, match="does not determine a rectangle"):
+        side_for_share(0.1, (32, 32), "rectangle")
+
+
+@pytest.mark.parametrize("per_image", [False, True])
+def test_paste_changes_masked_pixels_only(per_image):
+    images, texture, mask, corners = example(per_image=per_image)
+    before = images.clone()
+    pasted = paste(images, texture, mask, corners)
+    torch.testing.assert_close(pasted, reference(images, texture, mask, corners))
+    covered = reference(torch.zeros_like(images), torch.ones_like(texture), mask, corners).bool()
+    assert torch.equal(pasted[~covered], images[~covered])
+    assert torch.equal(images, before)
+    windows = crop(pasted, (4, 3), corners)
+    inside = mask.expand(5, 4, 3)[:, None].expand_as(windows)
+    assert torch.equal(windows[inside], texture.expand_as(windows)[inside])
+
+
+@pytest.mark.parametrize("per_image", [False, True])
+def test_gradient_of_paste(per_image):
+    images, texture, mask, corners = example(per_image=per_image, dtype=torch.float64)
+    images.requires_grad_()
+    texture.requires_grad_()
+    weight = torch.rand(images.shape, generator=generator(1, "weight"), dtype=torch.float64)
+    ours = torch.autograd.grad((paste(images, texture, mask, corners) * weight).sum(), (images, texture))
+    theirs = torch.autograd.grad((reference(images, texture, mask, corners) * weight).sum(), (images, texture))
+    for got, expected in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(got, expected)
+    assert torch.autograd.gradcheck(lambda x, p: paste(x, p, mask, corners), (images, texture))
+
+
+def test_corners_reach_every_place_with_rows_and_columns_drawn_apart():
+    corners = random_corners(40_000, (10, 12), (4, 3), generator=generator(0, "corners"))
+    counts = torch.zeros(7, 10).index_put_((corners[:, 0], corners[:, 1]), torch.ones(()), accumulate=True)
+    expected = 40_000 / 70
+    # 69 degrees of freedom: the 99.99 % quantile is 121.
+    assert ((counts - expected) ** 2 / expected).sum() < 121
+    rows, columns = corners.double().unbind(1)
+    assert torch.corrcoef(torch.stack([rows, columns]))[0, 1].abs() < 0.02
+
+
+def test_no_patch_touches_the_box_and_every_place_beside_it_is_drawn():
+    box = (4, 3, 3, 5)
+    corners = random_corners(5_000, (12, 12), (3, 2), generator=generator(0, "box"), keep_out=box)
+    pasted = paste(torch.zeros(5_000, 1, 12, 12), torch.ones(1, 3, 2), torch.ones(3, 2, dtype=torch.bool), corners)
+    assert pasted[:, :, 4:7, 3:8].sum() == 0
+    assert len(corners.unique(dim=0)) == 10 * 11 - 5 * 6
+
+
+def test_a_box_that_leaves_no_room():
+    with pytest.raises(UsageError, match="no room for a 3x3 patch outside the box"):
+        random_corners(1, (8, 8), (3, 3), generator=generator(0), keep_out=(1, 1, 6, 6))
+
+
+def test_the_same_seed_gives_the_same_corners():
+    first, again, other = (
+        random_corners(64, (32, 32), (8, 8), generator=generator(seed, "corners")) for seed in (0, 0, 1)
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_a_patch_as_large_as_the_image_has_one_place():
+    assert random_corners(3, (8, 8), (8, 8), generator=generator(0)).tolist() == [[0, 0]] * 3
+
+
+def test_fixed_corners():
+    assert fixed_corners((2, 24), 3, (32, 32), (8, 8)).tolist() == [[2, 24]] * 3
+    assert place_corners((2, 24), 3, (32, 32), (8, 8), generator=None).tolist() == [[2, 24]] * 3
+    with pytest.raises(UsageError, match=r"does not fit at row 25, column 0 of a 32x32 image"):
+        fixed_corners((25, 0), 3, (32, 32), (8, 8))
+
+
+def test_random_places_need_a_generator():
+    with pytest.raises(UsageError, match="give a generator"):
+        place_corners("random", 3, (32, 32), (8, 8), generator=None)
+
+
+def test_a_patch_larger_than_the_image():
+    with pytest.raises(UsageError, match=r"a 40x8 patch is larger than the 32x32 image"):
+        random_corners(1, (32, 32), (40, 8), generator=generator(0))
+    with pytest.raises(UsageError, match=r"larger than the 8x8 image"):
+        paste(torch.zeros(1, 3, 8, 8), torch.zeros(3, 9, 9), torch.ones(9, 9).bool(), torch.zeros(1, 2).long())
+
+
+@pytest.mark.parametrize("corner", [(-1, 0), (0, -1), (25, 0), (0, 25)])
+def test_corners_outside_the_image_do_not_wrap(corner):
+    with pytest.raises(UsageError, match=r"rows 0\.\.24, columns 0\.\.24"):
+        paste(torch.zeros(1, 3, 32, 32), torch.zeros(3, 8, 8), torch.ones(8, 8).bool(), torch.tensor([corner]))
+
+
+def test_one_corner_per_image():
+    with pytest.raises(UsageError, match=r"give one \(row, column\) each"):
+        paste(torch.zeros(2, 3, 32, 32), torch.zeros(3, 8, 8), torch.ones(8, 8).bool(), torch.zeros(1, 2).long())
