@@ -44,8 +44,6 @@ class Digits:
         Raises:
             UsageError: another split.
         """
-        import torch
-
         from qadtr_brevitas.data.split import Split
         from qadtr_brevitas.seeding import generator
 

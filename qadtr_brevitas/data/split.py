@@ -59,6 +59,7 @@ class Split:
 
         Args:
             indices: int64 (n,), on the CPU.
+            device: where the result is wanted.
         """
         images = self.images[indices].to(device, non_blocking=True)
         return images.float().div_(255), self.labels[indices].to(device, non_blocking=True)

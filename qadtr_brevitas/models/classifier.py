@@ -62,7 +62,7 @@ class CifarClassifier(nn.Module):
 
 
 def cifar_cfg(first_conv: str) -> dict[str, Any]:
-    """timm's default_cfg of a CIFAR network; mean and std are those of the published weights.
+    """Timm's default_cfg of a CIFAR network; mean and std are those of the published weights.
 
     Y. Idelbayev's CIFAR-10 weights were trained with the ImageNet mean and std, not with CIFAR's own.
     """
