@@ -57,6 +57,8 @@ class RecipeError(UsageError):
 def suggest(name: str, choices: Iterable[str]) -> str:
     """Words an unknown name: the nearest right one if there is one, else all of them."""
     choices = sorted(choices)
+    if not choices:
+        return "there is none to choose from"
     near = get_close_matches(name, choices, n=1, cutoff=0.6)
     if near:
         return f"did you mean {near[0]!r}?"

@@ -69,7 +69,7 @@ ATTACKS = Registry(
 DATASETS = Registry(
     "dataset",
     {
-        "cifar10": ("qadtr_brevitas.data.image_folder:Cifar10", "CIFAR-10 as an image folder or tar, 32x32, 10 classes"),
+        "cifar10": ("qadtr_brevitas.data.image_folder:Cifar10", "CIFAR-10 as image folder or tar, 32x32, 10 classes"),
         "digits": ("qadtr_brevitas.data.digits:Digits", "UCI handwritten digits drawn in color, 32x32, embedded"),
         "image-folder": ("qadtr_brevitas.data.image_folder:ImageFolder", "ROOT/{train,test}/<class>/*.<image>"),
         "shapes": ("qadtr_brevitas.data.shapes:Shapes", "procedural colored shapes, any size and number"),
@@ -81,8 +81,8 @@ SCHEDULES = Registry(
     {
         "cycle": ("qadtr_brevitas.training.schedules:Cycle", "each precision for some epochs in turn"),
         "fixed": ("qadtr_brevitas.training.schedules:Fixed", "one precision throughout (standard QAT)"),
-        "sandwich": ("qadtr_brevitas.training.schedules:Sandwich", "highest, random and lowest precision in every step"),
-        "uniform": ("qadtr_brevitas.training.schedules:Uniform", "one precision a step, all equally likely (DBWT, eq. 2)"),
+        "sandwich": ("qadtr_brevitas.training.schedules:Sandwich", "highest, random and lowest precision each step"),
+        "uniform": ("qadtr_brevitas.training.schedules:Uniform", "one precision a step, equally likely (DBWT, eq. 2)"),
         "weighted": ("qadtr_brevitas.training.schedules:Weighted", "one precision a step, with given weights"),
     },
 )

@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -33,7 +33,9 @@ QUIET, JSON, DEBUG = (f"qadtr_brevitas.{name}" for name in ("quiet", "json", "de
 class Report(Protocol):
     """Told how far a long task has come; `total` may be 0 as long as it is not known."""
 
-    def __call__(self, done: int, total: int, note: str = "") -> None: ...
+    def __call__(self, done: int, total: int, note: str = "") -> None:
+        """Says that `done` of `total` parts are done."""
+        ...
 
 
 def examples(*lines: str) -> str:
@@ -124,7 +126,7 @@ def emit(data: Any, text: RenderableType | None = None) -> None:
 
 
 @contextmanager
-def progress(description: str) -> Iterator[Report]:
+def progress(description: str) -> Generator[Report]:
     """A progress bar with the time left on stderr; silent off a terminal and under -q."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 

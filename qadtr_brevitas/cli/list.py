@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fnmatch import fnmatch
+from importlib import import_module
 
 import click
 
@@ -45,8 +46,8 @@ def _entries(kind: str, pattern: str) -> dict[str, str]:
     if kind == "models":
         import timm
 
-        import qadtr_brevitas.models  # noqa: F401  registers the models of this package
-
+        # Importing them registers them with timm.
+        import_module("qadtr_brevitas.models")
         return dict.fromkeys(timm.list_models(pattern), "")
     if kind == "recipes":
         shipped = recipe_files.shipped_recipes().items()

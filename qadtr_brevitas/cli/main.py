@@ -11,7 +11,7 @@ import click
 
 from qadtr_brevitas import __version__
 from qadtr_brevitas.cli import common
-from qadtr_brevitas.errors import QadtrError
+from qadtr_brevitas.errors import QadtrError, UsageError
 
 COMMANDS = {
     "convert": ("qadtr_brevitas.cli.convert", "Turn a float model into a switchable quantized one."),
@@ -37,6 +37,15 @@ class LazyGroup(click.Group):
             return None
         return import_module(COMMANDS[cmd_name][0]).command
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Finds the command; an unknown one is answered with the nearest name, which click looks up elsewhere."""
+        try:
+            return super().resolve_command(ctx, args)
+        except click.NoSuchCommand as error:
+            raise click.NoSuchCommand(error.command_name, possibilities=COMMANDS, ctx=ctx) from error
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Writes the list of commands from the table, not from the commands."""
         with formatter.section("Commands"):
@@ -52,26 +61,29 @@ class LazyGroup(click.Group):
                 raise
             if common.wants_debug():
                 traceback.print_exc()
-            raise _Failure(error) from error
+            failure = _WrongUsage if isinstance(error, UsageError) else _Failure
+            raise failure(_word(error)) from error
 
 
 class _Failure(click.ClickException):
-    """An error as it is shown: red, on stderr, with its own exit code."""
-
-    def __init__(self, error: QadtrError | OSError) -> None:
-        super().__init__(_word(error))
-        self.exit_code = error.exit_code if isinstance(error, QadtrError) else 1
+    """An error as it is shown: red, on stderr; exit code 1."""
 
     def show(self, file: object = None) -> None:
-        common.stderr().print(f"Error: {self.message}", style="red", markup=False)
+        space = "\n" if "\n" in self.message else " "
+        common.stderr().print(f"Error:{space}{self.message}", style="red", markup=False)
+
+
+class _WrongUsage(_Failure):
+    """One that the user can cure by typing something else."""
+
+    exit_code = UsageError.exit_code
 
 
 def _word(error: QadtrError | OSError) -> str:
     if isinstance(error, OSError):
         place = f"{error.filename}: " if error.filename else ""
         return f"{place}{error.strerror or error}; check the path, its permissions and the free space"
-    text = str(error)
-    return f"\n{text}" if "\n" in text else text
+    return str(error)
 
 
 @click.group(

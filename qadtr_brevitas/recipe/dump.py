@@ -16,18 +16,24 @@ if TYPE_CHECKING:
     from qadtr_brevitas.recipe.sections import Recipe
 
 
+class _Representer(RoundTripRepresenter):
+    """Writes null in full, where ruamel leaves the value out."""
+
+    def represent_none(self, data: None) -> Any:
+        return self.represent_scalar("tag:yaml.org,2002:null", "null")
+
+
+_Representer.add_representer(type(None), _Representer.represent_none)
+
+
 def dump_yaml(recipe: Recipe, *, describe: bool = False) -> str:
     """The recipe with every key written out; reading it again gives an equal recipe."""
     yaml = YAML()
     yaml.width = 10_000
-    yaml.representer.add_representer(type(None), _write_null)
+    yaml.Representer = _Representer
     text = StringIO()
     yaml.dump(_node(recipe.model_dump(mode="json"), recipe if describe else None), text)
     return text.getvalue()
-
-
-def _write_null(representer: RoundTripRepresenter, value: None) -> Any:
-    return representer.represent_scalar("tag:yaml.org,2002:null", "null")
 
 
 def _node(value: Any, owner: Any) -> Any:

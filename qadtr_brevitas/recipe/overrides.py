@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from difflib import get_close_matches
 from typing import Any
 
 from qadtr_brevitas.errors import Problem, suggest
@@ -43,7 +44,7 @@ def _put(root: Node, parts: list[str], value: Node) -> None:
     for index, part in enumerate(parts):
         fields = fields_of(owner)
         if fields and part not in fields:
-            raise _Refused(f"unknown key: {_suggest_path('.'.join(parts))}")
+            raise _Refused(f"unknown key: {_suggest_path('.'.join(parts), owner)}")
         _open(node, slot, parts[:index])
         children = node.children or {}
         key: int | str = _index(node, part, parts[:index]) if node.is_list else part
@@ -91,14 +92,12 @@ def _set(node: Node, key: int | str, value: Node) -> None:
         node.children = dict(enumerate(node.children.values()))
 
 
-def _suggest_path(path: str) -> str:
-    """The nearest right path: the same last key elsewhere, else the one that is spelled most like it."""
+def _suggest_path(path: str, owner: Any) -> str:
+    """The nearest right path: the same last key elsewhere, else one that is spelled much like it."""
     known = list(_paths(Recipe))
     same = [right for right in known if right.rpartition(".")[2] == path.rpartition(".")[2]]
-    if len(same) == 1:
-        return f"did you mean {same[0]!r}?"
-    words = suggest(path, same or known)
-    return words if len(words) < 300 else "see the keys with: qadtr-brevitas recipes show --keys"
+    near = same or get_close_matches(path, known, n=1)
+    return f"did you mean {' or '.join(map(repr, near))}?" if near else suggest(path, fields_of(owner))
 
 
 def _paths(owner: Any, prefix: str = "") -> Iterator[str]:

@@ -75,10 +75,8 @@ def dotted(place: Location) -> str:
 
 def show(value: Any) -> str:
     """A value as it is repeated in an error: text in quotes, YAML's words, never long."""
-    text = (
-        {True: "true", False: "false", None: "null"}[value] if value is None or value is True or value is False else ""
-    )
-    text = text or repr(value)
+    words = {"True": "true", "False": "false", "None": "null"}
+    text = words.get(repr(value), repr(value))
     return text if len(text) <= 60 else text[:57] + "..."
 
 
@@ -115,12 +113,10 @@ def _rule(item: ErrorDetails, field: FieldInfo | None) -> str:
 
 def _range(context: Mapping[str, Any], field: FieldInfo | None) -> str:
     """The whole allowed range, though pydantic names only the bound that was broken."""
-    bounds = {name: context[name] for name in ("ge", "gt", "le", "lt") if name in context}
-    for constraint in field.metadata if field else ():
-        bounds |= {
-            name: value for name in ("ge", "gt", "le", "lt") if (value := getattr(constraint, name, None)) is not None
-        }
     words = {"ge": "at least", "gt": "greater than", "le": "at most", "lt": "less than"}
+    bounds = {name: context[name] for name in words if name in context}
+    for constraint in field.metadata if field else ():
+        bounds |= {name: getattr(constraint, name) for name in words if hasattr(constraint, name)}
     return "must be " + " and ".join(f"{words[name]} {bounds[name]}" for name in words if name in bounds)
 
 

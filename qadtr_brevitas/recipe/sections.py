@@ -28,90 +28,90 @@ class Section(BaseModel):
 class ModelSection(Section):
     """The float network that is converted."""
 
-    name: str = Field("cifar_resnet20", min_length=1, description="any timm model name, untouched")
-    pretrained: bool = Field(False, description="let timm load its pretrained weights")
-    checkpoint: str | None = Field(None, description="float weights to start from, .safetensors or .pth")
-    num_classes: int | None = Field(None, ge=2, description="classes; null: as many as the data set has")
-    args: dict[str, Any] = Field({}, description="further arguments of timm.create_model")
+    name: str = Field(default="cifar_resnet20", min_length=1, description="any timm model name, untouched")
+    pretrained: bool = Field(default=False, description="let timm load its pretrained weights")
+    checkpoint: str | None = Field(default=None, description="float weights to start from, .safetensors or .pth")
+    num_classes: int | None = Field(default=None, ge=2, description="classes; null: as many as the data set has")
+    args: dict[str, Any] = Field(default={}, description="further arguments of timm.create_model")
 
 
 class DataSection(Section):
     """Images and labels."""
 
-    dataset: DatasetSlot = Field("cifar10", description="the data set")
-    augment: Literal["none", "crop", "crop-flip"] = Field("crop-flip", description="what training images go through")
-    val_share: float = Field(0.0, ge=0, lt=1, description="share of the training images held out to choose best/")
-    train_limit: int | None = Field(None, ge=1, description="use only so many training images, balanced over classes")
-    test_limit: int | None = Field(None, ge=1, description="use only so many test images, balanced over classes")
+    dataset: DatasetSlot = Field(default="cifar10", description="the data set")
+    augment: Literal["none", "crop", "crop-flip"] = Field(default="crop-flip", description="changes to training images")
+    val_share: float = Field(default=0.0, ge=0, lt=1, description="share of training images held out to choose best/")
+    train_limit: int | None = Field(default=None, ge=1, description="use so many training images, class-balanced")
+    test_limit: int | None = Field(default=None, ge=1, description="use so many test images, class-balanced")
 
 
 class CalibrationSection(Section):
     """How quantizer ranges are first set."""
 
-    method: Literal["mse", "minmax", "percentile"] = Field("mse", description="how a range is chosen from the data")
-    samples: int = Field(512, ge=1, description="training images looked at")
+    method: Literal["mse", "minmax", "percentile"] = Field(default="mse", description="how a range is chosen")
+    samples: int = Field(default=512, ge=1, description="training images looked at")
 
 
 class QuantSection(Section):
     """Which layers are quantized, and to what."""
 
     precisions: tuple[PrecisionField, ...] = Field(
-        parse_precisions(DEFAULT_BITS), min_length=1, description="the precisions the model can be switched to"
+        default=parse_precisions(DEFAULT_BITS), min_length=1, description="the precisions the model can be switched to"
     )
     edge: Literal["8bit", "same", "float"] = Field(
-        "8bit", description="first and last layer: at least 8 bit, same, float"
+        default="8bit", description="first and last layer: at least 8 bit, same, float"
     )
     norm: Literal["statistics", "switchable"] = Field(
-        "statistics", description="per precision: norm statistics only, or a whole BatchNorm"
+        default="statistics", description="per precision: norm statistics only, or a whole BatchNorm"
     )
-    narrow_range: bool = Field(True, description="symmetric weights; 2 bit is then ternary")
+    narrow_range: bool = Field(default=True, description="symmetric weights; 2 bit is then ternary")
     calibration: CalibrationSection = Field(default_factory=CalibrationSection, description="first quantizer ranges")
 
 
 class OptimizerSection(Section):
     """The optimizer, made by timm."""
 
-    name: str = Field("sgd", min_length=1, description="any timm optimizer name")
-    lr: float = Field(0.02, gt=0, description="highest learning rate, for the global batch")
-    momentum: float = Field(0.9, ge=0, lt=1, description="momentum, or beta1 of Adam")
-    weight_decay: float = Field(1e-4, ge=0, description="weight decay; none on norms, biases and thresholds")
-    threshold_lr: float = Field(1.0, ge=0, description="factor on the learning rate of quantizer thresholds")
+    name: str = Field(default="sgd", min_length=1, description="any timm optimizer name")
+    lr: float = Field(default=0.02, gt=0, description="highest learning rate, for the global batch")
+    momentum: float = Field(default=0.9, ge=0, lt=1, description="momentum, or beta1 of Adam")
+    weight_decay: float = Field(default=1e-4, ge=0, description="weight decay; none on norms, biases and thresholds")
+    threshold_lr: float = Field(default=1.0, ge=0, description="factor on the learning rate of quantizer thresholds")
 
 
 class SchedulerSection(Section):
     """The learning rate over time; it changes with every optimizer step."""
 
-    name: Literal["cosine", "poly", "step", "constant"] = Field("cosine", description="shape of the curve")
-    warmup_epochs: float = Field(1, ge=0, description="epochs of linear warm-up, part of train.epochs")
-    min_lr: float = Field(0.0, ge=0, description="learning rate at the end")
-    decay_epochs: float = Field(30, gt=0, description="step only: epochs between two drops")
-    decay_rate: float = Field(0.1, gt=0, le=1, description="step only: factor at each drop")
+    name: Literal["cosine", "poly", "step", "constant"] = Field(default="cosine", description="shape of the curve")
+    warmup_epochs: float = Field(default=1, ge=0, description="epochs of linear warm-up, part of train.epochs")
+    min_lr: float = Field(default=0.0, ge=0, description="learning rate at the end")
+    decay_epochs: float = Field(default=30, gt=0, description="step only: epochs between two drops")
+    decay_rate: float = Field(default=0.1, gt=0, le=1, description="step only: factor at each drop")
 
 
 class TrainSection(Section):
     """The training run: precision schedule, attack, regularizers and gradient rule are independent choices."""
 
-    epochs: int = Field(15, ge=1, description="epochs of quantized training")
-    batch_size: int = Field(128, ge=1, description="images per step, over all processes")
-    float_epochs: int = Field(0, ge=0, description="epochs at 32 bit before calibration, to train from scratch")
+    epochs: int = Field(default=15, ge=1, description="epochs of quantized training")
+    batch_size: int = Field(default=128, ge=1, description="images per step, over all processes")
+    float_epochs: int = Field(default=0, ge=0, description="epochs at 32 bit before calibration, to train from scratch")
     optimizer: OptimizerSection = Field(default_factory=OptimizerSection, description="the optimizer")
     scheduler: SchedulerSection = Field(default_factory=SchedulerSection, description="the learning rate over time")
-    precision: ScheduleSlot = Field("uniform", description="which precision each step trains")
-    attack: AttackSlot | None = Field(None, description="adversarial inputs the steps see")
-    regularizers: tuple[RegularizerSlot, ...] = Field((), description="extra losses")
-    gradient: GradientSlot | None = Field(None, description="what happens to gradients before the optimizer step")
-    label_smoothing: float = Field(0.0, ge=0, lt=1, description="label smoothing of the cross entropy")
-    clip_grad_norm: float | None = Field(None, gt=0, description="largest norm of the gradient")
-    amp: Literal["no", "bf16", "fp16"] = Field("no", description="automatic mixed precision")
-    validate_every: int = Field(1, ge=1, description="epochs between two validations")
-    checkpoint_every: int = Field(200, ge=1, description="steps between two states that --resume can start from")
-    norm_batches: int = Field(50, ge=0, description="batches to recalibrate norm statistics at the end; 0: keep them")
+    precision: ScheduleSlot = Field(default="uniform", description="which precision each step trains")
+    attack: AttackSlot | None = Field(default=None, description="adversarial inputs the steps see")
+    regularizers: tuple[RegularizerSlot, ...] = Field(default=(), description="extra losses")
+    gradient: GradientSlot | None = Field(default=None, description="what is done to gradients before a step")
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1, description="label smoothing of the cross entropy")
+    clip_grad_norm: float | None = Field(default=None, gt=0, description="largest norm of the gradient")
+    amp: Literal["no", "bf16", "fp16"] = Field(default="no", description="automatic mixed precision")
+    validate_every: int = Field(default=1, ge=1, description="epochs between two validations")
+    checkpoint_every: int = Field(default=200, ge=1, description="steps between two states to resume from")
+    norm_batches: int = Field(default=50, ge=0, description="batches that recalibrate norms at the end; 0: keep them")
 
 
 class Recipe(Section):
     """Everything that is to be said about a run."""
 
-    seed: int = Field(0, ge=0, description="everything random follows from it")
+    seed: int = Field(default=0, ge=0, description="everything random follows from it")
     model: ModelSection = Field(default_factory=ModelSection, description="the float network")
     data: DataSection = Field(default_factory=DataSection, description="images and labels")
     quant: QuantSection = Field(default_factory=QuantSection, description="quantization")

@@ -32,7 +32,7 @@ class Slot:
             value = {self.key: value}
         if isinstance(value, dict):
             return self._make({str(key): item for key, item in value.items()})
-        if not isinstance(value, (list, bool, int, float, type(None))) and self._name_of(value):
+        if not isinstance(value, (list, bool, int, float, type(None))) and self.name_of(value):
             return value
         rule = f"must name a {self.registry.kind} or be a mapping with the key {self.key!r}"
         raise located_error([((), f"{rule}, got {show(value)}")])
@@ -60,7 +60,8 @@ class Slot:
         except QadtrError as error:
             raise located_error([((), str(error))]) from error
 
-    def _name_of(self, plugin: object) -> str | None:
+    def name_of(self, plugin: object) -> str | None:
+        """The name a plug-in's class is registered under here, if it is."""
         wanted = type(plugin).__name__
         for name, (target, _) in self.registry.entries().items():
             # Only the one whose class has that name is imported.
@@ -81,7 +82,7 @@ def slot_name(plugin: object) -> str:
         LookupError: its class is in no registry.
     """
     for registry in REGISTRIES.values():
-        if name := Slot(registry)._name_of(plugin):
+        if name := Slot(registry).name_of(plugin):
             return name
     raise LookupError(f"{type(plugin).__name__} is in no registry")
 

@@ -126,7 +126,7 @@ def _line(parent: CommentedMap | CommentedSeq, key: Any, line: int | None) -> in
 
 
 def _scalar(value: Any) -> Any:
-    """ruamel's round-trip scalars as the plain types they stand for."""
+    """The plain types that ruamel's round-trip scalars stand for."""
     if isinstance(value, TaggedScalar):
         return str(value.value)
     for kind in (bool, int, float, str):
