@@ -1,0 +1,141 @@
+"""Quantize-dequantize with learned-step gradients, in as few passes over memory as PyTorch's eager mode allows.
+
+Forward: y = clamp(round(x / s), lo, hi) * s, rounding ties to even, as Brevitas and ONNX do.
+Backward (LSQ, Esser et al. 2020): the input's gradient passes where lo < x/s < hi; the step's is the sum of
+g * (y - x) / s inside and g * lo or g * hi outside.
+
+The step gradient needs no mask or residual of its own: with dx the masked gradient, it is (<g, y> - <dx, x>) / s,
+because y = lo * s or hi * s outside. So only x is kept besides y, which the next layer keeps anyway.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# 256 kB of floats: a block of input and output stays in a core's L2 cache through all passes over it.
+_BLOCK = 1 << 16
+
+
+class _QuantizeActivation(torch.autograd.Function):
+    """Per-tensor quantization with one learned step."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, lo: int, hi: int) -> Tensor:
+        ctx.lo, ctx.hi = lo, hi
+        if _is_blockable(x):
+            step = scale.item()
+            y = _quantize_blocks(x, step, lo, hi)
+        else:
+            step = None
+            y = torch.clamp_(torch.round_(x / scale.to(x.dtype)), lo, hi).mul_(scale.to(x.dtype))
+        ctx.step = step
+        if ctx.needs_input_grad[1]:
+            ctx.save_for_backward(x, scale, y)
+        else:
+            ctx.save_for_backward(x, scale)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+        x, scale, *rest = ctx.saved_tensors
+        y = rest[0] if rest and ctx.needs_input_grad[1] else None
+        if ctx.step is not None:
+            dx, dot = _backward_blocks(_like(grads[0], x), x, y, ctx.lo * ctx.step, ctx.hi * ctx.step)
+        else:
+            dx, dot = _backward(grads[0], x, y, ctx.lo * scale, ctx.hi * scale)
+        return dx, None if dot is None else (dot / scale).to(scale.dtype), None, None
+
+
+class _QuantizeWeight(torch.autograd.Function):
+    """Quantization of a parameter with one learned step per output channel, or one for all."""
+
+    @staticmethod
+    def forward(ctx: Any, w: Tensor, scale: Tensor, lo: int, hi: int) -> Tensor:
+        levels = w / scale
+        y = torch.clamp(torch.round(levels), lo, hi)
+        ctx.save_for_backward(levels, y)
+        ctx.lo, ctx.hi, ctx.scale_shape = lo, hi, scale.shape
+        return y * scale
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        levels, y = ctx.saved_tensors
+        (g,) = grads
+        dw = g * ((levels > ctx.lo) & (levels < ctx.hi))
+        return dw, (g * y - dw * levels).sum_to_size(ctx.scale_shape), None, None
+
+
+def quantize_activation(x: Tensor, scale: Tensor, lo: int, hi: int) -> Tensor:
+    """Quantizes activations to the levels lo * scale ... hi * scale.
+
+    Args:
+        x: activations of any shape.
+        scale: the step, positive, one element.
+        lo: lowest integer level, 0 for unsigned.
+        hi: highest integer level.
+
+    Returns:
+        A tensor like x with at most hi - lo + 1 distinct values.
+    """
+    return _QuantizeActivation.apply(x, scale, lo, hi)  # pyright: ignore[reportReturnType]
+
+
+def quantize_weight(w: Tensor, scale: Tensor, lo: int, hi: int) -> Tensor:
+    """Quantizes a weight, per output channel or per tensor.
+
+    Args:
+        w: weight, (out, in, ...).
+        scale: positive steps that broadcast to w, e.g. (out, 1, 1, 1).
+        lo: lowest integer level.
+        hi: highest integer level.
+    """
+    return _QuantizeWeight.apply(w, scale, lo, hi)  # pyright: ignore[reportReturnType]
+
+
+def _is_blockable(x: Tensor) -> bool:
+    return (
+        x.device.type == "cpu"
+        and x.dtype == torch.float32
+        and torch._C._get_tracing_state() is None  # pyright: ignore[reportPrivateUsage]
+        and not torch.compiler.is_compiling()
+        and (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last))
+    )
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x.as_strided((x.numel(),), (1,))
+
+
+def _like(g: Tensor, x: Tensor) -> Tensor:
+    # Gradients arrive in any layout (an expanded scalar after a mean, for instance).
+    return g if g.stride() == x.stride() else torch.empty_like(x).copy_(g)
+
+
+def _quantize_blocks(x: Tensor, step: float, lo: int, hi: int) -> Tensor:
+    y = torch.empty_like(x)
+    for source, target in zip(_flat(x).split(_BLOCK), _flat(y).split(_BLOCK), strict=True):
+        torch.div(source, step, out=target)
+        target.round_().clamp_(lo, hi).mul_(step)
+    return y
+
+
+def _backward_blocks(g: Tensor, x: Tensor, y: Tensor | None, low: float, high: float) -> tuple[Tensor, Tensor | None]:
+    if y is None:
+        return torch.ops.aten.hardtanh_backward(g, x, low, high), None
+    dx = torch.empty_like(x)
+    total = torch.zeros((), dtype=torch.float64)
+    blocks = (_flat(t).split(_BLOCK) for t in (g, x, y, dx))
+    for g_block, x_block, y_block, dx_block in zip(*blocks, strict=True):
+        torch.ops.aten.hardtanh_backward(g_block, x_block, low, high, grad_input=dx_block)
+        total += torch.dot(g_block, y_block) - torch.dot(dx_block, x_block)
+    return dx, total
+
+
+def _backward(g: Tensor, x: Tensor, y: Tensor | None, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor | None]:
+    dx = g * ((x > low) & (x < high))
+    if y is None:
+        return dx, None
+    return dx, (g * y - dx * x).sum(dtype=torch.float32)

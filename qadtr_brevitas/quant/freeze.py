@@ -1,0 +1,129 @@
+"""A switchable model at one precision, as a plain Brevitas model: what exporters take."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from brevitas.inject.enum import ScalingImplType
+from brevitas.nn import QuantConv2d, QuantIdentity, QuantLinear, QuantReLU
+from brevitas.quant import Int8ActPerTensorFloat, Int8WeightPerChannelFloat, Int8WeightPerTensorFloat, Uint8ActPerTensorFloat
+from torch import Tensor, nn
+
+from qadtr_brevitas.precision import PrecisionLike
+from qadtr_brevitas.quant.layers import SwitchableConv2d, SwitchableIdentity, SwitchableLinear, SwitchableReLU, SwitchableReLU6
+from qadtr_brevitas.quant.norm import SwitchableBatchNorm2d
+from qadtr_brevitas.quant.quantizers import SwitchableActProxy, SwitchableQuant, SwitchableWeightProxy
+from qadtr_brevitas.quant.switch import at_precision
+
+
+class FrozenModel(nn.Module):
+    """A plain Brevitas network with its normalization: images (N, C, H, W) in [0, 1] to logits."""
+
+    def __init__(self, net: nn.Module, mean: Tensor, std: Tensor) -> None:
+        super().__init__()
+        self.net = net
+        self.register_buffer("mean", mean.clone())
+        self.register_buffer("std", std.clone())
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.net((images - self.mean) / self.std)
+
+
+def freeze(model: nn.Module, precision: PrecisionLike) -> nn.Module:
+    """A copy of a switchable model at one precision, of stock Brevitas layers and quantizers only.
+
+    It computes what the switchable model computes at that precision, and keeps one BatchNorm per layer.
+
+    Args:
+        model: a switchable model; left untouched.
+        precision: an allowed precision. At 32 bit the copy is the plain float network.
+
+    Returns:
+        The frozen model, in eval mode: images (N, C, H, W) in [0, 1] to logits (N, classes).
+
+    Raises:
+        UsageError: the precision is not allowed, or the model is not switchable.
+    """
+    with at_precision(model, precision):
+        copied = copy.deepcopy(model)
+        for name, module in list(copied.named_modules()):
+            if (replacement := _frozen_layer(module)) is not None:
+                copied.set_submodule(name, replacement)
+        frozen = FrozenModel(copied.net, copied.mean, copied.std)
+        return frozen.to(copied.mean.device).eval()
+
+
+def _frozen_layer(module: nn.Module) -> nn.Module | None:
+    if isinstance(module, SwitchableConv2d | SwitchableLinear):
+        return _frozen_linear(module)
+    if isinstance(module, SwitchableReLU):
+        quant = _act_quant(module.act_quant)
+        if quant is None:
+            return nn.ReLU6() if isinstance(module, SwitchableReLU6) else nn.ReLU()
+        return QuantReLU(act_quant=quant)
+    if isinstance(module, SwitchableIdentity):
+        quant = _act_quant(module.act_quant)
+        return nn.Identity() if quant is None else QuantIdentity(act_quant=quant)
+    if isinstance(module, SwitchableBatchNorm2d):
+        return _frozen_norm(module)
+    return None
+
+
+def _frozen_linear(module: SwitchableConv2d | SwitchableLinear) -> nn.Module:
+    has_bias = module.bias is not None
+    quantizers = {"weight_quant": _weight_quant(module.weight_quant), "input_quant": None}
+    if isinstance(module.input_quant, SwitchableActProxy):
+        quantizers["input_quant"] = _act_quant(module.input_quant)
+    if isinstance(module, QuantLinear):
+        layer = QuantLinear(module.in_features, module.out_features, has_bias, **quantizers)
+    else:
+        layer = QuantConv2d(
+            module.in_channels,
+            module.out_channels,
+            module.kernel_size,
+            stride=module.stride,
+            padding=module.padding,
+            dilation=module.dilation,
+            groups=module.groups,
+            padding_mode=module.padding_mode,
+            bias=has_bias,
+            **quantizers,
+        )
+    with torch.no_grad():
+        layer.weight.copy_(module.weight)
+        if module.bias is not None:
+            layer.bias.copy_(module.bias)
+    return layer
+
+
+def _weight_quant(proxy: SwitchableWeightProxy) -> Any:
+    if not proxy.is_quant_enabled:
+        return None
+    stock = Int8WeightPerChannelFloat if proxy.per_channel else Int8WeightPerTensorFloat
+    return stock.let(narrow_range=proxy.tensor_quant.narrow_range, **_settings(proxy.tensor_quant))
+
+
+def _act_quant(proxy: SwitchableActProxy) -> Any:
+    if not proxy.is_quant_enabled:
+        return None
+    stock = Int8ActPerTensorFloat if proxy.quantizer.signed else Uint8ActPerTensorFloat
+    return stock.let(**_settings(proxy.quantizer))
+
+
+def _settings(quantizer: SwitchableQuant) -> dict[str, Any]:
+    threshold = quantizer.threshold(quantizer.bits).detach().clone()
+    return {
+        "bit_width": quantizer.bits,
+        "scaling_impl_type": ScalingImplType.PARAMETER,
+        "scaling_init": threshold if threshold.numel() > 1 else float(threshold),
+    }
+
+
+def _frozen_norm(module: SwitchableBatchNorm2d) -> nn.BatchNorm2d:
+    branch = module.branch(module.switch.precision)
+    norm = nn.BatchNorm2d(module.num_features, module.eps, module.momentum, module.affine)
+    state = {**module.state_dict(), **branch.state_dict()}
+    norm.load_state_dict({key: value for key, value in state.items() if key in norm.state_dict()})
+    return norm

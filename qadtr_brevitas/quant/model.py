@@ -1,0 +1,45 @@
+"""The switchable model: pixels in, logits out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from qadtr_brevitas.quant.switch import Switch
+
+
+class SwitchableModel(nn.Module):
+    """A network with switchable quantizers and its normalization, around one set of weights.
+
+    Args:
+        net: the converted network.
+        switch: the switch its layers read.
+        mean: per channel, of pixels in [0, 1].
+        std: per channel, of pixels in [0, 1].
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, net: nn.Module, switch: Switch, *, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.net = net
+        self.switch = switch
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits of images.
+
+        Args:
+            images: (N, C, H, W) in [0, 1].
+
+        Returns:
+            Logits, (N, classes).
+        """
+        return self.net((images - self.mean) / self.std)
+
+    def extra_repr(self) -> str:
+        return f"precision={self.switch.precision}, allowed={', '.join(str(p) for p in self.switch.allowed)}"

@@ -1,0 +1,225 @@
+"""Brevitas quantizers whose bit-width switches at run time.
+
+They plug into Brevitas through its injectors: `tensor_quant` is ours, proxies and layers are Brevitas's, so
+`quant_weight()`, QuantTensor and Brevitas's own tools keep working at every precision below 32. At 32 the proxies
+report themselves disabled, and the layer computes what the float layer computes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from brevitas.core.utils import StatelessBuffer
+from brevitas.inject import ExtendedInjector
+from brevitas.proxy import ActQuantProxyFromInjector, WeightQuantProxyFromInjector
+from brevitas.quant_tensor import QuantTensor
+from torch import Tensor, nn
+
+from qadtr_brevitas.precision import FLOAT_BITS
+from qadtr_brevitas.quant.fake_quantize import quantize_activation, quantize_weight
+from qadtr_brevitas.quant.switch import Switch
+
+# A threshold may be driven to zero by training; a step must stay positive (Brevitas's scaling_min_val plays this part).
+_SMALLEST_THRESHOLD = 1e-6
+
+
+class SwitchableQuant(nn.Module):
+    """What weight and activation quantizers share: one learned threshold per bit-width, and the levels.
+
+    The threshold is the largest magnitude that is not clipped; the step is threshold / levels, as in Brevitas's
+    IntScaling. Separate parameters, not one stacked tensor: the optimizer leaves those of other bit-widths alone.
+
+    Args:
+        switch: the model's switch.
+        bits: bit-widths this quantizer holds thresholds for.
+        min_bits: at least so many bits at every precision below 32 (8 for first and last layers).
+        signed: symmetric around 0 if true, from 0 upwards otherwise.
+        narrow_range: leave out the lowest level, so that signed levels are symmetric (2 bit: -1, 0, 1).
+        shape: shape of a threshold, e.g. (out, 1, 1, 1) for one per output channel.
+        max_threshold: thresholds above are taken as this (6 for ReLU6).
+    """
+
+    def __init__(
+        self,
+        switch: Switch,
+        bits: tuple[int, ...],
+        min_bits: int,
+        signed: bool,
+        narrow_range: bool,
+        shape: tuple[int, ...],
+        max_threshold: float | None,
+    ) -> None:
+        super().__init__()
+        self.switch = switch
+        self.min_bits = min_bits
+        self.signed = signed
+        self.narrow_range = narrow_range
+        self.max_threshold = max_threshold
+        held = sorted({max(b, min_bits) for b in bits})
+        self.thresholds = nn.ParameterDict({str(b): nn.Parameter(torch.ones(shape)) for b in held})
+        self.zero_point = StatelessBuffer(torch.tensor(0.0))
+        self.bit_widths = nn.ModuleDict({str(b): StatelessBuffer(torch.tensor(float(b))) for b in held})
+
+    def nominal_bits(self) -> int:
+        """The bit-width the precision in force asks for; 32 for none."""
+        raise AssertionError
+
+    @property
+    def is_active(self) -> bool:
+        """False at 32 bit, where nothing is quantized."""
+        return self.nominal_bits() != FLOAT_BITS
+
+    @property
+    def bits(self) -> int:
+        """The bit-width in force, at least `min_bits`."""
+        return max(self.nominal_bits(), self.min_bits)
+
+    def levels(self, bits: int) -> tuple[int, int]:
+        """Lowest and highest integer level at a bit-width."""
+        if not self.signed:
+            return 0, 2**bits - 1
+        return -(2 ** (bits - 1)) + int(self.narrow_range), 2 ** (bits - 1) - 1
+
+    def steps_per_threshold(self, bits: int) -> int:
+        """Number of steps between 0 and the threshold (Brevitas's IntScaling)."""
+        return max(-self.levels(bits)[0], self.levels(bits)[1])
+
+    def threshold(self, bits: int) -> Tensor:
+        """The threshold at a bit-width, positive."""
+        return self.thresholds[str(bits)].abs().clamp(_SMALLEST_THRESHOLD, self.max_threshold)
+
+    def scale(self, bits: int) -> Tensor:
+        """The step at a bit-width, positive, in the shape of the threshold."""
+        return self.threshold(bits) / self.steps_per_threshold(bits)
+
+
+class SwitchableActQuant(SwitchableQuant):
+    """Activation quantizer: per tensor, one learned threshold per bit-width."""
+
+    def nominal_bits(self) -> int:
+        return self.switch.precision.act
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """Quantizes and dequantizes x at the precision in force (below 32)."""
+        bits = self.bits
+        return quantize_activation(x, self.scale(bits), *self.levels(bits))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Brevitas's contract: (dequantized value, scale, zero point, bit-width)."""
+        bits = self.bits
+        return self.quantize(x), self.scale(bits), self.zero_point(), self.bit_widths[str(bits)]()
+
+
+class SwitchableWeightQuant(SwitchableQuant):
+    """Weight quantizer: per output channel or per tensor, one learned threshold per channel and bit-width."""
+
+    def nominal_bits(self) -> int:
+        return self.switch.precision.weight
+
+    def quantize(self, w: Tensor) -> Tensor:
+        """Quantizes and dequantizes the weight at the precision in force, once only within frozen_weights()."""
+        bits, cache = self.bits, self.switch.frozen
+        if cache is None:
+            return quantize_weight(w, self.scale(bits), *self.levels(bits))
+        key = (id(self), bits)
+        if key not in cache:
+            with torch.no_grad():
+                cache[key] = (quantize_weight(w, self.scale(bits), *self.levels(bits)),)
+        return cache[key][0]
+
+    def forward(self, w: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Brevitas's contract: (dequantized value, scale, zero point, bit-width)."""
+        bits = self.bits
+        return self.quantize(w), self.scale(bits), self.zero_point(), self.bit_widths[str(bits)]()
+
+
+class _KeepTensorQuant:
+    """Brevitas rebuilds tensor_quant whenever a state dict is loaded or a parameter set anew.
+
+    Ours must survive: optimizers hold its thresholds, and the switch it refers to differs between copies of a model.
+    """
+
+    def init_tensor_quant(self, *args: Any, **kwargs: Any) -> None:
+        if not getattr(self, "_has_quantizer", False):
+            super().init_tensor_quant(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+            self._has_quantizer = True
+
+
+class SwitchableWeightProxy(_KeepTensorQuant, WeightQuantProxyFromInjector):
+    """Brevitas's weight proxy, disabled at 32 bit."""
+
+    @property
+    def is_quant_enabled(self) -> bool:
+        return not self.disable_quant and self.tensor_quant is not None and self.tensor_quant.is_active
+
+    @property
+    def per_channel(self) -> bool:
+        """Whether each output channel has a threshold of its own."""
+        return next(iter(self.tensor_quant.thresholds.values())).numel() > 1
+
+    def quantize(self, w: Tensor) -> Tensor:
+        """The value alone, without the cost of a QuantTensor."""
+        return self.tensor_quant.quantize(w) if self.is_quant_enabled else w
+
+
+class SwitchableActProxy(_KeepTensorQuant, ActQuantProxyFromInjector):
+    """Brevitas's activation proxy: disabled at 32 bit, and without a separate ReLU pass below.
+
+    An unsigned quantizer clamps at 0 and its gradient is 0 there: it is the ReLU.
+    """
+
+    @property
+    def quantizer(self) -> SwitchableActQuant:
+        """Our quantizer inside Brevitas's wrapper."""
+        return self.fused_activation_quant_proxy.tensor_quant
+
+    @property
+    def is_quant_enabled(self) -> bool:
+        return self._is_quant_enabled and not self.disable_quant and self.quantizer.is_active
+
+    @is_quant_enabled.setter
+    def is_quant_enabled(self, value: bool) -> None:
+        self._is_quant_enabled = value
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """The value alone, without the cost of a QuantTensor."""
+        if self.is_quant_enabled:
+            return self.quantizer.quantize(x)
+        return self.fused_activation_quant_proxy.activation_impl(x)
+
+    def forward(self, x: Tensor | QuantTensor) -> Tensor | QuantTensor:
+        if self.export_mode or not self.is_quant_enabled:
+            return super().forward(x)
+        value = x.value if isinstance(x, QuantTensor) else x
+        return self.create_quant_tensor(self.quantizer(value), x=x)
+
+
+def weight_injector(switch: Switch, **settings: Any) -> type[ExtendedInjector]:
+    """The injector of a weight quantizer; settings are those of SwitchableQuant."""
+    return _WeightInjector.let(switch=switch, **settings)
+
+
+def act_injector(switch: Switch, **settings: Any) -> type[ExtendedInjector]:
+    """The injector of an activation quantizer; settings are those of SwitchableQuant."""
+    return _ActInjector.let(switch=switch, **settings)
+
+
+class _WeightInjector(ExtendedInjector):
+    proxy_class = SwitchableWeightProxy
+    tensor_quant = SwitchableWeightQuant
+    signed = True
+    max_threshold = None
+
+
+class _ActInjector(ExtendedInjector):
+    proxy_class = SwitchableActProxy
+    tensor_quant = SwitchableActQuant
+    narrow_range = False
+    max_threshold = None
+    shape = ()
+
+
+def quantizer_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The learned thresholds of every quantizer; they take no weight decay."""
+    return [p for module in model.modules() if isinstance(module, SwitchableQuant) for p in module.parameters()]

@@ -1,0 +1,124 @@
+"""The current precision of a switchable model: one small object that every quantizer and norm layer reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+from qadtr_brevitas.errors import UsageError
+from qadtr_brevitas.precision import Precision, PrecisionLike, parse_precisions
+
+
+class Switch:
+    """The precision in force and the weights quantized for it, shared by all layers of one model.
+
+    A plain object and no module: setting two attributes switches the whole network, whatever its size, and
+    `copy.deepcopy` of a model gives the copy a switch of its own.
+
+    Args:
+        precisions: the allowed precisions; the first one is in force at the start.
+    """
+
+    def __init__(self, precisions: Sequence[Precision]) -> None:
+        self.allowed = tuple(precisions)
+        self.precision = self.allowed[0]
+        self.frozen: dict[tuple[int, int], tuple[Tensor, ...]] | None = None
+
+    def set(self, precision: PrecisionLike) -> None:
+        """Puts a precision in force.
+
+        Raises:
+            UsageError: the precision is not among the allowed ones.
+        """
+        wanted = Precision.parse(precision)
+        if wanted not in self.allowed:
+            names = ", ".join(str(p) for p in self.allowed)
+            raise UsageError(f"this model has no precision {wanted}: it was converted for {names}")
+        self.precision = wanted
+
+    def allow(self, precision: Precision) -> None:
+        """Adds an allowed precision (its quantizers and norm statistics must exist)."""
+        if precision not in self.allowed:
+            self.allowed = (*self.allowed, precision)
+
+
+def switch_of(model: nn.Module) -> Switch:
+    """The switch of a switchable model, also through wrappers such as DistributedDataParallel.
+
+    Raises:
+        UsageError: the model was not converted.
+    """
+    for module in model.modules():
+        if isinstance(switch := getattr(module, "switch", None), Switch):
+            return switch
+    raise UsageError(f"{type(model).__name__} is not a switchable model: call convert() on it first")
+
+
+def set_precision(model: nn.Module, precision: PrecisionLike) -> None:
+    """Switches the model in place: every quantizer and norm layer at once, in microseconds.
+
+    Raises:
+        UsageError: the precision is not allowed (the allowed ones are named), or the model is not switchable.
+    """
+    switch_of(model).set(precision)
+
+
+def get_precision(model: nn.Module) -> Precision:
+    """The precision in force."""
+    return switch_of(model).precision
+
+
+def allowed_precisions(model: nn.Module) -> tuple[Precision, ...]:
+    """The precisions the model was converted for, in the order given to convert()."""
+    return switch_of(model).allowed
+
+
+@contextmanager
+def at_precision(model: nn.Module, precision: PrecisionLike) -> Iterator[None]:
+    """Switches the model for the duration of a block and restores the precision after it."""
+    switch = switch_of(model)
+    before = switch.precision
+    switch.set(precision)
+    try:
+        yield
+    finally:
+        switch.precision = before
+
+
+@contextmanager
+def frozen_weights(model: nn.Module) -> Iterator[None]:
+    """Holds the weights still: each is quantized once a precision, and no parameter receives a gradient.
+
+    For patch crafting and evaluation, where many forwards share one set of weights. The outputs are the same
+    numbers as outside; gradients still flow to the input. The precision may be switched inside. Weights must not
+    be changed inside.
+    """
+    switch = switch_of(model)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    before = switch.frozen
+    switch.frozen = {} if before is None else before
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        switch.frozen = before
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+
+def precisions_or_all(model: nn.Module, precisions: Sequence[PrecisionLike] | None) -> tuple[Precision, ...]:
+    """The given precisions, each checked to be allowed, or all allowed ones for None.
+
+    Raises:
+        UsageError: a precision is not allowed.
+    """
+    switch = switch_of(model)
+    if precisions is None:
+        return switch.allowed
+    with at_precision(model, switch.precision):
+        for precision in (parsed := parse_precisions(precisions)):
+            switch.set(precision)
+    return parsed
