@@ -1,0 +1,206 @@
+"""What the training loop is made of: processes and device, phases, optimizer and learning rate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import Tensor, nn
+
+from qadtr_brevitas.device import resolve_device
+from qadtr_brevitas.errors import UsageError, suggest
+from qadtr_brevitas.precision import FLOAT_BITS, Precision
+from qadtr_brevitas.quant import precisions_or_all, quantizer_parameters
+from qadtr_brevitas.recipe import OptimizerSection, Recipe, TrainSection
+
+FLOAT = Precision(FLOAT_BITS, FLOAT_BITS)
+_FIRST_LR = 0.01
+_RUNNING = ("running_mean", "running_var")
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of epochs with an optimizer and a learning rate curve of its own.
+
+    Args:
+        name: `float` before calibration, `quantized` after it.
+        first_epoch: epochs before it.
+        epochs: epochs of it.
+        steps_per_epoch: optimizer steps of an epoch.
+    """
+
+    name: Literal["float", "quantized"]
+    first_epoch: int
+    epochs: int
+    steps_per_epoch: int
+
+    @property
+    def first_step(self) -> int:
+        """Steps before it."""
+        return self.first_epoch * self.steps_per_epoch
+
+    @property
+    def end_step(self) -> int:
+        """Steps up to its end."""
+        return (self.first_epoch + self.epochs) * self.steps_per_epoch
+
+    def precisions(self, recipe: Recipe, step: int) -> tuple[Precision, ...]:
+        """The precisions of a step: 32 bit only in the float phase, where nothing is attacked or perturbed either."""
+        if self.name == "float":
+            return (FLOAT,)
+        epoch = step // self.steps_per_epoch - self.first_epoch
+        return recipe.train.precision.precisions(step, seed=recipe.seed, epoch=epoch, epochs=self.epochs)
+
+
+def plan(train: TrainSection, images: int) -> list[Phase]:
+    """The phases of a run over `images` training images; the last incomplete batch of an epoch is left out.
+
+    Raises:
+        UsageError: the images do not fill one batch.
+    """
+    steps = images // train.batch_size
+    if steps == 0:
+        raise UsageError(
+            f"train.batch_size={train.batch_size} is more than the {images} training images: "
+            f"give train.batch_size={images} or less"
+        )
+    phases = [
+        Phase("float", 0, train.float_epochs, steps),
+        Phase("quantized", train.float_epochs, train.epochs, steps),
+    ]
+    return [phase for phase in phases if phase.epochs]
+
+
+def start_processes(train: TrainSection, device: str) -> Accelerator:
+    """Joins the processes that torchrun started, or stands alone, with device and mixed precision set up.
+
+    Raises:
+        UsageError: no such device, fp16 off a GPU, or a batch that cannot be shared equally.
+    """
+    wanted = resolve_device(device)
+    if train.amp == "fp16" and wanted.type == "cpu":
+        raise UsageError("train.amp=fp16 needs a GPU: give train.amp=bf16 or train.amp=no")
+    if wanted.type == "cuda" and device != "auto":
+        torch.cuda.set_device(wanted)
+    # Accelerate keeps the first mixed precision of a process for good; another run of it may want another one.
+    AcceleratorState._reset_state()
+    accelerator = Accelerator(cpu=wanted.type == "cpu", mixed_precision=train.amp)
+    if train.batch_size % accelerator.num_processes:
+        raise UsageError(
+            f"train.batch_size={train.batch_size} cannot be shared by {accelerator.num_processes} processes: "
+            "give a multiple of their number"
+        )
+    return accelerator
+
+
+def parallel(model: nn.Module, accelerator: Accelerator) -> nn.Module:
+    """The model as the training forward sees it: replicated over the processes, if there are several.
+
+    Not `accelerator.prepare`, which would patch autocast into the model's own forward for good: attacks, validation
+    and saving see the model itself.
+    """
+    if accelerator.num_processes == 1:
+        return model
+    # A step at one precision leaves the thresholds of the others without a gradient. Norm statistics are averaged by
+    # `average_norm_statistics` instead of taken over from rank 0.
+    return nn.parallel.DistributedDataParallel(
+        model,
+        device_ids=None if accelerator.device.type == "cpu" else [accelerator.device],
+        find_unused_parameters=True,
+        broadcast_buffers=False,
+    )
+
+
+def average_norm_statistics(model: nn.Module, accelerator: Accelerator) -> None:
+    """Averages the running norm statistics over all processes, in place, so that replicas stay equal."""
+    if accelerator.num_processes == 1:
+        return
+    buffers = [buffer for name, buffer in model.named_buffers() if name.rpartition(".")[2] in _RUNNING]
+    flat: Any = accelerator.reduce(torch.cat([buffer.flatten() for buffer in buffers]), "mean")
+    for buffer, part in zip(buffers, flat.split([buffer.numel() for buffer in buffers]), strict=True):
+        buffer.copy_(part.view_as(buffer))
+
+
+def check_precisions(model: nn.Module, recipe: Recipe) -> None:
+    """Makes sure that the model has every precision the schedule may draw.
+
+    Raises:
+        UsageError: it has not.
+    """
+    possible: Callable[[], tuple[Precision, ...]] | None = getattr(recipe.train.precision, "possible", None)
+    if possible is not None:
+        precisions_or_all(model, possible())
+    if recipe.train.float_epochs or recipe.train.regularizers:
+        precisions_or_all(model, (FLOAT,))
+
+
+def make_optimizer(model: nn.Module, section: OptimizerSection) -> torch.optim.Optimizer:
+    """An optimizer by timm's name, with no weight decay on norms, biases and quantizer thresholds.
+
+    Make it after the weights are loaded: loading replaces Brevitas's parameters.
+
+    Raises:
+        UsageError: timm has no optimizer of that name.
+    """
+    from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
+
+    try:
+        info = get_optimizer_info(section.name)
+    except ValueError:
+        hint = suggest(section.name, list_optimizers())
+        raise UsageError(f"timm has no optimizer {section.name!r}: {hint}") from None
+    adam_like = info.has_betas and not info.has_momentum and info.num_betas == 2
+    extra = {"betas": (section.momentum, 0.999)} if adam_like else {}
+    return create_optimizer_v2(
+        _groups(model, section),
+        opt=section.name,
+        lr=section.lr,
+        weight_decay=section.weight_decay,
+        momentum=section.momentum,
+        **extra,
+    )
+
+
+def make_scheduler(optimizer: torch.optim.Optimizer, train: TrainSection, phase: Phase) -> Any:
+    """A scheduler by timm over one phase, to be told the number of steps since the phase began after each step."""
+    from timm.scheduler.scheduler_factory import create_scheduler_v2
+
+    section = train.scheduler
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        sched=section.name,
+        num_epochs=phase.epochs,
+        # A short float phase warms up for its first half at most.
+        warmup_epochs=min(section.warmup_epochs, phase.epochs / 2),  # pyright: ignore[reportArgumentType]
+        # Not 0, which would waste the first step.
+        warmup_lr=_FIRST_LR * train.optimizer.lr,
+        min_lr=section.min_lr,
+        decay_epochs=section.decay_epochs,
+        decay_rate=1.0 if section.name == "poly" else section.decay_rate,
+        step_on_epochs=False,
+        updates_per_epoch=phase.steps_per_epoch,
+    )
+    return scheduler
+
+
+def _groups(model: nn.Module, section: OptimizerSection) -> list[dict[str, Any]]:
+    """Weights, then parameters without weight decay, then thresholds, which have a learning rate factor too."""
+    thresholds = {id(parameter) for parameter in quantizer_parameters(model)}
+    weights: list[Tensor] = []
+    without_decay: list[Tensor] = []
+    own: list[Tensor] = []
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            group = own if id(parameter) in thresholds else weights if parameter.ndim > 1 else without_decay
+            group.append(parameter)
+    groups: list[dict[str, Any]] = [
+        {"params": weights},
+        {"params": without_decay, "weight_decay": 0.0},
+        # timm's schedulers multiply the learning rate by lr_scale.
+        {"params": own, "weight_decay": 0.0, "lr_scale": section.threshold_lr},
+    ]
+    return [group for group in groups if group["params"]]
