@@ -138,6 +138,13 @@ class RunLog:
             self._events.add_scalar(name, value, step)
 
 
+def last_epoch(metrics: Path) -> EpochRecord | None:
+    """The last validated epoch, or the finished model, that a metrics file tells of; None if there is none."""
+    records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    validated = [record for record in records if record["kind"] != "step" and record["val_accuracy"]]
+    return EpochRecord(**validated[-1]) if validated else None
+
+
 def _truncate(metrics: Path, step: int) -> None:
     """Drops lines after `step`, the line of a finish that was not recorded, and a line cut off by a crash."""
     if not metrics.is_file():
