@@ -38,7 +38,7 @@ class _RoundToGrid(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, steps: float, top: int) -> Tensor:
-        # Both ends belong to the inside: torch.clamp gives none there, and a pixel at 0 or 1 could never leave.
+        # Both ends count as inside, or a pixel at 0 or 1 could never leave; releases of torch.clamp differ in this.
         ctx.save_for_backward((values >= 0) & (values <= 1))
         return values.clamp(0, 1).mul_(steps).round_().clamp_(max=top).div_(steps).clamp_(max=1)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from qadtr_brevitas import __version__
 from qadtr_brevitas.attacks.fake_quantize import PATCH_FILE_BITS, fake_quantize
 from qadtr_brevitas.attacks.geometry import Place, paste, place_corners
 from qadtr_brevitas.errors import CheckpointError, UsageError
@@ -144,14 +145,7 @@ class Patch:
 
 def versions() -> dict[str, str]:
     """Releases a patch was made with, for its meta."""
-    return {name: _version(name) for name in ("qadtr_brevitas", "torch", "brevitas")}
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "not installed"
+    return {"qadtr_brevitas": __version__, **{name: version(name) for name in ("torch", "brevitas")}}
 
 
 def _with_suffix(path: Path) -> Path:

@@ -43,7 +43,7 @@ def toy() -> Toy:
         nn.ReLU(),
         nn.Conv2d(12, 16, 3, padding=1),
         nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1),
+        nn.AdaptiveMaxPool2d(1),
         nn.Flatten(),
         nn.Linear(16, CLASSES),
     )
@@ -69,5 +69,5 @@ def gratings(count: int, *, seed: int) -> tuple[Tensor, Tensor]:
     rows, columns = torch.meshgrid(torch.arange(SIDE), torch.arange(SIDE), indexing="ij")
     across = angle.cos()[:, None, None] * rows + angle.sin()[:, None, None] * columns
     waves = 0.5 + 0.15 * torch.sin(1.2 * across + phase[:, None, None])
-    noisy = waves[:, None] + 0.12 * torch.randn(count, 3, SIDE, SIDE, generator=draw)
+    noisy = waves[:, None] + 0.08 * torch.randn(count, 3, SIDE, SIDE, generator=draw)
     return (noisy.clamp(0, 1) * 255).round().to(torch.uint8), labels

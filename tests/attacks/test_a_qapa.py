@@ -1,0 +1,154 @@
+import pytest
+import torch
+from pydantic import ValidationError
+
+from qadtr_brevitas.attacks.a_qapa import AQapa
+from qadtr_brevitas.attacks.fake_quantize import fake_quantize
+from qadtr_brevitas.errors import UsageError
+from qadtr_brevitas.precision import Precision
+from qadtr_brevitas.seeding import generator
+
+
+def run(toy, *, seed=0, bits=32, count=200, model=None, **fields):
+    images, labels = toy.test[0][:count].float() / 255, toy.test[1][:count]
+    attack = AQapa(**{"sizes": (5,), **fields})
+    precision = Precision.parse(bits)
+    patched = attack.run(model or toy.model, images, labels, generator=generator(seed, "a-qapa"), precision=precision)
+    return images, labels, patched
+
+
+def accuracy(toy, images, labels):
+    with torch.no_grad():
+        return (toy.model(images).argmax(1) == labels).float().mean().item()
+
+
+@pytest.mark.parametrize("bits", [32, 8, 4])
+def test_five_steps_beat_noise_by_far(toy, bits):
+    _, labels, noise = run(toy, bits=bits, steps=0)
+    _, _, patched = run(toy, bits=bits)
+    assert accuracy(toy, patched, labels) < accuracy(toy, noise, labels) - 0.3
+    assert not patched.requires_grad
+
+
+def test_more_steps_do_more(toy):
+    _, labels, few = run(toy, steps=1)
+    _, _, many = run(toy, steps=10)
+    assert accuracy(toy, many, labels) < accuracy(toy, few, labels)
+
+
+def test_a_targeted_patch_raises_another_class(toy):
+    _, labels, noise = run(toy, steps=0)
+    _, _, patched = run(toy, targeted=True, steps=10)
+    assert accuracy(toy, patched, labels) < accuracy(toy, noise, labels) - 0.2
+
+
+@pytest.mark.parametrize("shape", ["square", "disc"])
+@pytest.mark.parametrize("quantize_image", [False, True])
+@pytest.mark.parametrize("bits", [32, 4, "w8a2"])
+def test_only_masked_pixels_change_apart_from_the_quantized_image(toy, shape, quantize_image, bits):
+    images, _, patched = run(toy, bits=bits, shapes=(shape,), quantize_image=quantize_image)
+    background = fake_quantize(images, Precision.parse(bits).act) if quantize_image else images
+    changed = (patched != background).any(1)
+    rows, columns = changed.any(2), changed.any(1)
+    assert (rows.sum(1) <= 5).all()
+    assert (columns.sum(1) <= 5).all()
+    pixels = 25 if shape == "square" else 21
+    assert changed.sum((1, 2)).max() <= pixels
+    if bits == 32:
+        assert changed.sum((1, 2)).min() == pixels
+
+
+@pytest.mark.parametrize(
+    ("bits", "patch_bits", "levels"), [(4, "same", 16), ("w8a2", "same", 4), (32, 4, 16), (8, 2, 4)]
+)
+def test_the_patch_has_the_levels_of_its_own_bit_width(toy, bits, patch_bits, levels):
+    images, _, patched = run(toy, bits=bits, patch_bits=patch_bits, quantize_image=False, shapes=("square",))
+    changed = (patched != images).any(1, keepdim=True).expand_as(images)
+    values = patched[changed]
+    assert len(values.unique()) <= levels
+    # A patch pixel may equal the image, so nothing here needs every level; but rounding must be to the grid.
+    torch.testing.assert_close(values, (values * (levels - 1)).round() / (levels - 1))
+
+
+def test_random_patch_bits_differ_between_batches(toy):
+    levels = set()
+    for seed in range(12):
+        images, _, patched = run(toy, seed=seed, count=40, steps=0, patch_bits="random", quantize_image=False)
+        levels.add(len(patched[(patched != images).any(1, keepdim=True).expand_as(images)].unique()))
+    assert len(levels) >= 4
+    assert {16, 32, 256} <= levels
+
+
+def test_one_size_and_shape_a_batch_and_all_of_them_in_time(toy):
+    areas = set()
+    for seed in range(40):
+        images, _, patched = run(toy, seed=seed, count=8, sizes=(4, 6), steps=0)
+        found = (patched != images).any(1).sum((1, 2)).unique()
+        assert len(found) == 1
+        areas.add(int(found))
+    assert areas == {16, 12, 36, 32}
+
+
+def test_every_image_has_a_place_and_a_patch_of_its_own(toy):
+    images, _, patched = run(toy, shapes=("square",), steps=0)
+    changed = (patched != images).any(1)
+    corners = torch.stack([changed.any(2).float().argmax(1), changed.any(1).float().argmax(1)], 1)
+    assert len(corners.unique(dim=0)) > 80
+    assert corners.max() == 11
+    assert corners.min() == 0
+    assert len(patched[changed[:, None].expand_as(patched)].unique()) > 10_000
+
+
+def test_noise_moves_the_quantizer_and_is_off_by_default(toy):
+    _, _, plain = run(toy, bits=4, steps=0)
+    _, _, noisy = run(toy, bits=4, steps=0, noise=0.01)
+    assert len(plain.unique()) == 16
+    assert not torch.equal(plain, noisy)
+    assert noisy.min() >= 0
+    assert noisy.max() <= 1
+    assert len(noisy.unique()) <= 32
+
+
+def test_the_same_generator_gives_the_same_images(toy):
+    first, again, other = (run(toy, seed=seed, patch_bits="random", noise=0.01)[2] for seed in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_the_network_is_asked_once_a_step_and_gets_no_gradients(toy):
+    calls = []
+    run(toy, model=lambda images: calls.append(len(images)) or toy.model(images), steps=5)
+    assert calls == [200] * 5
+    assert all(parameter.grad is None for parameter in toy.model.parameters())
+
+
+def test_values_stay_in_range(toy):
+    _, _, patched = run(toy, step_size=1.0)
+    assert patched.min() >= 0
+    assert patched.max() <= 1
+
+
+def test_without_a_precision_nothing_is_quantized(toy):
+    images, labels = toy.test[0][:4].float() / 255, toy.test[1][:4]
+    patched = AQapa(sizes=(5,)).run(toy.model, images, labels, generator=generator(0))
+    assert (patched == images).all(1).sum((1, 2)).min() >= 16 * 16 - 25
+
+
+def test_a_size_larger_than_the_images(toy):
+    with pytest.raises(UsageError, match="40x40 patch is larger than the 16x16 image"):
+        run(toy, sizes=(40,))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"sizes": ()}, "at least 1 item"),
+        ({"patch_bits": 20}, "patch_bits"),
+        ({"share": 0}, "greater than 0"),
+        ({"shapes": ("star",)}, "'square' or 'disc'"),
+        ({"step_sise": 0.1}, "step_sise"),
+    ],
+)
+def test_bad_fields(fields, message):
+    with pytest.raises(ValidationError, match=message):
+        AQapa(**fields)

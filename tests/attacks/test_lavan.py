@@ -1,0 +1,157 @@
+import subprocess
+import sys
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from qadtr_brevitas.attacks.lavan import Lavan
+from qadtr_brevitas.attacks.patch import Patch
+from qadtr_brevitas.attacks.random_patch import RandomPatch
+from qadtr_brevitas.errors import DataError, UsageError
+
+FAST = {"size": 5, "steps": 60, "batch_size": 32, "check_every": 20}
+
+
+def fit(toy, *, seed=0, images=None, progress=None, **fields):
+    attack = Lavan(**{**FAST, **fields})
+    pool = toy.images if images is None else images
+    return attack.fit(toy.model, pool, toy.labels, held_out=toy.held_out, seed=seed, progress=progress)
+
+
+def noise(toy, **fields):
+    return RandomPatch(size=5, **fields).fit(toy.model, toy.images, toy.labels, held_out=toy.held_out, seed=0)
+
+
+@pytest.mark.parametrize("target", [0, 2])
+@pytest.mark.parametrize("step_rule", ["sgd", "sign", "adam"])
+def test_a_targeted_patch_beats_noise_by_far(toy, target, step_rule):
+    patch = fit(toy, target=target, step_rule=step_rule)
+    assert toy.success_rate(patch, target) > toy.success_rate(noise(toy), target) + 0.4
+    assert patch.meta["threat_model"] == "universal targeted"
+
+
+@pytest.mark.parametrize("loss", ["logits", "cross-entropy", "margin"])
+def test_every_loss_raises_the_target(toy, loss):
+    assert toy.success_rate(fit(toy, target=1, loss=loss), 1) > toy.success_rate(noise(toy), 1) + 0.4
+
+
+def test_an_untargeted_patch_lowers_accuracy(toy):
+    patch = fit(toy, target=None)
+    assert toy.success_rate(patch, None) > toy.success_rate(noise(toy), None) + 0.4
+    assert patch.meta["threat_model"] == "universal untargeted"
+    assert patch.meta["target"] is None
+
+
+def test_a_disc_at_a_fixed_place(toy):
+    patch = fit(toy, shape="disc", place=(3, 9), init="gray")
+    assert patch.pixels == 21
+    assert patch.place == (3, 9)
+    assert (patch.texture[:, ~patch.mask] == 128 / 255).all()
+    assert toy.success_rate(patch, 0) > toy.success_rate(noise(toy, shape="disc", place=(3, 9)), 0) + 0.3
+
+
+def test_the_same_seed_gives_the_same_patch(toy):
+    first, again, other = (fit(toy, steps=20, seed=seed) for seed in (0, 0, 1))
+    assert torch.equal(first.texture, again.texture)
+    assert not torch.equal(first.texture, other.texture)
+
+
+def test_images_of_the_target_class_play_no_part(toy):
+    changed = toy.images.clone()
+    changed[toy.labels == 2] = 0
+    assert torch.equal(fit(toy, target=2, steps=10).texture, fit(toy, target=2, steps=10, images=changed).texture)
+
+
+def test_float_and_8_bit_images_give_the_same_patch(toy):
+    as_float = fit(toy, steps=10, images=toy.images.float() / 255)
+    assert torch.equal(fit(toy, steps=10).texture, as_float.texture)
+
+
+def test_the_patch_lies_at_a_new_place_in_every_image_and_step(toy):
+    seen = []
+
+    def spy(images):
+        if images.requires_grad:
+            seen.append(images.detach())
+        return toy.model(images)
+
+    flat = torch.zeros_like(toy.images)
+    Lavan(**{**FAST, "steps": 40, "check_every": 100, "init": "gray"}).fit(
+        spy, flat, toy.labels, held_out=toy.held_out, seed=0
+    )
+    covered = torch.cat(seen).sum(1) > 0
+    rows, columns = covered.any(2).float().argmax(1), covered.any(1).float().argmax(1)
+    # Separate draws: a single one used for both would leave all patches on the diagonal.
+    assert len(torch.stack([rows, columns], 1).unique(dim=0)) == 12 * 12
+
+
+def test_the_network_gets_no_gradients_and_keeps_its_weights(toy):
+    before = [parameter.clone() for parameter in toy.model.parameters()]
+    fit(toy, steps=3)
+    for parameter, old in zip(toy.model.parameters(), before, strict=True):
+        assert parameter.grad is None
+        assert torch.equal(parameter, old)
+
+
+def test_restarts_keep_the_best(toy):
+    one = fit(toy, steps=10, target=1)
+    three = fit(toy, steps=10, target=1, restarts=3)
+    assert three.meta["held_out_asr"] >= one.meta["held_out_asr"]
+
+
+def test_progress_counts_all_steps(toy):
+    told = []
+    fit(toy, steps=4, restarts=2, progress=lambda done, total, note="": told.append((done, total, note)))
+    assert [done for done, _, _ in told] == list(range(1, 9))
+    assert {total for _, total, _ in told} == {8}
+    assert "held-out ASR" in told[-1][2]
+
+
+def test_a_saved_patch_scores_the_same(toy, tmp_path):
+    patch = fit(toy, steps=20)
+    assert toy.success_rate(Patch.load(patch.save(tmp_path / "a")), 0) == toy.success_rate(patch, 0)
+    assert patch.meta["settings"] == Patch.load(tmp_path / "a").meta["settings"]
+
+
+def test_the_default_budget_is_a_sixteenth_of_the_pixels(toy):
+    assert fit(toy, size=None, steps=1).size == (4, 4)
+    assert fit(toy, size=None, np=0.25, steps=1).size == (8, 8)
+    assert fit(toy, size=(3, 6), shape="rectangle", steps=1).size == (3, 6)
+
+
+def test_bad_requests(toy):
+    with pytest.raises(UsageError, match="20x20 patch is larger than the 16x16 image"):
+        fit(toy, size=20)
+    with pytest.raises(UsageError, match="does not fit at row 12"):
+        fit(toy, place=(12, 0))
+    with pytest.raises(UsageError, match="target 7: the model has 4 classes"):
+        fit(toy, target=7)
+    only = toy.labels == 1
+    with pytest.raises(DataError, match="no images to make the patch on"):
+        Lavan(size=5, target=1).fit(toy.model, toy.images[only], toy.labels[only], held_out=toy.held_out, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"size": 4, "np": 0.1}, "give only one of them"),
+        ({"shape": "rectangle", "size": 4}, "a rectangle needs size"),
+        ({"size": (4, 4)}, "a square needs a single size"),
+        ({"np": 1.5}, "less than or equal to 1"),
+        ({"step_rule": "rmsprop"}, "'sgd', 'sign' or 'adam'"),
+        ({"stepz": 5}, "stepz"),
+        ({"place": (-1, 0)}, "greater than or equal to 0"),
+    ],
+)
+def test_bad_fields(fields, message):
+    with pytest.raises(ValidationError, match=message):
+        Lavan(**fields)
+
+
+def test_attacks_are_named_without_loading_torch():
+    code = (
+        "import sys, qadtr_brevitas.attacks.lavan, qadtr_brevitas.attacks.random_patch, qadtr_brevitas.attacks.a_qapa;"
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
