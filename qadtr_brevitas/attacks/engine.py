@@ -80,7 +80,7 @@ def search_texture(
     """
     texture = start.detach().clone().requires_grad_()
     optimizer = _optimizer(texture, search)
-    best = Found(start, -math.inf)
+    best = Found(start, 0.0)
     batches = _batches(len(images), search.batch_size, generator)
     for step in range(1, search.steps + 1):
         index = next(batches)
@@ -95,7 +95,9 @@ def search_texture(
         with torch.no_grad():
             texture.clamp_(0, 1)
         if step % search.check_every == 0 or step == search.steps:
-            best = max(best, _check(texture, score, step), key=lambda found: found.score)
+            checked = _check(texture, score, step)
+            # Of equals the later: it has the lower loss.
+            best = checked if checked.score >= best.score else best
         if report is not None:
             report(step, best.score)
     return best

@@ -35,8 +35,8 @@ class Patch:
         mask: boolean (h, w), True where the patch covers the image. Never derived from the texture.
         place: `random`, or (row, column) of the top left pixel.
         meta: how it was made, JSON values only. The attack fills `attack`, `settings`, `target`, `seed`,
-            `threat_model` (such as "universal targeted") and `versions`; whoever knows the model adds `source`
-            (its `name` and `fingerprint`, and the `precision` attacked) with `with_meta`.
+            `threat_model` (such as "universal targeted") and `versions`; whoever knows the model attacked adds
+            `model`, `fingerprint` and `precision` with `with_meta`.
 
     Raises:
         UsageError: shapes that do not go together, or a texture off the grid.

@@ -1,4 +1,4 @@
-"""Recipe keys that every patch attack has: budget, shape and place."""
+"""Recipe keys that patch attacks share: what the patch covers, and how its texture is searched."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _DEFAULT_SHARE = 1 / 16
+_DEFAULT_LR = {"sgd": 1.0, "sign": 0.02, "adam": 0.1}
 
 Pixels = Annotated[int, Field(ge=1)]
 Index = Annotated[int, Field(ge=0)]
@@ -60,3 +61,26 @@ class PatchFields:
         corner = (0, 0) if self.place == "random" else self.place
         fixed_corners(corner, 1, image_size, (mask.shape[0], mask.shape[1]))
         return mask
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class SearchFields(PatchFields):
+    """How the texture of a universal patch is searched."""
+
+    target: Annotated[Index | None, Field(description="class to be seen instead; null: any wrong one")] = 0
+    steps: Annotated[int, Field(ge=1, description="optimizer steps")] = 600
+    batch_size: Annotated[int, Field(ge=1, description="images per step")] = 128
+    step_rule: Annotated[Literal["sgd", "sign", "adam"], Field(description="how the gradient is followed")] = "adam"
+    lr: Annotated[
+        float | None, Field(gt=0, description=f"step size at the start; null: by step rule, {_DEFAULT_LR}")
+    ] = None
+    cosine: Annotated[bool, Field(description="let the step size fall to zero along a cosine")] = True
+    loss: Annotated[Literal["logits", "cross-entropy", "margin"], Field(description="what is descended")] = "logits"
+    init: Annotated[Literal["uniform", "gray"], Field(description="texture at the start")] = "uniform"
+    restarts: Annotated[int, Field(ge=1, description="independent runs, of which the best is kept")] = 1
+    check_every: Annotated[int, Field(ge=1, description="steps between held-out scores, for keeping the best")] = 50
+
+    @property
+    def step_size(self) -> float:
+        """The step size at the start: `lr`, or what suits the step rule."""
+        return self.lr or _DEFAULT_LR[self.step_rule]
