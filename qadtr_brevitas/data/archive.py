@@ -3,6 +3,7 @@
 import os
 import shutil
 import tarfile
+import zlib
 from hashlib import blake2b
 from pathlib import Path
 from tempfile import mkdtemp
@@ -30,11 +31,12 @@ def unpack(archive: Path) -> Path:
         try:
             with tarfile.open(archive) as tar:
                 tar.extractall(temporary, filter="data")
+                _check_end(tar)
             _name(temporary, target)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-    except (tarfile.TarError, EOFError) as error:
-        raise DataError(f"{archive} is no tar or is damaged ({error}): fetch it again") from error
+    except (tarfile.TarError, EOFError, zlib.error) as error:
+        raise DataError(f"{archive} is no tar or is damaged ({_first_line(error)}): fetch it again") from error
     except OSError as error:
         reason = error.strerror or error
         raise DataError(
@@ -43,9 +45,21 @@ def unpack(archive: Path) -> Path:
     return target
 
 
+def _check_end(tar: tarfile.TarFile) -> None:
+    """Extraction stops without a word at a damaged header; a whole tar ends with a block of zeros there."""
+    assert tar.fileobj is not None
+    tar.fileobj.seek(tar.offset)
+    if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        raise tarfile.ReadError("it ends too early")
+
+
 def _name(temporary: Path, target: Path) -> None:
     try:
         os.rename(temporary, target)
     except OSError:
         if not target.is_dir():
             raise
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
