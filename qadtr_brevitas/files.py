@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -138,7 +139,9 @@ def _sync(path: Path) -> None:
 
 
 def _remove(path: Path) -> None:
+    """Removes what is there, if it can; an error that is on its way is worth more than one from here."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
-        path.unlink(missing_ok=True)
+        with suppress(OSError):
+            path.unlink()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import getpass
 import os
 import random
 import tarfile
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -64,12 +66,18 @@ def shared_data() -> Path:
 
 
 @pytest.fixture(scope="session")
-def cifar10_root(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """CIFAR-10 unpacked, as cifar10/{train,test}/<class>/*.webp; the folder that holds `train` and `test`."""
+def cifar10_root(shared_data: Path) -> Path:
+    """CIFAR-10 unpacked once and for all: the folder that holds `train` and `test`."""
     archive = shared_data / "cifar10.tar"
     if not archive.is_file():
         pytest.skip(f"needs {archive}")
-    target = tmp_path_factory.mktemp("cifar10")
-    with tarfile.open(archive) as tar:
-        tar.extractall(target, filter="data")
-    return target / "cifar10"
+    facts = archive.stat()
+    cache = Path(tempfile.gettempdir()) / f"qadtr_brevitas-tests-{getpass.getuser()}"
+    folder = cache / f"cifar10-{facts.st_size}-{facts.st_mtime_ns}"
+    if not folder.is_dir():
+        cache.mkdir(mode=0o700, exist_ok=True)
+        unfinished = Path(tempfile.mkdtemp(dir=cache))
+        with tarfile.open(archive) as tar:
+            tar.extractall(unfinished, filter="data")
+        unfinished.rename(folder)
+    return folder / "cifar10"

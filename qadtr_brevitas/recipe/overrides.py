@@ -46,7 +46,8 @@ def _put(root: Node, parts: list[str], value: Node) -> None:
         if fields and part not in fields:
             raise _Refused(f"unknown key: {_suggest_path('.'.join(parts), owner)}")
         _open(node, slot, parts[:index])
-        children = node.children or {}
+        children = node.children
+        assert children is not None
         key: int | str = _index(node, part, parts[:index]) if node.is_list else part
         if fields:
             annotation = fields[part].annotation

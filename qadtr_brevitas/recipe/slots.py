@@ -26,6 +26,11 @@ class Slot:
     registry: Registry
     key: str = "name"
 
+    @property
+    def _rule(self) -> str:
+        kind = self.registry.kind
+        return f"must name {'an' if kind[0] in 'aeiou' else 'a'} {kind}"
+
     def read(self, value: Any) -> Any:
         """Makes the plug-in; one that is already made passes."""
         if isinstance(value, str):
@@ -34,7 +39,7 @@ class Slot:
             return self._make({str(key): item for key, item in value.items()})
         if not isinstance(value, (list, bool, int, float, type(None))) and self.name_of(value):
             return value
-        rule = f"must name a {self.registry.kind} or be a mapping with the key {self.key!r}"
+        rule = f"{self._rule} or be a mapping with the key {self.key!r}"
         raise located_error([((), f"{rule}, got {show(value)}")])
 
     def write(self, plugin: Any) -> dict[str, Any]:
@@ -45,7 +50,7 @@ class Slot:
         key = next((key for key in (self.key, "name") if key in fields), None)
         name = fields.pop(key) if key else None
         if key is None or not isinstance(name, str):
-            rule = f"must name a {self.registry.kind}: choose from {', '.join(self.registry.names())}"
+            rule = f"{self._rule}: choose from {', '.join(self.registry.names())}"
             raise located_error([((key or self.key,), rule)])
         try:
             plugin = self.registry.load(name)

@@ -95,7 +95,8 @@ def parse(text: str, *, line: int | None = 1) -> Node:
         raise YamlError(f"key {key!r} is there twice; remove one", mark.line + 1 if mark else None) from error
     except MarkedYAMLError as error:
         mark = error.problem_mark
-        raise YamlError(str(error.problem or error.context), mark.line + 1 if mark else None) from error
+        reason = ": ".join(filter(None, (error.context, error.problem)))
+        raise YamlError(reason, mark.line + 1 if mark else None) from error
     except (YAMLError, ValueError) as error:
         raise YamlError(str(error).splitlines()[0]) from error
     except RecursionError as error:
@@ -119,7 +120,7 @@ def _line(parent: CommentedMap | CommentedSeq, key: Any, line: int | None) -> in
         return None
     try:
         place = parent.lc.key(key) if isinstance(parent, CommentedMap) else parent.lc.item(key)
-    except KeyError:
+    except (KeyError, TypeError):
         # A key merged in with << has no place of its own.
         return line
     return place[0] + 1
