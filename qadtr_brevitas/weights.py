@@ -82,11 +82,11 @@ def load_into(model: nn.Module, weights: Mapping[str, Tensor], *, source: str, n
             f"{source} has weights for {given} classes, but {wanted} are needed: "
             f"use data with {given} classes, or weights for {wanted}"
         )
-    if mismatching := [*missing, *wrong_shape, *unknown]:
-        fitting = len(own.keys() & weights.keys()) - len(wrong_shape)
+    if differing := [*missing, *wrong_shape, *unknown]:
+        shared = len(own.keys() & weights.keys()) - len(wrong_shape)
         raise CheckpointError(
-            f"{source} does not fit {name}: {fitting} of its {len(weights)} tensors do, but not "
-            f"{', '.join(mismatching[:3])}; set model.name and model.args to those of the network it comes from"
+            f"{source} does not fit {name}: they share {shared} tensors, but differ in {len(differing)}, for instance "
+            f"{', '.join(differing[:3])}; set model.name and model.args to those of the network it comes from"
         )
     model.load_state_dict(dict(weights))
 
@@ -112,7 +112,7 @@ def _read_pickled(file: Path) -> Any:
 
 
 def _damaged(file: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(f"{file} is damaged or incomplete ({error or type(error).__name__}): fetch it again")
+    return CheckpointError(f"{file} is damaged or incomplete ({str(error) or type(error).__name__}): fetch it again")
 
 
 def _plain_name(name: str) -> str:

@@ -57,5 +57,5 @@ def fixed_size_args(name: str, image_size: tuple[int, int]) -> dict[str, Any]:
         name: a timm name.
         image_size: height and width in pixels.
     """
-    config = None if ":" in name else timm.get_pretrained_cfg(name)
+    config = None if ":" in name else timm.get_pretrained_cfg(name.partition(".")[0])
     return {"img_size": image_size} if config is not None and config.fixed_input_size else {}

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-import qadtr_brevitas.models  # noqa: F401
+import qadtr_brevitas.models
 from qadtr_brevitas.data.image_folder import Cifar10
 
 RESNETS = [f"cifar_resnet{depth}{kind}" for depth in (20, 32, 44, 56, 110) for kind in ("", "b")]
