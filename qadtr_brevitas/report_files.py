@@ -1,0 +1,138 @@
+"""A report as files: JSON to compute with, Markdown to read, CSV for a spreadsheet; and as tables for the terminal."""
+
+from __future__ import annotations
+
+import csv
+from io import StringIO
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qadtr_brevitas.files import write_atomically, write_json
+from qadtr_brevitas.report import REPORT_FILE, Rate, Report
+from qadtr_brevitas.report_tables import Table, tables
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rich.console import RenderableType
+
+MARKDOWN_FILE = "report.md"
+CSV_FILE = "cells.csv"
+
+
+def write_report(report: Report, folder: Path, *, pictures: Sequence[Path] = ()) -> list[Path]:
+    """Writes report.json, report.md and cells.csv and returns their paths.
+
+    Args:
+        report: what to write.
+        folder: where to; made if it is missing.
+        pictures: PNG files in the same folder for report.md to show.
+
+    Raises:
+        CheckpointError: a file cannot be written.
+    """
+    write_json(folder / REPORT_FILE, report.model_dump(mode="json"))
+    _write_text(folder / MARKDOWN_FILE, markdown(report, pictures=[picture.name for picture in pictures]))
+    _write_text(folder / CSV_FILE, cells_csv(report))
+    return [folder / name for name in (REPORT_FILE, MARKDOWN_FILE, CSV_FILE)]
+
+
+def markdown(report: Report, *, pictures: Sequence[str] = ()) -> str:
+    """The whole report as GitHub-flavored Markdown."""
+    parts = ["# Attack report", _facts(report)]
+    parts += [markdown_table(table) for table in tables(report)]
+    parts += [f"![{Path(picture).stem.replace('-', ' ')}]({picture})" for picture in pictures]
+    parts += [_models(report), _patches(report)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def markdown_table(table: Table) -> str:
+    """One table with its title as a heading and its notes below."""
+    lines = [
+        _line(table.header),
+        "|" + "|".join(" :-- " if index == 0 or not cell else " --: " for index, cell in enumerate(table.header)) + "|",
+    ]
+    lines += [_line(row) for row in table.rows if row is not None]
+    notes = "\n".join(table.notes)
+    return f"## {table.title}\n\n" + "\n".join(lines) + (f"\n\n{notes}" if notes else "")
+
+
+def rich_table(table: Table) -> RenderableType:
+    """One table for the terminal, with its title above and its notes below; print it with rich."""
+    from rich import box
+    from rich.console import Group
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    drawn = RichTable(box=box.SIMPLE_HEAD)
+    for index, name in enumerate(table.header):
+        drawn.add_column(Text(name), justify="left" if index == 0 or not name else "right", overflow="fold")
+    for row in table.rows:
+        if row is None:
+            drawn.add_section()
+        else:
+            drawn.add_row(*(Text(cell) for cell in row))
+    notes = [Text(note, style="dim") for note in table.notes]
+    return Group(Text(table.title, style="bold"), drawn, *notes, Text())
+
+
+def cells_csv(report: Report) -> str:
+    """One line for each cell, clean ones included; shares are between 0 and 1."""
+    names = ("asr", "asr_all", "untargeted", "clean_accuracy", "robust_accuracy")
+    parts = ("count", "n", "value", "low", "high")
+    head = ["model", "precision", "patch", "family", "target", "threat", "source", "source_precision"]
+    text = StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([*head, *(f"{name}_{part}" for name in names for part in parts)])
+    for cell in report.cells:
+        patch = report.patch(cell.patch)
+        source = [patch.source.name, patch.source.precision] if patch.source else ["", ""]
+        rates: list[Rate] = [getattr(cell, name) for name in names]
+        facts = [cell.model, cell.precision, cell.patch, patch.family, cell.target, cell.threat, *source]
+        writer.writerow([*facts, *(getattr(rate, part) for rate in rates for part in parts)])
+    return text.getvalue()
+
+
+def _facts(report: Report) -> str:
+    data = report.data
+    used = f"{data.images} of {data.available}" if data.images != data.available else f"all {data.images}"
+    packages = ", ".join(f"{name} {number}" for name, number in report.versions.items())
+    return "\n".join(
+        [
+            f"- Command: `{report.command}`" if report.command else "- Made from Python",
+            f"- Data: {data.name}, {used} images of the {data.split} split, {len(data.classes)} classes",
+            f"- Seed {report.seed}, device {report.device}, {report.created}",
+            f"- Versions: {packages}",
+        ]
+    )
+
+
+def _models(report: Report) -> str:
+    rows = tuple((m.name, m.architecture, m.source, m.path, m.fingerprint) for m in report.models)
+    return markdown_table(Table("Models", ("model", "architecture", "made by", "path", "fingerprint"), rows))
+
+
+def _patches(report: Report) -> str:
+    header = ("patch", "attack", "target", "size", "made on", "at", "settings", "fingerprint")
+    rows = tuple(
+        (
+            patch.name,
+            patch.attack,
+            "" if patch.target is None else f"{patch.target}",
+            f"{patch.height}x{patch.width}",
+            patch.source.name if patch.source else "",
+            patch.source.precision if patch.source else "",
+            ", ".join(f"{key}={value}" for key, value in patch.settings.items()),
+            patch.fingerprint,
+        )
+        for patch in report.patches
+    )
+    return markdown_table(Table("Patches", header, rows)) if rows else ""
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+
+
+def _write_text(path: Path, text: str) -> None:
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
