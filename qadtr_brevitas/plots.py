@@ -1,0 +1,202 @@
+"""Pictures of a report, as PNG: ASR against bit-width, the patches, and patched images with what the model says."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from qadtr_brevitas.files import write_atomically
+from qadtr_brevitas.metrics import Mean
+from qadtr_brevitas.report import PatchFacts, Report
+from qadtr_brevitas.report_tables import EMPTY, FLOAT, View, attacked_precisions, families, sorted_precisions
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from torch import Tensor
+
+# Okabe and Ito's colors, which color-blind readers tell apart.
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_VERDICTS = {"right": "#00704F", "target": "#C00000", "wrong": "#B35900"}
+_DPI = 150
+_INCHES_PER_TILE = 1.15
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One small picture of a sheet.
+
+    Args:
+        image: (3, H, W) or, with transparency, (4, H, W), in [0, 1].
+        caption: text below it.
+        verdict: color of the caption: green for right, red for the attack's target, orange for another wrong class.
+    """
+
+    image: Tensor
+    caption: str = ""
+    verdict: Literal["right", "target", "wrong"] | None = None
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """Small pictures in labeled rows under column titles; None leaves a place empty."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, tuple[Tile | None, ...]], ...]
+    note: str = ""
+
+
+def draw_asr(report: Report, path: Path) -> Path:
+    """Draws ASR against precision: a curve per model, white-box, transferred from 32 bit, and the random patch.
+
+    Raises:
+        CheckpointError: the file cannot be written.
+    """
+    from matplotlib.lines import Line2D
+
+    shown = families(report)
+    columns = attacked_precisions(report)
+    figure = _figure(width=max(8.0, 5.6 * len(shown)), height=4.8)
+    panels = figure.subplots(1, len(shown), squeeze=False, sharey=True)[0]
+    styles: dict[str, dict[str, Any]] = {
+        "white-box": {"linestyle": "-", "marker": "o"},
+        "made at 32 bit": {"linestyle": "--", "marker": "s", "markerfacecolor": "white"},
+        "random patch": {"linestyle": ":", "marker": "x"},
+    }
+    for axes, family in zip(panels, shown, strict=True):
+        for number, model in enumerate(report.models):
+            view, color = View(report, model, family), _COLORS[number % len(_COLORS)]
+            curves = [
+                [view.white_box(p) for p in columns],
+                [view.made_at(p, FLOAT) for p in columns],
+                [view.control(p) for p in columns],
+            ]
+            for kind, (style, curve) in enumerate(zip(styles.values(), curves, strict=True)):
+                # Side by side, or the intervals of different curves would hide each other.
+                curves_in_all = len(styles) * len(report.models)
+                shift = min(0.09, 0.8 / curves_in_all) * (len(styles) * number + kind - (curves_in_all - 1) / 2)
+                _curve(axes, curve, color=color, shift=shift, style=style)
+        _precision_axis(axes, columns)
+        axes.set_title(family)
+    panels[0].set_ylabel("attack success rate (%)")
+    models = [
+        Line2D([], [], color=_COLORS[number % len(_COLORS)], linewidth=4, label=model.name)
+        for number, model in enumerate(report.models)
+    ]
+    kinds = [Line2D([], [], color="#444444", label=kind, **style) for kind, style in styles.items()]
+    figure.legend(handles=[*models, *kinds], loc="outside lower center", ncols=min(5, len(models) + 3), frameon=False)
+    figure.suptitle(f"ASR against precision, {report.data.images} images, 95 % intervals", fontsize=11)
+    return _save(figure, path)
+
+
+def draw_patches(report: Report, textures: dict[str, Tensor], path: Path) -> Path:
+    """Draws the patches, a row for each model and target and a column for each precision they were made at.
+
+    Args:
+        report: says what each patch is.
+        textures: name of the patch -> (4, h, w) in [0, 1], transparent outside the mask.
+        path: the PNG to write.
+
+    Raises:
+        CheckpointError: the file cannot be written.
+    """
+    shown = [patch for patch in report.patches if patch.name in textures]
+    columns = sorted_precisions({patch.source.precision for patch in shown if patch.source}) or [EMPTY]
+    rows: dict[str, list[Tile | None]] = {}
+    for patch in sorted(shown, key=lambda patch: (patch.family, patch.source.name if patch.source else "")):
+        column = columns.index(patch.source.precision) if patch.source else 0
+        tiles = rows.setdefault(_patch_row(patch, report), [None] * len(columns))
+        tiles[column] = Tile(textures[patch.name])
+    sheet = Sheet(
+        title="Patches, by the precision they were made at",
+        columns=tuple(f"{precision} bit" for precision in columns),
+        rows=tuple((label, tuple(tiles)) for label, tiles in rows.items()),
+    )
+    return draw_sheet(sheet, path)
+
+
+def draw_sheet(sheet: Sheet, path: Path) -> Path:
+    """Draws small pictures in labeled rows, enlarged without smoothing.
+
+    Raises:
+        CheckpointError: the file cannot be written.
+    """
+    across, down = len(sheet.columns), len(sheet.rows)
+    captioned = any(tile and tile.caption for _, tiles in sheet.rows for tile in tiles)
+    tall = _INCHES_PER_TILE + (0.15 if captioned else 0.05)
+    label = 0.09 * max(len(line) for text, _ in sheet.rows for line in text.split("\n"))
+    figure = _figure(width=max(4.5, label + _INCHES_PER_TILE * across), height=0.9 + tall * down)
+    grid = figure.subplots(down, across, squeeze=False)
+    for axes in grid.flat:
+        axes.set_axis_off()
+    for row, (text, tiles) in zip(grid, sheet.rows, strict=True):
+        for axes, tile in zip(row, tiles, strict=True):
+            if tile is None:
+                continue
+            _frame(axes)
+            axes.imshow(tile.image.permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
+            color = _VERDICTS[tile.verdict] if tile.verdict else "black"
+            axes.text(
+                0.5, -0.04, tile.caption, color=color, fontsize=8, ha="center", va="top", transform=axes.transAxes
+            )
+        row[0].text(-0.08, 0.5, text, fontsize=8, ha="right", va="center", transform=row[0].transAxes)
+    for axes, title in zip(grid[0], sheet.columns, strict=True):
+        axes.set_title(title, fontsize=8)
+    figure.suptitle(sheet.title, fontsize=11)
+    if sheet.note:
+        figure.supxlabel(sheet.note, fontsize=8)
+    return _save(figure, path)
+
+
+def _frame(axes: Axes) -> None:
+    """A thin frame, without which light pictures have no edge."""
+    axes.set_axis_on()
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for spine in axes.spines.values():
+        spine.set(color="#999999", linewidth=0.6)
+
+
+def _figure(*, width: float, height: float) -> Figure:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    # No pyplot: it would pick a window system and keep every figure alive.
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=_DPI, format="png", facecolor="white"))
+    return path
+
+
+def _curve(axes: Axes, means: Sequence[Mean | None], *, color: str, shift: float, style: dict[str, Any]) -> None:
+    points = [(x, value) for x, value in enumerate(means) if value]
+    if not points:
+        return
+    heights = [100 * value.value for _, value in points]
+    below = [100 * (value.value - value.interval[0]) for _, value in points]
+    above = [100 * (value.interval[1] - value.value) for _, value in points]
+    places = [x + shift for x, _ in points]
+    axes.errorbar(places, heights, [below, above], color=color, capsize=2.5, linewidth=1.5, elinewidth=1, **style)
+
+
+def _precision_axis(axes: Axes, columns: Sequence[str]) -> None:
+    axes.set_xticks(range(len(columns)), columns)
+    axes.set_xlim(-0.5, len(columns) - 0.5)
+    axes.set_ylim(-2, 102)
+    axes.set_xlabel("precision attacked (bit)")
+    axes.grid(axis="y", color="#DDDDDD", linewidth=0.8)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+
+
+def _patch_row(patch: PatchFacts, report: Report) -> str:
+    aim = "any wrong class" if patch.target is None else report.data.classes[patch.target]
+    return "\n".join([patch.source.name if patch.source else "unknown model", patch.family, f"aims at {aim}"])

@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from qadtr_brevitas.errors import CheckpointError
+from qadtr_brevitas.evaluate import evaluate
+from qadtr_brevitas.gallery import draw_pictures
+from qadtr_brevitas.plots import Sheet, Tile, draw_asr, draw_sheet
+from tests.evaluation_fakes import Reader, coded_split, reader, small_report, white_patch
+
+GREEN, RED = (0, 112, 79), (192, 0, 0)
+
+
+def colors(path: Path) -> set[tuple[int, ...]]:
+    with Image.open(path) as picture:
+        return {color for _, color in picture.convert("RGB").getcolors(maxcolors=1 << 24) or []}
+
+
+def test_pictures_of_an_evaluation(tmp_path: Path) -> None:
+    subjects = [reader("a/b", Reader(fooled_at=(4,)), fingerprint="reader-weights"), reader("other")]
+    patches = [white_patch(str(bits), precision=bits) for bits in (8, 4)]
+    report = evaluate(subjects, patches, coded_split(), output=tmp_path, data_name="coded")
+    drawn = draw_pictures(report, subjects, patches, coded_split(), folder=tmp_path)
+    assert [path.name for path in drawn] == ["asr.png", "patches.png", "examples-a-b.png"]
+    # Captions of images the patch does not fool are green, of those it turns into its target red.
+    assert {GREEN, RED} <= colors(drawn[2])
+
+
+def test_no_pictures_without_patches(tmp_path: Path) -> None:
+    report = evaluate([reader()], [], coded_split(), output=tmp_path, data_name="coded")
+    assert draw_pictures(report, [reader()], [], coded_split(), folder=tmp_path) == []
+
+
+def test_asr_picture_has_a_color_for_each_model(tmp_path: Path) -> None:
+    path = draw_asr(small_report(tmp_path, models=("reader", "other")), tmp_path / "asr.png")
+    assert {(0, 114, 178), (213, 94, 0)} <= colors(path)
+
+
+def test_sheet_leaves_places_empty(tmp_path: Path) -> None:
+    tile = Tile(torch.zeros(3, 4, 4), "caption")
+    sheet = Sheet("title", ("one", "two"), (("row", (tile, None)),), note="note")
+    with Image.open(draw_sheet(sheet, tmp_path / "sheet.png")) as picture:
+        half = picture.convert("L").crop(
+            (picture.width * 2 // 3, picture.height // 2, picture.width, picture.height - 60)
+        )
+        assert half.getextrema() == (255, 255)
+
+
+def test_picture_that_cannot_be_written_is_an_error_of_ours(tmp_path: Path) -> None:
+    report = small_report(tmp_path)
+    (tmp_path / "asr.png").mkdir()
+    with pytest.raises(CheckpointError, match="cannot write"):
+        draw_asr(report, tmp_path / "asr.png")
