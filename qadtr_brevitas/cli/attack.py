@@ -1,0 +1,189 @@
+"""`qadtr-brevitas attack MODEL_DIR [key=value ...]`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from qadtr_brevitas.cli.common import (
+    device_option,
+    emit,
+    examples,
+    output_options,
+    progress,
+    say,
+    seed_option,
+    threads_option,
+)
+from qadtr_brevitas.cli.plugin_options import dataset_settings, find_dataset, load_split, make_plugin
+from qadtr_brevitas.errors import UsageError, suggest
+from qadtr_brevitas.precision import parse_precisions
+from qadtr_brevitas.recipe.slots import slot_name
+from qadtr_brevitas.registry import ATTACKS
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from qadtr_brevitas.craft import Crafted
+    from qadtr_brevitas.data.split import Split
+    from qadtr_brevitas.report_tables import Table
+
+_TRAIN_IMAGES = 10_000
+_HELD_OUT = 1_000
+
+
+@click.command(
+    "attack",
+    epilog=examples(
+        "qadtr-brevitas attack runs/qadtr",
+        "qadtr-brevitas attack runs/qadtr size=6 steps=1000 --precision 32,4 --target all",
+        "qadtr-brevitas attack models/resnet20 --data cifar10:data --target none",
+    ),
+)
+@click.argument("model_dir", type=click.Path(path_type=Path))
+@click.argument("overrides", nargs=-1, metavar="[key=value ...]")
+@click.option("--attack", default="lavan", show_default=True, help="Attack; see `list attacks`.")
+@click.option("--precision", "precisions", help="Precisions to attack, as 32,8,4.  [default: all the model has]")
+@click.option(
+    "--target", "targets", help="Classes to aim at, by number or name; all; none.  [default: the first three]"
+)
+@click.option(
+    "--train-images", type=click.IntRange(min=1), help=f"Images to make patches on.  [default: {_TRAIN_IMAGES}]"
+)
+@click.option("--held-out", type=click.IntRange(min=1), help=f"Images to choose patches on.  [default: {_HELD_OUT}]")
+@click.option("--data", help="Data set as NAME[:ROOT].  [default: the one the model was trained on]")
+@click.option("--output", "-o", type=click.Path(path_type=Path), help="Folder.  [default: MODEL_DIR/patches]")
+@device_option
+@seed_option()
+@threads_option
+@output_options
+def command(
+    model_dir: Path,
+    overrides: tuple[str, ...],
+    attack: str,
+    precisions: str | None,
+    targets: str | None,
+    train_images: int | None,
+    held_out: int | None,
+    data: str | None,
+    output: Path | None,
+    device: str,
+    seed: int,
+) -> None:
+    """Make a patch for each precision and target class of a model.
+
+    Every patch is saved as soon as it is finished; called again, the command goes on with the missing ones.
+    Images come from the training split, so that none of them is in the evaluation. The keys of key=value are
+    the attack's, for instance size, steps or lr.
+    """
+    plugin = _make_attack(attack, overrides)
+    wanted = parse_precisions(precisions.split(",")) if precisions else None
+    dataset = find_dataset([model_dir], data)
+    output = output or model_dir / "patches"
+
+    from qadtr_brevitas.craft import craft
+    from qadtr_brevitas.device import resolve_device
+    from qadtr_brevitas.subjects import load_subjects
+
+    where = resolve_device(device)
+    subject = load_subjects([model_dir], device=where)[0]
+    train, judge = _divide(load_split(dataset, "train"), train_images, held_out, seed=seed)
+    with progress("making patches") as report:
+        crafted = craft(
+            subject,
+            plugin,
+            name=attack,
+            train=train,
+            held_out=judge,
+            output=output,
+            precisions=wanted,
+            targets=_read_targets(targets, train.classes),
+            data={"name": slot_name(dataset), "settings": dataset_settings(dataset)},
+            seed=seed,
+            device=where,
+            progress=report,
+        )
+    _print(crafted, train.classes)
+    kept = sum(patch.kept for patch in crafted)
+    chosen = "" if output == model_dir / "patches" else f" --patches {output}"
+    say(f"wrote {len(crafted) - kept} patches to {output}" + (f", {kept} were there already" if kept else ""))
+    say(f"next: qadtr-brevitas evaluate {model_dir}{chosen}")
+
+
+def _make_attack(name: str, overrides: tuple[str, ...]) -> Any:
+    if any(text.startswith("target=") for text in overrides):
+        raise UsageError("target=... is not a key here: give the target classes with --target")
+    plugin = make_plugin(ATTACKS, name, overrides)
+    if not hasattr(plugin, "fit"):
+        able = [other for other in ATTACKS.names() if hasattr(ATTACKS.load(other), "fit")]
+        raise UsageError(f"{name} makes images for training, not a patch: choose --attack from {', '.join(able)}")
+    return plugin
+
+
+def _divide(split: Split, train: int | None, held_out: int | None, *, seed: int) -> tuple[Split, Split]:
+    """Images to make and to choose patches on; the defaults shrink for small data sets."""
+    judged = held_out or min(_HELD_OUT, max(1, len(split) // 5))
+    made = train or min(_TRAIN_IMAGES, max(1, len(split) - judged))
+    if made + judged > len(split):
+        raise UsageError(
+            f"{made} training and {judged} held-out images are more than the {len(split)} of the training split: "
+            "give less with --train-images and --held-out"
+        )
+    judge, rest = split.divide(judged, seed=seed)
+    return rest.balanced(made, seed=seed), judge
+
+
+def _read_targets(text: str | None, classes: Sequence[str]) -> list[int | None] | None:
+    if text is None:
+        return None
+    if text == "all":
+        return list(range(len(classes)))
+    return [_read_target(word.strip(), classes) for word in text.split(",")]
+
+
+def _read_target(word: str, classes: Sequence[str]) -> int | None:
+    if word == "none":
+        return None
+    if word in classes:
+        return list(classes).index(word)
+    if word.isdecimal() and int(word) < len(classes):
+        return int(word)
+    rule = f"0 to {len(classes) - 1}, all or none" if word.isdecimal() else suggest(word, [*classes, "all", "none"])
+    raise UsageError(f"there is no target class {word!r}: {rule}")
+
+
+def _print(crafted: Sequence[Crafted], classes: Sequence[str]) -> None:
+    from qadtr_brevitas.report_files import rich_table
+
+    data = [
+        {
+            "file": str(patch.path),
+            "precision": str(patch.precision),
+            "target": patch.target,
+            "held_out_asr": patch.held_out.value,
+            "n": patch.held_out.n,
+            "kept": patch.kept,
+        }
+        for patch in crafted
+    ]
+    emit(data, rich_table(_table(crafted, classes)))
+
+
+def _table(crafted: Sequence[Crafted], classes: Sequence[str]) -> Table:
+    from qadtr_brevitas.report_tables import EMPTY, Table
+
+    precisions = list(dict.fromkeys(patch.precision for patch in crafted))
+    cells = {(patch.target, patch.precision): patch.held_out for patch in crafted}
+    rows: list[tuple[str, ...]] = []
+    for target in dict.fromkeys(patch.target for patch in crafted):
+        shares = [cells[target, precision] for precision in precisions]
+        words = [EMPTY if share.value is None else f"{100 * share.value:.1f} of {share.n}" for share in shares]
+        rows.append(("any wrong class" if target is None else classes[target], *words))
+    return Table(
+        "ASR on the held-out images, in percent of n",
+        ("target", *(f"{precision} bit" for precision in precisions)),
+        tuple(rows),
+        ("These images chose the patches: the figures to report are those of `qadtr-brevitas evaluate`.",),
+    )

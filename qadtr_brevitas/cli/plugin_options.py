@@ -1,0 +1,96 @@
+"""Plug-ins named on the command line: an attack with `key=value`, a data set as NAME[:ROOT] or as in a run's recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from qadtr_brevitas.errors import Problem, RecipeError, UsageError
+from qadtr_brevitas.recipe.problems import dotted, explain, fields_of
+from qadtr_brevitas.recipe.slots import slot_name
+from qadtr_brevitas.recipe.source import YamlError, parse
+from qadtr_brevitas.registry import DATASETS, Registry
+
+if TYPE_CHECKING:
+    from qadtr_brevitas.data.split import Split
+
+RECIPE_FILE = "recipe.yaml"
+
+
+def make_plugin(registry: Registry, name: str, options: Sequence[str]) -> Any:
+    """A plug-in with the given `key=value` fields; values are YAML, as in a recipe.
+
+    Raises:
+        UsageError: there is no plug-in of that name.
+        RecipeError: unknown keys and wrong values, all at once.
+    """
+    plugin = registry.load(name)
+    problems: list[Problem] = []
+    fields: dict[str, Any] = {}
+    for text in options:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            problems.append(Problem(text, "is no setting: write key=value, for instance size=8"))
+            continue
+        try:
+            fields[key] = parse(value, line=None).plain()
+        except YamlError as error:
+            problems.append(Problem(key, f"the value {value!r} is not YAML: {error.reason}"))
+    try:
+        made = TypeAdapter(plugin).validate_python(fields)
+    except ValidationError as error:
+        problems += [Problem(dotted(place), message) for place, message in explain(error, plugin, fields)]
+    else:
+        if not problems:
+            return made
+    raise RecipeError(f"{registry.kind} {name}", problems)
+
+
+def find_dataset(model_dirs: Sequence[Path], choice: str | None) -> Any:
+    """The data set chosen as NAME[:ROOT], or the one that all model directories were trained on.
+
+    Raises:
+        UsageError: no such data set, or none chosen and none, or several, known from the models.
+    """
+    if choice is not None:
+        name, _, root = choice.partition(":")
+        if root and "root" not in fields_of(DATASETS.load(name)):
+            raise UsageError(f"data set {name} has no folder to read from: give --data {name}")
+        return make_plugin(DATASETS, name, [f"root={root}"] if root else [])
+    found = [_trained_on(path) for path in model_dirs]
+    for path, dataset in zip(model_dirs, found, strict=True):
+        if dataset is None:
+            raise UsageError(
+                f"{path} does not say which data set it was made for: choose one with --data NAME[:ROOT], "
+                "see `qadtr-brevitas list datasets`"
+            )
+    if any(dataset != found[0] for dataset in found):
+        names = ", ".join(dict.fromkeys(map(slot_name, found)))
+        raise UsageError(f"the models were trained on different data ({names}): choose one with --data NAME[:ROOT]")
+    return found[0]
+
+
+def dataset_settings(dataset: Any) -> dict[str, Any]:
+    """A data set's fields as JSON values."""
+    return TypeAdapter(type(dataset)).dump_python(dataset, mode="json")
+
+
+def load_split(dataset: Any, split: str) -> Split:
+    """Loads one split of a data set with a progress bar."""
+    from qadtr_brevitas.cli.common import progress
+
+    with progress(f"reading {slot_name(dataset)} {split} images") as report:
+        return dataset.load(split, progress=report)
+
+
+def _trained_on(model_dir: Path) -> Any:
+    from qadtr_brevitas.recipe import load_recipe
+
+    # A model directory inside a run, last/ or best/, has the run's recipe beside it.
+    for folder in (model_dir, model_dir.resolve().parent):
+        if (folder / RECIPE_FILE).is_file():
+            return load_recipe(folder / RECIPE_FILE).data.dataset
+    return None

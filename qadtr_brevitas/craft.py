@@ -1,0 +1,200 @@
+"""Makes one patch for each precision and target, saving each as soon as it is finished; finished ones are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+
+from qadtr_brevitas.attacks.patch import Patch
+from qadtr_brevitas.data.split import Split
+from qadtr_brevitas.errors import UsageError
+from qadtr_brevitas.fingerprints import fingerprint_facts, fingerprint_tensors
+from qadtr_brevitas.metrics import Share, score
+from qadtr_brevitas.precision import Precision, PrecisionLike
+from qadtr_brevitas.predict import predict
+from qadtr_brevitas.quant import at_precision, frozen_weights, precisions_or_all
+from qadtr_brevitas.seeding import derive_seed
+from qadtr_brevitas.subjects import Subject
+
+DEFAULT_TARGETS = 3
+
+
+Progress: TypeAlias = Callable[[int, int, str], object]
+"""Is told optimizer steps done, all of them, and what is being made."""
+
+
+@dataclass(frozen=True)
+class Crafted:
+    """One finished patch.
+
+    Args:
+        path: its file.
+        precision: precision it was made at.
+        target: class it aims at; None for an untargeted one.
+        held_out: its ASR on the held-out images. They chose the patch, so this is a first look and no result.
+        kept: True if it was there already.
+    """
+
+    path: Path
+    precision: Precision
+    target: int | None
+    held_out: Share
+    kept: bool
+
+
+def craft(
+    subject: Subject,
+    attack: Any,
+    *,
+    name: str,
+    train: Split,
+    held_out: Split,
+    output: Path,
+    precisions: Sequence[PrecisionLike] | None = None,
+    targets: Sequence[int | None] | None = None,
+    data: dict[str, Any] | None = None,
+    seed: int = 0,
+    batch_size: int = 256,
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
+) -> list[Crafted]:
+    """Makes the patches of every precision and target that are not in the folder yet.
+
+    Args:
+        subject: the model to attack; moved to the device and put in eval mode.
+        attack: a patch attack plug-in; its `target`, if it has one, is replaced.
+        name: registered name of the attack, which starts the file names.
+        train: images to make patches on.
+        held_out: images to choose and to score them on; none of `train`, and none of the test split.
+        output: folder for the patches.
+        precisions: precisions to attack; None for all that the model allows.
+        targets: classes to aim at, None among them for an untargeted patch; None for the first three.
+        data: name and settings of the data set, kept with each patch.
+        seed: the same seed gives the same patches.
+        batch_size: images in one forward pass of the held-out score.
+        device: where to compute.
+        progress: told after each optimizer step.
+
+    Raises:
+        UsageError: a precision the model does not allow, a target that is no class, a patch that does not fit on the
+            images, or a file of the same name that was made otherwise.
+        DataError: the model is for other images or another number of classes.
+        CheckpointError: a patch cannot be written, or one that is there cannot be read.
+    """
+    subject.check_data(train, data=(data or {}).get("name", ""))
+    wanted = precisions_or_all(subject.model, precisions)
+    aims = _targets(attack, targets, train)
+    images = fingerprint_tensors([train.images, train.labels, held_out.images, held_out.labels])
+    work = [(precision, _aimed(attack, target), target) for precision in wanted for target in aims]
+    shared = _Shared(subject, name, train, held_out, output, data or {}, images, seed, batch_size, torch.device(device))
+    finished: list[Crafted] = []
+    subject.model.to(device).eval()
+    with frozen_weights(subject.model):
+        for number, (precision, aimed, target) in enumerate(work):
+            bar = progress and _Bar(progress, number, len(work), f"{precision} bit, {_aim(target)}")
+            with at_precision(subject.model, precision):
+                finished.append(shared.make(aimed, precision, target, bar))
+            if progress:
+                progress(number + 1, len(work), "")
+    return finished
+
+
+@dataclass(frozen=True)
+class _Bar:
+    """Turns the steps of one patch into a share of all of them."""
+
+    progress: Progress
+    number: int
+    total: int
+    note: str
+
+    def __call__(self, done: int, total: int, note: str = "") -> None:
+        self.progress(self.number * total + done, self.total * total, f"{self.note} {note}".rstrip())
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """What all patches of one call have in common."""
+
+    subject: Subject
+    name: str
+    train: Split
+    held_out: Split
+    output: Path
+    data: dict[str, Any]
+    images: str
+    seed: int
+    batch_size: int
+    device: torch.device
+
+    def make(self, attack: Any, precision: Precision, target: int | None, bar: _Bar | None) -> Crafted:
+        """One patch, made or found; the model is at the precision."""
+        height, width = attack.mask(self.train.image_size).shape
+        path = self.output / f"{self.name}-{height}x{width}-{_bits(precision)}-{_aim(target)}.safetensors"
+        made_of = fingerprint_facts(
+            [self.subject.fingerprint, self.name, asdict(attack), str(precision), self.images, self.seed]
+        )
+        if path.exists():
+            found = Patch.load(path)
+            if found.meta.get("made_of") != made_of:
+                raise UsageError(
+                    f"{path} is there already, made from another model, images, seed or settings: "
+                    "choose another folder with --output, or move it away"
+                )
+            return Crafted(path, precision, target, Share(*found.meta["held_out"]), kept=True)
+        patch = self._fit(attack, precision, target, bar)
+        share = self._score(patch, target)
+        facts = {"made_of": made_of, "held_out": [share.count, share.n]}
+        patch.with_meta(**self._source(precision), **facts).save(path)
+        return Crafted(path, precision, target, share, kept=False)
+
+    def _fit(self, attack: Any, precision: Precision, target: int | None, bar: _Bar | None) -> Patch:
+        images, labels = self.train.images.to(self.device), self.train.labels.to(self.device)
+        judge = self.held_out.images.to(self.device), self.held_out.labels.to(self.device)
+        # A stream for each patch: they must not share the luck of one start.
+        seed = derive_seed(self.seed, "craft", str(precision), _aim(target))
+        return attack.fit(self.subject.model, images, labels, held_out=judge, seed=seed, progress=bar)
+
+    def _score(self, patch: Patch, target: int | None) -> Share:
+        model, seed, size = self.subject.model, self.seed, self.batch_size
+        clean = predict(model, self.held_out, batch_size=size, device=self.device)
+        patched = predict(model, self.held_out, patch=patch, seed=seed, batch_size=size, device=self.device)
+        return score(clean, patched, self.held_out.labels, target=target).asr
+
+    def _source(self, precision: Precision) -> dict[str, Any]:
+        return {
+            "model": self.subject.name,
+            "fingerprint": self.subject.fingerprint,
+            "precision": str(precision),
+            "data": self.data,
+            "train_images": len(self.train),
+            "held_out_images": len(self.held_out),
+        }
+
+
+def _targets(attack: Any, targets: Sequence[int | None] | None, split: Split) -> list[int | None]:
+    classes = len(split.classes)
+    if not any(field.name == "target" for field in fields(attack)):
+        return [None]
+    if targets is None:
+        return list(range(min(DEFAULT_TARGETS, classes)))
+    for target in targets:
+        if target is not None and not 0 <= target < classes:
+            raise UsageError(f"target {target} is no class of the data set: give 0 to {classes - 1}")
+    return list(dict.fromkeys(targets))
+
+
+def _aimed(attack: Any, target: int | None) -> Any:
+    return replace(attack, target=target) if any(field.name == "target" for field in fields(attack)) else attack
+
+
+def _aim(target: int | None) -> str:
+    return "untargeted" if target is None else f"target{target}"
+
+
+def _bits(precision: Precision) -> str:
+    return f"{precision}bit" if precision.is_tied else str(precision)
