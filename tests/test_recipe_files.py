@@ -81,5 +81,5 @@ class TestCopy:
 
     def test_where_nothing_can_be_written(self, shipped: Path) -> None:
         Path("file").write_text("")
-        with pytest.raises(UsageError, match="cannot copy .* choose another target"):
+        with pytest.raises(UsageError, match=r"cannot copy .* choose another target"):
             copy_recipe("toy_qat", Path("file/mine.yaml"))

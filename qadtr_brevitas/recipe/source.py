@@ -118,12 +118,9 @@ def _node(value: Any, line: int | None) -> Node:
 def _line(parent: CommentedMap | CommentedSeq, key: Any, line: int | None) -> int | None:
     if line is None:
         return None
-    try:
-        place = parent.lc.key(key) if isinstance(parent, CommentedMap) else parent.lc.item(key)
-    except (KeyError, TypeError):
-        # A key merged in with << has no place of its own.
-        return line
-    return place[0] + 1
+    # A key merged in with << has no place of its own.
+    places = parent.lc.data or {}
+    return places[key][0] + 1 if key in places else line
 
 
 def _scalar(value: Any) -> Any:

@@ -240,7 +240,7 @@ class TestFiles:
 
         file = write("seed: 1")
         monkeypatch.setattr(Path, "read_text", refuse)
-        with pytest.raises(UsageError, match="cannot read the recipe .*: Permission denied"):
+        with pytest.raises(UsageError, match=r"cannot read the recipe .*: Permission denied"):
             load_recipe(file)
 
 
