@@ -37,7 +37,7 @@ types: $(INSTALLED) ## check types, strictly
 	$(BIN)/pyright
 
 bench: $(INSTALLED) ## measure speed and memory against the float model and stock Brevitas
-	$(BIN)/python -m bench --json bench.json
+	$(BIN)/python examples/benchmark.py --output bench.json
 
 format: $(INSTALLED) ## put the code into shape
 	$(BIN)/ruff check --fix .
