@@ -144,7 +144,8 @@ class _Trainer:
         self.model: SwitchableModel = model.to(self.device)
         self.inputs = Inputs(recipe, self.train_split, self.rank, self.processes, self.device)
         self.log: RunLog | None = None
-        self.stop = False
+        # Asked for in this process; agreed on by all.
+        self.asked_to_stop = self.stop = False
 
     def train(self) -> None:
         """Runs what is left of the run."""
@@ -258,7 +259,7 @@ class _Trainer:
 
     def _agree_on(self, loss: Tensor, precision: Precision, lr: float) -> float:
         """The mean loss of all processes; also lets all stop together, and stops at a loss that is not finite."""
-        figures: Any = torch.stack([loss.detach().float(), loss.new_tensor(self.stop, dtype=torch.float32)])
+        figures: Any = torch.stack([loss.detach().float(), loss.new_tensor(self.asked_to_stop, dtype=torch.float32)])
         if self.processes > 1:
             figures = self.accelerator.reduce(figures, "mean")
         mean, stop = figures.tolist()
@@ -374,7 +375,7 @@ class _Trainer:
         """Lets the first Ctrl-C or SIGTERM end the step and save; a second one stops at once."""
 
         def ask_to_stop(number: int, frame: FrameType | None) -> None:
-            self.stop = True
+            self.asked_to_stop = True
             for caught, handler in before.items():
                 signal.signal(caught, handler)
 

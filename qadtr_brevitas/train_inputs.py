@@ -91,7 +91,7 @@ class PlainBatches(Sequence[Tensor]):
 
     def __init__(self, split: Split, indices: Tensor, *, batch_size: int, device: torch.device) -> None:
         self._split = split
-        self._chunks = indices.split(batch_size)
+        self._chunks = indices.split(batch_size) if len(indices) else ()
         self._device = device
 
     def __len__(self) -> int:
