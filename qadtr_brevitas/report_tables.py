@@ -60,7 +60,7 @@ def summary_table(report: Report, family: str) -> Table:
         f"{family}: clean accuracy and ASR at each precision",
         _header(report),
         _blocks(report, family, _summary),
-        (f"Percent of n; clean accuracy: of n = {report.data.images} test images.", ASR_NOTE, MEAN_NOTE),
+        (_images_note(report), ASR_NOTE, MEAN_NOTE, f"Targets: {_targets(report, family)}. Seed {report.seed}."),
     )
 
 
@@ -74,11 +74,11 @@ def clean_table(report: Report) -> Table:
 def white_box_table(report: Report, family: str) -> Table:
     """Patches against the model and precision they were made on, with every figure that belongs to an ASR."""
     notes = (
+        _images_note(report),
         ASR_NOTE,
+        "Any wrong class: of the images classified correctly without the patch.",
         MEAN_NOTE,
-        f"Any wrong class: of the images classified correctly without the patch. ASR over all images and robust "
-        f"accuracy (correct with and without the patch): of n = {report.data.images} images.",
-        f"Targets: {_targets(report, family)}.",
+        f"Targets: {_targets(report, family)}. Seed {report.seed}.",
     )
     title = f"{family}: white-box, each precision attacked with its own patches"
     return Table(title, _header(report), _blocks(report, family, _white_box), notes)
@@ -151,13 +151,16 @@ class View:
 
 
 def _summary(view: View, columns: Sequence[str]) -> dict[str, list[str]]:
-    attacked = [view.white_box(p) or view.control(p) for p in columns]
+    means = [view.white_box(p) for p in columns]
     return {
         "clean accuracy": [_percent(view.clean(p)) for p in columns],
-        "ASR white-box": [_percent(view.white_box(p)) for p in columns],
+        "ASR white-box": [_percent(mean) for mean in means],
+        "95 % interval": [_range(mean.interval) if mean else EMPTY for mean in means],
         "ASR of patches made at 32 bit": [_percent(view.made_at(p, FLOAT)) for p in columns],
         "ASR of a random patch": [_percent(view.control(p)) for p in columns],
-        "n of ASR": [_sizes(mean) for mean in attacked],
+        "n of ASR": [_sizes(mean or view.control(p)) for mean, p in zip(means, columns, strict=True)],
+        "ASR over all images": [_percent(view.white_box(p, lambda cell: cell.asr_all)) for p in columns],
+        "robust accuracy": [_percent(view.white_box(p, lambda cell: cell.robust_accuracy)) for p in columns],
     }
 
 
@@ -214,6 +217,13 @@ def _sources(report: Report, family: str) -> dict[str, str]:
     names = {model.fingerprint: model.name for model in reversed(report.models)}
     sources = [patch.source for patch in report.patches if patch.family == family and patch.source]
     return {source.fingerprint: names.get(source.fingerprint, source.name) for source in sources}
+
+
+def _images_note(report: Report) -> str:
+    return (
+        f"In percent. Clean accuracy, ASR over all images and robust accuracy (correct with and without the patch) are "
+        f"shares of n = {report.data.images} test images."
+    )
 
 
 def _targets(report: Report, family: str) -> str:

@@ -99,14 +99,22 @@ def test_summary_compares_models_in_blocks(tmp_path: Path) -> None:
     assert rows(table) == [
         ["reader", "clean accuracy", "100.0", "100.0"],
         ["", "ASR white-box", "100.0", "100.0"],
+        ["", "95 % interval", "88.6 to 100.0", "88.6 to 100.0"],
         ["", "ASR of a random patch", "0.0", "0.0"],
         ["", "n of ASR", "30", "30"],
+        ["", "ASR over all images", "100.0", "100.0"],
+        ["", "robust accuracy", "25.0", "25.0"],
         ["other", "clean accuracy", "100.0", "100.0"],
         ["", "ASR white-box", "0.0", "100.0"],
+        ["", "95 % interval", "0.0 to 11.4", "88.6 to 100.0"],
         ["", "ASR of a random patch", "0.0", "0.0"],
         ["", "n of ASR", "30", "30"],
+        ["", "ASR over all images", "25.0", "100.0"],
+        ["", "robust accuracy", "100.0", "25.0"],
     ]
-    assert table.rows[4] is None
+    assert table.rows[7] is None
+    assert "of n = 40 test images" in table.notes[0]
+    assert "Targets: 2 (c). Seed 0." in table.notes
 
 
 def test_white_box_table_has_every_figure_with_its_denominator(tmp_path: Path) -> None:
@@ -124,8 +132,8 @@ def test_white_box_table_has_every_figure_with_its_denominator(tmp_path: Path) -
         "n of ASR": ["30", "30"],
         "patches": ["2", "2"],
     }
-    assert "of n = 40 images" in " ".join(table.notes)
-    assert "Targets: 1 (b), 2 (c)." in table.notes
+    assert "of n = 40 test images" in " ".join(table.notes)
+    assert "Targets: 1 (b), 2 (c). Seed 0." in table.notes
 
 
 def test_matrix_is_source_precision_by_attacked_precision(tmp_path: Path) -> None:
@@ -209,7 +217,7 @@ def test_terminal_table_prints_every_cell(tmp_path: Path) -> None:
     console = Console(width=100, file=StringIO(), force_terminal=False)
     console.print(rich_table(table))
     text = console.file.getvalue()  # type: ignore[attr-defined]
-    for words in (table.title, "ASR white-box", "100.0", "n of ASR", "Percent of n"):
+    for words in (table.title, "ASR white-box", "100.0", "n of ASR", "In percent."):
         assert words in text
 
 

@@ -179,10 +179,10 @@ def _table(crafted: Sequence[Crafted], classes: Sequence[str]) -> Table:
     rows: list[tuple[str, ...]] = []
     for target in dict.fromkeys(patch.target for patch in crafted):
         shares = [cells[target, precision] for precision in precisions]
-        words = [EMPTY if share.value is None else f"{100 * share.value:.1f} of {share.n}" for share in shares]
+        words = [EMPTY if share.value is None else f"{100 * share.value:.1f} (n={share.n})" for share in shares]
         rows.append(("any wrong class" if target is None else classes[target], *words))
     return Table(
-        "ASR on the held-out images, in percent of n",
+        "ASR on n held-out images, in percent",
         ("target", *(f"{precision} bit" for precision in precisions)),
         tuple(rows),
         ("These images chose the patches: the figures to report are those of `qadtr-brevitas evaluate`.",),

@@ -27,7 +27,7 @@ def test_makes_a_patch_for_each_precision_and_target(run_dir: Path, tmp_path: Pa
     assert result.exit_code == 0, result.output
     names = {path.name for path in tmp_path.glob("*.safetensors")}
     assert names == {f"lavan-4x4-{bits}bit-target{target}.safetensors" for bits in (32, 4) for target in range(3)}
-    for words in ("target", "circle", "square", "triangle", "32 bit", "4 bit", " of "):
+    for words in ("target", "circle", "square", "triangle", "32 bit", "4 bit", "(n="):
         assert words in result.stdout
     assert f"wrote 6 patches to {tmp_path}" in result.stderr
     assert f"next: qadtr-brevitas evaluate {run_dir} --patches {tmp_path}" in result.stderr
