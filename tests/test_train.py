@@ -32,13 +32,13 @@ def observe(recipe: Recipe, run: Path) -> Recorder:
 
 
 def test_learns_shapes_at_every_precision(tmp_path: Path) -> None:
-    recorder = observe(make_recipe(epochs=12, float_epochs=6, **PLAIN), tmp_path)
+    recorder = observe(make_recipe(augment="none", epochs=8, float_epochs=8, **PLAIN), tmp_path)
     final = recorder.epochs[-1]
     assert final.kind == "final"
     assert final.val_accuracy is not None
     assert list(final.val_accuracy) == ["32", "4", "2"]
-    assert min(final.val_accuracy.values()) > 0.6
-    assert recorder.epochs[-2].means["loss"] < recorder.epochs[0].means["loss"]
+    assert min(final.val_accuracy.values()) > 0.55
+    assert recorder.epochs[-2].means["accuracy"] > 0.9
 
 
 def test_run_directory_and_saved_model_hold_what_was_trained(tmp_path: Path) -> None:
@@ -77,10 +77,13 @@ def test_records_say_what_each_step_did(tmp_path: Path) -> None:
 def test_learning_rate_warms_up_and_falls_in_each_phase(tmp_path: Path) -> None:
     recorder = observe(make_recipe(float_epochs=1, epochs=2, scheduler={"warmup_epochs": 1}, **PLAIN), tmp_path)
     lrs = [record.lr for record in recorder.steps]
-    for phase, top in ((lrs[:6], 3), (lrs[6:], 6)):
+    # The float phase has one epoch and warms up for half of it.
+    for phase, warm in ((lrs[:6], 3), (lrs[6:], 6)):
         assert phase[0] == pytest.approx(0.0005)
-        assert max(phase) == phase[top] == pytest.approx(0.05, rel=0.6)
-        assert phase[-1] < 0.02
+        assert phase[:warm] == sorted(phase[:warm])
+        assert phase[warm:] == sorted(phase[warm:], reverse=True)
+        assert max(phase) > 0.03
+        assert phase[-1] < 0.005
 
 
 def test_best_is_chosen_on_held_out_training_images(tmp_path: Path) -> None:
@@ -101,7 +104,8 @@ def test_best_gets_recalibrated_norms_too(tmp_path: Path) -> None:
     quick = {"val_share": 0.25, "float_epochs": 0, "epochs": 1, "scheduler": {"warmup_epochs": 0}, **PLAIN}
     observe(make_recipe(**quick, norm_batches=2), tmp_path / "with")
     observe(make_recipe(**quick, norm_batches=0), tmp_path / "without")
-    assert all(torch.equal(a, b) for a, b in zip(*(weights(tmp_path / "with", f).values() for f in ("best", "last"))))
+    best, last = (weights(tmp_path / "with", folder) for folder in ("best", "last"))
+    assert all(torch.equal(best[name], last[name]) for name in last)
     one, other = weights(tmp_path / "with", "best"), weights(tmp_path / "without", "best")
     changed = {name for name in one if not torch.equal(one[name], other[name])}
     assert changed

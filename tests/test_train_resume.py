@@ -113,7 +113,9 @@ def test_finished_run_does_nothing(whole: Path) -> None:
 
 
 def test_other_recipe_is_refused_and_keys_are_named(whole: Path) -> None:
-    with pytest.raises(UsageError, match=r"another recipe, which differs in train\.epochs, train\.optimizer\.lr: choose"):
+    with pytest.raises(
+        UsageError, match=r"another recipe, which differs in train\.epochs, train\.optimizer\.lr: choose"
+    ):
         train(make_recipe(epochs=4, optimizer={"lr": 0.1}), whole, device="cpu")
 
 
@@ -139,7 +141,9 @@ def test_damaged_state_is_refused(whole: Path, tmp_path: Path, damage: bytes) ->
     (tmp_path / "recipe.yaml").write_text((whole / "recipe.yaml").read_text())
     (tmp_path / "state").mkdir()
     (tmp_path / "state" / "training.pt").write_bytes(damage)
-    with pytest.raises(CheckpointError, match=r"training\.pt is damaged .*; start over with --resume never --overwrite"):
+    with pytest.raises(
+        CheckpointError, match=r"training\.pt is damaged .*; start over with --resume never --overwrite"
+    ):
         train(make_recipe(), tmp_path, device="cpu")
 
 
@@ -167,7 +171,7 @@ def test_interrupt_saves_and_says_how_to_go_on(whole: Path, tmp_path: Path) -> N
     assert threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGINT)
     stopper = StopAt(9, lambda: os.kill(os.getpid(), signal.SIGINT))
-    with pytest.raises(Interrupted, match="stopped after step 10; the state is saved in .*: the same command goes on"):
+    with pytest.raises(Interrupted, match=r"stopped after step 10; the state is saved in .*: the same command goes on"):
         train(make_recipe(), tmp_path, device="cpu", observer=stopper)
     assert signal.getsignal(signal.SIGINT) is handler
     recorder = Recorder()

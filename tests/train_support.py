@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors.torch import load_file
@@ -18,7 +18,7 @@ from qadtr_brevitas.train_log import EpochRecord, Observer, StepRecord
 class TinyNet(nn.Module):
     """Two convolutions with BatchNorm, dropout and a linear layer."""
 
-    pretrained_cfg = {"mean": (0.5,) * 3, "std": (0.25,) * 3, "input_size": (3, 8, 8), "architecture": "train_tiny_net"}
+    pretrained_cfg: ClassVar = {"mean": (0.5,) * 3, "std": (0.25,) * 3, "architecture": "train_tiny_net"}
 
     def __init__(self, num_classes: int = 3) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ def train_tiny_net(pretrained: bool = False, num_classes: int = 3, **kwargs: Any
     return TinyNet(num_classes)
 
 
-def make_recipe(**train_keys: Any) -> Recipe:
+def make_recipe(*, augment: str = "crop-flip", val_share: float = 0.0, **train_keys: Any) -> Recipe:
     """Three shapes of 8x8 pixels, 96 images, 6 steps an epoch, with everything a run can have switched on."""
     keys: dict[str, Any] = {
         "epochs": 3,
@@ -57,7 +57,7 @@ def make_recipe(**train_keys: Any) -> Recipe:
     return Recipe.model_validate(
         {
             "model": {"name": "train_tiny_net"},
-            "data": {"dataset": data, "augment": "crop-flip", "val_share": train_keys.pop("val_share", 0.0)},
+            "data": {"dataset": data, "augment": augment, "val_share": val_share},
             "quant": {"precisions": [32, 4, 2], "calibration": {"samples": 32}},
             "train": {**keys, **train_keys},
         }
