@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qadtr_brevitas.errors import RecipeError
@@ -109,6 +109,7 @@ def test_what_the_file_has_keeps_its_line(file: Path) -> None:
     assert {problem.path: problem.line for problem in caught.value.problems} == {"train.attack.share": None}
 
 
+@settings(max_examples=30)
 @given(
     lr=st.floats(1e-12, 1e3),
     momentum=st.floats(0, 0.999),
