@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _DEFAULT_SHARE = 1 / 16
-_DEFAULT_LR = {"sgd": 1.0, "sign": 0.02, "adam": 0.1}
+_DEFAULT_LR = {"sgd": 1.0, "sign": 0.05, "adam": 0.1}
 
 Pixels = Annotated[int, Field(ge=1)]
 Index = Annotated[int, Field(ge=0)]
@@ -68,8 +68,8 @@ class SearchFields(PatchFields):
     """How the texture of a universal patch is searched."""
 
     target: Annotated[Index | None, Field(description="class to be seen instead; null: any wrong one")] = 0
-    steps: Annotated[int, Field(ge=1, description="optimizer steps")] = 600
-    batch_size: Annotated[int, Field(ge=1, description="images per step")] = 128
+    steps: Annotated[int, Field(ge=1, description="optimizer steps")] = 300
+    batch_size: Annotated[int, Field(ge=1, description="images per step")] = 64
     step_rule: Annotated[Literal["sgd", "sign", "adam"], Field(description="how the gradient is followed")] = "adam"
     lr: Annotated[
         float | None, Field(gt=0, description=f"step size at the start; null: by step rule, {_DEFAULT_LR}")
