@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -66,8 +66,6 @@ from qadtr_brevitas.train_state import (
 
 class Interrupted(TrainingError):
     """Training was stopped by Ctrl-C or a signal, after its state was saved."""
-
-    exit_code = 130
 
 
 def train(
@@ -134,7 +132,8 @@ class _Trainer:
         self.state = saved.state if saved else TrainState()
         torch.manual_seed(derive_seed(recipe.seed, "build"))
         self.train_split, val, test = build_splits(recipe.data, seed=recipe.seed)
-        self.held_out, self.split_name = (test, "test") if val is None else (val, "val")
+        self.held_out: Split = test if val is None else val
+        self.split_name: Literal["val", "test"] = "test" if val is None else "val"
         self.phases = plan(recipe.train, len(self.train_split))
         model, _, self.info = build_switchable(recipe, self.train_split)
         check_precisions(model, recipe)
@@ -310,7 +309,7 @@ class _Trainer:
 
     def _validate(self, precisions: tuple[Precision, ...]) -> dict[str, float]:
         """Accuracy per precision, each process looking at its share of the images."""
-        split: Split = self.held_out
+        split = self.held_out
         own = split.subset(torch.arange(self.rank, len(split), self.processes))
         right: list[Tensor] = []
         self.model.eval()
@@ -371,13 +370,13 @@ class _Trainer:
             )
 
     @contextmanager
-    def _catching_signals(self) -> Iterator[None]:
-        """Lets the first Ctrl-C or SIGTERM end the step and save; a second one stops at once."""
+    def _catching_signals(self) -> Generator[None]:
+        """Lets the first Ctrl-C or SIGTERM end the step and save; a second one of its kind stops at once."""
 
         def ask_to_stop(number: int, frame: FrameType | None) -> None:
             self.asked_to_stop = True
-            for caught, handler in before.items():
-                signal.signal(caught, handler)
+            # Only this one: torchrun answers a Ctrl-C with a SIGTERM, too.
+            signal.signal(number, before[number])
 
         before: dict[int, Any] = {}
         try:

@@ -16,6 +16,7 @@ from qadtr_brevitas.errors import UsageError, suggest
 from qadtr_brevitas.precision import FLOAT_BITS, Precision
 from qadtr_brevitas.quant import precisions_or_all, quantizer_parameters
 from qadtr_brevitas.recipe import OptimizerSection, Recipe, TrainSection
+from qadtr_brevitas.training.gir_optimizer import GIR_KEY
 
 FLOAT = Precision(FLOAT_BITS, FLOAT_BITS)
 _FIRST_LR = 0.01
@@ -87,7 +88,7 @@ def start_processes(train: TrainSection, device: str) -> Accelerator:
     if wanted.type == "cuda" and device != "auto":
         torch.cuda.set_device(wanted)
     # Accelerate keeps the first mixed precision of a process for good; another run of it may want another one.
-    AcceleratorState._reset_state()
+    AcceleratorState._reset_state()  # pyright: ignore[reportPrivateUsage]
     accelerator = Accelerator(cpu=wanted.type == "cpu", mixed_precision=train.amp)
     if train.batch_size % accelerator.num_processes:
         raise UsageError(
@@ -151,10 +152,10 @@ def make_optimizer(model: nn.Module, section: OptimizerSection) -> torch.optim.O
     try:
         info = get_optimizer_info(section.name)
     except ValueError:
-        hint = suggest(section.name, list_optimizers())
+        hint = suggest(section.name, map(str, list_optimizers()))
         raise UsageError(f"timm has no optimizer {section.name!r}: {hint}") from None
     adam_like = info.has_betas and not info.has_momentum and info.num_betas == 2
-    extra = {"betas": (section.momentum, 0.999)} if adam_like else {}
+    extra: dict[str, Any] = {"betas": (section.momentum, 0.999)} if adam_like else {}
     return create_optimizer_v2(
         _groups(model, section),
         opt=section.name,
@@ -200,7 +201,8 @@ def _groups(model: nn.Module, section: OptimizerSection) -> list[dict[str, Any]]
     groups: list[dict[str, Any]] = [
         {"params": weights},
         {"params": without_decay, "weight_decay": 0.0},
-        # timm's schedulers multiply the learning rate by lr_scale.
-        {"params": own, "weight_decay": 0.0, "lr_scale": section.threshold_lr},
+        # timm's schedulers multiply the learning rate by lr_scale. GIR's normalized gradient of a single number is its
+        # sign: a threshold would take steps of one size, however flat the loss.
+        {"params": own, "weight_decay": 0.0, "lr_scale": section.threshold_lr, GIR_KEY: False},
     ]
     return [group for group in groups if group["params"]]

@@ -82,11 +82,12 @@ def load_state(run: Path) -> Saved | None:
         return None
     again = f"start over with --resume never --overwrite, which deletes the run in {run}"
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         version = content.pop("version")
         if version != _VERSION:
             raise CheckpointError(f"{path} has version {version}, this release reads {_VERSION}; {again}")
-        return Saved(**{**content, "state": TrainState(**content["state"])})
+        state = TrainState(**content.pop("state"))
+        return Saved(state=state, **content)
     except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, AttributeError, OSError) as error:
         raise CheckpointError(f"{path} is damaged ({type(error).__name__}); {again}") from error
 

@@ -124,16 +124,19 @@ def _table(record: EpochRecord) -> Table:
     from rich.table import Table
 
     accuracy = record.val_accuracy or {}
-    when = "finished model" if record.kind == "final" else f"epoch {record.epoch + 1}"
-    table = Table("precision", *accuracy, title=f"{when}: accuracy (%) on {record.split} images", title_justify="left")
-    table.add_row("accuracy", *(f"{100 * value:.2f}" for value in accuracy.values()))
+    table = Table(f"accuracy (%) on {record.split} images, at", *accuracy)
+    table.add_row(_when(record), *(f"{100 * value:.2f}" for value in accuracy.values()))
     return table
+
+
+def _when(record: EpochRecord) -> str:
+    return "finished model" if record.kind == "final" else f"epoch {record.epoch + 1}"
 
 
 def _line(record: EpochRecord, epochs: int) -> str:
     """One epoch as a line of plain text."""
     means = record.means
-    head = "finished model" if record.kind == "final" else f"epoch {record.epoch + 1}/{epochs} ({record.phase})"
+    head = _when(record) if record.kind == "final" else f"{_when(record)}/{epochs} ({record.phase})"
     parts = [f"loss {means['loss']:.4f}, {means['images_per_s']:.0f} images/s"] if means else []
     if "adversarial_accuracy" in means:
         parts.append(f"right under attack {100 * means['adversarial_accuracy']:.1f} %")

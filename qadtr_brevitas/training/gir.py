@@ -30,6 +30,7 @@ class Gir:
     - "injected at lower-bit models": at every precision but 32; `float_too: true` perturbs there too, and `only`
       names the precisions to perturb.
     - Frequency: drawn independently for each step.
+    - Which parameters: weights, biases and norms, not the quantizers' thresholds.
     - Place: after clipping, just before the optimizer, so that clipping does not undo it.
 
     GIR changes what training arrives at and nothing else. It gives no protection by itself at inference: an attacker

@@ -1,5 +1,8 @@
 """The optimizer wrapper of gradient-inconsistent regularization."""
 
+# torch's operations on lists of tensors are named with an underscore, but torch's optimizers and others build on them.
+# pyright: reportPrivateUsage=false, reportIncompatibleVariableOverride=false
+
 from __future__ import annotations
 
 from collections import defaultdict
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
     from qadtr_brevitas.training.gir import Gir
 
 _STEP_KEY = "gir_step"
+GIR_KEY = "gir"
 
 
 class GirOptimizer(torch.optim.Optimizer):
@@ -30,6 +34,8 @@ class GirOptimizer(torch.optim.Optimizer):
 
     The noise depends on (seed, step, index of the parameter) only, so every rank draws the same and replicas stay
     equal. Parameters whose gradient is None are untouched.
+
+    Parameter groups with `"gir": False` are left alone.
 
     Args:
         optimizer: the optimizer to wrap.
@@ -135,7 +141,8 @@ class GirOptimizer(torch.optim.Optimizer):
         return Random(derive_seed(self.seed, "gir", self._step)).random() < self.rule.frequency
 
     def _parameters(self) -> list[Tensor]:
-        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        groups = [group for group in self.optimizer.param_groups if group.get(GIR_KEY, True)]
+        return [parameter for group in groups for parameter in group["params"]]
 
     # What follows hands on to the wrapped optimizer.
 
