@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qadtr_brevitas.errors import UsageError
 from qadtr_brevitas.precision import DEFAULT_BITS, FLOAT_BITS, PrecisionLike, parse_precisions
@@ -98,7 +98,7 @@ def convert(
     switch = Switch(parse_precisions(precisions))
     config = _image_config(net, mean, std, image_size)
     device = next((p.device for p in net.parameters()), torch.device("cpu"))
-    calls = probe(net, torch.randn(2, *config["size"], generator=torch.Generator().manual_seed(0)).to(device))
+    calls = probe(net, _noise(config).to(device))
     modules = dict(net.named_modules())
     linear = [name for name in calls if type(modules[name]) in _LINEAR]
     if not linear:
@@ -125,6 +125,13 @@ def _image_config(
         "std": tuple(std or own.get("std", (1.0,) * channels)),
         "size": (channels, *(image_size or own_size)),
     }
+
+
+def _noise(config: dict[str, Any]) -> Tensor:
+    """Two normalized images of pixel noise, (2, C, H, W)."""
+    pixels = torch.rand(2, *config["size"], generator=torch.Generator().manual_seed(0))
+    mean, std = (torch.tensor(config[key]).view(1, -1, 1, 1) for key in ("mean", "std"))
+    return (pixels - mean) / std
 
 
 def _convert_layer(net: nn.Module, call: Call, module: nn.Module, plan: _Plan) -> LayerReport:

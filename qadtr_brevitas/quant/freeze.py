@@ -8,11 +8,22 @@ from typing import Any
 import torch
 from brevitas.inject.enum import ScalingImplType
 from brevitas.nn import QuantConv2d, QuantIdentity, QuantLinear, QuantReLU
-from brevitas.quant import Int8ActPerTensorFloat, Int8WeightPerChannelFloat, Int8WeightPerTensorFloat, Uint8ActPerTensorFloat
+from brevitas.quant import (
+    Int8ActPerTensorFloat,
+    Int8WeightPerChannelFloat,
+    Int8WeightPerTensorFloat,
+    Uint8ActPerTensorFloat,
+)
 from torch import Tensor, nn
 
 from qadtr_brevitas.precision import PrecisionLike
-from qadtr_brevitas.quant.layers import SwitchableConv2d, SwitchableIdentity, SwitchableLinear, SwitchableReLU, SwitchableReLU6
+from qadtr_brevitas.quant.layers import (
+    SwitchableConv2d,
+    SwitchableIdentity,
+    SwitchableLinear,
+    SwitchableReLU,
+    SwitchableReLU6,
+)
 from qadtr_brevitas.quant.norm import SwitchableBatchNorm2d
 from qadtr_brevitas.quant.quantizers import SwitchableActProxy, SwitchableQuant, SwitchableWeightProxy
 from qadtr_brevitas.quant.switch import at_precision

@@ -1,0 +1,104 @@
+"""Calibration: thresholds from data, by definition and at every bit-width at once."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from qadtr_brevitas.errors import UsageError
+from qadtr_brevitas.precision import Precision
+from qadtr_brevitas.quant import SwitchableModel, calibrate, convert, get_precision, set_precision
+from qadtr_brevitas.quant.fake_quantize import quantize_weight
+from qadtr_brevitas.quant.quantizers import SwitchableActProxy
+from tests.quant.conftest import SIZE
+
+
+def act_thresholds(model: nn.Module, bits: str) -> list[float]:
+    return [
+        m.quantizer.thresholds[bits].item()
+        for m in model.modules()
+        if isinstance(m, SwitchableActProxy) and bits in m.quantizer.thresholds
+    ]
+
+
+def test_minmax_clips_nothing_and_serves_all_bit_widths(model: SwitchableModel, images: Tensor) -> None:
+    seen: list[float] = []
+    calibrate(model, [images[:2], images[2:]], method="minmax")
+    model.net.act1.register_forward_hook(lambda _, __, y: seen.append(y.max().item()))
+    with torch.no_grad():
+        model(images)
+    for bits in ("8", "5", "4", "2"):
+        assert model.net.act1.act_quant.quantizer.thresholds[bits].item() == pytest.approx(seen[0])
+    layer = model.net.layer2[0].conv1
+    expected = layer.weight.abs().amax((1, 2, 3), keepdim=True)
+    torch.testing.assert_close(layer.weight_quant.tensor_quant.thresholds["4"].detach(), expected, rtol=0, atol=0)
+
+
+def test_mse_is_better_than_any_other_threshold_tried(model: SwitchableModel) -> None:
+    layer = model.net.layer3[0].conv2
+    rows = layer.weight.detach().flatten(1)
+
+    def error(threshold: Tensor, bits: int) -> Tensor:
+        top = 2 ** (bits - 1) - 1
+        return (quantize_weight(rows, threshold / top, -top, top) - rows).square().sum(1)
+
+    for bits in (8, 4, 2):
+        chosen = layer.weight_quant.tensor_quant.thresholds[str(bits)].detach().view(-1, 1)
+        for share in (0.2, 0.4, 0.6, 0.8, 1.0):
+            assert (error(chosen, bits) <= error(rows.abs().amax(1, keepdim=True) * share, bits) + 1e-6).all()
+
+
+def test_fewer_bits_clip_more(model: SwitchableModel) -> None:
+    at_8, at_4, at_2 = (torch.tensor(act_thresholds(model, b)) for b in ("8", "4", "2"))
+    # First and last layer have a threshold at 8 bit only.
+    assert (at_8[1:-1] >= at_4).all()
+    assert (at_4 > at_2).all()
+
+
+def test_percentile_lies_below_the_maximum(model: SwitchableModel, images: Tensor) -> None:
+    calibrate(model, [images], method="percentile", percentile=90)
+    clipped = act_thresholds(model, "4")
+    calibrate(model, [images], method="minmax")
+    assert all(low < high for low, high in zip(clipped, act_thresholds(model, "4"), strict=True))
+
+
+def test_calibration_gives_every_precision_the_float_statistics(float_net: nn.Module, images: Tensor) -> None:
+    model, _ = convert(float_net, [32, 4], image_size=SIZE)
+    with torch.no_grad():
+        model.net.bn1.running_mean.fill_(0.25)
+    calibrate(model, [images])
+    assert (model.net.bn1.branch(Precision(4, 4)).running_mean == 0.25).all()
+
+
+def test_precision_and_mode_are_as_before(model: SwitchableModel, images: Tensor) -> None:
+    set_precision(model, 4)
+    model.train()
+    calibrate(model, [images])
+    assert get_precision(model) == Precision(4, 4)
+    assert all(m.training for m in model.modules())
+
+
+def test_a_model_without_32_bit_calibrates(float_net: nn.Module, images: Tensor) -> None:
+    model, _ = convert(float_net, [4], image_size=SIZE)
+    calibrate(model, [images])
+    assert all(t != 1.0 for t in act_thresholds(model, "4"))
+
+
+def test_a_dead_channel_gets_a_positive_threshold(float_net: nn.Module, images: Tensor) -> None:
+    model, _ = convert(float_net, image_size=SIZE)
+    with torch.no_grad():
+        model.net.layer1[0].conv1.weight[3].zero_()
+    calibrate(model, [images])
+    assert (model.net.layer1[0].conv1.weight_quant.tensor_quant.thresholds["2"] > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"batches": []}, "no images to calibrate on"),
+        ({"method": "kl"}, "'kl' is not known: choose mse, minmax or percentile"),
+        ({"percentile": 0.0}, "percentile is 0.0: it must be above 0 and at most 100"),
+    ],
+)
+def test_bad_input(model: SwitchableModel, images: Tensor, arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        calibrate(model, **{"batches": [images], **arguments})

@@ -1,0 +1,222 @@
+"""Conversion: exact at 32 bit, at most 2^b levels below, and nothing passed over in silence."""
+
+import copy
+
+import pytest
+import timm
+import torch
+from brevitas.nn import QuantConv2d, QuantLinear, QuantReLU
+from brevitas.quant_tensor import IntQuantTensor
+from torch import Tensor, nn
+
+from qadtr_brevitas.errors import UsageError
+from qadtr_brevitas.precision import DEFAULT_BITS
+from qadtr_brevitas.quant import SwitchableModel, at_precision, calibrate, convert, set_precision
+from tests.quant.conftest import SIZE, randomize_norms
+
+
+class Small(nn.Module):
+    """Convolutions with a bias, ReLU6, a residual sum, max pooling, a functional ReLU, and no pretrained_cfg."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.act = nn.ReLU6()
+        self.pool = nn.MaxPool2d(2)
+        self.conv = nn.Conv2d(8, 8, 3, padding=1, groups=2, bias=False)
+        self.norm = nn.BatchNorm2d(8)
+        self.mix = nn.Conv2d(8, 4, 1)
+        self.head = nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pool(self.act(self.stem(x)))
+        x = self.mix(x + self.norm(self.conv(x)))
+        return self.head(torch.relu(x).mean((2, 3)))
+
+
+NETS = {
+    "small": Small,
+    "cifar_resnet20b": lambda: timm.create_model("cifar_resnet20b"),
+    "cifar_vgg16": lambda: timm.create_model("cifar_vgg16"),
+    "resnet18": lambda: timm.create_model("resnet18", num_classes=10),
+}
+
+
+@pytest.fixture(scope="module", params=NETS, ids=str)
+def pair(request: pytest.FixtureRequest) -> tuple[nn.Module, SwitchableModel, Tensor]:
+    torch.manual_seed(0)
+    net = randomize_norms(NETS[request.param]()).eval()
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+    model, _ = convert(net, image_size=(32, 32))
+    calibrate(model, [images])
+    return net, model, images
+
+
+def test_at_32_bit_it_is_the_float_network(pair: tuple[nn.Module, SwitchableModel, Tensor]) -> None:
+    net, model, images = pair
+    with torch.no_grad():
+        assert torch.equal(model(images), net((images - model.mean) / model.std))
+
+
+def test_at_32_bit_it_trains_as_the_float_network() -> None:
+    torch.manual_seed(0)
+    net = randomize_norms(timm.create_model("cifar_resnet20"))
+    model, _ = convert(net, image_size=SIZE)
+    twin = copy.deepcopy(net)
+    images = torch.rand(4, 3, *SIZE)
+    model(images).square().sum().backward()
+    twin((images - model.mean) / model.std).square().sum().backward()
+    for name, parameter in twin.named_parameters():
+        assert torch.equal(parameter.grad, model.net.get_parameter(name).grad), name
+    for name, buffer in twin.named_buffers():
+        if "num_batches" not in name:
+            assert torch.equal(buffer, model.net.get_buffer(name)), name
+
+
+@pytest.mark.parametrize("bits", [8, 5, 4, 2])
+def test_every_quantized_tensor_has_at_most_two_to_the_bits_levels(
+    pair: tuple[nn.Module, SwitchableModel, Tensor], bits: int
+) -> None:
+    _, model, images = pair
+    seen: list[str] = []
+
+    def check_output(name: str, y: Tensor) -> None:
+        seen.append(name)
+        assert len(y.unique()) <= 2**bits, name
+
+    handles = [
+        module.register_forward_hook(lambda _, __, y, name=name: check_output(name, y))
+        for name, module in model.named_modules()
+        if isinstance(module, QuantReLU)
+    ]
+    with at_precision(model, bits), torch.no_grad():
+        model(images)
+        layers = {n: m for n, m in model.named_modules() if isinstance(m, QuantConv2d | QuantLinear)}
+        names = list(layers)
+        for name, layer in layers.items():
+            most = 2 ** (8 if name in (names[0], names[-1]) else bits)
+            assert all(len(row.unique()) <= most for row in layer.quant_weight().value.flatten(1)), name
+    assert seen
+    for handle in handles:
+        handle.remove()
+
+
+def test_quant_weight_is_a_valid_quant_tensor_at_every_precision(model: SwitchableModel) -> None:
+    layer = model.net.layer1[0].conv1
+    for bits in (8, 5, 4, 2):
+        with at_precision(model, bits):
+            weight = layer.quant_weight()
+            assert isinstance(weight, IntQuantTensor)
+            assert weight.is_valid
+            assert weight.bit_width == bits
+            assert torch.equal(weight.scale, layer.weight_quant.scale())
+            assert weight.int().abs().max() <= 2 ** (bits - 1) - 1
+    assert torch.equal(layer.quant_weight(), layer.weight)
+
+
+@pytest.mark.parametrize("bits", [8, 2])
+def test_brevitas_own_way_computes_the_same(model: SwitchableModel, images: Tensor, bits: int) -> None:
+    layer, x = model.net.layer1[0].conv1, torch.rand(2, 16, 8, 8)
+    relu = model.net.act1
+    with at_precision(model, bits), torch.no_grad():
+        short = layer(relu(x))
+        quantized = relu.act_quant(x)
+        assert isinstance(quantized, IntQuantTensor)
+        assert quantized.bit_width == bits
+        torch.testing.assert_close(layer(quantized), short, rtol=0, atol=0)
+
+
+def test_the_float_model_is_left_untouched(float_net: nn.Module) -> None:
+    before = {key: value.clone() for key, value in float_net.state_dict().items()}
+    kinds = [type(m) for m in float_net.modules()]
+    convert(float_net, image_size=SIZE)
+    assert [type(m) for m in float_net.modules()] == kinds
+    assert all(torch.equal(value, before[key]) for key, value in float_net.state_dict().items())
+    assert not float_net.training
+
+
+def test_the_report_names_every_layer_that_runs() -> None:
+    net = Small()
+    _, report = convert(net, image_size=(16, 16))
+    notes = {layer.name: (layer.quantized, layer.note) for layer in report.layers}
+    assert notes == {
+        "stem": (True, "weights per channel, own unsigned input quantizer, at least 8 bit"),
+        "act": (True, "unsigned, per tensor, at most 6"),
+        "pool": (False, "stays float: passes values through"),
+        "conv": (True, "weights per channel"),
+        "norm": (False, "float, statistics per precision"),
+        "mix": (True, "weights per channel, own signed input quantizer"),
+        "head": (True, "weights per channel, own unsigned input quantizer, at least 8 bit"),
+    }
+    assert 0.9 < report.quantized_share < 1
+    assert report.to_dict()["layers"][0]["type"] == "Conv2d"
+
+
+def test_relu6_never_passes_more_than_6() -> None:
+    model, _ = convert(Small(), image_size=(16, 16))
+    with torch.no_grad():
+        for threshold in model.net.act.act_quant.quantizer.parameters():
+            threshold.fill_(100.0)
+        for bits in DEFAULT_BITS:
+            set_precision(model, bits)
+            assert model.net.act(torch.tensor([7.0, 200.0])).max() == pytest.approx(6.0)
+
+
+@pytest.mark.parametrize(("edge", "first", "inner"), [("8bit", 8, 2), ("same", 2, 2), ("float", None, 2)])
+def test_edge_layers(edge: str, first: int | None, inner: int) -> None:
+    model, report = convert(Small(), image_size=(16, 16), edge=edge)
+    with at_precision(model, 2):
+        for layer, bits in ((model.net.stem, first), (model.net.head, first), (model.net.conv, inner)):
+            found = layer.quant_weight().bit_width if isinstance(layer, QuantConv2d | QuantLinear) else None
+            assert found == bits
+    assert [layer.name for layer in report.layers if "edge=float" in layer.note] == (
+        ["stem", "head"] if first is None else []
+    )
+
+
+def test_independent_bit_widths_and_half_float_pairs(float_net: nn.Module, images: Tensor) -> None:
+    model, _ = convert(float_net, ["w4a8", "w4a32", "w32a8", 32], image_size=SIZE)
+    calibrate(model, [images])
+    layer, relu = model.net.layer1[0].conv1, model.net.act1
+    with torch.no_grad():
+        for precision, weight_levels, act_levels in (("w4a8", 15, 256), ("w4a32", 15, None), ("w32a8", None, 256)):
+            set_precision(model, precision)
+            model(images)
+            levels = [
+                len(row.unique()) for row in torch.as_tensor(layer.weight_quant.quantize(layer.weight)).flatten(1)
+            ]
+            assert max(levels) <= weight_levels if weight_levels else max(levels) == layer.weight[0].numel()
+            values = len(relu(torch.randn(4, 16, 16, 16)).unique())
+            assert values <= act_levels if act_levels else values > 1000
+
+
+def test_narrow_range_is_ternary_at_2_bit_and_wide_range_has_four_levels() -> None:
+    torch.manual_seed(0)
+    for narrow, lowest in ((True, -1), (False, -2)):
+        model, _ = convert(Small(), image_size=(16, 16), narrow_range=narrow)
+        with at_precision(model, 2), torch.no_grad():
+            model.net.mix.weight_quant.tensor_quant.thresholds["2"].fill_(0.1)
+            assert model.net.mix.quant_weight().int().min() == lowest
+
+
+def test_per_tensor_weights_have_one_threshold() -> None:
+    model, report = convert(Small(), image_size=(16, 16), per_channel=False)
+    assert model.net.mix.weight_quant.tensor_quant.thresholds["4"].shape == (1, 1, 1, 1)
+    assert "weights per tensor" in {layer.note for layer in report.layers}
+
+
+def test_a_network_with_nothing_to_quantize_is_refused() -> None:
+    with pytest.raises(UsageError, match="Sequential has nothing to quantize"):
+        convert(nn.Sequential(nn.Flatten(), nn.ReLU()), image_size=(8, 8))
+
+
+def test_a_network_that_does_not_run_is_refused() -> None:
+    with pytest.raises(UsageError, match="does not run on an image of 3x2x2"):
+        convert(nn.Sequential(nn.Conv2d(3, 4, 5), nn.Flatten()), image_size=(2, 2))
+
+
+def test_impossible_precisions_are_refused() -> None:
+    with pytest.raises(UsageError, match="w1a1 is not possible"):
+        convert(Small(), [32, 1], image_size=(16, 16))
+    with pytest.raises(UsageError, match="no precision given"):
+        convert(Small(), [], image_size=(16, 16))

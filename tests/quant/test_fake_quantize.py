@@ -1,0 +1,100 @@
+"""Quantize-dequantize against its definition, its gradients against autograd on the definition."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from qadtr_brevitas.quant import fake_quantize
+from qadtr_brevitas.quant.fake_quantize import quantize_activation, quantize_weight
+
+
+def reference(x: Tensor, scale: Tensor, lo: int, hi: int) -> Tensor:
+    """Straight-through rounding and clamping, differentiated by autograd: LSQ by definition."""
+    levels = x / scale
+    clipped = levels.clamp(lo, hi)
+    return (clipped + (clipped.round() - clipped).detach()) * scale
+
+
+def inputs(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(("lo", "hi"), [(0, 15), (0, 3), (-8, 7), (-1, 1), (0, 255)])
+def test_activation_equals_its_definition(lo: int, hi: int) -> None:
+    x, scale = inputs(3, 4, 5), torch.tensor(0.3)
+    torch.testing.assert_close(quantize_activation(x, scale, lo, hi), reference(x, scale, lo, hi), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("lo", "hi"), [(0, 15), (-8, 7), (0, 255)])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_activation_gradients_are_those_of_learned_steps(lo: int, hi: int, layout: torch.memory_format) -> None:
+    def gradients(function: object, dtype: torch.dtype) -> list[Tensor]:
+        x = inputs(2, 3, 4, 4).to(dtype).contiguous(memory_format=layout).requires_grad_()
+        scale = torch.tensor(0.05, dtype=dtype, requires_grad=True)
+        (function(x, scale, lo, hi) * inputs(2, 3, 4, 4, seed=1)).sum().backward()
+        return [x.grad.float(), scale.grad.float()]
+
+    ours, exact = gradients(quantize_activation, torch.float32), gradients(reference, torch.float64)
+    torch.testing.assert_close(ours, exact, rtol=1e-4, atol=1e-5)
+
+
+def test_blocks_and_whole_tensors_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    results = []
+    for block in (7, 1 << 20):
+        monkeypatch.setattr(fake_quantize, "_BLOCK", block)
+        x, scale = inputs(5, 5).requires_grad_(), torch.tensor(0.2, requires_grad=True)
+        y = quantize_activation(x, scale, 0, 3)
+        y.square().sum().backward()
+        results.append((y.detach(), x.grad, scale.grad))
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
+
+
+def test_the_path_of_other_devices_agrees(monkeypatch: pytest.MonkeyPatch) -> None:
+    results = []
+    for blockable in (True, False):
+        monkeypatch.setattr(fake_quantize, "_is_blockable", lambda x, value=blockable: value)
+        x, scale = inputs(40, 5).requires_grad_(), torch.tensor(0.2, requires_grad=True)
+        y = quantize_activation(x, scale, -4, 3)
+        (y * inputs(40, 5, seed=3)).sum().backward()
+        results.append((y.detach(), x.grad, scale.grad))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+
+
+def test_gradient_of_any_layout_is_accepted() -> None:
+    x = inputs(4, 6).requires_grad_()
+    quantize_activation(x, torch.tensor(0.2), -8, 7).mean().backward()
+    inside = (x > -1.6) & (x < 1.4)
+    torch.testing.assert_close(x.grad, inside / 24)
+
+
+def test_a_fixed_step_gets_no_gradient() -> None:
+    x, scale = inputs(10).requires_grad_(), torch.tensor(0.2)
+    quantize_activation(x, scale, 0, 3).sum().backward()
+    assert scale.grad is None
+    assert set(x.grad.unique().tolist()) == {0.0, 1.0}
+
+
+def test_ties_go_to_even() -> None:
+    x = torch.tensor([0.5, 1.5, 2.5, 3.5])
+    assert quantize_activation(x, torch.tensor(1.0), 0, 15).tolist() == [0.0, 2.0, 2.0, 4.0]
+
+
+@given(st.integers(2, 8), st.booleans(), st.floats(1e-3, 10))
+def test_at_most_two_to_the_bits_levels(bits: int, signed: bool, scale: float) -> None:
+    lo, hi = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+    y = quantize_activation(inputs(2000) * 100, torch.tensor(scale), lo, hi)
+    assert len(y.unique()) <= 2**bits
+
+
+@pytest.mark.parametrize("scale_shape", [(4, 1, 1, 1), (1, 1, 1, 1)])
+def test_weight_gradients_are_those_of_learned_steps(scale_shape: tuple[int, ...]) -> None:
+    def gradients(function: object, dtype: torch.dtype) -> list[Tensor]:
+        w = inputs(4, 3, 3, 3).to(dtype).requires_grad_()
+        scale = (torch.rand(scale_shape, generator=torch.Generator().manual_seed(5)) + 0.2).to(dtype).requires_grad_()
+        (function(w, scale, -3, 3) * inputs(4, 3, 3, 3, seed=1)).sum().backward()
+        return [w.grad.float(), scale.grad.float()]
+
+    ours, exact = gradients(quantize_weight, torch.float32), gradients(reference, torch.float64)
+    torch.testing.assert_close(ours, exact, rtol=1e-4, atol=1e-5)
