@@ -106,7 +106,7 @@ def _stage(in_channels: int, channels: int, blocks: int, shortcut: Shortcut) -> 
     return nn.Sequential(first, *(BasicBlock(channels, channels, shortcut=shortcut) for _ in range(blocks - 1)))
 
 
-DEPTHS = (20, 32, 44, 56, 110)
+DEPTHS = (8, 20, 32, 44, 56, 110)
 default_cfgs = generate_default_cfgs(
     {f"cifar_resnet{depth}{suffix}": cifar_cfg("conv1") for depth in DEPTHS for suffix in ("", "b")}
 )
@@ -114,6 +114,12 @@ default_cfgs = generate_default_cfgs(
 
 def _create(variant: str, pretrained: bool, depth: int, shortcut: Shortcut, **kwargs: Any) -> CifarResNet:
     return build_model_with_cfg(CifarResNet, variant, pretrained, depth=depth, shortcut=shortcut, **kwargs)
+
+
+@register_model
+def cifar_resnet8(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
+    """ResNet-8 with option-A shortcuts, 0.08 M parameters: a third of ResNet-20's time, for trying things."""
+    return _create("cifar_resnet8", pretrained, 8, "A", **kwargs)
 
 
 @register_model
@@ -144,6 +150,12 @@ def cifar_resnet56(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
 def cifar_resnet110(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
     """ResNet-110 with option-A shortcuts, 1.7 M parameters."""
     return _create("cifar_resnet110", pretrained, 110, "A", **kwargs)
+
+
+@register_model
+def cifar_resnet8b(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
+    """ResNet-8 with option-B shortcuts."""
+    return _create("cifar_resnet8b", pretrained, 8, "B", **kwargs)
 
 
 @register_model
