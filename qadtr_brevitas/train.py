@@ -37,7 +37,7 @@ from qadtr_brevitas.quant import (
 )
 from qadtr_brevitas.recipe import Recipe
 from qadtr_brevitas.seeding import derive_seed
-from qadtr_brevitas.train_inputs import Inputs, norm_batches
+from qadtr_brevitas.train_inputs import Inputs, NormBatches
 from qadtr_brevitas.train_log import EpochRecord, Observer, RunLog, StepRecord
 from qadtr_brevitas.train_setup import (
     FLOAT,
@@ -292,7 +292,7 @@ class _Trainer:
 
     def _finish(self, last: Phase) -> None:
         """Recalibrates norm statistics, validates once more, and marks the run as finished."""
-        batches = norm_batches(self.recipe, self.train_split, self.device)
+        batches = NormBatches(self.recipe, self.train_split, self.device)
         epoch = last.first_epoch + last.epochs - 1
         if len(batches):
             recalibrate_norms(self.model, batches)
