@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -82,10 +83,17 @@ class Recorder(Observer):
         self.messages.append(message)
 
 
+class Slow(Observer):
+    """Takes its time after every step, so that a run can be killed several times on any machine."""
+
+    def on_step(self, record: StepRecord) -> None:
+        time.sleep(0.05)
+
+
 def train_to_be_killed(run: Path) -> None:
     """A training run for a process of its own."""
     torch.set_num_threads(1)
-    train(make_recipe(), run, device="cpu")
+    train(make_recipe(), run, device="cpu", observer=Slow())
 
 
 def weights(run: Path, folder: str = "last") -> dict[str, Tensor]:
