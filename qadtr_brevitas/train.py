@@ -8,12 +8,8 @@ machine, because everything random derives from (seed, step, rank).
 from __future__ import annotations
 
 import math
-import signal
 import time
-from collections.abc import Generator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any, Literal
 
 import torch
@@ -26,12 +22,10 @@ from qadtr_brevitas.checkpoint import ModelInfo, load_model, save_model
 from qadtr_brevitas.data.split import Split
 from qadtr_brevitas.errors import TrainingError
 from qadtr_brevitas.precision import Precision
-from qadtr_brevitas.predict import predict
 from qadtr_brevitas.quant import (
     SwitchableModel,
     allowed_precisions,
     at_precision,
-    frozen_weights,
     recalibrate_norms,
     set_precision,
 )
@@ -62,10 +56,8 @@ from qadtr_brevitas.train_state import (
     save_state,
     start_run,
 )
-
-
-class Interrupted(TrainingError):
-    """Training was stopped by Ctrl-C or a signal, after its state was saved."""
+from qadtr_brevitas.train_stop import Interrupted, StopRequest
+from qadtr_brevitas.train_validate import accuracy_per_precision
 
 
 def train(
@@ -143,8 +135,9 @@ class _Trainer:
         self.model: SwitchableModel = model.to(self.device)
         self.inputs = Inputs(recipe, self.train_split, self.rank, self.processes, self.device)
         self.log: RunLog | None = None
-        # Asked for in this process; agreed on by all.
-        self.asked_to_stop = self.stop = False
+        self.request = StopRequest()
+        # What all processes agreed on.
+        self.stop = False
 
     def train(self) -> None:
         """Runs what is left of the run."""
@@ -159,7 +152,7 @@ class _Trainer:
         epochs = last.first_epoch + last.epochs
         self.observer.on_start(step=self.state.step, total_steps=last.end_step, epochs=epochs)
         try:
-            with self._catching_signals():
+            with self.request:
                 for phase in self.phases:
                     if self.state.step < phase.end_step:
                         self._train_phase(phase)
@@ -258,7 +251,7 @@ class _Trainer:
 
     def _agree_on(self, loss: Tensor, precision: Precision, lr: float) -> float:
         """The mean loss of all processes; also lets all stop together, and stops at a loss that is not finite."""
-        figures: Any = torch.stack([loss.detach().float(), loss.new_tensor(self.asked_to_stop, dtype=torch.float32)])
+        figures: Any = torch.stack([loss.detach().float(), loss.new_tensor(self.request.asked, dtype=torch.float32)])
         if self.processes > 1:
             figures = self.accelerator.reduce(figures, "mean")
         mean, stop = figures.tolist()
@@ -276,7 +269,8 @@ class _Trainer:
         is_last = self.state.step == self.phases[-1].end_step
         accuracy = None
         if is_last or (epoch + 1) % self.recipe.train.validate_every == 0:
-            accuracy = self._validate((FLOAT,) if phase.name == "float" else allowed_precisions(self.model))
+            precisions = (FLOAT,) if phase.name == "float" else allowed_precisions(self.model)
+            accuracy = accuracy_per_precision(self.model, self.held_out, precisions, self.accelerator)
         best = False
         if accuracy and self.split_name == "val" and phase.name == "quantized":
             mean = sum(accuracy.values()) / len(accuracy)
@@ -302,25 +296,11 @@ class _Trainer:
                 model, _ = load_model(best, device=str(self.device))
                 recalibrate_norms(model, batches)
                 self._write_model(BEST_FOLDER, model)
-            accuracy = self._validate(allowed_precisions(self.model))
+            precisions = allowed_precisions(self.model)
+            accuracy = accuracy_per_precision(self.model, self.held_out, precisions, self.accelerator)
             self._log_epoch(last, epoch, kind="final", means={}, val_accuracy=accuracy)
         self.state.finished = True
         self._save(last, None)
-
-    def _validate(self, precisions: tuple[Precision, ...]) -> dict[str, float]:
-        """Accuracy per precision, each process looking at its share of the images."""
-        split = self.held_out
-        own = split.subset(torch.arange(self.rank, len(split), self.processes))
-        right: list[Tensor] = []
-        self.model.eval()
-        with frozen_weights(self.model):
-            for precision in precisions:
-                with at_precision(self.model, precision):
-                    predicted = predict(self.model, own, device=self.device)
-                right.append((predicted == own.labels).sum())
-        self.model.train()
-        counts: Any = self.accelerator.reduce(torch.stack(right).to(self.device), "sum")
-        return {str(p): count / len(split) for p, count in zip(precisions, counts.tolist(), strict=True)}
 
     def _save(self, phase: Phase, optimizer: torch.optim.Optimizer | None) -> None:
         """Writes the training state, once all processes are here."""
@@ -368,28 +348,6 @@ class _Trainer:
                 f"the run was begun with {saved.processes} processes and goes on with {self.processes}: "
                 "it will not equal an uninterrupted one exactly"
             )
-
-    @contextmanager
-    def _catching_signals(self) -> Generator[None]:
-        """Lets the first Ctrl-C or SIGTERM end the step and save; a second one of its kind stops at once."""
-
-        def ask_to_stop(number: int, frame: FrameType | None) -> None:
-            self.asked_to_stop = True
-            # Only this one: torchrun answers a Ctrl-C with a SIGTERM, too.
-            signal.signal(number, before[number])
-
-        before: dict[int, Any] = {}
-        try:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                before[number] = signal.signal(number, ask_to_stop)
-        except ValueError:
-            # Only the main thread may catch signals; elsewhere they end the program as always.
-            before.clear()
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 def _share(right: Tensor) -> float | None:

@@ -43,6 +43,8 @@ LAYERS = (
         "train_log",
         "train_setup",
         "train_state",
+        "train_stop",
+        "train_validate",
     },
     {"cli", "__main__"},
 )

@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import load_file
 
 from qadtr_brevitas.errors import CheckpointError, UsageError
-from qadtr_brevitas.train import Interrupted, train
+from qadtr_brevitas.train import train
 from qadtr_brevitas.train_log import StepRecord
 from qadtr_brevitas.train_state import differing_keys, load_state
+from qadtr_brevitas.train_stop import Interrupted
 from tests.train_support import Recorder, make_recipe, same_weights, train_to_be_killed
 
 STEPS = 24
