@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from qadtr_brevitas.errors import UsageError
 from qadtr_brevitas.precision import FLOAT_BITS, Precision, PrecisionLike
+from qadtr_brevitas.quant.layers import SwitchableConv2d, SwitchableLinear
 from qadtr_brevitas.quant.norm import copy_float_statistics, norms
 from qadtr_brevitas.quant.quantizers import (
     SwitchableActProxy,
     SwitchableActQuant,
     SwitchableQuant,
-    SwitchableWeightProxy,
 )
 from qadtr_brevitas.quant.switch import at_precision, precisions_or_all, switch_of
 from qadtr_brevitas.seeding import generator
@@ -51,10 +51,10 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor], *, method: Method = "
         raise UsageError(f"percentile is {percentile}: it must be above 0 and at most 100, e.g. 99.9")
     observed = _observe(model, batches)
     for module in model.modules():
-        if isinstance(proxy := getattr(module, "weight_quant", None), SwitchableWeightProxy):
-            weight = module.weight.detach()
-            rows = weight.flatten(1) if proxy.per_channel else weight.reshape(1, -1)
-            _set_thresholds(proxy.tensor_quant, _thinned(rows), rows.abs().amax(1), method, percentile)
+        if isinstance(module, SwitchableConv2d | SwitchableLinear):
+            weight: Tensor = module.weight.detach()
+            rows = weight.flatten(1) if module.weight_quant.per_channel else weight.reshape(1, -1)
+            _set_thresholds(module.weight_quant.quantizer, _thinned(rows), rows.abs().amax(1), method, percentile)
     for quantizer, (sample, largest) in observed.items():
         _set_thresholds(quantizer, sample[None], largest[None], method, percentile)
     copy_float_statistics(model)
@@ -89,7 +89,7 @@ def recalibrate_norms(
 
 
 @contextmanager
-def _averaging(layers: Sequence[nn.BatchNorm2d]) -> Iterator[Callable[[int], None]]:
+def _averaging(layers: Sequence[nn.BatchNorm2d]) -> Generator[Callable[[int], None]]:
     """Norm layers in training mode, so that after n batches their statistics are the mean over these n."""
     momenta = [layer.momentum for layer in layers]
     for layer in layers:
@@ -130,15 +130,19 @@ def _observe(model: nn.Module, batches: Iterable[Tensor]) -> dict[SwitchableActQ
 
 
 @contextmanager
-def _looking(model: nn.Module, look: Callable[[SwitchableActQuant, Tensor], None]) -> Iterator[None]:
+def _looking(model: nn.Module, look: Callable[[SwitchableActQuant, Tensor], None]) -> Generator[None]:
     """Runs the model in float and eval mode, showing `look` what each quantizer would have to quantize."""
     switch, was_training, before = switch_of(model), model.training, switch_of(model).precision
-    handles = []
-    for module in model.modules():
-        for name in ("input_quant", "act_quant"):
-            proxy = getattr(module, name, None)
-            if isinstance(proxy, SwitchableActProxy):
-                handles.append(module.register_forward_pre_hook(lambda _, args, q=proxy.quantizer: look(q, args[0])))
+
+    def show(quantizer: SwitchableActQuant) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda _, args: look(quantizer, args[0])
+
+    proxies = [(m, getattr(m, name, None)) for m in model.modules() for name in ("input_quant", "act_quant")]
+    handles = [
+        module.register_forward_pre_hook(show(proxy.quantizer))
+        for module, proxy in proxies
+        if isinstance(proxy, SwitchableActProxy)
+    ]
     model.eval()
     switch.precision = Precision(FLOAT_BITS, FLOAT_BITS)
     try:

@@ -11,16 +11,23 @@ import torch
 from torch import Tensor, nn
 
 from qadtr_brevitas.errors import UsageError
-from qadtr_brevitas.precision import DEFAULT_BITS, FLOAT_BITS, PrecisionLike, parse_precisions
+from qadtr_brevitas.precision import DEFAULT_BITS, FLOAT_BITS, MIN_BITS, PrecisionLike, parse_precisions
 from qadtr_brevitas.quant.conversion_report import ConversionReport, LayerReport
-from qadtr_brevitas.quant.layers import SwitchableConv2d, SwitchableLinear, SwitchableReLU, SwitchableReLU6
+from qadtr_brevitas.quant.layers import (
+    SwitchableConv2d,
+    SwitchableLinear,
+    SwitchableReLU,
+    SwitchableReLU6,
+    brevitas_twin,
+)
 from qadtr_brevitas.quant.model import SwitchableModel
 from qadtr_brevitas.quant.norm import SwitchableBatchNorm2d
 from qadtr_brevitas.quant.probe import Call, probe
-from qadtr_brevitas.quant.quantizers import act_injector, weight_injector
+from qadtr_brevitas.quant.quantizers import EDGE_BITS, act_injector, weight_injector
 from qadtr_brevitas.quant.switch import Switch
 
 Edge = Literal["8bit", "same", "float"]
+Residual = Literal["8bit", "same"]
 Norm = Literal["statistics", "switchable"]
 
 _LINEAR = (nn.Conv2d, nn.Linear)
@@ -39,14 +46,20 @@ _EXACT_ON_INTEGERS = {
 class _Plan:
     switch: Switch
     edge: Edge
+    residual: Residual
     norm: Norm
     narrow_range: bool
     per_channel: bool
     first: str
     last: str
+    streams: frozenset[str]
 
     def min_bits(self, name: str) -> int:
-        return 8 if self.edge == "8bit" and name in (self.first, self.last) else 2
+        wide = (self.edge == "8bit" and name in (self.first, self.last)) or self.is_wide_stream(name)
+        return EDGE_BITS if wide else MIN_BITS
+
+    def is_wide_stream(self, name: str | None) -> bool:
+        return self.residual == "8bit" and name in self.streams
 
     def stays_float(self, name: str) -> bool:
         return self.edge == "float" and name in (self.first, self.last)
@@ -66,6 +79,7 @@ def convert(
     std: Sequence[float] | None = None,
     image_size: tuple[int, int] | None = None,
     edge: Edge = "8bit",
+    residual: Residual = "8bit",
     norm: Norm = "statistics",
     narrow_range: bool = True,
     per_channel: bool = True,
@@ -75,7 +89,9 @@ def convert(
     Weights of Conv2d and Linear are quantized per output channel, symmetric; ReLU and ReLU6 become unsigned
     per-tensor quantizers; a Conv2d or Linear whose input is not a quantized activation (the image, a residual sum,
     an average pool) gets an input quantizer. Residual sums and pools are computed in float, as in accumulators wide
-    enough. Thresholds are 1 until `calibrate()` or training sets them.
+    enough. An activation that goes on to a residual sum (the residual stream) keeps 8 bit or more, and the
+    convolutions that read it quantize it further: at 2 bit the stream would otherwise be cut to 4 levels in every
+    block. Thresholds are 1 until `calibrate()` or training sets them.
 
     Args:
         model: a float network of images, in any mode and on any device.
@@ -84,6 +100,7 @@ def convert(
         std: likewise, else 1.
         image_size: height and width of images; by default the model's own.
         edge: first and last layer at 8 bit or more, at the same precision as the others, or float.
+        residual: residual streams at 8 bit or more, or at the same precision as the others.
         norm: running statistics per precision with a shared affine, or a whole BatchNorm per precision.
         narrow_range: symmetric weight levels (ternary at 2 bit); otherwise one more level below.
         per_channel: a weight threshold per output channel, or one for all.
@@ -105,7 +122,8 @@ def convert(
         raise UsageError(
             f"{type(model).__name__} has nothing to quantize: no plain Conv2d or Linear layer runs on an image"
         )
-    plan = _Plan(switch, edge, norm, narrow_range, per_channel, linear[0], linear[-1])
+    streams = frozenset(call.name for call in calls.values() if call.feeds_sum)
+    plan = _Plan(switch, edge, residual, norm, narrow_range, per_channel, linear[0], linear[-1], streams)
     reports = [_convert_layer(net, call, modules[name], plan) for name, call in calls.items()]
     switchable = SwitchableModel(net, switch, mean=config["mean"], std=config["std"]).to(device)
     switchable.train(model.training)
@@ -153,11 +171,12 @@ def _replacement(call: Call, module: nn.Module, plan: _Plan) -> tuple[nn.Module 
             return None, "stays float: first or last layer with edge=float"
         return _quantized_linear(call, module, plan), _linear_note(call, plan)
     if kind is nn.ReLU:
-        return SwitchableReLU(act_quant=_activation(plan, signed=False, min_bits=2)), "unsigned, per tensor"
+        quant = _activation(plan, signed=False, min_bits=plan.min_bits(call.name))
+        return SwitchableReLU(act_quant=quant), "unsigned, per tensor" + _stream_note(call, plan)
     if kind is nn.ReLU6:
-        quant = _activation(plan, signed=False, min_bits=2, max_threshold=6.0)
-        return SwitchableReLU6(act_quant=quant), "unsigned, per tensor, at most 6"
-    if kind is nn.BatchNorm2d and module.track_running_stats:
+        quant = _activation(plan, signed=False, min_bits=plan.min_bits(call.name), max_threshold=6.0)
+        return SwitchableReLU6(act_quant=quant), "unsigned, per tensor, at most 6" + _stream_note(call, plan)
+    if kind is nn.BatchNorm2d and isinstance(module, nn.BatchNorm2d) and module.track_running_stats:
         own_affine = plan.norm == "switchable"
         what = "statistics and affine" if own_affine else "statistics"
         return SwitchableBatchNorm2d(module, plan.switch, own_affine=own_affine), f"float, {what} per precision"
@@ -166,12 +185,20 @@ def _replacement(call: Call, module: nn.Module, plan: _Plan) -> tuple[nn.Module 
     return None, f"stays float: no rule for {kind.__name__}"
 
 
+def _stream_note(call: Call, plan: _Plan) -> str:
+    return ", residual stream, at least 8 bit" if plan.is_wide_stream(call.name) else ""
+
+
+def _reads_quantized(call: Call, plan: _Plan) -> bool:
+    return call.source is not None and not plan.is_wide_stream(call.source)
+
+
 def _linear_note(call: Call, plan: _Plan) -> str:
     granularity = "per channel" if plan.per_channel else "per tensor"
     note = f"weights {granularity}"
-    if not call.quantized_input:
+    if not _reads_quantized(call, plan):
         note += f", own {'unsigned' if call.nonnegative_input else 'signed'} input quantizer"
-    if plan.min_bits(call.name) == 8:
+    if plan.min_bits(call.name) == EDGE_BITS:
         note += ", at least 8 bit"
     return note
 
@@ -186,31 +213,10 @@ def _quantized_linear(call: Call, module: nn.Module, plan: _Plan) -> nn.Module:
     assert isinstance(module, nn.Conv2d | nn.Linear)
     min_bits = plan.min_bits(call.name)
     shape = (module.weight.shape[0] if plan.per_channel else 1, *(1,) * (module.weight.dim() - 1))
-    quantizers: dict[str, Any] = {
-        "weight_quant": weight_injector(
-            plan.switch, bits=plan.weight_bits(), min_bits=min_bits, narrow_range=plan.narrow_range, shape=shape
-        ),
-        "input_quant": None
-        if call.quantized_input
-        else _activation(plan, signed=not call.nonnegative_input, min_bits=min_bits),
-    }
-    if isinstance(module, nn.Linear):
-        layer = SwitchableLinear(module.in_features, module.out_features, module.bias is not None, **quantizers)
-    else:
-        layer = SwitchableConv2d(
-            module.in_channels,
-            module.out_channels,
-            module.kernel_size,
-            stride=module.stride,
-            padding=module.padding,
-            dilation=module.dilation,
-            groups=module.groups,
-            bias=module.bias is not None,
-            padding_mode=module.padding_mode,
-            **quantizers,
-        )
-    with torch.no_grad():
-        layer.weight.copy_(module.weight)
-        if layer.bias is not None and module.bias is not None:
-            layer.bias.copy_(module.bias)
-    return layer
+    weight_quant = weight_injector(
+        plan.switch, bits=plan.weight_bits(), min_bits=min_bits, narrow_range=plan.narrow_range, shape=shape
+    )
+    input_quant = None
+    if not _reads_quantized(call, plan):
+        input_quant = _activation(plan, signed=not call.nonnegative_input, min_bits=min_bits)
+    return brevitas_twin(module, SwitchableConv2d, SwitchableLinear, weight_quant=weight_quant, input_quant=input_quant)

@@ -6,6 +6,9 @@ g * (y - x) / s inside and g * lo or g * hi outside.
 
 The step gradient needs no mask or residual of its own: with dx the masked gradient, it is (<g, y> - <dx, x>) / s,
 because y = lo * s or hi * s outside. So only x is kept besides y, which the next layer keeps anyway.
+
+With y in the place of x the same formulas are PACT's (Choi et al. 2018): the step learns from clipped values alone.
+At 8 bit and more, where what rounding adds is noise, that saves keeping x.
 """
 
 from __future__ import annotations
@@ -23,8 +26,8 @@ class _QuantizeActivation(torch.autograd.Function):
     """Per-tensor quantization with one learned step."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, lo: int, hi: int) -> Tensor:
-        ctx.lo, ctx.hi = lo, hi
+    def forward(ctx: Any, x: Tensor, scale: Tensor, lo: int, hi: int, keep_input: bool) -> Tensor:
+        ctx.lo, ctx.hi, ctx.keep_input = lo, hi, keep_input
         if _is_blockable(x):
             step = scale.item()
             y = _quantize_blocks(x, step, lo, hi)
@@ -32,21 +35,22 @@ class _QuantizeActivation(torch.autograd.Function):
             step = None
             y = torch.clamp_(torch.round_(x / scale.to(x.dtype)), lo, hi).mul_(scale.to(x.dtype))
         ctx.step = step
-        if ctx.needs_input_grad[1]:
-            ctx.save_for_backward(x, scale, y)
+        if ctx.needs_input_grad[1] or not keep_input:
+            ctx.save_for_backward(scale, y, *([x] if keep_input else []))
         else:
-            ctx.save_for_backward(x, scale)
+            ctx.save_for_backward(scale, x)
         return y
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
-        x, scale, *rest = ctx.saved_tensors
-        y = rest[0] if rest and ctx.needs_input_grad[1] else None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
+        scale, first, *rest = ctx.saved_tensors
+        x = rest[0] if rest else first
+        y = first if ctx.needs_input_grad[1] else None
         if ctx.step is not None:
             dx, dot = _backward_blocks(_like(grads[0], x), x, y, ctx.lo * ctx.step, ctx.hi * ctx.step)
         else:
             dx, dot = _backward(grads[0], x, y, ctx.lo * scale, ctx.hi * scale)
-        return dx, None if dot is None else (dot / scale).to(scale.dtype), None, None
+        return dx, None if dot is None else (dot / scale).to(scale.dtype), None, None, None
 
 
 class _QuantizeWeight(torch.autograd.Function):
@@ -68,7 +72,7 @@ class _QuantizeWeight(torch.autograd.Function):
         return dw, (g * y - dw * levels).sum_to_size(ctx.scale_shape), None, None
 
 
-def quantize_activation(x: Tensor, scale: Tensor, lo: int, hi: int) -> Tensor:
+def quantize_activation(x: Tensor, scale: Tensor, lo: int, hi: int, *, keep_input: bool = True) -> Tensor:
     """Quantizes activations to the levels lo * scale ... hi * scale.
 
     Args:
@@ -76,11 +80,12 @@ def quantize_activation(x: Tensor, scale: Tensor, lo: int, hi: int) -> Tensor:
         scale: the step, positive, one element.
         lo: lowest integer level, 0 for unsigned.
         hi: highest integer level.
+        keep_input: learned-step gradients (LSQ) if true; those of PACT, which need no memory of x, otherwise.
 
     Returns:
         A tensor like x with at most hi - lo + 1 distinct values.
     """
-    return _QuantizeActivation.apply(x, scale, lo, hi)  # pyright: ignore[reportReturnType]
+    return _QuantizeActivation.apply(x, scale, lo, hi, keep_input)  # pyright: ignore[reportReturnType]
 
 
 def quantize_weight(w: Tensor, scale: Tensor, lo: int, hi: int) -> Tensor:
@@ -99,7 +104,7 @@ def _is_blockable(x: Tensor) -> bool:
     return (
         x.device.type == "cpu"
         and x.dtype == torch.float32
-        and torch._C._get_tracing_state() is None  # pyright: ignore[reportPrivateUsage]
+        and not torch.jit.is_tracing()
         and not torch.compiler.is_compiling()
         and (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last))
     )

@@ -5,9 +5,8 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import torch
 from brevitas.inject.enum import ScalingImplType
-from brevitas.nn import QuantConv2d, QuantIdentity, QuantLinear, QuantReLU
+from brevitas.nn import QuantConv2d, QuantLinear, QuantReLU
 from brevitas.quant import (
     Int8ActPerTensorFloat,
     Int8WeightPerChannelFloat,
@@ -19,11 +18,12 @@ from torch import Tensor, nn
 from qadtr_brevitas.precision import PrecisionLike
 from qadtr_brevitas.quant.layers import (
     SwitchableConv2d,
-    SwitchableIdentity,
     SwitchableLinear,
     SwitchableReLU,
     SwitchableReLU6,
+    brevitas_twin,
 )
+from qadtr_brevitas.quant.model import SwitchableModel
 from qadtr_brevitas.quant.norm import SwitchableBatchNorm2d
 from qadtr_brevitas.quant.quantizers import SwitchableActProxy, SwitchableQuant, SwitchableWeightProxy
 from qadtr_brevitas.quant.switch import at_precision
@@ -31,6 +31,9 @@ from qadtr_brevitas.quant.switch import at_precision
 
 class FrozenModel(nn.Module):
     """A plain Brevitas network with its normalization: images (N, C, H, W) in [0, 1] to logits."""
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, net: nn.Module, mean: Tensor, std: Tensor) -> None:
         super().__init__()
@@ -42,7 +45,7 @@ class FrozenModel(nn.Module):
         return self.net((images - self.mean) / self.std)
 
 
-def freeze(model: nn.Module, precision: PrecisionLike) -> nn.Module:
+def freeze(model: SwitchableModel, precision: PrecisionLike) -> FrozenModel:
     """A copy of a switchable model at one precision, of stock Brevitas layers and quantizers only.
 
     It computes what the switchable model computes at that precision, and keeps one BatchNorm per layer.
@@ -74,52 +77,29 @@ def _frozen_layer(module: nn.Module) -> nn.Module | None:
         if quant is None:
             return nn.ReLU6() if isinstance(module, SwitchableReLU6) else nn.ReLU()
         return QuantReLU(act_quant=quant)
-    if isinstance(module, SwitchableIdentity):
-        quant = _act_quant(module.act_quant)
-        return nn.Identity() if quant is None else QuantIdentity(act_quant=quant)
     if isinstance(module, SwitchableBatchNorm2d):
         return _frozen_norm(module)
     return None
 
 
 def _frozen_linear(module: SwitchableConv2d | SwitchableLinear) -> nn.Module:
-    has_bias = module.bias is not None
-    quantizers = {"weight_quant": _weight_quant(module.weight_quant), "input_quant": None}
-    if isinstance(module.input_quant, SwitchableActProxy):
-        quantizers["input_quant"] = _act_quant(module.input_quant)
-    if isinstance(module, QuantLinear):
-        layer = QuantLinear(module.in_features, module.out_features, has_bias, **quantizers)
-    else:
-        layer = QuantConv2d(
-            module.in_channels,
-            module.out_channels,
-            module.kernel_size,
-            stride=module.stride,
-            padding=module.padding,
-            dilation=module.dilation,
-            groups=module.groups,
-            padding_mode=module.padding_mode,
-            bias=has_bias,
-            **quantizers,
-        )
-    with torch.no_grad():
-        layer.weight.copy_(module.weight)
-        if module.bias is not None:
-            layer.bias.copy_(module.bias)
-    return layer
+    input_quant = _act_quant(module.input_quant) if isinstance(module.input_quant, SwitchableActProxy) else None
+    return brevitas_twin(
+        module, QuantConv2d, QuantLinear, weight_quant=_weight_quant(module.weight_quant), input_quant=input_quant
+    )
 
 
 def _weight_quant(proxy: SwitchableWeightProxy) -> Any:
     if not proxy.is_quant_enabled:
         return None
-    stock = Int8WeightPerChannelFloat if proxy.per_channel else Int8WeightPerTensorFloat
-    return stock.let(narrow_range=proxy.tensor_quant.narrow_range, **_settings(proxy.tensor_quant))
+    stock: Any = Int8WeightPerChannelFloat if proxy.per_channel else Int8WeightPerTensorFloat
+    return stock.let(narrow_range=proxy.quantizer.narrow_range, **_settings(proxy.quantizer))
 
 
 def _act_quant(proxy: SwitchableActProxy) -> Any:
     if not proxy.is_quant_enabled:
         return None
-    stock = Int8ActPerTensorFloat if proxy.quantizer.signed else Uint8ActPerTensorFloat
+    stock: Any = Int8ActPerTensorFloat if proxy.quantizer.signed else Uint8ActPerTensorFloat
     return stock.let(**_settings(proxy.quantizer))
 
 

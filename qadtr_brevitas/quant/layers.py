@@ -1,40 +1,80 @@
 """Brevitas layers on the short way: the same modules, without making a QuantTensor for every call.
 
-A QuantTensor in, an export in progress or a quantized bias or output take Brevitas's own way.
+A QuantTensor as input and an export in progress take Brevitas's own way.
 """
 
 from __future__ import annotations
 
-from brevitas.nn import QuantConv2d, QuantIdentity, QuantLinear, QuantReLU
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from brevitas.nn import QuantConv2d, QuantLinear, QuantReLU
+from brevitas.proxy import ActQuantProxyFromInjector
 from brevitas.quant_tensor import QuantTensor
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from qadtr_brevitas.quant.quantizers import SwitchableActProxy, SwitchableWeightProxy
 
 
-class SwitchableConv2d(QuantConv2d):
-    """QuantConv2d with switchable quantizers."""
+class _ShortWay:
+    """What convolutions and linear layers share."""
 
-    def forward(self, input: Tensor | QuantTensor) -> Tensor | QuantTensor:
+    export_mode: bool
+    weight: Any
+    bias: Any
+    input_quant: ActQuantProxyFromInjector
+    weight_quant: SwitchableWeightProxy
+    inner_forward_impl: Callable[..., Tensor]
+
+    def forward(self, input: Any) -> Any:  # named as in Brevitas
         if self.export_mode or isinstance(input, QuantTensor):
-            return super().forward(input)
-        x = self.input_quant.quantize(input) if self.input_quant.is_quant_enabled else input
+            return super().forward(input)  # pyright: ignore[reportAttributeAccessIssue, reportUnknownVariableType]
+        quant = self.input_quant
+        x = quant.quantize(input) if isinstance(quant, SwitchableActProxy) else input
         return self.inner_forward_impl(x, self.weight_quant.quantize(self.weight), self.bias)
 
 
-class SwitchableLinear(QuantLinear):
+class SwitchableConv2d(_ShortWay, QuantConv2d):  # pyright: ignore[reportIncompatibleVariableOverride]
+    """QuantConv2d with switchable quantizers."""
+
+
+class SwitchableLinear(_ShortWay, QuantLinear):  # pyright: ignore[reportIncompatibleVariableOverride]
     """QuantLinear with switchable quantizers."""
 
-    def forward(self, input: Tensor | QuantTensor) -> Tensor | QuantTensor:
-        if self.export_mode or isinstance(input, QuantTensor):
-            return super().forward(input)
-        x = self.input_quant.quantize(input) if self.input_quant.is_quant_enabled else input
-        return F.linear(x, self.weight_quant.quantize(self.weight), self.bias)
+
+def brevitas_twin(module: nn.Module, conv: Any, linear: Any, **quantizers: Any) -> nn.Module:
+    """A Brevitas layer of the geometry of a Conv2d or Linear, with its weight and bias copied.
+
+    Args:
+        module: a convolution or linear layer, float or Brevitas.
+        conv: class of the twin of a convolution.
+        linear: class of the twin of a linear layer.
+        quantizers: `weight_quant` and `input_quant`.
+    """
+    assert isinstance(module, nn.Conv2d | nn.Linear)
+    has_bias = module.bias is not None
+    if isinstance(module, nn.Linear):
+        twin = linear(module.in_features, module.out_features, has_bias, **quantizers)
+    else:
+        names = ("stride", "padding", "dilation", "groups", "padding_mode")
+        geometry = {name: getattr(module, name) for name in names}
+        twin = conv(
+            module.in_channels, module.out_channels, module.kernel_size, bias=has_bias, **geometry, **quantizers
+        )
+    with torch.no_grad():
+        twin.weight.copy_(module.weight)
+        if module.bias is not None:
+            twin.bias.copy_(module.bias)
+    return twin
 
 
 class SwitchableReLU(QuantReLU):
     """QuantReLU with a switchable quantizer, which is the ReLU below 32 bit."""
 
-    def forward(self, input: Tensor | QuantTensor) -> Tensor | QuantTensor:
+    act_quant: SwitchableActProxy
+
+    def forward(self, input: Any) -> Any:
         if self.export_mode or isinstance(input, QuantTensor):
             return super().forward(input)
         return self.act_quant.quantize(input)
@@ -43,15 +83,6 @@ class SwitchableReLU(QuantReLU):
 class SwitchableReLU6(SwitchableReLU):
     """ReLU6 with a switchable quantizer, whose threshold never exceeds 6."""
 
-    def __init__(self, **kwargs: object) -> None:
-        super().__init__(**kwargs)
+    def __init__(self, act_quant: Any) -> None:
+        super().__init__(act_quant=act_quant)
         self.act_quant.fused_activation_quant_proxy.activation_impl = nn.ReLU6()
-
-
-class SwitchableIdentity(QuantIdentity):
-    """QuantIdentity with a switchable quantizer."""
-
-    def forward(self, input: Tensor | QuantTensor) -> Tensor | QuantTensor:
-        if self.export_mode or isinstance(input, QuantTensor):
-            return super().forward(input)
-        return self.act_quant.quantize(input)

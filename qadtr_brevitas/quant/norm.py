@@ -23,7 +23,8 @@ class NormBranch(nn.Module):
 
     def __init__(self, norm: nn.BatchNorm2d, *, own_affine: bool) -> None:
         super().__init__()
-        assert norm.running_mean is not None and norm.running_var is not None
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
         self.register_buffer("running_mean", norm.running_mean.clone())
         self.register_buffer("running_var", norm.running_var.clone())
         self.weight = nn.Parameter(norm.weight.detach().clone()) if own_affine and norm.affine else None

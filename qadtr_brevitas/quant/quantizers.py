@@ -13,12 +13,15 @@ import torch
 from brevitas.core.utils import StatelessBuffer
 from brevitas.inject import ExtendedInjector
 from brevitas.proxy import ActQuantProxyFromInjector, WeightQuantProxyFromInjector
-from brevitas.quant_tensor import QuantTensor
+from brevitas.quant_tensor import IntQuantTensor
 from torch import Tensor, nn
 
 from qadtr_brevitas.precision import FLOAT_BITS
 from qadtr_brevitas.quant.fake_quantize import quantize_activation, quantize_weight
 from qadtr_brevitas.quant.switch import Switch
+
+# First and last layers and residual streams keep at least so many bits, unless asked otherwise.
+EDGE_BITS = 8
 
 # A threshold may be driven to zero by training; a step must stay positive (Brevitas's scaling_min_val plays this part).
 _SMALLEST_THRESHOLD = 1e-6
@@ -95,7 +98,10 @@ class SwitchableQuant(nn.Module):
 
 
 class SwitchableActQuant(SwitchableQuant):
-    """Activation quantizer: per tensor, one learned threshold per bit-width."""
+    """Activation quantizer: per tensor, one learned threshold per bit-width.
+
+    What never goes below 8 bit learns its threshold as PACT does, which needs less memory.
+    """
 
     def nominal_bits(self) -> int:
         return self.switch.precision.act
@@ -103,7 +109,7 @@ class SwitchableActQuant(SwitchableQuant):
     def quantize(self, x: Tensor) -> Tensor:
         """Quantizes and dequantizes x at the precision in force (below 32)."""
         bits = self.bits
-        return quantize_activation(x, self.scale(bits), *self.levels(bits))
+        return quantize_activation(x, self.scale(bits), *self.levels(bits), keep_input=self.min_bits < EDGE_BITS)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Brevitas's contract: (dequantized value, scale, zero point, bit-width)."""
@@ -149,18 +155,25 @@ class _KeepTensorQuant:
 class SwitchableWeightProxy(_KeepTensorQuant, WeightQuantProxyFromInjector):
     """Brevitas's weight proxy, disabled at 32 bit."""
 
+    tensor_quant: Any
+
+    @property
+    def quantizer(self) -> SwitchableWeightQuant:
+        """Our quantizer."""
+        return self.tensor_quant
+
     @property
     def is_quant_enabled(self) -> bool:
-        return not self.disable_quant and self.tensor_quant is not None and self.tensor_quant.is_active
+        return not self.disable_quant and self.quantizer.is_active
 
     @property
     def per_channel(self) -> bool:
         """Whether each output channel has a threshold of its own."""
-        return next(iter(self.tensor_quant.thresholds.values())).numel() > 1
+        return next(self.quantizer.parameters()).numel() > 1
 
     def quantize(self, w: Tensor) -> Tensor:
         """The value alone, without the cost of a QuantTensor."""
-        return self.tensor_quant.quantize(w) if self.is_quant_enabled else w
+        return self.quantizer.quantize(w) if self.is_quant_enabled else w
 
 
 class SwitchableActProxy(_KeepTensorQuant, ActQuantProxyFromInjector):
@@ -168,6 +181,8 @@ class SwitchableActProxy(_KeepTensorQuant, ActQuantProxyFromInjector):
 
     An unsigned quantizer clamps at 0 and its gradient is 0 there: it is the ReLU.
     """
+
+    fused_activation_quant_proxy: Any
 
     @property
     def quantizer(self) -> SwitchableActQuant:
@@ -179,8 +194,8 @@ class SwitchableActProxy(_KeepTensorQuant, ActQuantProxyFromInjector):
         return self._is_quant_enabled and not self.disable_quant and self.quantizer.is_active
 
     @is_quant_enabled.setter
-    def is_quant_enabled(self, value: bool) -> None:
-        self._is_quant_enabled = value
+    def is_quant_enabled(self, is_quant_enabled: bool) -> None:
+        self._is_quant_enabled = is_quant_enabled
 
     def quantize(self, x: Tensor) -> Tensor:
         """The value alone, without the cost of a QuantTensor."""
@@ -188,31 +203,35 @@ class SwitchableActProxy(_KeepTensorQuant, ActQuantProxyFromInjector):
             return self.quantizer.quantize(x)
         return self.fused_activation_quant_proxy.activation_impl(x)
 
-    def forward(self, x: Tensor | QuantTensor) -> Tensor | QuantTensor:
+    def forward(self, x: Any) -> Any:
         if self.export_mode or not self.is_quant_enabled:
             return super().forward(x)
-        value = x.value if isinstance(x, QuantTensor) else x
+        value = x.value if isinstance(x, IntQuantTensor) else x
         return self.create_quant_tensor(self.quantizer(value), x=x)
 
 
-def weight_injector(switch: Switch, **settings: Any) -> type[ExtendedInjector]:
+def weight_injector(switch: Switch, **settings: Any) -> Any:
     """The injector of a weight quantizer; settings are those of SwitchableQuant."""
     return _WeightInjector.let(switch=switch, **settings)
 
 
-def act_injector(switch: Switch, **settings: Any) -> type[ExtendedInjector]:
+def act_injector(switch: Switch, **settings: Any) -> Any:
     """The injector of an activation quantizer; settings are those of SwitchableQuant."""
     return _ActInjector.let(switch=switch, **settings)
 
 
-class _WeightInjector(ExtendedInjector):
+# Injectors are made by a metaclass that no type checker follows.
+_Injector: Any = ExtendedInjector
+
+
+class _WeightInjector(_Injector):
     proxy_class = SwitchableWeightProxy
     tensor_quant = SwitchableWeightQuant
     signed = True
     max_threshold = None
 
 
-class _ActInjector(ExtendedInjector):
+class _ActInjector(_Injector):
     proxy_class = SwitchableActProxy
     tensor_quant = SwitchableActQuant
     narrow_range = False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 
 from torch import Tensor, nn
@@ -76,7 +76,7 @@ def allowed_precisions(model: nn.Module) -> tuple[Precision, ...]:
 
 
 @contextmanager
-def at_precision(model: nn.Module, precision: PrecisionLike) -> Iterator[None]:
+def at_precision(model: nn.Module, precision: PrecisionLike) -> Generator[None]:
     """Switches the model for the duration of a block and restores the precision after it."""
     switch = switch_of(model)
     before = switch.precision
@@ -88,7 +88,7 @@ def at_precision(model: nn.Module, precision: PrecisionLike) -> Iterator[None]:
 
 
 @contextmanager
-def frozen_weights(model: nn.Module) -> Iterator[None]:
+def frozen_weights(model: nn.Module) -> Generator[None]:
     """Holds the weights still: each is quantized once a precision, and no parameter receives a gradient.
 
     For patch crafting and evaluation, where many forwards share one set of weights. The outputs are the same

@@ -64,6 +64,9 @@ class QuantSection(Section):
     norm: Literal["statistics", "switchable"] = Field(
         default="statistics", description="per precision: norm statistics only, or a whole BatchNorm"
     )
+    residual: Literal["8bit", "same"] = Field(
+        default="8bit", description="residual streams: at least 8 bit, or as the rest"
+    )
     narrow_range: bool = Field(default=True, description="symmetric weights; 2 bit is then ternary")
     calibration: CalibrationSection = Field(default_factory=CalibrationSection, description="first quantizer ranges")
 

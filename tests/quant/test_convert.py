@@ -12,11 +12,15 @@ from torch import Tensor, nn
 from qadtr_brevitas.errors import UsageError
 from qadtr_brevitas.precision import DEFAULT_BITS
 from qadtr_brevitas.quant import SwitchableModel, at_precision, calibrate, convert, set_precision
+from qadtr_brevitas.quant.quantizers import SwitchableActProxy
 from tests.quant.conftest import SIZE, randomize_norms
 
 
 class Small(nn.Module):
-    """Convolutions with a bias, ReLU6, a residual sum, max pooling, a functional ReLU, and no pretrained_cfg."""
+    """Convolutions with a bias, ReLU6, a residual sum, max pooling, a functional ReLU, and no pretrained_cfg.
+
+    The ReLU6 feeds the sum, by way of the pool.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -78,25 +82,34 @@ def test_every_quantized_tensor_has_at_most_two_to_the_bits_levels(
     pair: tuple[nn.Module, SwitchableModel, Tensor], bits: int
 ) -> None:
     _, model, images = pair
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, QuantConv2d | QuantLinear)}
+    names = list(layers)
+    most = {name: 2 ** (8 if name in (names[0], names[-1]) else bits) for name in names}
     seen: list[str] = []
 
-    def check_output(name: str, y: Tensor) -> None:
+    def check_input(name: str, x: Tensor) -> None:
         seen.append(name)
-        assert len(y.unique()) <= 2**bits, name
+        quant = layers[name].input_quant
+        x = quant.quantize(x) if isinstance(quant, SwitchableActProxy) else x
+        assert len(x.unique()) <= most[name], name
+
+    def check_stream(y: Tensor) -> None:
+        assert len(y.unique()) <= 2**8
 
     handles = [
-        module.register_forward_hook(lambda _, __, y, name=name: check_output(name, y))
-        for name, module in model.named_modules()
+        module.register_forward_pre_hook(lambda _, args, name=name: check_input(name, args[0]))
+        for name, module in layers.items()
+    ]
+    handles += [
+        module.register_forward_hook(lambda _, __, y: check_stream(y))
+        for module in model.modules()
         if isinstance(module, QuantReLU)
     ]
     with at_precision(model, bits), torch.no_grad():
         model(images)
-        layers = {n: m for n, m in model.named_modules() if isinstance(m, QuantConv2d | QuantLinear)}
-        names = list(layers)
         for name, layer in layers.items():
-            most = 2 ** (8 if name in (names[0], names[-1]) else bits)
-            assert all(len(row.unique()) <= most for row in layer.quant_weight().value.flatten(1)), name
-    assert seen
+            assert all(len(row.unique()) <= most[name] for row in layer.quant_weight().value.flatten(1)), name
+    assert set(seen) == set(names)
     for handle in handles:
         handle.remove()
 
@@ -116,8 +129,8 @@ def test_quant_weight_is_a_valid_quant_tensor_at_every_precision(model: Switchab
 
 @pytest.mark.parametrize("bits", [8, 2])
 def test_brevitas_own_way_computes_the_same(model: SwitchableModel, images: Tensor, bits: int) -> None:
-    layer, x = model.net.layer1[0].conv1, torch.rand(2, 16, 8, 8)
-    relu = model.net.act1
+    layer, x = model.net.layer1[0].conv2, torch.rand(2, 16, 8, 8)
+    relu = model.net.layer1[0].act1
     with at_precision(model, bits), torch.no_grad():
         short = layer(relu(x))
         quantized = relu.act_quant(x)
@@ -141,9 +154,9 @@ def test_the_report_names_every_layer_that_runs() -> None:
     notes = {layer.name: (layer.quantized, layer.note) for layer in report.layers}
     assert notes == {
         "stem": (True, "weights per channel, own unsigned input quantizer, at least 8 bit"),
-        "act": (True, "unsigned, per tensor, at most 6"),
+        "act": (True, "unsigned, per tensor, at most 6, residual stream, at least 8 bit"),
         "pool": (False, "stays float: passes values through"),
-        "conv": (True, "weights per channel"),
+        "conv": (True, "weights per channel, own unsigned input quantizer"),
         "norm": (False, "float, statistics per precision"),
         "mix": (True, "weights per channel, own signed input quantizer"),
         "head": (True, "weights per channel, own unsigned input quantizer, at least 8 bit"),
@@ -160,6 +173,31 @@ def test_relu6_never_passes_more_than_6() -> None:
         for bits in DEFAULT_BITS:
             set_precision(model, bits)
             assert model.net.act(torch.tensor([7.0, 200.0])).max() == pytest.approx(6.0)
+
+
+def streams(net: nn.Module, **settings: str) -> list[str]:
+    _, report = convert(net, image_size=(32, 32), **settings)
+    return [layer.name for layer in report.layers if "residual stream" in layer.note]
+
+
+def test_residual_streams_are_found_through_pools_and_padded_shortcuts() -> None:
+    blocks = [f"layer{stage}.{block}.act2" for stage in (1, 2, 3) for block in (0, 1, 2)]
+    # The last block feeds the pool, and no sum.
+    assert streams(timm.create_model("cifar_resnet20")) == ["act1", *blocks[:-1]]
+    # Option B: a stage's last block feeds only convolutions, one of them in the next shortcut.
+    assert streams(timm.create_model("cifar_resnet20b")) == ["act1", *(n for n in blocks if not n.endswith(".2.act2"))]
+    assert "act1" in streams(timm.create_model("resnet18"))
+    assert streams(timm.create_model("cifar_vgg16")) == []
+
+
+def test_residual_streams_at_the_precision_of_the_rest() -> None:
+    assert streams(timm.create_model("cifar_resnet20"), residual="same") == []
+    model, report = convert(Small(), image_size=(16, 16), residual="same")
+    notes = {layer.name: layer.note for layer in report.layers}
+    assert notes["act"] == "unsigned, per tensor, at most 6"
+    assert notes["conv"] == "weights per channel"
+    with at_precision(model, 2):
+        assert len(model.net.act(torch.linspace(0, 6, 1000)).unique()) == 4
 
 
 @pytest.mark.parametrize(("edge", "first", "inner"), [("8bit", 8, 2), ("same", 2, 2), ("float", None, 2)])
@@ -195,14 +233,14 @@ def test_narrow_range_is_ternary_at_2_bit_and_wide_range_has_four_levels() -> No
     for narrow, lowest in ((True, -1), (False, -2)):
         model, _ = convert(Small(), image_size=(16, 16), narrow_range=narrow)
         with at_precision(model, 2), torch.no_grad():
-            model.net.mix.weight_quant.tensor_quant.thresholds["2"].fill_(0.1)
+            model.net.mix.weight_quant.quantizer.thresholds["2"].fill_(0.1)
             assert model.net.mix.quant_weight().int().min() == lowest
 
 
 def test_per_tensor_weights_have_one_threshold() -> None:
     model, report = convert(Small(), image_size=(16, 16), per_channel=False)
-    assert model.net.mix.weight_quant.tensor_quant.thresholds["4"].shape == (1, 1, 1, 1)
-    assert "weights per tensor" in {layer.note for layer in report.layers}
+    assert model.net.mix.weight_quant.quantizer.thresholds["4"].shape == (1, 1, 1, 1)
+    assert "weights per tensor, own unsigned input quantizer" in {layer.note for layer in report.layers}
 
 
 def test_a_network_with_nothing_to_quantize_is_refused() -> None:

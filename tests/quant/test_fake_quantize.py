@@ -76,6 +76,16 @@ def test_a_fixed_step_gets_no_gradient() -> None:
     assert set(x.grad.unique().tolist()) == {0.0, 1.0}
 
 
+def test_without_the_input_the_step_learns_from_clipped_values_alone() -> None:
+    x = torch.tensor([-1.0, 0.3, 1.1, 2.0, 9.0], requires_grad=True)
+    scale = torch.tensor(0.5, requires_grad=True)
+    y = quantize_activation(x, scale, 0, 3, keep_input=False)
+    assert y.tolist() == [0.0, 0.5, 1.0, 1.5, 1.5]
+    y.backward(torch.tensor([1.0, 2.0, 3.0, 5.0, 7.0]))
+    assert x.grad.tolist() == [0.0, 2.0, 3.0, 0.0, 0.0]
+    assert scale.grad.item() == pytest.approx(3 * (5 + 7))
+
+
 def test_ties_go_to_even() -> None:
     x = torch.tensor([0.5, 1.5, 2.5, 3.5])
     assert quantize_activation(x, torch.tensor(1.0), 0, 15).tolist() == [0.0, 2.0, 2.0, 4.0]

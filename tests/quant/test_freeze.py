@@ -29,7 +29,14 @@ def test_frozen_resnet_equals_the_switchable_one(model: SwitchableModel, images:
 
 @pytest.mark.parametrize(
     "settings",
-    [{"edge": "same"}, {"edge": "float"}, {"narrow_range": False}, {"per_channel": False}, {"norm": "switchable"}],
+    [
+        {"edge": "same"},
+        {"edge": "float"},
+        {"narrow_range": False},
+        {"per_channel": False},
+        {"residual": "same"},
+        {"norm": "switchable"},
+    ],
 )
 def test_frozen_equals_with_every_option(settings: dict[str, object]) -> None:
     torch.manual_seed(0)
@@ -48,7 +55,7 @@ def test_frozen_relu6_keeps_its_limit() -> None:
     images = torch.rand(4, 3, 16, 16)
     calibrate(model, [images])
     with torch.no_grad():
-        model.net.act.act_quant.quantizer.thresholds["4"].fill_(50.0)
+        model.net.act.act_quant.quantizer.thresholds["8"].fill_(50.0)
         model.net.stem.weight.mul_(30)
     assert_frozen_equals(model, 4, images)
 
