@@ -1,7 +1,9 @@
 """Recipes: one YAML file says everything about a run. Checking one imports neither torch, timm nor brevitas."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -19,7 +21,7 @@ from qadtr_brevitas.recipe.sections import (
     TrainSection,
 )
 from qadtr_brevitas.recipe.slots import slot_name
-from qadtr_brevitas.recipe.source import read_source
+from qadtr_brevitas.recipe.source import Node, parse, read_source
 from qadtr_brevitas.recipe_files import find_recipe
 
 __all__ = [
@@ -32,6 +34,7 @@ __all__ = [
     "SchedulerSection",
     "TrainSection",
     "load_recipe",
+    "make_recipe",
     "slot_name",
 ]
 
@@ -48,7 +51,24 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         RecipeError: something is wrong in it; the error lists everything that is, each with its place.
     """
     path = find_recipe(source)
-    root = read_source(path)
+    return _checked(read_source(path), overrides, source=str(path))
+
+
+def make_recipe(fields: Mapping[str, Any], overrides: Sequence[str] = (), *, source: str) -> Recipe:
+    """Checks a recipe that comes from no file.
+
+    Args:
+        fields: sections as nested mappings of plain values.
+        overrides: as of `load_recipe`.
+        source: what errors call it, for instance the command.
+
+    Raises:
+        RecipeError: something is wrong in it.
+    """
+    return _checked(parse(json.dumps(fields), line=None), overrides, source=source)
+
+
+def _checked(root: Node, overrides: Sequence[str], *, source: str) -> Recipe:
     problems = [problem for text in overrides if (problem := apply_override(root, text))]
     data = root.plain()
     try:
@@ -59,4 +79,4 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     else:
         if not problems:
             return recipe
-    raise RecipeError(str(path), sorted(problems, key=lambda problem: problem.line or 0))
+    raise RecipeError(source, sorted(problems, key=lambda problem: problem.line or 0))
