@@ -41,9 +41,9 @@ from qadtr_brevitas.quant import SwitchableModel, calibrate, convert, frozen_wei
 Step = Callable[[], object]
 
 
-def float_model() -> SwitchableModel:
+def float_model() -> nn.Module:
     """ResNet-20 as the same program makes it, with quantization off: the fair baseline."""
-    return _normalized(timm.create_model("cifar_resnet20"))
+    return Normalized(timm.create_model("cifar_resnet20"))
 
 
 def stock_model() -> nn.Module:
@@ -58,7 +58,7 @@ def stock_model() -> nn.Module:
             net.set_submodule(name, layer)
         elif isinstance(module, nn.ReLU):
             net.set_submodule(name, qnn.QuantReLU(bit_width=4))
-    return _normalized(net)
+    return Normalized(net)
 
 
 def switchable_model(images: Tensor) -> SwitchableModel:
@@ -68,7 +68,9 @@ def switchable_model(images: Tensor) -> SwitchableModel:
     return model
 
 
-class _normalized(nn.Module):  # noqa: N801
+class Normalized(nn.Module):
+    """A float network with its normalization inside, as the switchable model has it."""
+
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
         self.net = net
