@@ -1,8 +1,8 @@
 # Everything below sets itself up: it needs Python 3.11 or newer with pip, and nothing else.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
-# The tested pair. On Linux the wheels of PyPI bring several GB of CUDA packages; for a CPU build use for instance
-#   make test TORCH="--index-url https://download.pytorch.org/whl/cpu torch torchvision"
+# The tested pair. On Linux these wheels bring several GB of CUDA packages; for PyTorch's CPU build name its index:
+#   make test TORCH="--index-url INDEX torch torchvision"
 TORCH ?= torch==2.14.1 torchvision==0.29.1
 QUICKSTART ?= quickstart
 

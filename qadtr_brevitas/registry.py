@@ -17,7 +17,7 @@ ENTRY_POINT_PREFIX = "qadtr_brevitas."
 class Registry:
     """Plug-ins of one kind: name -> ("package.module:Class", one-line description).
 
-    Third-party packages add theirs through an entry point in the group `qadtr_brevitas.<kind>`.
+    Third-party packages add theirs through an entry point in the group `qadtr_brevitas.<kind>`, with `_` for a space.
     """
 
     kind: str
@@ -53,7 +53,7 @@ class Registry:
 
 @cache
 def _external(kind: str) -> dict[str, tuple[str, str]]:
-    found = entry_points(group=ENTRY_POINT_PREFIX + kind)
+    found = entry_points(group=ENTRY_POINT_PREFIX + kind.replace(" ", "_"))
     return {point.name: (point.value, f"from {point.dist.name if point.dist else 'a plug-in'}") for point in found}
 
 
