@@ -6,12 +6,12 @@ noise as control: what a patch does by merely covering pixels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -31,6 +31,8 @@ from qadtr_brevitas.subjects import Contender, Subject
 
 CELL_FOLDER = "cells"
 
+Transfer: TypeAlias = Literal["all", "float", "none"]
+"""Which patches are moved to models and precisions they were not made on: all, those made at 32 bit, or none."""
 
 Progress: TypeAlias = Callable[[int, int, str], object]
 """Is told finished cells, all cells, and what the last one was."""
@@ -46,6 +48,7 @@ def evaluate(
     data_settings: dict[str, Any] | None = None,
     available: int | None = None,
     precisions: Sequence[PrecisionLike] | None = None,
+    transfer: Transfer = "all",
     seed: int = 0,
     batch_size: int = 256,
     device: torch.device | str = "cpu",
@@ -63,6 +66,7 @@ def evaluate(
         data_settings: its settings, for the report.
         available: how many images the whole test split has; None if `split` is all of it.
         precisions: precisions to attack; None for all that a model allows.
+        transfer: which patches to move; white-box cells and controls are always scored.
         seed: seed of the placements and of the controls.
         batch_size: images in one forward pass.
         device: where the models run.
@@ -80,7 +84,12 @@ def evaluate(
         subject.check_data(split, data=data_name)
     _check(subjects, contenders, split, seed=seed)
     grid = {subject.name: precisions_or_all(subject.model, precisions) for subject in subjects}
-    counter = _Counter(sum(map(len, grid.values())) * (1 + len(contenders)), progress)
+    plan = {
+        (subject.name, precision): [c for c in contenders if _is_wanted(c, subject, precision, transfer)]
+        for subject in subjects
+        for precision in grid[subject.name]
+    }
+    counter = _Counter(len(plan) + sum(map(len, plan.values())), progress)
     data = _data_facts(split, name=data_name, settings=data_settings or {}, available=available)
     run = _Run(
         split, CellStore(output / CELL_FOLDER), data.fingerprint, seed, batch_size, torch.device(device), counter
@@ -88,10 +97,11 @@ def evaluate(
     clean: list[CleanCell] = []
     cells: list[AttackCell] = []
     for subject in subjects:
-        for precision, base, patched in run.predictions(subject, grid[subject.name], contenders):
+        steps = {precision: plan[subject.name, precision] for precision in grid[subject.name]}
+        for precision, base, patched in run.predictions(subject, steps):
             facts = {"model": subject.name, "precision": str(precision)}
             clean.append(CleanCell(**facts, accuracy=Rate.of(accuracy(base, split.labels))))
-            for contender, predictions in zip(contenders, patched, strict=True):
+            for contender, predictions in zip(steps[precision], patched, strict=True):
                 threat = _threat(contender, subject, precision)
                 for target in _targets(contender, patches):
                     result = score(base, predictions, split.labels, target=target)
@@ -153,12 +163,12 @@ class _Run:
     counter: _Counter
 
     def predictions(
-        self, subject: Subject, precisions: Sequence[Precision], contenders: Sequence[Contender]
+        self, subject: Subject, plan: Mapping[Precision, Sequence[Contender]]
     ) -> Iterator[tuple[Precision, Tensor, list[Tensor]]]:
-        """For each precision the clean predictions and those with each patch."""
+        """For each precision the clean predictions and those with each of its patches."""
         subject.model.to(self.device).eval()
         with frozen_weights(subject.model):
-            for precision in precisions:
+            for precision, contenders in plan.items():
                 with at_precision(subject.model, precision):
                     clean = self._cell(subject, precision, None)
                     yield precision, clean, [self._cell(subject, precision, patch) for patch in contenders]
@@ -204,6 +214,13 @@ def _targets(contender: Contender, patches: Sequence[Contender]) -> list[int | N
         return [contender.facts.target]
     alike = [patch.facts.target for patch in patches if patch.facts.geometry == contender.facts.geometry]
     return list(dict.fromkeys(alike))
+
+
+def _is_wanted(contender: Contender, subject: Subject, precision: Precision, transfer: Transfer) -> bool:
+    if transfer == "all" or _threat(contender, subject, precision) != "transfer":
+        return True
+    source = contender.facts.source
+    return transfer == "float" and source is not None and Precision.parse(source.precision).is_float
 
 
 def _threat(contender: Contender, subject: Subject, precision: Precision) -> Threat:

@@ -80,6 +80,20 @@ def test_precision_is_restored_and_given_precisions_are_kept_in_order(tmp_path: 
     assert str(subject.model.switch.precision) == "8"
 
 
+@pytest.mark.parametrize(
+    ("transfer", "moved"), [("all", {"made at 4", "made at 32"}), ("float", {"made at 32"}), ("none", set())]
+)
+def test_moved_patches_are_chosen_and_the_rest_is_not_computed(tmp_path: Path, transfer: str, moved: set[str]) -> None:
+    subject = reader()
+    # Of two sizes: patches alike in every pixel share their cells.
+    patches = [white_patch("made at 4", precision=4), white_patch("made at 32", precision=32, side=3)]
+    report = run([subject], patches, tmp_path, transfer=transfer)
+    assert {c.patch for c in report.cells if c.threat == "transfer"} == moved
+    assert [(c.patch, c.precision) for c in report.cells if c.threat == "white-box"] == [("made at 4", "4")]
+    assert {c.precision for c in report.cells if c.threat == "control"} == {"8", "4"}
+    assert subject.model.forwards == len({(c.patch, c.precision) for c in report.cells}) + 2
+
+
 def test_finished_evaluation_is_not_computed_again(tmp_path: Path) -> None:
     first = reader()
     report = run([first], [white_patch()], tmp_path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import click
 
@@ -45,6 +45,13 @@ if TYPE_CHECKING:
     help="Patch file or folder; repeat for more.  [default: MODEL_DIR/patches of each]",
 )
 @click.option("--precision", "precisions", help="Precisions to attack, as 32,8,4.  [default: all a model has]")
+@click.option(
+    "--transfer",
+    type=click.Choice(["all", "float", "none"]),
+    default="all",
+    show_default=True,
+    help="Move all patches to models and precisions they were not made on, those made at 32 bit, or none.",
+)
 @click.option("--images", type=click.IntRange(min=1), help="Use only so many test images, balanced over classes.")
 @click.option("--batch-size", "-b", type=click.IntRange(min=1), default=256, show_default=True, help="Images at once.")
 @click.option("--data", help="Data set as NAME[:ROOT].  [default: the one the models were trained on]")
@@ -57,6 +64,7 @@ def command(
     model_dirs: tuple[Path, ...],
     patches: tuple[Path, ...],
     precisions: str | None,
+    transfer: Literal["all", "float", "none"],
     images: int | None,
     batch_size: int,
     data: str | None,
@@ -94,6 +102,7 @@ def command(
             data_settings=dataset_settings(dataset),
             available=len(everything),
             precisions=wanted,
+            transfer=transfer,
             seed=seed,
             batch_size=batch_size,
             device=where,
