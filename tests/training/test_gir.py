@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from qadtr_brevitas.precision import Precision
 from qadtr_brevitas.seeding import generator
 from qadtr_brevitas.training.gir import Gir
-from qadtr_brevitas.training.gir_optimizer import GirOptimizer
+from qadtr_brevitas.training.gir_optimizer import GIR_KEY, GirOptimizer
 
 GRADIENTS = (torch.tensor([[3.0, 4.0], [0.0, 0.0]]), torch.tensor([1.0, -2.0, 2.0]))
 
@@ -94,6 +94,14 @@ def test_parameters_without_gradient_are_untouched_and_do_not_shift_the_noise() 
     assert seen[0] is None
     torch.testing.assert_close(seen[1], perturbed()[1], rtol=0, atol=0)
     assert perturbed((None, None)) == [None, None]
+
+
+def test_groups_that_opt_out_are_untouched() -> None:
+    weight, threshold = parameters()
+    groups = [{"params": [weight]}, {"params": [threshold], GIR_KEY: False}]
+    Gir(frequency=1).wrap(torch.optim.SGD(groups, lr=1.0), seed=0).step()
+    assert torch.equal(-threshold.detach(), GRADIENTS[1])
+    assert not torch.equal(-weight.detach(), GRADIENTS[0])
 
 
 def test_noise_depends_on_seed_and_step_only() -> None:
