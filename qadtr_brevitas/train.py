@@ -295,7 +295,7 @@ class _Trainer:
             best = self.run / BEST_FOLDER
             if self.is_main and best.is_dir():
                 model, _ = load_model(best, device=str(self.device))
-                recalibrate_norms(model, batches)
+                recalibrate_norms(model.to(memory_format=torch.channels_last), batches)
                 self._write_model(BEST_FOLDER, model)
             precisions = allowed_precisions(self.model)
             accuracy = accuracy_per_precision(self.model, self.held_out, precisions, self.accelerator)

@@ -71,16 +71,17 @@ def test_stopped_run_goes_on_bit_for_bit(whole: Path, tmp_path: Path, step: int)
     assert figures(whole) == figures(tmp_path)
 
 
-def wait_for_a_step(process: multiprocessing.process.BaseProcess, metrics: Path) -> None:
-    """Waits until the process has logged something."""
+def wait_for_steps(process: multiprocessing.process.BaseProcess, metrics: Path, steps: int) -> None:
+    """Waits until the process has logged so many steps."""
 
-    def size() -> int:
-        return metrics.stat().st_size if metrics.is_file() else 0
+    def lines() -> int:
+        return metrics.read_bytes().count(b"\n") if metrics.is_file() else 0
 
-    before, deadline = size(), time.monotonic() + 60
-    while process.is_alive() and size() <= before and time.monotonic() < deadline:
-        time.sleep(0.01)
-        before = min(before, size())
+    before, deadline = lines(), time.monotonic() + 60
+    while process.is_alive() and lines() < before + steps and time.monotonic() < deadline:
+        time.sleep(0.005)
+        # A resumed run first takes back the lines after its last state.
+        before = min(before, lines())
 
 
 def test_killed_run_goes_on_bit_for_bit(whole: Path, tmp_path: Path) -> None:
@@ -92,9 +93,9 @@ def test_killed_run_goes_on_bit_for_bit(whole: Path, tmp_path: Path) -> None:
     while True:
         process = context.Process(target=train_to_be_killed, args=(tmp_path,))
         process.start()
-        wait_for_a_step(process, tmp_path / "metrics.jsonl")
-        # What follows may strike at any moment, also while something is being saved.
-        process.join(moments.uniform(0.0, 0.35))
+        # Counted in steps, so that a slow machine gets on too; what follows may strike at any moment.
+        wait_for_steps(process, tmp_path / "metrics.jsonl", moments.randint(1, 7))
+        process.join(moments.uniform(0.0, 0.1))
         process.kill()
         process.join()
         if process.exitcode == 0:
