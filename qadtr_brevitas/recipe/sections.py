@@ -108,7 +108,7 @@ class TrainSection(Section):
     amp: Literal["no", "bf16", "fp16"] = Field(default="no", description="automatic mixed precision")
     validate_every: int = Field(default=1, ge=1, description="epochs between two validations")
     checkpoint_every: int = Field(default=200, ge=1, description="steps between two states to resume from")
-    norm_batches: int = Field(default=50, ge=0, description="batches that recalibrate norms at the end; 0: keep them")
+    norm_batches: int = Field(default=0, ge=0, description="batches that recalibrate norms at the end; 0: keep them")
 
 
 class Recipe(Section):
