@@ -11,7 +11,7 @@ INSTALLED := $(VENV)/.installed
 RUN := $(BIN)/qadtr-brevitas
 
 # More OpenMP threads than free cores slow small networks down by far.
-test bench: export OMP_NUM_THREADS ?= 1
+quickstart test bench: export OMP_NUM_THREADS ?= 1
 
 .PHONY: help quickstart test lint types bench format clean
 .DEFAULT_GOAL := help
@@ -22,8 +22,8 @@ help: ## show this text
 quickstart: $(INSTALLED) ## train, attack and compare two small networks, no download (about 5 minutes)
 	$(RUN) train digits_qat -o $(QUICKSTART)/qat
 	$(RUN) train digits_qadtr -o $(QUICKSTART)/qadtr
-	$(RUN) attack $(QUICKSTART)/qat -o $(QUICKSTART)/qat/patches
-	$(RUN) attack $(QUICKSTART)/qadtr -o $(QUICKSTART)/qadtr/patches
+	$(RUN) attack $(QUICKSTART)/qat steps=100 --target 3,8 -o $(QUICKSTART)/qat/patches
+	$(RUN) attack $(QUICKSTART)/qadtr steps=100 --target 3,8 -o $(QUICKSTART)/qadtr/patches
 	$(RUN) evaluate $(QUICKSTART)/qat $(QUICKSTART)/qadtr -o $(QUICKSTART)/report
 
 test: $(INSTALLED) ## run the tests; PYTEST_ARGS adds options
