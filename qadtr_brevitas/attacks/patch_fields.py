@@ -1,8 +1,9 @@
-"""Recipe keys that patch attacks share: what the patch covers, and how its texture is searched."""
+"""What patch attacks share: the recipe keys of budget and search, and how a universal patch is made."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from abc import abstractmethod
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import model_validator
 
@@ -10,6 +11,10 @@ from qadtr_brevitas.plugin import STRICT, Field, dataclass
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from qadtr_brevitas.attacks.base import Model, Progress
+    from qadtr_brevitas.attacks.patch import Patch
+    from qadtr_brevitas.attacks.universal import Put
 
 _DEFAULT_SHARE = 1 / 16
 _DEFAULT_LR = {"sgd": 1.0, "sign": 0.05, "adam": 0.1}
@@ -65,7 +70,10 @@ class PatchFields:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class SearchFields(PatchFields):
-    """How the texture of a universal patch is searched."""
+    """How the texture of a universal patch is searched. A subclass says how a texture gets on images."""
+
+    attack: ClassVar[str]
+    """Registered name."""
 
     target: Annotated[Index | None, Field(description="class to be seen instead; null: any wrong one")] = 0
     steps: Annotated[int, Field(ge=1, description="optimizer steps")] = 300
@@ -84,3 +92,39 @@ class SearchFields(PatchFields):
     def step_size(self) -> float:
         """The step size at the start: `lr`, or what suits the step rule."""
         return self.lr or _DEFAULT_LR[self.step_rule]
+
+    @abstractmethod
+    def put(self, mask: Tensor) -> Put:
+        """How a texture gets on images, given the pixels it covers."""
+        ...
+
+    def fit(
+        self,
+        model: Model,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        held_out: tuple[Tensor, Tensor],
+        seed: int,
+        progress: Progress | None = None,
+    ) -> Patch:
+        """Makes the patch. The model's parameters get no gradients.
+
+        Args:
+            model: in evaluation mode, at the precision to attack.
+            images: (N, 3, H, W), uint8 or float in [0, 1], on the model's device.
+            labels: (N,).
+            held_out: images and labels on which the best texture is chosen; not those of the final score.
+            seed: the same seed gives the same patch.
+            progress: called after every step.
+
+        Raises:
+            UsageError: the patch does not fit on the images, or the model has no class `target`.
+            DataError: no images to make it or to choose it on.
+            TrainingError: the texture is no longer finite.
+        """
+        from qadtr_brevitas.attacks.universal import UniversalSearch
+
+        mask = self.mask((images.shape[-2], images.shape[-1])).to(images.device)
+        search = UniversalSearch(fields=self, mask=mask, put=self.put(mask), seed=seed, progress=progress)
+        return search.fit(model, images, labels, held_out=held_out)

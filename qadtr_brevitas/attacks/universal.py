@@ -26,27 +26,20 @@ class UniversalSearch:
     """A search for one texture that works on all images.
 
     Args:
-        name: registered name of the attack.
-        fields: its settings.
-        mask: boolean (h, w).
+        fields: the attack and its settings.
+        mask: boolean (h, w), on the device to compute on.
         put: how the texture gets on images.
+        seed: the same seed gives the same patch.
+        progress: called after every step.
     """
 
-    name: str
     fields: SearchFields
     mask: Tensor
     put: Put
+    seed: int
+    progress: Progress | None
 
-    def fit(
-        self,
-        model: Model,
-        images: Tensor,
-        labels: Tensor,
-        *,
-        held_out: tuple[Tensor, Tensor],
-        seed: int,
-        progress: Progress | None,
-    ) -> Patch:
+    def fit(self, model: Model, images: Tensor, labels: Tensor, *, held_out: tuple[Tensor, Tensor]) -> Patch:
         """Makes the patch; arguments and errors are those of the attack's own `fit`."""
         target = self.fields.target
         judge = HeldOut.select(model, *held_out, target=target, batch_size=self.fields.batch_size)
@@ -54,34 +47,23 @@ class UniversalSearch:
             images, labels = images[labels != target], labels[labels != target]
         if len(images) == 0:
             raise DataError("there are no images to make the patch on but those of the target class: give more images")
-        runs = (
-            self._run(model, images, labels, judge, seed, restart, progress) for restart in range(self.fields.restarts)
-        )
+        runs = (self._run(model, images, labels, judge, restart) for restart in range(self.fields.restarts))
         best = max(runs, key=lambda found: found.score)
         meta = {
-            "attack": self.name,
+            "attack": self.fields.attack,
             "settings": asdict(self.fields),
             "target": target,
-            "seed": seed,
+            "seed": self.seed,
             "threat_model": f"universal {'untargeted' if target is None else 'targeted'}",
             "held_out_asr": best.score,
             "versions": versions(),
         }
         return Patch(texture=best.texture, mask=self.mask, place=self.fields.place, meta=meta)
 
-    def _run(
-        self,
-        model: Model,
-        images: Tensor,
-        labels: Tensor,
-        judge: HeldOut,
-        seed: int,
-        restart: int,
-        progress: Progress | None,
-    ) -> Found:
+    def _run(self, model: Model, images: Tensor, labels: Tensor, judge: HeldOut, restart: int) -> Found:
         """One search from one start."""
         fields = self.fields
-        places = generator(seed, self.name, "places", restart)
+        places = self._stream("places", restart)
 
         def objective(texture: Tensor, images: Tensor, labels: Tensor) -> Tensor:
             targets = None if fields.target is None else torch.full_like(labels, fields.target)
@@ -89,19 +71,19 @@ class UniversalSearch:
 
         def score(texture: Tensor) -> float:
             # The same places for every texture of every restart, so that scores compare textures and not luck.
-            fixed = generator(seed, self.name, "held-out places")
+            fixed = self._stream("held-out places")
             return judge.success_rate(
                 model, lambda images: self.put(texture, images, fixed), batch_size=fields.batch_size
             )
 
         def report(step: int, best: float) -> None:
-            if progress is not None:
-                progress(restart * fields.steps + step, fields.restarts * fields.steps, f"held-out ASR {best:.1%}")
+            if self.progress is not None:
+                self.progress(restart * fields.steps + step, fields.restarts * fields.steps, f"held-out ASR {best:.1%}")
 
         start = start_texture(
             fields.init,
             (self.mask.shape[0], self.mask.shape[1]),
-            generator=generator(seed, self.name, "start", restart),
+            generator=self._stream("start", restart),
         )
         return search_texture(
             start.to(images.device),
@@ -110,9 +92,12 @@ class UniversalSearch:
             objective=objective,
             score=score,
             search=_search(fields),
-            generator=generator(seed, self.name, "batches", restart),
+            generator=self._stream("batches", restart),
             report=report,
         )
+
+    def _stream(self, *purpose: int | str) -> torch.Generator:
+        return generator(self.seed, self.fields.attack, *purpose)
 
 
 def _search(fields: SearchFields) -> Search:
