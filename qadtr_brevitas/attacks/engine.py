@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
@@ -11,33 +10,26 @@ import torch
 from torch import Tensor
 
 from qadtr_brevitas.attacks.base import Model
+from qadtr_brevitas.attacks.descent import Descent
 from qadtr_brevitas.attacks.fake_quantize import PATCH_FILE_BITS, fake_quantize
-from qadtr_brevitas.errors import DataError, TrainingError, UsageError
+from qadtr_brevitas.attacks.losses import check_target
+from qadtr_brevitas.errors import DataError, TrainingError
 
 Init: TypeAlias = Literal["uniform", "gray"]
-StepRule: TypeAlias = Literal["sgd", "sign", "adam"]
 Objective: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
 Score: TypeAlias = Callable[[Tensor], float]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Search:
-    """How a texture is searched.
+class Search(Descent):
+    """How a texture is searched: steps, and what goes into them.
 
     Args:
-        steps: number of optimizer steps.
         batch_size: images per step.
-        step_rule: `sgd` follows the raw gradient, `sign` its sign, `adam` Adam.
-        lr: step size at the start; of `sign`, in pixel values.
-        cosine: True to let the step size fall to zero along a cosine.
         check_every: steps between looks at the held-out score.
     """
 
-    steps: int
     batch_size: int
-    step_rule: StepRule
-    lr: float
-    cosine: bool
     check_every: int
 
 
@@ -79,21 +71,16 @@ def search_texture(
         TrainingError: the texture is no longer finite.
     """
     texture = start.detach().clone().requires_grad_()
-    optimizer = _optimizer(texture, search)
+    optimizer = search.optimizer(texture)
     best = Found(start, 0.0)
     batches = _batches(len(images), search.batch_size, generator)
     for step in range(1, search.steps + 1):
         index = next(batches)
         batch = as_float(images[index]), labels[index]
         loss = objective(fake_quantize(texture, PATCH_FILE_BITS), *batch)
-        # Assigned, never accumulated; and nothing but the texture gets a gradient.
+        # Nothing but the texture gets a gradient.
         (gradient,) = torch.autograd.grad(loss, texture)
-        texture.grad = gradient.sign() if search.step_rule == "sign" else gradient
-        for group in optimizer.param_groups:
-            group["lr"] = _step_size(search, step)
-        optimizer.step()
-        with torch.no_grad():
-            texture.clamp_(0, 1)
+        search.move(texture, gradient, optimizer, step=step)
         if step % search.check_every == 0 or step == search.steps:
             checked = _check(texture, score, step)
             # Of equals the later: it has the lower loss.
@@ -123,8 +110,8 @@ class HeldOut:
             DataError: no image counts.
         """
         logits = _logits(model, images, batch_size)
-        if target is not None and target >= logits.shape[1]:
-            raise UsageError(f"target {target}: the model has {logits.shape[1]} classes, give 0..{logits.shape[1] - 1}")
+        if target is not None:
+            check_target(target, classes=logits.shape[1])
         counts = logits.argmax(1) == labels
         if target is not None:
             counts &= labels != target
@@ -152,18 +139,6 @@ def start_texture(init: Init, size: tuple[int, int], *, generator: torch.Generat
 def as_float(images: Tensor) -> Tensor:
     """Images in [0, 1] from uint8 or float ones."""
     return images.float().div_(255) if images.dtype == torch.uint8 else images
-
-
-def _optimizer(texture: Tensor, search: Search) -> torch.optim.Optimizer:
-    if search.step_rule == "adam":
-        return torch.optim.Adam([texture], lr=search.lr)
-    return torch.optim.SGD([texture], lr=search.lr)
-
-
-def _step_size(search: Search, step: int) -> float:
-    if not search.cosine:
-        return search.lr
-    return search.lr * (1 + math.cos(math.pi * (step - 1) / search.steps)) / 2
 
 
 def _batches(count: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qadtr_brevitas.errors import UsageError
+
 AttackLoss: TypeAlias = Literal["logits", "cross-entropy", "margin"]
 
 
@@ -40,6 +42,16 @@ def attack_loss(loss: AttackLoss, logits: Tensor, labels: Tensor, targets: Tenso
         return _own(logits, labels) - _best_other(logits, labels)
     rival = _own(logits, labels) if loss == "logits" else _best_other(logits, targets)
     return rival - _own(logits, targets)
+
+
+def check_target(target: int, *, classes: int) -> None:
+    """Refuses a target class that the model does not have.
+
+    Raises:
+        UsageError: it is not below `classes`.
+    """
+    if target >= classes:
+        raise UsageError(f"target {target}: the model has {classes} classes, give 0..{classes - 1}")
 
 
 def _cross_entropy(logits: Tensor, classes: Tensor) -> Tensor:
