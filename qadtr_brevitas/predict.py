@@ -5,18 +5,20 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from qadtr_brevitas.attacks.geometry import fixed_corners
+from qadtr_brevitas.attacks.geometry import corners_outside, fixed_corners
 from qadtr_brevitas.seeding import generator
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from qadtr_brevitas.attacks.patch import Patch
     from qadtr_brevitas.data.split import Split
 
 
 def predict(
-    model: nn.Module,
+    model: Callable[[Tensor], Tensor],
     split: Split,
     *,
     patch: Patch | None = None,
@@ -58,15 +60,15 @@ def predict(
 def placements(patch: Patch, images: int, image_size: tuple[int, int], *, seed: int) -> Tensor:
     """Upper left corners of a patch on every image.
 
-    A corner depends on the seed, the image's index and the patch's size only: patches of one size meet the same images
-    at the same places, on every model and at every precision, so that differences are differences of the patches. The
-    first images have the same places however many there are.
+    A corner depends on the seed, the image's index, the patch's size and the box it keeps out of only: such patches
+    meet the same images at the same places, on every model and at every precision, so that differences are differences
+    of the patches. The first images have the same places however many there are.
 
     Returns:
         (images, 2) int64, row and column.
 
     Raises:
-        UsageError: the patch is larger than the images, or its fixed place is outside of them.
+        UsageError: the patch is larger than the images, its fixed place is outside of them, or there is no room for it.
     """
     height, width = patch.size
     # Checks that the patch fits at all where its place is random.
@@ -74,7 +76,9 @@ def placements(patch: Patch, images: int, image_size: tuple[int, int], *, seed: 
     fixed = fixed_corners(corner, images, image_size, (height, width))
     if patch.place != "random":
         return fixed
-    room = torch.tensor([image_size[0] - height + 1, image_size[1] - width + 1])
     # Doubles, because a float32 times the room may round up to the room itself, which is outside.
     unit = torch.rand(images, 2, generator=generator(seed, "placement"), dtype=torch.float64)
-    return (unit * room).long()
+    if patch.keep_out is not None:
+        allowed = corners_outside(patch.keep_out, image_size, (height, width))
+        return allowed[(unit[:, 0] * len(allowed)).long()]
+    return (unit * torch.tensor([image_size[0] - height + 1, image_size[1] - width + 1])).long()

@@ -75,13 +75,14 @@ class Contender:
         """The patch's entry in the report."""
         patch, meta = self.patch, self.patch.meta
         height, width = patch.size
+        place = patch.place if patch.keep_out is None else (patch.place, patch.keep_out)
         source = None
         if "fingerprint" in meta:
             source = SourceFacts(name=meta["model"], fingerprint=meta["fingerprint"], precision=str(meta["precision"]))
         return PatchFacts(
             name=self.name,
             file=self.file,
-            fingerprint=fingerprint_tensors([patch.texture, patch.mask], facts=patch.place),
+            fingerprint=fingerprint_tensors([patch.texture, patch.mask], facts=place),
             attack=meta.get("attack", "unknown"),
             settings=dict(meta.get("settings", {})),
             target=meta.get("target"),
@@ -89,7 +90,7 @@ class Contender:
             width=width,
             pixels=patch.pixels,
             place=patch.place,
-            geometry=fingerprint_tensors([patch.mask], facts=patch.place),
+            geometry=fingerprint_tensors([patch.mask], facts=place),
             source=source,
             control=self.control,
         )

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -25,6 +27,15 @@ def test_placements_reach_every_place_equally_often() -> None:
     counts = (corners[:, 0] * 3 + corners[:, 1]).bincount(minlength=9)
     assert counts.min() > 900
     assert counts.max() < 1100
+
+
+def test_placements_keep_out_of_the_box_and_reach_the_rest() -> None:
+    patch = replace(white_patch(side=3).patch, keep_out=(2, 2, 4, 4))
+    corners = placements(patch, 4000, (8, 10), seed=0)
+    rows, columns = corners.unbind(1)
+    assert bool(((rows + 3 <= 2) | (rows >= 6) | (columns + 3 <= 2) | (columns >= 6)).all())
+    assert len(corners.unique(dim=0)) == 2 * 6
+    assert torch.equal(corners[:50], placements(patch, 50, (8, 10), seed=0))
 
 
 def test_placements_differ_with_the_seed_and_not_with_the_texture() -> None:

@@ -86,8 +86,9 @@ class AQapa:
         import torch
 
         from qadtr_brevitas.attacks.fake_quantize import fake_quantize
-        from qadtr_brevitas.attacks.geometry import paste, random_corners, shape_mask
+        from qadtr_brevitas.attacks.geometry import paste, random_corners
         from qadtr_brevitas.attacks.losses import attack_loss
+        from qadtr_brevitas.attacks.shapes import shape_mask
 
         def draw(*size: int) -> Tensor:
             return torch.rand(*size, generator=generator, device=generator.device).to(images.device)

@@ -1,4 +1,4 @@
-"""Where a patch is and what it covers: masks, budgets, places, pasting. Vectorised over images.
+"""Where patches lie and how they get on images: places, pasting, blending. Vectorised over images.
 
 A patch has a texture (3, h, w), a mask (h, w) of the pixels it covers, and a corner per image: row and column
 of its top left pixel. Every function takes all images of a batch at once.
@@ -6,71 +6,18 @@ of its top left pixel. Every function takes all images of a batch at once.
 
 from __future__ import annotations
 
-import math
 from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
+from qadtr_brevitas.attacks.shapes import Shape as Shape
+from qadtr_brevitas.attacks.shapes import shape_mask as shape_mask
+from qadtr_brevitas.attacks.shapes import side_for_share as side_for_share
 from qadtr_brevitas.errors import UsageError
 
-Shape: TypeAlias = Literal["square", "rectangle", "disc"]
 Place: TypeAlias = Literal["random"] | tuple[int, int]
 Box: TypeAlias = tuple[int, int, int, int]
-
-
-def shape_mask(shape: Shape, size: int | tuple[int, int]) -> Tensor:
-    """The pixels a shape covers.
-
-    Args:
-        shape: `square` and `disc` take one side or diameter in pixels; `rectangle` takes (height, width).
-            A disc covers the pixels whose center lies in the circle.
-        size: in pixels.
-
-    Returns:
-        Boolean mask (h, w).
-
-    Raises:
-        UsageError: a size that does not go with the shape or is not positive.
-    """
-    if isinstance(size, int) == (shape == "rectangle"):
-        raise UsageError(f"size {size} does not fit shape {shape}: give a {_SIZE_RULE[shape]}")
-    height, width = (size, size) if isinstance(size, int) else size
-    if min(height, width) < 1:
-        raise UsageError(f"patch size {size} is not possible: give at least 1 pixel a side")
-    if shape != "disc":
-        return torch.ones(height, width, dtype=torch.bool)
-    # Twice the distances, so that everything stays an exact integer.
-    offsets = 2 * torch.arange(height) - (height - 1)
-    return offsets[:, None] ** 2 + offsets**2 <= height**2
-
-
-_SIZE_RULE = {
-    "square": "single number, its side in pixels, such as size=8",
-    "disc": "single number, its diameter in pixels, such as size=8",
-    "rectangle": "height and a width in pixels, such as size=[6, 10]",
-}
-
-
-def side_for_share(share: float, image_size: tuple[int, int], shape: Shape = "square") -> int:
-    """The largest side (or diameter) in pixels whose mask covers at most a share of the image.
-
-    For a square this is int(sqrt(NP * H * W)), what the literature's "noise percentage" NP means: a share of the
-    pixels, not of a norm.
-
-    Raises:
-        UsageError: a rectangle, which a share alone does not determine, or a share too small for one pixel.
-    """
-    if shape == "rectangle":
-        raise UsageError("a share of the pixels does not determine a rectangle: give size=[height, width] instead")
-    # The tolerance keeps 0.0625 * 32 * 32 and the like, exact on paper, from falling just short.
-    pixels = math.floor(share * image_size[0] * image_size[1] + 1e-6)
-    side = math.isqrt(pixels if shape == "square" else pixels * 3 // 2)
-    while side > 0 and int(shape_mask(shape, side).sum()) > pixels:
-        side -= 1
-    if side < 1:
-        raise UsageError(f"np={share} of a {image_size[0]}x{image_size[1]} image is less than one pixel: give more")
-    return side
 
 
 def random_corners(
@@ -96,10 +43,11 @@ def random_corners(
     Raises:
         UsageError: the patch is larger than the image, or does not fit beside the box.
     """
-    rows, columns = _places(image_size, patch_size)
-    if keep_out is not None:
-        return _corners_outside(keep_out, count, (rows, columns), patch_size, generator)
     device = generator.device
+    if keep_out is not None:
+        allowed = corners_outside(keep_out, image_size, patch_size).to(device)
+        return allowed[torch.randint(len(allowed), (count,), generator=generator, device=device)]
+    rows, columns = _places(image_size, patch_size)
     return torch.stack(
         [
             torch.randint(rows, (count,), generator=generator, device=device),
@@ -107,6 +55,24 @@ def random_corners(
         ],
         dim=1,
     )
+
+
+def corners_outside(keep_out: Box, image_size: tuple[int, int], patch_size: tuple[int, int]) -> Tensor:
+    """Every corner (K, 2) whose patch lies on the image and does not touch the box, row by row.
+
+    Raises:
+        UsageError: there is none.
+    """
+    rows, columns = torch.meshgrid(*map(torch.arange, _places(image_size, patch_size)), indexing="ij")
+    row, column, height, width = keep_out
+    beside = (rows + patch_size[0] <= row) | (rows >= row + height)
+    beside |= (columns + patch_size[1] <= column) | (columns >= column + width)
+    if not bool(beside.any()):
+        raise UsageError(
+            f"no room for a {patch_size[0]}x{patch_size[1]} patch outside the box {keep_out}: "
+            "give a smaller patch or a smaller keep_out box"
+        )
+    return beside.nonzero()
 
 
 def fixed_corners(
@@ -133,8 +99,11 @@ def place_corners(
     patch_size: tuple[int, int],
     *,
     generator: torch.Generator | None,
+    keep_out: Box | None = None,
 ) -> Tensor:
     """Corners (count, 2) by a placement rule: anew per image if `random`, else the same (row, column).
+
+    The box to keep out of concerns random places only.
 
     Raises:
         UsageError: the patch does not fit, or `random` without a generator.
@@ -143,7 +112,7 @@ def place_corners(
         return fixed_corners(place, count, image_size, patch_size)
     if generator is None:
         raise UsageError("this patch goes to random places: give a generator, or the corners themselves")
-    return random_corners(count, image_size, patch_size, generator=generator)
+    return random_corners(count, image_size, patch_size, generator=generator, keep_out=keep_out)
 
 
 def paste(images: Tensor, texture: Tensor, mask: Tensor, corners: Tensor) -> Tensor:
@@ -199,23 +168,6 @@ def _places(image_size: tuple[int, int], patch_size: tuple[int, int]) -> tuple[i
             "give a smaller size or np"
         )
     return rows, columns
-
-
-def _corners_outside(
-    box: Box, count: int, places: tuple[int, int], patch_size: tuple[int, int], generator: torch.Generator
-) -> Tensor:
-    """Uniform over the corners whose patch does not touch the box."""
-    row, column, height, width = box
-    rows, columns = torch.meshgrid(torch.arange(places[0]), torch.arange(places[1]), indexing="ij")
-    beside = (rows + patch_size[0] <= row) | (rows >= row + height)
-    beside |= (columns + patch_size[1] <= column) | (columns >= column + width)
-    allowed = beside.nonzero().to(generator.device)
-    if len(allowed) == 0:
-        raise UsageError(
-            f"no room for a {patch_size[0]}x{patch_size[1]} patch outside the box {box}: "
-            "give a smaller patch or a smaller keep_out box"
-        )
-    return allowed[torch.randint(len(allowed), (count,), generator=generator, device=generator.device)]
 
 
 def _window_index(images: Tensor, size: tuple[int, int], corners: Tensor) -> Tensor:

@@ -30,13 +30,13 @@ class Lavan(SearchFields):
 
     def put(self, mask: Tensor) -> Put:
         """Pastes it at a place of its own in every image."""
-        from qadtr_brevitas.attacks.geometry import paste, place_corners
+        from qadtr_brevitas.attacks.geometry import paste
 
         size = mask.shape[0], mask.shape[1]
 
         def at_places(texture: Tensor, images: Tensor, generator: torch.Generator) -> Tensor:
             image_size = images.shape[-2], images.shape[-1]
-            corners = place_corners(self.place, len(images), image_size, size, generator=generator)
+            corners = self.corners(len(images), image_size, size, generator=generator)
             return paste(images, texture, mask, corners)
 
         return at_places

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from qadtr_brevitas import __version__
 from qadtr_brevitas.attacks.fake_quantize import PATCH_FILE_BITS, fake_quantize
-from qadtr_brevitas.attacks.geometry import Place, paste, place_corners
+from qadtr_brevitas.attacks.geometry import Box, Place, paste, place_corners
 from qadtr_brevitas.errors import CheckpointError, UsageError
 from qadtr_brevitas.files import write_atomically
 
@@ -34,6 +34,7 @@ class Patch:
         texture: (3, h, w) in [0, 1], on the grid of 8-bit images, so that what is saved is what was scored.
         mask: boolean (h, w), True where the patch covers the image. Never derived from the texture.
         place: `random`, or (row, column) of the top left pixel.
+        keep_out: (row, column, height, width) of a box that random places leave free, for instance the main object's.
         meta: how it was made, JSON values only. The attack fills `attack`, `settings`, `target`, `seed`,
             `threat_model` (such as "universal targeted") and `versions`; whoever knows the model attacked adds
             `model`, `fingerprint` and `precision` with `with_meta`.
@@ -45,6 +46,7 @@ class Patch:
     texture: Tensor
     mask: Tensor
     place: Place = "random"
+    keep_out: Box | None = None
     meta: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -89,7 +91,9 @@ class Patch:
         """
         if corners is None:
             image_size = images.shape[-2], images.shape[-1]
-            corners = place_corners(self.place, len(images), image_size, self.size, generator=generator)
+            corners = place_corners(
+                self.place, len(images), image_size, self.size, generator=generator, keep_out=self.keep_out
+            )
         return paste(images, self.texture, self.mask, corners)
 
     def save(self, path: str | Path) -> Path:
@@ -107,6 +111,7 @@ class Patch:
             "format": FORMAT,
             "version": str(FORMAT_VERSION),
             "place": json.dumps(self.place),
+            "keep_out": json.dumps(self.keep_out),
             "meta": json.dumps(dict(self.meta)),
         }
         write_atomically(target, lambda temporary: save_file(tensors, temporary, metadata=header))
@@ -124,10 +129,13 @@ class Patch:
         header, tensors = _read(source)
         try:
             place = json.loads(header["place"])
+            # Files of the first release have no such key.
+            keep_out = json.loads(header.get("keep_out", "null"))
             return cls(
                 texture=tensors["texture"].float() / 255,
                 mask=tensors["mask"].bool(),
                 place=place if place == "random" else (int(place[0]), int(place[1])),
+                keep_out=keep_out and _box(*keep_out),
                 meta=json.loads(header["meta"]),
             )
         except (LookupError, ValueError, TypeError, UsageError) as error:
@@ -150,6 +158,10 @@ def versions() -> dict[str, str]:
 
 def _with_suffix(path: Path) -> Path:
     return path if path.suffix == ".safetensors" else path.with_name(path.name + ".safetensors")
+
+
+def _box(row: int, column: int, height: int, width: int) -> Box:
+    return int(row), int(column), int(height), int(width)
 
 
 def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:

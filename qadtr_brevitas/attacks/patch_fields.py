@@ -10,6 +10,7 @@ from pydantic import model_validator
 from qadtr_brevitas.plugin import STRICT, Field, dataclass
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from qadtr_brevitas.attacks.base import Model, Progress
@@ -40,6 +41,10 @@ class PatchFields:
         Literal["random"] | tuple[Index, Index],
         Field(description="random, anew per image and step, or [row, column] of the top left pixel"),
     ] = "random"
+    keep_out: Annotated[
+        tuple[Index, Index, Pixels, Pixels] | None,
+        Field(description="[row, column, height, width] of a box that random places leave free"),
+    ] = None
 
     @model_validator(mode="after")
     def _one_budget(self) -> PatchFields:
@@ -49,23 +54,37 @@ class PatchFields:
             raise ValueError("a rectangle needs size=[height, width]")
         if self.shape != "rectangle" and isinstance(self.size, tuple):
             raise ValueError(f"a {self.shape} needs a single size; for [height, width] give shape=rectangle")
+        if self.place != "random" and self.keep_out is not None:
+            raise ValueError("keep_out is for random places: give only one of place and keep_out")
         return self
 
     def mask(self, image_size: tuple[int, int]) -> Tensor:
         """The pixels the patch covers, boolean (h, w), for images of (H, W) pixels.
 
         Raises:
-            UsageError: the patch does not fit on the image at its place.
+            UsageError: the patch does not fit on the image at its place, or beside the box to keep out of.
         """
-        from qadtr_brevitas.attacks.geometry import fixed_corners, shape_mask, side_for_share
+        from qadtr_brevitas.attacks.geometry import corners_outside, fixed_corners
+        from qadtr_brevitas.attacks.shapes import shape_mask, side_for_share
 
         size = self.size
         if size is None:
             size = side_for_share(self.np or _DEFAULT_SHARE, image_size, self.shape)
         mask = shape_mask(self.shape, size)
         corner = (0, 0) if self.place == "random" else self.place
-        fixed_corners(corner, 1, image_size, (mask.shape[0], mask.shape[1]))
+        patch_size = mask.shape[0], mask.shape[1]
+        fixed_corners(corner, 1, image_size, patch_size)
+        if self.keep_out is not None:
+            corners_outside(self.keep_out, image_size, patch_size)
         return mask
+
+    def corners(
+        self, count: int, image_size: tuple[int, int], patch_size: tuple[int, int], *, generator: torch.Generator
+    ) -> Tensor:
+        """Places (count, 2) by these settings, int64 row and column of the top left pixel, anew with every call."""
+        from qadtr_brevitas.attacks.geometry import place_corners
+
+        return place_corners(self.place, count, image_size, patch_size, generator=generator, keep_out=self.keep_out)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -60,4 +60,5 @@ class RandomPatch(PatchFields):
         if progress is not None:
             progress(1, 1)
         texture = fake_quantize(drawn, PATCH_FILE_BITS)
-        return Patch(texture=texture, mask=mask, place=self.place, meta=meta).to(images.device)
+        patch = Patch(texture=texture, mask=mask, place=self.place, keep_out=self.keep_out, meta=meta)
+        return patch.to(images.device)

@@ -58,7 +58,8 @@ class UniversalSearch:
             "held_out_asr": best.score,
             "versions": versions(),
         }
-        return Patch(texture=best.texture, mask=self.mask, place=self.fields.place, meta=meta)
+        place, keep_out = self.fields.place, self.fields.keep_out
+        return Patch(texture=best.texture, mask=self.mask, place=place, keep_out=keep_out, meta=meta)
 
     def _run(self, model: Model, images: Tensor, labels: Tensor, judge: HeldOut, restart: int) -> Found:
         """One search from one start."""

@@ -1,5 +1,6 @@
 import json
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,8 +9,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from qadtr_brevitas.attacks.fake_quantize import fake_quantize
-from qadtr_brevitas.attacks.geometry import crop, shape_mask
+from qadtr_brevitas.attacks.geometry import crop
 from qadtr_brevitas.attacks.patch import FORMAT, Patch, versions
+from qadtr_brevitas.attacks.shapes import shape_mask
 from qadtr_brevitas.errors import CheckpointError, UsageError
 from qadtr_brevitas.seeding import generator
 
@@ -86,6 +88,19 @@ def test_a_patch_that_does_not_fit_the_images():
         example(place=(9, 0)).apply(torch.rand(1, 3, 16, 16))
 
 
+def test_the_box_to_keep_out_of_is_kept_and_followed(tmp_path):
+    patch = replace(example(4), keep_out=(4, 4, 8, 8))
+    loaded = Patch.load(patch.save(tmp_path / "a"))
+    assert loaded.keep_out == (4, 4, 8, 8)
+    images = torch.rand(200, 3, 16, 16, generator=generator(0, "images"))
+    patched = loaded.apply(images, generator=generator(0))
+    assert torch.equal(patched[..., 4:12, 4:12], images[..., 4:12, 4:12])
+
+
+def test_files_of_the_first_release_know_no_box(tmp_path):
+    assert Patch.load(altered(tmp_path)).keep_out is None
+
+
 def test_more_facts():
     patch = example().with_meta(source={"name": "net", "fingerprint": "ab", "precision": "4"})
     assert patch.meta["source"]["precision"] == "4"
@@ -148,7 +163,7 @@ def test_a_file_of_a_newer_version(tmp_path):
         Patch.load(altered(tmp_path, version="2"))
 
 
-@pytest.mark.parametrize("header", [{"meta": "{"}, {"place": "7"}, {"place": '["a", "b"]'}])
+@pytest.mark.parametrize("header", [{"meta": "{"}, {"place": "7"}, {"place": '["a", "b"]'}, {"keep_out": "[1, 2]"}])
 def test_a_file_with_a_damaged_header(tmp_path, header):
     with pytest.raises(CheckpointError, match="is damaged"):
         Patch.load(altered(tmp_path, **header))
