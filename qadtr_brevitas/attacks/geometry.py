@@ -70,7 +70,7 @@ def corners_outside(keep_out: Box, image_size: tuple[int, int], patch_size: tupl
     if not bool(beside.any()):
         raise UsageError(
             f"no room for a {patch_size[0]}x{patch_size[1]} patch outside the box {keep_out}: "
-            "give a smaller patch or a smaller keep_out box"
+            "give a smaller patch or leave a smaller box free"
         )
     return beside.nonzero()
 
