@@ -65,3 +65,9 @@ def side_for_share(share: float, image_size: tuple[int, int], shape: Shape = "sq
     if side < 1:
         raise UsageError(f"np={share} of a {image_size[0]}x{image_size[1]} image is less than one pixel: give more")
     return side
+
+
+def bounding_box(mask: Tensor) -> tuple[int, int, int, int]:
+    """(row, column, height, width) of the smallest box around the pixels of a mask (h, w) that covers any."""
+    (rows, columns) = (mask.any(1).nonzero().flatten().tolist(), mask.any(0).nonzero().flatten().tolist())
+    return rows[0], columns[0], rows[-1] - rows[0] + 1, columns[-1] - columns[0] + 1

@@ -1,6 +1,7 @@
 import pytest
+import torch
 
-from qadtr_brevitas.attacks.shapes import shape_mask, side_for_share
+from qadtr_brevitas.attacks.shapes import bounding_box, shape_mask, side_for_share
 from qadtr_brevitas.errors import UsageError
 
 
@@ -52,3 +53,10 @@ def test_shares_that_cannot_be_used():
         side_for_share(0.0001, (32, 32))
     with pytest.raises(UsageError, match="does not determine a rectangle"):
         side_for_share(0.1, (32, 32), "rectangle")
+
+
+def test_the_smallest_box_around_a_mask():
+    mask = torch.zeros(7, 9, dtype=torch.bool)
+    mask[2, 5] = mask[4, 3] = True
+    assert bounding_box(mask) == (2, 3, 3, 3)
+    assert bounding_box(shape_mask("disc", 6)) == (0, 0, 6, 6)
