@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from qadtr_brevitas.cli.common import Report
-    from qadtr_brevitas.train_log import EpochRecord, Observer
+    from qadtr_brevitas.train.log import EpochRecord, Observer
 
 
 @click.command(
@@ -90,7 +90,7 @@ def command(
 
 def _observer(report: Report) -> Observer:
     """Progress on a terminal; off it, one line per epoch. Both on stderr."""
-    from qadtr_brevitas.train_log import Observer, StepRecord
+    from qadtr_brevitas.train.log import Observer, StepRecord
 
     console = stderr()
 
@@ -150,8 +150,8 @@ def _line(record: EpochRecord, epochs: int) -> str:
 
 def _tell(run: Path) -> None:
     """Prints the run's last accuracies, what was written, and the next command."""
-    from qadtr_brevitas.train_log import last_epoch
-    from qadtr_brevitas.train_state import BEST_FOLDER, LAST_FOLDER, METRICS_FILE
+    from qadtr_brevitas.train.log import last_epoch
+    from qadtr_brevitas.train.state import BEST_FOLDER, LAST_FOLDER, METRICS_FILE
 
     record = last_epoch(run / METRICS_FILE)
     models = [str(run / name) for name in (LAST_FOLDER, BEST_FOLDER) if (run / name).is_dir()]

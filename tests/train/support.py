@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from qadtr_brevitas.recipe import Recipe
 from qadtr_brevitas.train import train
-from qadtr_brevitas.train_log import EpochRecord, Observer, StepRecord
+from qadtr_brevitas.train.log import EpochRecord, Observer, StepRecord
 
 
 class TinyNet(nn.Module):

@@ -31,9 +31,9 @@ from qadtr_brevitas.quant import (
 )
 from qadtr_brevitas.recipe import Recipe
 from qadtr_brevitas.seeding import derive_seed
-from qadtr_brevitas.train_inputs import Inputs, NormBatches
-from qadtr_brevitas.train_log import EpochRecord, Observer, RunLog, StepRecord
-from qadtr_brevitas.train_setup import (
+from qadtr_brevitas.train.inputs import Inputs, NormBatches
+from qadtr_brevitas.train.log import EpochRecord, Observer, RunLog, StepRecord
+from qadtr_brevitas.train.setup import (
     FLOAT,
     Phase,
     average_norm_statistics,
@@ -44,7 +44,7 @@ from qadtr_brevitas.train_setup import (
     plan,
     start_processes,
 )
-from qadtr_brevitas.train_state import (
+from qadtr_brevitas.train.state import (
     BEST_FOLDER,
     LAST_FOLDER,
     METRICS_FILE,
@@ -56,8 +56,8 @@ from qadtr_brevitas.train_state import (
     save_state,
     start_run,
 )
-from qadtr_brevitas.train_stop import Interrupted, StopRequest
-from qadtr_brevitas.train_validate import accuracy_per_precision
+from qadtr_brevitas.train.stop import Interrupted, StopRequest
+from qadtr_brevitas.train.validate import accuracy_per_precision
 
 
 def train(

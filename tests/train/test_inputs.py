@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from qadtr_brevitas.data.split import Split
-from qadtr_brevitas.train_inputs import Inputs, NormBatches
-from tests.train_support import make_recipe
+from qadtr_brevitas.train.inputs import Inputs, NormBatches
+from tests.train.support import make_recipe
 
 CPU = torch.device("cpu")
 

@@ -9,17 +9,17 @@ from typing import Any
 import pytest
 import torch
 
-from qadtr_brevitas import train as train_module
 from qadtr_brevitas.checkpoint import load_model
 from qadtr_brevitas.errors import TrainingError, UsageError
 from qadtr_brevitas.precision import Precision
 from qadtr_brevitas.quant import at_precision, quantizer_parameters
 from qadtr_brevitas.recipe import Recipe
+from qadtr_brevitas.train import loop as train_module
 from qadtr_brevitas.train import train
-from qadtr_brevitas.train_log import EpochRecord
-from qadtr_brevitas.train_setup import make_optimizer
-from qadtr_brevitas.train_state import load_state
-from tests.train_support import Recorder, make_recipe, weights
+from qadtr_brevitas.train.log import EpochRecord
+from qadtr_brevitas.train.setup import make_optimizer
+from qadtr_brevitas.train.state import load_state
+from tests.train.support import Recorder, make_recipe, weights
 
 PLAIN: dict[str, Any] = {"attack": None, "gradient": None, "regularizers": []}
 SHORT: dict[str, Any] = {"epochs": 1, "float_epochs": 0, "scheduler": {"warmup_epochs": 0}, **PLAIN}
@@ -252,8 +252,8 @@ def test_attack_sees_the_model_in_eval_mode_at_the_steps_precision(
 RANKS = """
 import sys, torch
 torch.set_num_threads(1)
-from tests.train_support import Recorder, make_recipe
-from qadtr_brevitas import train as t
+from tests.train.support import Recorder, make_recipe
+from qadtr_brevitas.train import loop as t
 models, build = [], t.build_switchable
 t.build_switchable = lambda *a: (lambda built: models.append(built[0]) or built)(build(*a))
 keys = dict(epochs=3, float_epochs=1, norm_batches=0, regularizers=["distillation"], checkpoint_every=1000)

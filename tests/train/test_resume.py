@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 
 from qadtr_brevitas.errors import CheckpointError, UsageError
 from qadtr_brevitas.train import train
-from qadtr_brevitas.train_log import StepRecord
-from qadtr_brevitas.train_state import differing_keys, load_state
-from qadtr_brevitas.train_stop import Interrupted
-from tests.train_support import Recorder, make_recipe, same_weights, train_to_be_killed
+from qadtr_brevitas.train.log import StepRecord
+from qadtr_brevitas.train.state import differing_keys, load_state
+from qadtr_brevitas.train.stop import Interrupted
+from tests.train.support import Recorder, make_recipe, same_weights, train_to_be_killed
 
 STEPS = 24
 
@@ -87,7 +87,7 @@ def wait_for_steps(process: multiprocessing.process.BaseProcess, metrics: Path, 
 def test_killed_run_goes_on_bit_for_bit(whole: Path, tmp_path: Path) -> None:
     # A server that has everything imported: each process starts at once instead of after seconds.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.train_support"])
+    context.set_forkserver_preload(["tests.train.support"])
     moments = random.Random(0)
     kills = 0
     while True:
