@@ -6,9 +6,10 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from qadtr_brevitas.errors import QadtrError
 from qadtr_brevitas.plugin import PrecisionField
 from qadtr_brevitas.precision import DEFAULT_BITS, Precision, parse_precisions
-from qadtr_brevitas.recipe.problems import located_error
+from qadtr_brevitas.recipe.problems import fields_of, located_error
 from qadtr_brevitas.recipe.slots import Slot
 from qadtr_brevitas.registry import ATTACKS, DATASETS, GRADIENT_RULES, REGULARIZERS, SCHEDULES
 
@@ -120,6 +121,11 @@ class Recipe(Section):
     quant: QuantSection = Field(default_factory=QuantSection, description="quantization")
     train: TrainSection = Field(default_factory=TrainSection, description="training")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _train_what_is_quantized(cls, data: Any) -> Any:
+        return _with_choices(data) if isinstance(data, dict) else data
+
     @model_validator(mode="after")
     def _fits_together(self) -> Recipe:
         if problems := [*_precision_problems(self), *_training_problems(self.train)]:
@@ -131,6 +137,24 @@ class Recipe(Section):
         from qadtr_brevitas.recipe.dump import dump_yaml
 
         return dump_yaml(self, describe=describe)
+
+
+def _with_choices(data: dict[str, Any]) -> dict[str, Any]:
+    """A schedule that names no choices has all that the model is quantized for."""
+    quant, train = data.get("quant", {}), data.get("train", {})
+    slot = train.get("precision", "uniform") if isinstance(train, dict) else None
+    fields = {"schedule": slot} if isinstance(slot, str) else slot
+    if not isinstance(quant, dict) or "precisions" not in quant or not isinstance(fields, dict):
+        return data
+    try:
+        schedule = SCHEDULES.load(str(fields.get("schedule", fields.get("name"))))
+        parse_precisions(quant["precisions"])
+    # What is wrong is told where it is wrong, not twice.
+    except (QadtrError, TypeError):
+        return data
+    if "choices" in fields or "choices" not in fields_of(schedule):
+        return data
+    return {**data, "train": {**train, "precision": {**fields, "choices": quant["precisions"]}}}
 
 
 def _precision_problems(recipe: Recipe) -> list[tuple[tuple[str, ...], str]]:

@@ -36,7 +36,10 @@ class Schedule(Protocol):
 
 Choices = Annotated[
     tuple[PrecisionField, ...],
-    Field(min_length=1, description="precisions to choose from, e.g. [32, 8, 5, 4, 2] or [w4a8, w2a8]"),
+    Field(
+        min_length=1,
+        description="precisions to choose from, e.g. [8, 4] or [w4a8, w2a8]; default: quant.precisions",
+    ),
 ]
 _DEFAULT = parse_precisions(DEFAULT_BITS)
 

@@ -11,7 +11,7 @@ from qadtr_brevitas.attacks.a_qapa import AQapa
 from qadtr_brevitas.errors import RecipeError, UsageError
 from qadtr_brevitas.precision import Precision
 from qadtr_brevitas.recipe import Recipe, load_recipe, slot_name
-from qadtr_brevitas.training.schedules import Uniform
+from qadtr_brevitas.training.schedules import Cycle, Sandwich, Uniform
 
 
 @pytest.fixture
@@ -166,10 +166,6 @@ class TestSectionsFitTogether:
         )
         assert found == {"train.precision.choices": (4, "3 must also be in quant.precisions, which has 32, 4")}
 
-    def test_the_default_schedule_is_checked_too(self, write) -> None:
-        found = problems(write("quant: {precisions: [4]}\ntrain:\n  epochs: 3\n"))
-        assert found["train.precision.choices"][0] == 2
-
     def test_an_attack_without_a_share_is_not_for_training(self, write) -> None:
         found = problems(write("train: {attack: random-patch}"))
         assert "cannot be used in training" in found["train.attack"][1]
@@ -177,6 +173,23 @@ class TestSectionsFitTogether:
     def test_warm_up_is_no_longer_than_training(self, write) -> None:
         found = problems(write("train: {epochs: 2, scheduler: {warmup_epochs: 3}}"))
         assert found["train.scheduler.warmup_epochs"][1] == "must be at most train.epochs, which is 2, got 3"
+
+
+@pytest.mark.parametrize(
+    ("precision", "kind"), [("", Uniform), ("precision: cycle", Cycle), ("precision: {name: sandwich}", Sandwich)]
+)
+def test_a_schedule_without_choices_has_all_precisions_of_the_model(write, precision, kind):
+    recipe = load_recipe(write(f"quant: {{precisions: [w4a8, 3]}}\ntrain: {{epochs: 2, {precision}}}"))
+    assert recipe.train.precision == kind(choices=(Precision(4, 8), Precision(3, 3)))
+
+
+def test_a_schedule_without_choices_follows_an_override(write):
+    recipe = load_recipe(write("seed: 1"), ["quant.precisions=[8,4]"])
+    assert recipe.train.precision == Uniform(choices=(Precision(8, 8), Precision(4, 4)))
+
+
+def test_wrong_precisions_are_told_once_where_they_are(write):
+    assert list(problems(write("quant: {precisions: [8, 99]}"))) == ["quant.precisions.1"]
 
 
 class TestFiles:
