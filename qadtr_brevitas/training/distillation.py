@@ -35,11 +35,12 @@ class Regularizer(Protocol):
 class Distillation:
     """Match the softened outputs of the same weights at 32 bit (Hinton et al. 2015), on steps below 32 bit.
 
-    The teacher moves with the student; a weight near 1 lets both drift (0.9 costs 5 points at 32 bit).
+    The teacher moves with the student, and a strong pull lets both drift. The loss grows with the square of the
+    temperature: on CIFAR-10, ResNet-20, lr 0.04, weight 0.5 at temperature 4 diverges within 60 steps.
     """
 
     weight: Annotated[float, Field(ge=0, description="factor of the extra loss")] = 0.5
-    temperature: Annotated[float, Field(gt=0, description="softens teacher and student")] = 4.0
+    temperature: Annotated[float, Field(gt=0, description="softens teacher and student")] = 1.0
 
     def loss(
         self, logits: Tensor, images: Tensor, *, teacher: Callable[[Tensor], Tensor], precision: Precision
