@@ -17,19 +17,19 @@ def test_text_and_precision_are_inverse(weight: int, act: int) -> None:
 
 @pytest.mark.parametrize("value", [4, "4", " 4 ", "w4a4", "W4A4", (4, 4), [4, 4], Precision(4, 4)])
 def test_every_way_to_write_4_bit(value: object) -> None:
-    assert Precision.parse(value) == Precision(4, 4)  # type: ignore[arg-type]
+    assert Precision.parse(value) == Precision(4, 4)
 
 
 @pytest.mark.parametrize("value", [0, 1, 17, 31, 33, -4, "1", "w4a1", (64, 4)])
 def test_bit_widths_that_are_not_possible(value: object) -> None:
     with pytest.raises(UsageError, match=r"not possible|cannot be read"):
-        Precision.parse(value)  # type: ignore[arg-type]
+        Precision.parse(value)
 
 
 @pytest.mark.parametrize("value", ["", "four", "a4w4", "w4", "4.0", 4.0, True, None, (4,), (4, 4, 4), ("4", 4), "²"])
 def test_values_that_are_no_precision(value: object) -> None:
     with pytest.raises(UsageError, match="cannot be read: bit-widths are 2 to 16, or 32 for not quantized"):
-        Precision.parse(value)  # type: ignore[arg-type]
+        Precision.parse(value)
 
 
 def test_several_keep_their_order_and_lose_repeats() -> None:

@@ -216,7 +216,7 @@ def test_terminal_table_prints_every_cell(tmp_path: Path) -> None:
     table = tables(small_report(tmp_path))[0]
     console = Console(width=100, file=StringIO(), force_terminal=False)
     console.print(rich_table(table))
-    text = console.file.getvalue()  # type: ignore[attr-defined]
+    text = console.file.getvalue()
     for words in (table.title, "ASR white-box", "100.0", "n of ASR", "In percent."):
         assert words in text
 

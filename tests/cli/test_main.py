@@ -29,7 +29,7 @@ def failing(monkeypatch: pytest.MonkeyPatch):
             raise error
 
         module = type(sys)("failing")
-        module.command = command  # type: ignore[attr-defined]
+        module.command = command
         monkeypatch.setitem(sys.modules, "failing", module)
         monkeypatch.setitem(COMMANDS, "fail", ("failing", "Fail."))
 

@@ -305,4 +305,4 @@ def test_every_key_is_described() -> None:
 def test_a_recipe_does_not_change() -> None:
     recipe = Recipe()
     with pytest.raises(ValueError, match="frozen"):
-        recipe.seed = 3  # type: ignore[misc]
+        recipe.seed = 3
