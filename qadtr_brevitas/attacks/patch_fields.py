@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import model_validator
@@ -15,7 +14,7 @@ if TYPE_CHECKING:
 
     from qadtr_brevitas.attacks.base import Model, Progress
     from qadtr_brevitas.attacks.patch import Patch
-    from qadtr_brevitas.attacks.universal import Put
+    from qadtr_brevitas.attacks.universal import Candidate, Put, Task
 
 _DEFAULT_SHARE = 1 / 16
 _DEFAULT_LR = {"sgd": 1.0, "sign": 0.05, "adam": 0.1}
@@ -89,7 +88,10 @@ class PatchFields:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class SearchFields(PatchFields):
-    """How the texture of a universal patch is searched. A subclass says how a texture gets on images."""
+    """How the texture of a universal patch is searched.
+
+    A subclass may say how a texture gets on images (`put`), or search more than a texture (`search`).
+    """
 
     attack: ClassVar[str]
     """Registered name."""
@@ -112,10 +114,24 @@ class SearchFields(PatchFields):
         """The step size at the start: `lr`, or what suits the step rule."""
         return self.lr or _DEFAULT_LR[self.step_rule]
 
-    @abstractmethod
     def put(self, mask: Tensor) -> Put:
-        """How a texture gets on images, given the pixels it covers."""
-        ...
+        """How a texture gets on images, given the pixels it covers: at a place of its own in every image."""
+        from qadtr_brevitas.attacks.geometry import paste
+
+        size = mask.shape[0], mask.shape[1]
+
+        def at_places(texture: Tensor, images: Tensor, generator: torch.Generator) -> Tensor:
+            image_size = images.shape[-2], images.shape[-1]
+            corners = self.corners(len(images), image_size, size, generator=generator)
+            return paste(images, texture, mask, corners)
+
+        return at_places
+
+    def search(self, task: Task, mask: Tensor) -> Candidate:
+        """One search from one start, under the mask of these settings."""
+        from qadtr_brevitas.attacks.universal import search_under_mask
+
+        return search_under_mask(task, mask, self.put(mask))
 
     def fit(
         self,
@@ -142,8 +158,6 @@ class SearchFields(PatchFields):
             DataError: no images to make it or to choose it on.
             TrainingError: the texture is no longer finite.
         """
-        from qadtr_brevitas.attacks.universal import UniversalSearch
+        from qadtr_brevitas.attacks.universal import fit_universal
 
-        mask = self.mask((images.shape[-2], images.shape[-1])).to(images.device)
-        search = UniversalSearch(fields=self, mask=mask, put=self.put(mask), seed=seed, progress=progress)
-        return search.fit(model, images, labels, held_out=held_out)
+        return fit_universal(self, model, images, labels, held_out=held_out, seed=seed, progress=progress)

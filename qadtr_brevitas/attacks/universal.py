@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from qadtr_brevitas.attacks.base import Model, Progress
-from qadtr_brevitas.attacks.engine import Found, HeldOut, Search, search_texture, start_texture
+from qadtr_brevitas.attacks.engine import HeldOut, Search, search_texture, start_texture
 from qadtr_brevitas.attacks.losses import attack_loss
 from qadtr_brevitas.attacks.patch import Patch, versions
 from qadtr_brevitas.attacks.patch_fields import SearchFields
@@ -22,88 +22,146 @@ Put: TypeAlias = Callable[[Tensor, Tensor, torch.Generator], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
-class UniversalSearch:
-    """A search for one texture that works on all images.
+class Candidate:
+    """A patch that a search found, and how it did on the held-out images.
+
+    Args:
+        texture: (3, h, w) on the 8-bit grid.
+        mask: boolean (h, w).
+        score: held-out success rate.
+    """
+
+    texture: Tensor
+    mask: Tensor
+    score: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What one search, from one start, has to work with.
 
     Args:
         fields: the attack and its settings.
-        mask: boolean (h, w), on the device to compute on.
-        put: how the texture gets on images.
-        seed: the same seed gives the same patch.
-        progress: called after every step.
+        model: to be attacked.
+        images: (N, 3, H, W), those of the target class left out.
+        labels: (N,).
+        judge: the held-out images.
+        seed: of the whole attack.
+        restart: number of this search.
+        progress: told after every step.
     """
 
     fields: SearchFields
-    mask: Tensor
-    put: Put
+    model: Model
+    images: Tensor
+    labels: Tensor
+    judge: HeldOut
     seed: int
+    restart: int
     progress: Progress | None
 
-    def fit(self, model: Model, images: Tensor, labels: Tensor, *, held_out: tuple[Tensor, Tensor]) -> Patch:
-        """Makes the patch; arguments and errors are those of the attack's own `fit`."""
+    def stream(self, purpose: str) -> torch.Generator:
+        """Random draws of this search for one purpose."""
+        return generator(self.seed, self.fields.attack, purpose, self.restart)
+
+    def loss(self, patched: Tensor, labels: Tensor) -> Tensor:
+        """What is descended, averaged over a batch of patched images."""
         target = self.fields.target
-        judge = HeldOut.select(model, *held_out, target=target, batch_size=self.fields.batch_size)
-        if target is not None:
-            images, labels = images[labels != target], labels[labels != target]
-        if len(images) == 0:
-            raise DataError("there are no images to make the patch on but those of the target class: give more images")
-        runs = (self._run(model, images, labels, judge, restart) for restart in range(self.fields.restarts))
-        best = max(runs, key=lambda found: found.score)
-        meta = {
-            "attack": self.fields.attack,
-            "settings": asdict(self.fields),
-            "target": target,
-            "seed": self.seed,
-            "threat_model": f"universal {'untargeted' if target is None else 'targeted'}",
-            "held_out_asr": best.score,
-            "versions": versions(),
-        }
-        place, keep_out = self.fields.place, self.fields.keep_out
-        return Patch(texture=best.texture, mask=self.mask, place=place, keep_out=keep_out, meta=meta)
+        targets = None if target is None else torch.full_like(labels, target)
+        return attack_loss(self.fields.loss, self.model(patched), labels, targets).mean()
 
-    def _run(self, model: Model, images: Tensor, labels: Tensor, judge: HeldOut, restart: int) -> Found:
-        """One search from one start."""
-        fields = self.fields
-        places = self._stream("places", restart)
-
-        def objective(texture: Tensor, images: Tensor, labels: Tensor) -> Tensor:
-            targets = None if fields.target is None else torch.full_like(labels, fields.target)
-            return attack_loss(fields.loss, model(self.put(texture, images, places)), labels, targets).mean()
-
-        def score(texture: Tensor) -> float:
-            # The same places for every texture of every restart, so that scores compare textures and not luck.
-            fixed = self._stream("held-out places")
-            return judge.success_rate(
-                model, lambda images: self.put(texture, images, fixed), batch_size=fields.batch_size
-            )
-
-        def report(step: int, best: float) -> None:
-            if self.progress is not None:
-                self.progress(restart * fields.steps + step, fields.restarts * fields.steps, f"held-out ASR {best:.1%}")
-
-        start = start_texture(
-            fields.init,
-            (self.mask.shape[0], self.mask.shape[1]),
-            generator=self._stream("start", restart),
-        )
-        return search_texture(
-            start.to(images.device),
-            images,
-            labels,
-            objective=objective,
-            score=score,
-            search=_search(fields),
-            generator=self._stream("batches", restart),
-            report=report,
+    def score(self, put: Put, texture: Tensor) -> float:
+        """Success rate on the held-out images."""
+        # The same places for every texture of every restart, so that scores compare textures and not luck.
+        places = generator(self.seed, self.fields.attack, "held-out places")
+        return self.judge.success_rate(
+            self.model, lambda images: put(texture, images, places), batch_size=self.fields.batch_size
         )
 
-    def _stream(self, *purpose: int | str) -> torch.Generator:
-        return generator(self.seed, self.fields.attack, *purpose)
+    def report(self, step: int, best: float) -> None:
+        """Tells how far this search is."""
+        if self.progress is not None:
+            steps = self.fields.steps
+            self.progress(self.restart * steps + step, self.fields.restarts * steps, f"held-out ASR {best:.1%}")
+
+    def start_texture(self, size: tuple[int, int]) -> Tensor:
+        """Texture (3, h, w) of this search's start."""
+        return start_texture(self.fields.init, size, generator=self.stream("start")).to(self.images.device)
 
 
-def _search(fields: SearchFields) -> Search:
+def search_under_mask(
+    task: Task, mask: Tensor, put: Put, *, start: Tensor | None = None, steps_done: int = 0
+) -> Candidate:
+    """Searches the texture under a mask that stays as it is.
+
+    Args:
+        task: what there is to work with.
+        mask: boolean (h, w), on the device to compute on.
+        put: how the texture gets on images.
+        start: (3, h, w) in [0, 1]; None for the attack's own start.
+        steps_done: how many of the task's steps are used up.
+
+    Raises:
+        TrainingError: the texture is no longer finite.
+    """
+    places = task.stream("places")
+    found = search_texture(
+        task.start_texture((mask.shape[0], mask.shape[1])) if start is None else start,
+        task.images,
+        task.labels,
+        objective=lambda texture, images, labels: task.loss(put(texture, images, places), labels),
+        score=lambda texture: task.score(put, texture),
+        search=_search(task.fields, steps=task.fields.steps - steps_done),
+        generator=task.stream("batches"),
+        report=lambda step, best: task.report(steps_done + step, best),
+    )
+    return Candidate(texture=found.texture, mask=mask, score=found.score)
+
+
+def fit_universal(
+    fields: SearchFields,
+    model: Model,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    held_out: tuple[Tensor, Tensor],
+    seed: int,
+    progress: Progress | None,
+) -> Patch:
+    """Makes a patch by `fields.search`, from every start; arguments and errors are those of the attack's `fit`."""
+    mask = fields.mask((images.shape[-2], images.shape[-1])).to(images.device)
+    judge = HeldOut.select(model, *held_out, target=fields.target, batch_size=fields.batch_size)
+    if fields.target is not None:
+        images, labels = images[labels != fields.target], labels[labels != fields.target]
+    if len(images) == 0:
+        raise DataError("there are no images to make the patch on but those of the target class: give more images")
+    first = Task(
+        fields=fields,
+        model=model,
+        images=images,
+        labels=labels,
+        judge=judge,
+        seed=seed,
+        restart=0,
+        progress=progress,
+    )
+    found = (fields.search(replace(first, restart=restart), mask) for restart in range(fields.restarts))
+    best = max(found, key=lambda candidate: candidate.score)
+    meta = {
+        "attack": fields.attack,
+        "settings": asdict(fields),
+        "target": fields.target,
+        "seed": seed,
+        "threat_model": f"universal {'untargeted' if fields.target is None else 'targeted'}",
+        "held_out_asr": best.score,
+        "versions": versions(),
+    }
+    return Patch(texture=best.texture, mask=best.mask, place=fields.place, keep_out=fields.keep_out, meta=meta)
+
+
+def _search(fields: SearchFields, *, steps: int) -> Search:
     return Search(
-        steps=fields.steps,
+        steps=steps,
         batch_size=fields.batch_size,
         step_rule=fields.step_rule,
         lr=fields.step_size,
