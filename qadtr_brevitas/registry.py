@@ -61,8 +61,15 @@ ATTACKS = Registry(
     "attack",
     {
         "a-qapa": ("qadtr_brevitas.attacks.a_qapa:AQapa", "patches made inside the quantized network (QADT-R, eq. 1)"),
-        "lavan": ("qadtr_brevitas.attacks.lavan:Lavan", "universal targeted patch (Karmon et al. 2018)"),
+        "autoattack": ("qadtr_brevitas.attacks.autoattack:AutoAttack", "four pixel attacks (Croce & Hein 2020)"),
+        "fgsm": ("qadtr_brevitas.attacks.pixel:Fgsm", "pixel attack of one step (Goodfellow et al. 2015)"),
+        "gap": ("qadtr_brevitas.attacks.gap:Gap", "universal patch under turns and scales (Brown et al. 2017)"),
+        "lavan": ("qadtr_brevitas.attacks.lavan:Lavan", "universal or per-image patch (Karmon et al. 2018)"),
+        "location-patch": ("qadtr_brevitas.attacks.location_patch:LocationPatch", "per-image patch that moves (PBAT)"),
+        "mi-fgsm": ("qadtr_brevitas.attacks.pixel:MiFgsm", "pixel attack with momentum (Dong et al. 2018)"),
+        "pgd": ("qadtr_brevitas.attacks.pixel:Pgd", "pixel attack of many steps (Madry et al. 2018)"),
         "random-patch": ("qadtr_brevitas.attacks.random_patch:RandomPatch", "a patch of uniform noise: the baseline"),
+        "sparse-rs": ("qadtr_brevitas.attacks.sparse_rs:SparseRs", "per-image patch, black box (Croce et al. 2022)"),
     },
 )
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
+
+from pydantic import model_validator
 
 from qadtr_brevitas.plugin import STRICT, Field, dataclass
 from qadtr_brevitas.precision import DEFAULT_BITS, FLOAT_BITS, MAX_BITS, MIN_BITS
@@ -13,6 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from qadtr_brevitas.attacks.base import Model
+    from qadtr_brevitas.attacks.per_image import Attempt
     from qadtr_brevitas.precision import Precision
 
 Choice = TypeVar("Choice")
@@ -39,7 +42,12 @@ class AQapa:
     - Steps, sizes, shapes, attacked share and target in training are not given. As in PBAT (Rao et al. 2020) half of
       each batch is attacked, with steps of 0.1 against the true class; 5 of its 25 steps, because 8x8 patches
       on a float CIFAR ResNet-20 then already leave about 22 % accuracy (10 steps 13 %, noise 80 %).
-      `targeted=true` goes towards a random other class instead.
+      `targeted=true` goes towards a random other class instead, `target` towards a given one.
+
+    As an attack to evaluate with, it needs what training does not pay for: `keep_best=true` (one more forward pass)
+    returns the best iterate of every image instead of the last, over `restarts` that each draw size, shape and places
+    anew; `patch_bits=8` keeps patches on the grid of 8-bit images; more and smaller steps, as `steps=50
+    step_size=0.05`.
     """
 
     share: Annotated[float, Field(gt=0, le=1, description="share of each training batch that is attacked")] = 0.5
@@ -58,6 +66,17 @@ class AQapa:
     quantize_image: Annotated[bool, Field(description="quantize the clean pixels too, as eq. (1) says")] = True
     noise: Annotated[float, Field(ge=0, le=0.1, description="relative error of the quantizers' steps, std")] = 0.0
     targeted: Annotated[bool, Field(description="aim at a random other class instead of any")] = False
+    target: Annotated[int | None, Field(ge=0, description="class to be seen instead; null: see targeted")] = None
+    keep_best: Annotated[bool, Field(description="return every image's best iterate instead of the last")] = False
+    restarts: Annotated[int, Field(ge=1, description="independent runs, of which the best is kept")] = 1
+
+    @model_validator(mode="after")
+    def _one_aim(self) -> AQapa:
+        if self.targeted and self.target is not None:
+            raise ValueError("targeted draws a class, target gives one: give only one of them")
+        if self.restarts > 1 and not self.keep_best:
+            raise ValueError("of several restarts the best is kept: give keep_best=true with them")
+        return self
 
     def run(
         self,
@@ -81,13 +100,35 @@ class AQapa:
             (N, 3, H, W) in [0, 1]; outside the masks equal to the images, quantized if `quantize_image`.
 
         Raises:
-            UsageError: a size larger than the images.
+            UsageError: a size larger than the images, or the model has no class `target`.
         """
+        import torch
+
+        best: Attempt | None = None
+        for _ in range(self.restarts):
+            put, patches, shifts = self._draw(images, generator, precision)
+            for _ in range(self.steps):
+                patches.requires_grad_()
+                attempt = self._attempt(model, put(patches), labels, shifts)
+                (gradient,) = torch.autograd.grad(attempt.losses.sum(), patches)
+                patches = (patches.detach() - self.step_size * gradient.sign()).clamp_(0, 1)
+                if self.keep_best:
+                    best = attempt.detach().better_of(best)
+            if not self.keep_best:
+                return put(patches)
+            with torch.no_grad():
+                best = self._attempt(model, put(patches), labels, shifts).better_of(best)
+        assert best is not None
+        return best.images
+
+    def _draw(
+        self, images: Tensor, generator: torch.Generator, precision: Precision | None
+    ) -> tuple[Callable[[Tensor], Tensor], Tensor, Tensor | None]:
+        """How patches get on the images, patches to start from, and numbers that choose a random other class."""
         import torch
 
         from qadtr_brevitas.attacks.fake_quantize import fake_quantize
         from qadtr_brevitas.attacks.geometry import paste, random_corners
-        from qadtr_brevitas.attacks.losses import attack_loss
         from qadtr_brevitas.attacks.shapes import shape_mask
 
         def draw(*size: int) -> Tensor:
@@ -107,14 +148,17 @@ class AQapa:
         def put(patches: Tensor) -> Tensor:
             return paste(background, fake_quantize(patches, patch_bits, step_error=patch_error), mask, corners)
 
-        for _ in range(self.steps):
-            patches.requires_grad_()
-            logits = model(put(patches))
-            targets = None if shifts is None else _other_classes(labels, shifts, logits.shape[1])
-            loss = attack_loss("cross-entropy", logits, labels, targets).sum()
-            (gradient,) = torch.autograd.grad(loss, patches)
-            patches = (patches.detach() - self.step_size * gradient.sign()).clamp_(0, 1)
-        return put(patches)
+        return put, patches, shifts
+
+    def _attempt(self, model: Model, patched: Tensor, labels: Tensor, shifts: Tensor | None) -> Attempt:
+        """How patched images do."""
+        from qadtr_brevitas.attacks.per_image import Aim
+
+        logits = model(patched)
+        if shifts is None:
+            return Aim.at(self.target, labels, loss="cross-entropy").attempt(patched, logits)
+        targets = _other_classes(labels, shifts, logits.shape[1])
+        return Aim(labels, targets, "cross-entropy").attempt(patched, logits)
 
     def _patch_bits(self, network_bits: int, generator: torch.Generator) -> int:
         if self.patch_bits == "same":

@@ -1,0 +1,86 @@
+"""AutoAttack, by its authors' code in the package pyautoattack (an extra)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from qadtr_brevitas.attacks.pixel import Distance
+from qadtr_brevitas.plugin import STRICT, Field, dataclass
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from qadtr_brevitas.attacks.base import Model
+    from qadtr_brevitas.precision import Precision
+
+_TARGETS = 9
+_LEAST_CLASSES = {"standard": 4, "rand": 3}
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class AutoAttack:
+    """AutoAttack (Croce & Hein 2020), untargeted, in the maximum norm.
+
+    `standard` runs APGD on cross-entropy, targeted APGD and targeted FAB against 9 classes (fewer where the network
+    has fewer) and Square with 5,000 queries, each on the images that the ones before left. `rand`, for networks that
+    are random at inference, runs APGD on cross-entropy and DLR with 20 passes for each gradient.
+    Images that are classified wrongly, or withstand all of them, come back unchanged.
+    """
+
+    eps: Distance = 0.03
+    version: Annotated[Literal["standard", "rand"], Field(description="set of attacks; rand: for random networks")] = (
+        "standard"
+    )
+
+    def run(
+        self,
+        model: Model,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        generator: torch.Generator,
+        precision: Precision | None = None,
+    ) -> Tensor:
+        """Images (N, 3, H, W) in [0, 1] at most `eps` away. What AutoAttack warns of goes to the log `auto-attack`.
+
+        Raises:
+            UsageError: pyautoattack is not installed, or the model has too few classes for the attacks' losses.
+        """
+        import torch
+
+        from qadtr_brevitas.attacks.guard import Guard, seeded
+
+        library = _library()
+        guarded = Guard(model)
+        with torch.no_grad():
+            classes = guarded(images[:1]).shape[1]
+        self._check(classes)
+        with seeded(generator, images.device) as seed:
+            attack = library.AutoAttack(
+                guarded, norm="Linf", eps=self.eps, version=self.version, device=images.device, seed=seed
+            )
+            attack.apgd_targeted.n_target_classes = attack.fab.n_target_classes = min(_TARGETS, classes - 1)
+            adversarial, _ = attack.run_standard_evaluation(images, labels, batch_size=len(images))
+        return adversarial.detach()
+
+    def _check(self, classes: int) -> None:
+        from qadtr_brevitas.errors import UsageError
+
+        if classes < _LEAST_CLASSES[self.version]:
+            raise UsageError(
+                f"autoattack version={self.version} needs {_LEAST_CLASSES[self.version]} classes or more, the model "
+                f"has {classes}: use pgd with restarts"
+            )
+
+
+def _library() -> Any:
+    try:
+        import pyautoattack
+    except ImportError:
+        from qadtr_brevitas.errors import UsageError
+
+        raise UsageError(
+            "autoattack needs a package that is not installed: pip install qadtr-brevitas[autoattack]"
+        ) from None
+    return pyautoattack

@@ -1,0 +1,69 @@
+"""What stands between a network and another library's attack: no traces on parameters, none on the global seed."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qadtr_brevitas.attacks.base import Model
+from qadtr_brevitas.attacks.losses import check_target
+
+
+class Guard(nn.Module):
+    """A network as a module whose backward pass reaches the images and nothing else.
+
+    Libraries call `loss.backward()`, which would leave gradients on every parameter.
+
+    Args:
+        model: what is attacked.
+        target: class that must exist, or None.
+    """
+
+    def __init__(self, model: Model, *, target: int | None = None) -> None:
+        super().__init__()
+        # Hidden from nn.Module, or a library that walks over parameters or calls train() would reach the network.
+        self._call = (model,)
+        self._target = target
+        self.eval()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (N, classes) of images (N, 3, H, W).
+
+        Raises:
+            UsageError: the model has no class `target`.
+        """
+        (model,) = self._call
+        logits = _ThroughImages.apply(images, model) if torch.is_grad_enabled() else model(images)
+        if self._target is not None:
+            check_target(self._target, classes=logits.shape[1])
+        return logits
+
+
+class _ThroughImages(torch.autograd.Function):
+    """A network's outputs, differentiable in its inputs only."""
+
+    @staticmethod
+    def forward(ctx: Any, images: Tensor, model: Model) -> Tensor:
+        with torch.enable_grad():
+            ctx.images = images.detach().requires_grad_()
+            ctx.logits = model(ctx.images)
+        return ctx.logits.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        # FAB goes back once for every class.
+        (gradient,) = torch.autograd.grad(ctx.logits, ctx.images, grad_outputs[0], retain_graph=True)
+        return gradient, None
+
+
+@contextmanager
+def seeded(generator: torch.Generator, device: torch.device) -> Generator[int]:
+    """Global random numbers drawn from a generator, and put back afterwards; gives the seed that is used."""
+    seed = int(torch.randint(2**31, (), generator=generator, device=generator.device))
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield seed

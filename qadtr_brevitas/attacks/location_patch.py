@@ -1,0 +1,115 @@
+"""PBAT's attack: a patch of its own for every image, whose place is searched together with its texture."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import model_validator
+
+from qadtr_brevitas.attacks.patch_fields import Index, PatchFields
+from qadtr_brevitas.plugin import STRICT, Field, dataclass
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from qadtr_brevitas.attacks.base import Model
+    from qadtr_brevitas.attacks.geometry import Box
+    from qadtr_brevitas.attacks.per_image import Attempt
+    from qadtr_brevitas.precision import Precision
+
+_PBAT_CENTER = 10 / 32
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class LocationPatch(PatchFields):
+    """Location-optimized patch per image (Rao, Stutz, Schiele 2020, "Adversarial Training against ... Patches").
+
+    AP-Fixed and AP-Rand are `location=none`, AP-RandLO is `random`, AP-FullLO `full`.
+
+    Sign steps in the texture. Once a step the patch tries to move by `stride` pixels, in one random direction or in
+    all four, and goes where the loss is lowest; its texture moves with it. It never covers the middle of the image.
+    The best attempt at every image is kept: a success before a failure, then the lower loss, over all steps, the last
+    one included, and all restarts.
+
+    The paper evaluates with `steps=100 step_size=0.05 restarts=30` and trains with `steps=25 step_size=0.1` on half
+    of each batch. Here one restart is the default.
+    """
+
+    share: Annotated[float, Field(gt=0, le=1, description="share of each training batch that is attacked")] = 0.5
+    target: Annotated[Index | None, Field(description="class to be seen instead; null: any wrong one")] = None
+    steps: Annotated[int, Field(ge=0, description="sign steps per patch; 0: noise")] = 100
+    step_size: Annotated[float, Field(gt=0, le=1, description="step in pixel values")] = 0.05
+    loss: Annotated[Literal["logits", "cross-entropy", "margin"], Field(description="what is descended")] = (
+        "cross-entropy"
+    )
+    location: Annotated[
+        Literal["none", "random", "full"],
+        Field(description="moves tried once a step: none, in one random direction, or in all four"),
+    ] = "random"
+    stride: Annotated[int, Field(ge=1, description="pixels a patch moves at once")] = 2
+    center: Annotated[
+        float | None,
+        Field(gt=0, lt=1, description="box in the middle to leave free, as a share of each side; keep_out replaces it"),
+    ] = _PBAT_CENTER
+    restarts: Annotated[int, Field(ge=1, description="independent runs, of which the best is kept")] = 1
+
+    @model_validator(mode="after")
+    def _a_fixed_place_does_not_move(self) -> LocationPatch:
+        if self.place != "random" and self.location != "none":
+            raise ValueError(f"location={self.location} moves the patch: with a fixed place give location=none")
+        return self
+
+    def run(
+        self,
+        model: Model,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        generator: torch.Generator,
+        precision: Precision | None = None,
+    ) -> Tensor:
+        """Patched images. The model's parameters get no gradients.
+
+        Args:
+            model: in evaluation mode, at the precision to attack.
+            images: (N, 3, H, W) in [0, 1].
+            labels: (N,).
+            generator: draws places, starts and directions.
+            precision: not used; patches have 8 bit.
+
+        Returns:
+            (N, 3, H, W) in [0, 1]; pixels outside the masks are those of the images.
+
+        Raises:
+            UsageError: the patch does not fit on the images or beside the box, or the model has no class `target`.
+        """
+        from qadtr_brevitas.attacks.descent import Descent
+        from qadtr_brevitas.attacks.geometry import place_corners
+        from qadtr_brevitas.attacks.moves import Ground, Moves
+        from qadtr_brevitas.attacks.per_image import Aim, Scene, best_of, search_patches, start_patches
+
+        image_size = images.shape[-2], images.shape[-1]
+        mask = self.mask(image_size).to(images.device)
+        size = mask.shape[0], mask.shape[1]
+        scene = Scene(model=model, images=images, mask=mask, aim=Aim.at(self.target, labels, loss=self.loss))
+        descent = Descent(steps=self.steps, step_rule="sign", lr=self.step_size, cosine=False)
+        box = self._box(image_size)
+        moves = None
+        if self.location != "none":
+            ground = Ground.outside(box, image_size, size)
+            moves = Moves(ground=ground, rule=self.location, stride=self.stride, generator=generator)
+
+        def one_run() -> Attempt:
+            corners = place_corners(self.place, len(images), image_size, size, generator=generator, keep_out=box)
+            patches = start_patches("uniform", images, size, generator=generator)
+            return search_patches(scene, patches, corners.to(images.device), descent=descent, relocate=moves)
+
+        return best_of(one_run() for _ in range(self.restarts)).images
+
+    def _box(self, image_size: tuple[int, int]) -> Box | None:
+        """The pixels to leave free, in the middle unless given."""
+        if self.keep_out is not None or self.center is None:
+            return self.keep_out
+        height, width = (max(1, round(self.center * side)) for side in image_size)
+        return (image_size[0] - height) // 2, (image_size[1] - width) // 2, height, width

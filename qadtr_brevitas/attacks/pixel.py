@@ -1,0 +1,154 @@
+"""Attacks on every pixel within a small distance: FGSM, PGD and MI-FGSM of the library torchattack, adapted here."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+from qadtr_brevitas.plugin import STRICT, Field, dataclass
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from qadtr_brevitas.attacks.base import Model
+    from qadtr_brevitas.attacks.per_image import Attempt
+    from qadtr_brevitas.precision import Precision
+
+Distance = Annotated[
+    float, Field(ge=0, le=1, description="largest change of a value, in [0, 1] units: 8/255 is 0.0314")
+]
+StepSize = Annotated[
+    float | None, Field(gt=0, le=1, description="step in pixel values; null: a quarter of eps, as 2/255 to 8/255")
+]
+Target = Annotated[int | None, Field(ge=0, description="class to be seen instead; null: any wrong one")]
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Fgsm:
+    """FGSM (Goodfellow et al. 2015): x + eps sign(gradient of the cross-entropy) in one step, clipped to [0, 1]."""
+
+    eps: Distance = 0.03
+    target: Target = None
+
+    def run(
+        self,
+        model: Model,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        generator: torch.Generator,
+        precision: Precision | None = None,
+    ) -> Tensor:
+        """Images (N, 3, H, W) in [0, 1] at most `eps` away; nothing is drawn.
+
+        Raises:
+            UsageError: the model has no class `target`.
+        """
+        return _run("FGSM", model, images, labels, self.target, generator, eps=self.eps)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Pgd:
+    """PGD (Madry et al. 2018): sign steps from a random start, projected to the eps ball and to [0, 1].
+
+    20 steps to evaluate; `steps=7` is usual in adversarial training, on `share` of each batch.
+    """
+
+    share: Annotated[float, Field(gt=0, le=1, description="share of each training batch that is attacked")] = 1.0
+    eps: Distance = 0.03
+    alpha: StepSize = None
+    steps: Annotated[int, Field(ge=0, description="sign steps; 0: the start")] = 20
+    random_start: Annotated[bool, Field(description="start anywhere in the ball instead of at the image")] = True
+    target: Target = None
+    restarts: Annotated[int, Field(ge=1, description="independent runs, of which the best is kept")] = 1
+
+    def run(
+        self,
+        model: Model,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        generator: torch.Generator,
+        precision: Precision | None = None,
+    ) -> Tensor:
+        """Images (N, 3, H, W) in [0, 1] at most `eps` away; the generator draws the starts.
+
+        Raises:
+            UsageError: the model has no class `target`.
+        """
+        settings: dict[str, Any] = {
+            "eps": self.eps,
+            "alpha": self.alpha or self.eps / 4,
+            "steps": self.steps,
+            "random_start": self.random_start,
+        }
+
+        def one_run() -> Tensor:
+            return _run("PGD", model, images, labels, self.target, generator, **settings)
+
+        if self.restarts == 1:
+            return one_run()
+        import torch
+
+        from qadtr_brevitas.attacks.per_image import Aim, best_of
+
+        aim = Aim.at(self.target, labels, loss="cross-entropy")
+
+        def attempt() -> Attempt:
+            adversarial = one_run()
+            return aim.attempt(adversarial, model(adversarial))
+
+        with torch.no_grad():
+            return best_of(attempt() for _ in range(self.restarts)).images
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class MiFgsm:
+    """MI-FGSM (Dong et al. 2018): sign steps along an average of gradients, each divided by its mean size."""
+
+    eps: Distance = 0.03
+    alpha: StepSize = None
+    steps: Annotated[int, Field(ge=1, description="sign steps")] = 10
+    decay: Annotated[float, Field(ge=0, description="share of the average that is carried over a step")] = 1.0
+    target: Target = None
+
+    def run(
+        self,
+        model: Model,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        generator: torch.Generator,
+        precision: Precision | None = None,
+    ) -> Tensor:
+        """Images (N, 3, H, W) in [0, 1] at most `eps` away; nothing is drawn.
+
+        Raises:
+            UsageError: the model has no class `target`.
+        """
+        settings: dict[str, Any] = {"alpha": self.alpha or self.eps / 4, "steps": self.steps, "decay": self.decay}
+        return _run("MIFGSM", model, images, labels, self.target, generator, eps=self.eps, **settings)
+
+
+def _run(
+    name: str,
+    model: Model,
+    images: Tensor,
+    labels: Tensor,
+    target: int | None,
+    generator: torch.Generator,
+    **settings: Any,
+) -> Tensor:
+    """Runs a torchattack class and makes good what it leaves undone."""
+    import torch
+    import torchattack
+
+    from qadtr_brevitas.attacks.guard import Guard, seeded
+
+    attack = getattr(torchattack, name)(
+        Guard(model, target=target), device=images.device, targeted=target is not None, **settings
+    )
+    with seeded(generator, images.device), torch.enable_grad():
+        adversarial = attack(images, labels if target is None else torch.full_like(labels, target)).detach()
+    # MI-FGSM divides by the size of the gradient: a network that is too sure gives none, and the image would be lost.
+    return torch.where(adversarial.isfinite(), adversarial, images)
