@@ -1,4 +1,4 @@
-"""Makes one patch for each precision and target, saving each as soon as it is finished; finished ones are kept."""
+"""Makes one patch for each precision, or mean over precisions, and target; finished patches are kept."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ from typing import Any, TypeAlias
 
 import torch
 
+from qadtr_brevitas.attacks.base import Model
 from qadtr_brevitas.attacks.patch import Patch
 from qadtr_brevitas.data.split import Split
 from qadtr_brevitas.errors import UsageError
 from qadtr_brevitas.fingerprints import fingerprint_facts, fingerprint_tensors
 from qadtr_brevitas.metrics import Share, score
-from qadtr_brevitas.precision import Precision, PrecisionLike
+from qadtr_brevitas.precision import PrecisionLike
 from qadtr_brevitas.predict import predict
-from qadtr_brevitas.quant import at_precision, frozen_weights, precisions_or_all
+from qadtr_brevitas.quant import allowed_precisions, frozen_weights, precisions_or_all
 from qadtr_brevitas.seeding import derive_seed
+from qadtr_brevitas.sources import Access, access_name, logits_at, parse_access
 from qadtr_brevitas.subjects import Subject
 
 DEFAULT_TARGETS = 3
@@ -33,14 +35,14 @@ class Crafted:
 
     Args:
         path: its file.
-        precision: precision it was made at.
+        source: precisions it was made at; on the mean of their logits where there are several.
         target: class it aims at; None for an untargeted one.
         held_out: its ASR on the held-out images. They chose the patch, so this is a first look and no result.
         kept: True if it was there already.
     """
 
     path: Path
-    precision: Precision
+    source: Access
     target: int | None
     held_out: Share
     kept: bool
@@ -54,7 +56,7 @@ def craft(
     train: Split,
     held_out: Split,
     output: Path,
-    precisions: Sequence[PrecisionLike] | None = None,
+    precisions: Sequence[PrecisionLike | Access] | None = None,
     targets: Sequence[int | None] | None = None,
     data: dict[str, Any] | None = None,
     seed: int = 0,
@@ -71,7 +73,8 @@ def craft(
         train: images to make patches on.
         held_out: images to choose and to score them on; none of `train`, and none of the test split.
         output: folder for the patches.
-        precisions: precisions to attack; None for all that the model allows.
+        precisions: precisions to attack, `8+4+2` for the mean of the logits over several; None for each that the model
+            allows.
         targets: classes to aim at, None among them for an untargeted patch; None for the first three.
         data: name and settings of the data set, kept with each patch.
         seed: the same seed gives the same patches.
@@ -86,18 +89,17 @@ def craft(
         CheckpointError: a patch cannot be written, or one that is there cannot be read.
     """
     subject.check_data(train, data=(data or {}).get("name", ""))
-    wanted = precisions_or_all(subject.model, precisions)
+    sources = _sources(subject, precisions)
     aims = _targets(attack, targets, train)
     images = fingerprint_tensors([train.images, train.labels, held_out.images, held_out.labels])
-    work = [(precision, _aimed(attack, target), target) for precision in wanted for target in aims]
+    work = [(source, _aimed(attack, target), target) for source in sources for target in aims]
     shared = _Shared(subject, name, train, held_out, output, data or {}, images, seed, batch_size, torch.device(device))
     finished: list[Crafted] = []
     subject.model.to(device).eval()
     with frozen_weights(subject.model):
-        for number, (precision, aimed, target) in enumerate(work):
-            bar = progress and _Bar(progress, number, len(work), f"{precision} bit, {_aim(target)}")
-            with at_precision(subject.model, precision):
-                finished.append(shared.make(aimed, precision, target, bar))
+        for number, (source, aimed, target) in enumerate(work):
+            bar = progress and _Bar(progress, number, len(work), f"{access_name(source)} bit, {_aim(target)}")
+            finished.append(shared.make(aimed, source, target, bar))
             if progress:
                 progress(number + 1, len(work), "")
     return finished
@@ -131,12 +133,12 @@ class _Shared:
     batch_size: int
     device: torch.device
 
-    def make(self, attack: Any, precision: Precision, target: int | None, bar: _Bar | None) -> Crafted:
-        """One patch, made or found; the model is at the precision."""
+    def make(self, attack: Any, source: Access, target: int | None, bar: _Bar | None) -> Crafted:
+        """One patch, made or found."""
         height, width = attack.mask(self.train.image_size).shape
-        path = self.output / f"{self.name}-{height}x{width}-{_bits(precision)}-{_aim(target)}.safetensors"
+        path = self.output / f"{self.name}-{height}x{width}-{_bits(source)}-{_aim(target)}.safetensors"
         made_of = fingerprint_facts(
-            [self.subject.fingerprint, self.name, asdict(attack), str(precision), self.images, self.seed]
+            [self.subject.fingerprint, self.name, asdict(attack), access_name(source), self.images, self.seed]
         )
         if path.exists():
             found = Patch.load(path)
@@ -145,35 +147,44 @@ class _Shared:
                     f"{path} is there already, made from another model, images, seed or settings: "
                     "choose another folder with --output, or move it away"
                 )
-            return Crafted(path, precision, target, Share(*found.meta["held_out"]), kept=True)
-        patch = self._fit(attack, precision, target, bar)
-        share = self._score(patch, target)
+            return Crafted(path, source, target, Share(*found.meta["held_out"]), kept=True)
+        model = logits_at(self.subject.model, source)
+        patch = self._fit(model, attack, source, target, bar)
+        share = self._score(model, patch, target)
         facts = {"made_of": made_of, "held_out": [share.count, share.n]}
-        patch.with_meta(**self._source(precision), **facts).save(path)
-        return Crafted(path, precision, target, share, kept=False)
+        patch.with_meta(**self._source(source), **facts).save(path)
+        return Crafted(path, source, target, share, kept=False)
 
-    def _fit(self, attack: Any, precision: Precision, target: int | None, bar: _Bar | None) -> Patch:
+    def _fit(self, model: Model, attack: Any, source: Access, target: int | None, bar: _Bar | None) -> Patch:
         images, labels = self.train.images.to(self.device), self.train.labels.to(self.device)
         judge = self.held_out.images.to(self.device), self.held_out.labels.to(self.device)
         # A stream for each patch: they must not share the luck of one start.
-        seed = derive_seed(self.seed, "craft", str(precision), _aim(target))
-        return attack.fit(self.subject.model, images, labels, held_out=judge, seed=seed, progress=bar)
+        seed = derive_seed(self.seed, "craft", access_name(source), _aim(target))
+        return attack.fit(model, images, labels, held_out=judge, seed=seed, progress=bar)
 
-    def _score(self, patch: Patch, target: int | None) -> Share:
-        model, seed, size = self.subject.model, self.seed, self.batch_size
+    def _score(self, model: Model, patch: Patch, target: int | None) -> Share:
+        seed, size = self.seed, self.batch_size
         clean = predict(model, self.held_out, batch_size=size, device=self.device)
         patched = predict(model, self.held_out, patch=patch, seed=seed, batch_size=size, device=self.device)
         return score(clean, patched, self.held_out.labels, target=target).asr
 
-    def _source(self, precision: Precision) -> dict[str, Any]:
+    def _source(self, source: Access) -> dict[str, Any]:
         return {
             "model": self.subject.name,
             "fingerprint": self.subject.fingerprint,
-            "precision": str(precision),
+            "precision": access_name(source),
             "data": self.data,
             "train_images": len(self.train),
             "held_out_images": len(self.held_out),
         }
+
+
+def _sources(subject: Subject, precisions: Sequence[PrecisionLike | Access] | None) -> list[Access]:
+    if precisions is None:
+        return [(precision,) for precision in allowed_precisions(subject.model)]
+    sources = list(dict.fromkeys(map(parse_access, precisions)))
+    precisions_or_all(subject.model, [precision for source in sources for precision in source])
+    return sources
 
 
 def _targets(attack: Any, targets: Sequence[int | None] | None, split: Split) -> list[int | None]:
@@ -196,5 +207,5 @@ def _aim(target: int | None) -> str:
     return "untargeted" if target is None else f"target{target}"
 
 
-def _bits(precision: Precision) -> str:
-    return f"{precision}bit" if precision.is_tied else str(precision)
+def _bits(source: Access) -> str:
+    return access_name(source) + ("bit" if all(precision.is_tied for precision in source) else "")

@@ -14,6 +14,7 @@ from qadtr_brevitas.precision import Precision
 from qadtr_brevitas.predict import placements
 from qadtr_brevitas.quant import at_precision, frozen_weights
 from qadtr_brevitas.report import Report
+from qadtr_brevitas.report.views import families
 from qadtr_brevitas.subjects import Contender, Subject
 
 _IMAGES = 6
@@ -29,26 +30,27 @@ def draw_pictures(
     folder: Path,
     device: torch.device | str = "cpu",
 ) -> list[Path]:
-    """Draws asr.png, patches.png and, for each model with patches of its own, examples-MODEL.png.
+    """Draws asr.png and, of patches, patches.png and for each model with patches of its own examples-MODEL.png.
 
     Args:
         report: the finished evaluation of these models and patches.
         subjects: its models.
-        patches: its patches, without the controls.
+        patches: its patches as they were made, without the controls.
         split: its images.
         folder: where to.
         device: where the models are.
 
     Returns:
-        The files written; none without patches.
+        The files written; none without patches and attacks.
 
     Raises:
         CheckpointError: a file cannot be written.
     """
+    drawn = [draw_asr(report, folder / "asr.png")] if families(report) else []
     if not patches:
-        return []
+        return drawn
     textures = {c.name: torch.cat([c.patch.texture, c.patch.mask[None].float()]) for c in patches[:_PATCHES]}
-    drawn = [draw_asr(report, folder / "asr.png"), draw_patches(report, textures, folder / "patches.png")]
+    drawn.append(draw_patches(report, textures, folder / "patches.png"))
     for subject in subjects:
         own = _own_patches(report, subject, patches)
         if own:
@@ -62,8 +64,8 @@ def _own_patches(report: Report, subject: Subject, patches: Sequence[Contender])
     own: dict[Precision, Contender] = {}
     by_name = {contender.name: contender for contender in patches}
     for cell in report.cells:
-        if cell.model == subject.name and cell.threat == "white-box":
-            own.setdefault(Precision.parse(cell.precision), by_name[cell.patch])
+        if cell.model == subject.name and cell.threat == "white-box" and cell.attack in by_name:
+            own.setdefault(Precision.parse(cell.precision), by_name[cell.attack])
     return own
 
 

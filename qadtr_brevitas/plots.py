@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from qadtr_brevitas.files import write_atomically
 from qadtr_brevitas.metrics import Mean
 from qadtr_brevitas.report import PatchFacts, Report
-from qadtr_brevitas.report_tables import EMPTY, FLOAT, View, attacked_precisions, families, sorted_precisions
+from qadtr_brevitas.report.layout import EMPTY
+from qadtr_brevitas.report.views import FLOAT, View, attacked_precisions, families
+from qadtr_brevitas.sources import sorted_accesses
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -104,7 +106,7 @@ def draw_patches(report: Report, textures: dict[str, Tensor], path: Path) -> Pat
         CheckpointError: the file cannot be written.
     """
     shown = [patch for patch in report.patches if patch.name in textures]
-    columns = sorted_precisions({patch.source.precision for patch in shown if patch.source}) or [EMPTY]
+    columns = sorted_accesses({patch.source.precision for patch in shown if patch.source}) or [EMPTY]
     rows: dict[str, list[Tile | None]] = {}
     for patch in sorted(shown, key=lambda patch: (patch.family, patch.source.name if patch.source else "")):
         column = columns.index(patch.source.precision) if patch.source else 0

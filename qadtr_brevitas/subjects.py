@@ -15,7 +15,7 @@ from qadtr_brevitas.checkpoint import ModelInfo, load_model, resolve_model_dir
 from qadtr_brevitas.data.split import Split
 from qadtr_brevitas.errors import DataError, UsageError
 from qadtr_brevitas.fingerprints import fingerprint_file, fingerprint_tensors
-from qadtr_brevitas.report import PatchFacts, SourceFacts
+from qadtr_brevitas.report import PatchFacts, SourceFacts, VariantFacts
 
 PATCH_FOLDER = "patches"
 _PLAIN_NAMES = ("", ".", "last", "best")
@@ -63,12 +63,14 @@ class Contender:
         patch: the patch.
         file: where it was loaded from; None for a control.
         control: True for a patch of noise.
+        variant: how it was moved or turned; None for a patch as it was made.
     """
 
     name: str
     patch: Patch
     file: str | None = None
     control: bool = False
+    variant: VariantFacts | None = None
 
     @cached_property
     def facts(self) -> PatchFacts:
@@ -93,6 +95,7 @@ class Contender:
             geometry=fingerprint_tensors([patch.mask], facts=place),
             source=source,
             control=self.control,
+            variant=self.variant,
         )
 
 

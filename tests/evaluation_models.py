@@ -13,7 +13,7 @@ from qadtr_brevitas.checkpoint import ModelInfo, save_model
 from qadtr_brevitas.data.shapes import SHAPES, Shapes
 from qadtr_brevitas.data.split import Split
 from qadtr_brevitas.models.create import create_float_model
-from qadtr_brevitas.quant import calibrate, convert
+from qadtr_brevitas.quant import SwitchableModel, calibrate, convert
 
 SIDE = 16
 CLASSES = 3
@@ -33,14 +33,20 @@ def make_model_dir(path: Path, *, precisions: tuple[int, ...] = (32, 4), name: i
         std=PIXELS,
         quant={"precisions": list(precisions)},
     )
-    net = create_float_model("cifar_resnet20", num_classes=CLASSES, args={}).eval()
-    net.load_state_dict(_weights(name))
-    model, _ = convert(net, precisions, mean=PIXELS, std=PIXELS, image_size=(SIDE, SIDE))
-    calibrate(model, [train_split().batch(torch.arange(30))[0]])
+    model = make_switchable(precisions=precisions, name=name)
     save_model(path / "last" if recipe else path, model, info)
     if recipe:
         (path / "recipe.yaml").write_text(f"data:\n  dataset: {DATASET}\n")
     return path
+
+
+def make_switchable(*, precisions: tuple[int, ...] = (32, 4), name: int = 0) -> SwitchableModel:
+    """The network of `make_model_dir`, in eval mode."""
+    net = create_float_model("cifar_resnet20", num_classes=CLASSES, args={}).eval()
+    net.load_state_dict(_weights(name))
+    model, _ = convert(net, precisions, mean=PIXELS, std=PIXELS, image_size=(SIDE, SIDE))
+    calibrate(model, [train_split().batch(torch.arange(30))[0]])
+    return model.eval()
 
 
 def train_split() -> Split:

@@ -19,16 +19,16 @@ from qadtr_brevitas.cli.common import (
 )
 from qadtr_brevitas.cli.plugin_options import dataset_settings, find_dataset, load_split, make_plugin
 from qadtr_brevitas.errors import UsageError, suggest
-from qadtr_brevitas.precision import parse_precisions
 from qadtr_brevitas.recipe.slots import slot_name
 from qadtr_brevitas.registry import ATTACKS
+from qadtr_brevitas.sources import access_name, parse_access
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from qadtr_brevitas.craft import Crafted
     from qadtr_brevitas.data.split import Split
-    from qadtr_brevitas.report_tables import Table
+    from qadtr_brevitas.report.layout import Table
 
 _TRAIN_IMAGES = 10_000
 _HELD_OUT = 1_000
@@ -45,7 +45,11 @@ _HELD_OUT = 1_000
 @click.argument("model_dir", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, metavar="[key=value ...]")
 @click.option("--attack", default="lavan", show_default=True, help="Attack; see `list attacks`.")
-@click.option("--precision", "precisions", help="Precisions to attack, as 32,8,4.  [default: all the model has]")
+@click.option(
+    "--precision",
+    "precisions",
+    help="Precisions to attack, as 32,8,4; 8+4+2 attacks the mean of the logits.  [default: each the model has]",
+)
 @click.option(
     "--target", "targets", help="Classes to aim at, by number or name; all; none.  [default: the first three]"
 )
@@ -79,7 +83,7 @@ def command(
     the attack's, for instance size, steps or lr.
     """
     plugin = _make_attack(attack, overrides)
-    wanted = parse_precisions(precisions.split(",")) if precisions else None
+    wanted = [parse_access(word) for word in precisions.split(",")] if precisions else None
     dataset = find_dataset([model_dir], data)
     output = output or model_dir / "patches"
 
@@ -118,7 +122,10 @@ def _make_attack(name: str, overrides: tuple[str, ...]) -> Any:
     plugin = make_plugin(ATTACKS, name, overrides)
     if not hasattr(plugin, "fit"):
         able = [other for other in ATTACKS.names() if hasattr(ATTACKS.load(other), "fit")]
-        raise UsageError(f"{name} makes images for training, not a patch: choose --attack from {', '.join(able)}")
+        raise UsageError(
+            f"{name} attacks each image by itself and makes no patch: give it to `qadtr-brevitas evaluate MODEL_DIR "
+            f"--attack {name}`, or choose --attack from {', '.join(able)}"
+        )
     return plugin
 
 
@@ -155,12 +162,12 @@ def _read_target(word: str, classes: Sequence[str]) -> int | None:
 
 
 def _print(crafted: Sequence[Crafted], classes: Sequence[str]) -> None:
-    from qadtr_brevitas.report_files import rich_table
+    from qadtr_brevitas.report.files import rich_table
 
     data = [
         {
             "file": str(patch.path),
-            "precision": str(patch.precision),
+            "precision": access_name(patch.source),
             "target": patch.target,
             "held_out_asr": patch.held_out.value,
             "n": patch.held_out.n,
@@ -172,18 +179,18 @@ def _print(crafted: Sequence[Crafted], classes: Sequence[str]) -> None:
 
 
 def _table(crafted: Sequence[Crafted], classes: Sequence[str]) -> Table:
-    from qadtr_brevitas.report_tables import EMPTY, Table
+    from qadtr_brevitas.report.layout import EMPTY, Table
 
-    precisions = list(dict.fromkeys(patch.precision for patch in crafted))
-    cells = {(patch.target, patch.precision): patch.held_out for patch in crafted}
+    sources = list(dict.fromkeys(patch.source for patch in crafted))
+    cells = {(patch.target, patch.source): patch.held_out for patch in crafted}
     rows: list[tuple[str, ...]] = []
     for target in dict.fromkeys(patch.target for patch in crafted):
-        shares = [cells[target, precision] for precision in precisions]
+        shares = [cells[target, source] for source in sources]
         words = [EMPTY if share.value is None else f"{100 * share.value:.1f} (n={share.n})" for share in shares]
         rows.append(("any wrong class" if target is None else classes[target], *words))
     return Table(
         "ASR on n held-out images, in percent",
-        ("target", *(f"{precision} bit" for precision in precisions)),
+        ("target", *(f"{access_name(source)} bit" for source in sources)),
         tuple(rows),
         ("These images chose the patches: the figures to report are those of `qadtr-brevitas evaluate`.",),
     )

@@ -84,7 +84,7 @@ def command(
     from qadtr_brevitas.device import resolve_device
     from qadtr_brevitas.evaluate import evaluate
     from qadtr_brevitas.gallery import draw_pictures
-    from qadtr_brevitas.report_files import write_report
+    from qadtr_brevitas.report.files import write_report
     from qadtr_brevitas.subjects import PATCH_FOLDER, load_patches, load_subjects
 
     where = resolve_device(device)
@@ -121,7 +121,7 @@ def command(
 def _terminal(report: Report) -> RenderableType:
     from rich.console import Group
 
-    from qadtr_brevitas.report_files import rich_table
-    from qadtr_brevitas.report_tables import terminal_tables
+    from qadtr_brevitas.report.files import rich_table
+    from qadtr_brevitas.report.tables import terminal_tables
 
     return Group(*(rich_table(table) for table in terminal_tables(report)))

@@ -72,7 +72,11 @@ def test_model_directory_without_a_run_needs_a_data_set(tmp_path: Path) -> None:
         (["size=[4"], 2, "is not YAML"),
         (["target=1"], 2, "give the target classes with --target"),
         (["--attack", "lavann"], 2, "unknown attack 'lavann': did you mean 'lavan'?"),
-        (["--attack", "a-qapa"], 2, "a-qapa makes images for training, not a patch: choose --attack from lavan"),
+        (
+            ["--attack", "a-qapa"],
+            2,
+            "a-qapa attacks each image by itself and makes no patch: give it to `qadtr-brevitas evaluate MODEL_DIR",
+        ),
         (["--precision", "5"], 2, "no precision 5: it was converted for 32, 4"),
         (["--precision", "one"], 2, "precision 'one' cannot be read"),
         (["--target", "9"], 2, "there is no target class '9': 0 to 2, all or none"),

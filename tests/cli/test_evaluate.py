@@ -38,14 +38,14 @@ def test_one_model_gives_tables_and_files(runs: list[Path], tmp_path: Path) -> N
         "lavan 4x4: clean accuracy",
         "ASR white-box",
         "n of ASR",
-        "white-box, each",
+        "white-box, each precision",
         "made at 32",
         "first to first",
     ):
         assert words in result.stdout
     assert (
-        f"wrote report.json, report.md, cells.csv, asr.png, patches.png, examples-first.png to {tmp_path}"
-        in result.stderr
+        "wrote report.json, report.md, cells.csv, worst_case.csv, asr.png, patches.png, examples-first.png to "
+        f"{tmp_path}" in result.stderr
     )
     assert "next: qadtr-brevitas evaluate" in result.stderr
     assert "![examples first](examples-first.png)" in (tmp_path / "report.md").read_text()
@@ -75,7 +75,7 @@ def test_json_is_the_report(runs: list[Path], tmp_path: Path) -> None:
 
 
 def test_killed_evaluation_goes_on(runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import qadtr_brevitas.evaluate as module
+    import qadtr_brevitas.evaluate.jobs as module
 
     calls: list[int] = []
     predict = module.predict

@@ -11,8 +11,11 @@ import pytest
 from qadtr_brevitas.errors import CheckpointError
 from qadtr_brevitas.evaluate import evaluate
 from qadtr_brevitas.report import SCHEMA_VERSION, Report, read_report
-from qadtr_brevitas.report_files import cells_csv, markdown, rich_table, write_report
-from qadtr_brevitas.report_tables import Table, clean_table, families, tables, terminal_tables
+from qadtr_brevitas.report.files import cells_csv, markdown, rich_table, write_report
+from qadtr_brevitas.report.layout import Table
+from qadtr_brevitas.report.summaries import clean_table
+from qadtr_brevitas.report.tables import tables, terminal_tables
+from qadtr_brevitas.report.views import families
 from tests.evaluation_fakes import coded_split, reader, small_report, white_patch
 
 RATE = {"count", "n", "value", "low", "high"}
@@ -40,12 +43,14 @@ SCHEMA: dict[str, Any] = {
         "geometry",
         "source",
         "control",
+        "variant",
     },
+    "attacks": None,
     "clean": {"model", "precision", "accuracy"},
     "cells": {
         "model",
         "precision",
-        "patch",
+        "attack",
         "target",
         "threat",
         "asr",
@@ -54,6 +59,7 @@ SCHEMA: dict[str, Any] = {
         "clean_accuracy",
         "robust_accuracy",
     },
+    "worst_case": {"model", "precision", "scope", "attacks", "mean", "robust_accuracy"},
 }
 
 
@@ -69,7 +75,7 @@ def test_schema_is_stable(tmp_path: Path) -> None:
     report = small_report(tmp_path)
     write_report(report, tmp_path)
     content = json.loads((tmp_path / "report.json").read_text())
-    assert SCHEMA_VERSION == content["schema_version"] == 1
+    assert SCHEMA_VERSION == content["schema_version"] == 2
     assert set(content) == set(SCHEMA)
     for key, expected in SCHEMA.items():
         part = content[key]
@@ -89,7 +95,17 @@ def test_missing_or_foreign_report_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no report at .*make one with `qadtr-brevitas evaluate`"):
         read_report(tmp_path)
     (tmp_path / "report.json").write_text('{"schema_version": 99}')
-    with pytest.raises(CheckpointError, match="not a report of schema version 1"):
+    with pytest.raises(
+        CheckpointError, match="has report schema version 99, this release reads 2: make it anew with `qadtr-brevitas"
+    ):
+        read_report(tmp_path)
+    write_report(small_report(tmp_path), tmp_path)
+    old = json.loads((tmp_path / "report.json").read_text()) | {"schema_version": 1}
+    (tmp_path / "report.json").write_text(json.dumps(old))
+    with pytest.raises(CheckpointError, match="has report schema version 1, .* finished are not computed again"):
+        read_report(tmp_path)
+    (tmp_path / "report.json").write_text('{"schema_version": 2}')
+    with pytest.raises(CheckpointError, match="is damaged: make it anew"):
         read_report(tmp_path)
 
 
@@ -123,14 +139,14 @@ def test_white_box_table_has_every_figure_with_its_denominator(tmp_path: Path) -
     assert cells == {
         "ASR": ["50.0", "50.0"],
         "95 % interval": ["33.2 to 66.8", "33.2 to 66.8"],
-        "lowest to highest patch": ["0.0 to 100.0", "0.0 to 100.0"],
+        "lowest to highest": ["0.0 to 100.0", "0.0 to 100.0"],
         "ASR of a random patch": ["0.0", "0.0"],
         "any wrong class": ["75.0", "75.0"],
         "any wrong class, random patch": ["0.0", "0.0"],
         "ASR over all images": ["50.0", "50.0"],
         "robust accuracy": ["25.0", "25.0"],
         "n of ASR": ["30", "30"],
-        "patches": ["2", "2"],
+        "number of attacks": ["2", "2"],
     }
     assert "of n = 40 test images" in " ".join(table.notes)
     assert "Targets: 1 (b), 2 (c). Seed 0." in table.notes
@@ -138,7 +154,7 @@ def test_white_box_table_has_every_figure_with_its_denominator(tmp_path: Path) -
 
 def test_matrix_is_source_precision_by_attacked_precision(tmp_path: Path) -> None:
     report = small_report(tmp_path, models=("reader", "other"))
-    titles = [table.title for table in tables(report) if " to " in table.title]
+    titles = [table.title for table in tables(report) if table.header[0] == "bit"]
     assert titles == [
         f"lavan 2x2: ASR, {source} to {model}" for source in ("reader", "other") for model in ("reader", "other")
     ]
@@ -177,9 +193,14 @@ def test_report_without_patches_has_clean_accuracies(tmp_path: Path) -> None:
     assert "## Clean accuracy" in markdown(report)
 
 
-def test_terminal_shows_one_table_for_several_models(tmp_path: Path) -> None:
-    assert len(terminal_tables(small_report(tmp_path, models=("reader", "other")))) == 1
-    assert len(terminal_tables(small_report(tmp_path))) == 4
+def test_terminal_shows_comparisons_only_for_several_models(tmp_path: Path) -> None:
+    several = [table.title for table in terminal_tables(small_report(tmp_path, models=("reader", "other")))]
+    assert several == [
+        "lavan 2x2: clean accuracy and ASR at each precision",
+        "Robust accuracy under all attacks together",
+        "lavan 2x2: ASR, model to model",
+    ]
+    assert len(terminal_tables(small_report(tmp_path))) == 5
 
 
 def test_markdown_names_denominators_command_and_settings(tmp_path: Path) -> None:
@@ -192,7 +213,7 @@ def test_markdown_names_denominators_command_and_settings(tmp_path: Path) -> Non
         "|  | n of ASR | 30 | 30 |",
         "of n = 40 test images",
         "![asr](asr.png)",
-        "| reader-8-2 | lavan | 2 | 2x2 | reader | 8 | steps=3 |",
+        "| reader-8-2 | lavan | 2 | 2x2 | reader | 8 | as made | steps=3 |",
         "| reader | toy | a recipe | runs/reader | reader-weights |",
     ):
         assert words in text
@@ -206,7 +227,7 @@ def test_csv_has_a_line_for_each_cell(tmp_path: Path) -> None:
     lines = list(csv.DictReader(StringIO(cells_csv(report))))
     assert len(lines) == len(report.cells)
     first = lines[0]
-    assert (first["model"], first["patch"], first["threat"]) == ("reader", "reader-8-2", "white-box")
+    assert (first["model"], first["attack"], first["threat"]) == ("reader", "reader-8-2", "white-box")
     assert (first["asr_count"], first["asr_n"], first["asr_value"]) == ("30", "30", "1.0")
 
 

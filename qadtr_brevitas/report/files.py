@@ -8,20 +8,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qadtr_brevitas.files import write_atomically, write_json
-from qadtr_brevitas.report import REPORT_FILE, Rate, Report
-from qadtr_brevitas.report_tables import Table, tables
+from qadtr_brevitas.report.layout import Table
+from qadtr_brevitas.report.schema import REPORT_FILE, ImageAttackFacts, PatchFacts, Rate, Report
+from qadtr_brevitas.report.tables import tables
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from rich.console import RenderableType
 
 MARKDOWN_FILE = "report.md"
 CSV_FILE = "cells.csv"
+WORST_CASE_FILE = "worst_case.csv"
+
+_RATE = ("count", "n", "value", "low", "high")
 
 
 def write_report(report: Report, folder: Path, *, pictures: Sequence[Path] = ()) -> list[Path]:
-    """Writes report.json, report.md and cells.csv and returns their paths.
+    """Writes report.json, report.md, cells.csv and worst_case.csv and returns their paths.
 
     Args:
         report: what to write.
@@ -34,7 +38,8 @@ def write_report(report: Report, folder: Path, *, pictures: Sequence[Path] = ())
     write_json(folder / REPORT_FILE, report.model_dump(mode="json"))
     _write_text(folder / MARKDOWN_FILE, markdown(report, pictures=[picture.name for picture in pictures]))
     _write_text(folder / CSV_FILE, cells_csv(report))
-    return [folder / name for name in (REPORT_FILE, MARKDOWN_FILE, CSV_FILE)]
+    _write_text(folder / WORST_CASE_FILE, worst_case_csv(report))
+    return [folder / name for name in (REPORT_FILE, MARKDOWN_FILE, CSV_FILE, WORST_CASE_FILE)]
 
 
 def markdown(report: Report, *, pictures: Sequence[str] = ()) -> str:
@@ -42,7 +47,7 @@ def markdown(report: Report, *, pictures: Sequence[str] = ()) -> str:
     parts = ["# Attack report", _facts(report)]
     parts += [markdown_table(table) for table in tables(report)]
     parts += [f"![{Path(picture).stem.replace('-', ' ')}]({picture})" for picture in pictures]
-    parts += [_models(report), _patches(report)]
+    parts += [_models(report), _patches(report), _attacks(report)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -77,20 +82,30 @@ def rich_table(table: Table) -> RenderableType:
 
 
 def cells_csv(report: Report) -> str:
-    """One line for each cell, clean ones included; shares are between 0 and 1."""
+    """One line for each patch or attack on each model and precision; shares are between 0 and 1."""
     names = ("asr", "asr_all", "untargeted", "clean_accuracy", "robust_accuracy")
-    parts = ("count", "n", "value", "low", "high")
-    head = ["model", "precision", "patch", "family", "target", "threat", "source", "source_precision"]
-    text = StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*head, *(f"{name}_{part}" for name in names for part in parts)])
+    head = ["model", "precision", "attack", "family", "variant", "target", "threat", "source", "source_precision"]
+    lines: list[list[object]] = [[*head, *(f"{name}_{part}" for name in names for part in _RATE)]]
+    by_name = report.attack_facts()
     for cell in report.cells:
-        patch = report.patch(cell.patch)
-        source = [patch.source.name, patch.source.precision] if patch.source else ["", ""]
+        facts = by_name[cell.attack]
+        source = [facts.source.name, facts.source.precision] if facts.source else ["", ""]
+        kind = _family(facts, by_name)
         rates: list[Rate] = [getattr(cell, name) for name in names]
-        facts = [cell.model, cell.precision, cell.patch, patch.family, cell.target, cell.threat, *source]
-        writer.writerow([*facts, *(getattr(rate, part) for rate in rates for part in parts)])
-    return text.getvalue()
+        figures = [getattr(rate, part) for rate in rates for part in _RATE]
+        lines.append([cell.model, cell.precision, cell.attack, *kind, cell.target, cell.threat, *source, *figures])
+    return _csv(lines)
+
+
+def worst_case_csv(report: Report) -> str:
+    """One line for each model, precision and scope; shares are between 0 and 1."""
+    lines: list[list[object]] = [
+        ["model", "precision", "scope", "attacks", "mean", *(f"robust_accuracy_{part}" for part in _RATE)]
+    ]
+    for case in report.worst_case:
+        rate = [getattr(case.robust_accuracy, part) for part in _RATE]
+        lines.append([case.model, case.precision, case.scope, case.attacks, case.mean, *rate])
+    return _csv(lines)
 
 
 def _facts(report: Report) -> str:
@@ -113,21 +128,56 @@ def _models(report: Report) -> str:
 
 
 def _patches(report: Report) -> str:
-    header = ("patch", "attack", "target", "size", "made on", "at", "settings", "fingerprint")
+    header = ("patch", "attack", "target", "size", "made on", "at", "scored", "settings", "fingerprint")
     rows = tuple(
         (
             patch.name,
             patch.attack,
             "" if patch.target is None else f"{patch.target}",
-            f"{patch.height}x{patch.width}",
+            patch.size,
             patch.source.name if patch.source else "",
             patch.source.precision if patch.source else "",
-            ", ".join(f"{key}={value}" for key, value in patch.settings.items()),
+            patch.variant.label if patch.variant else "as made",
+            _settings(patch),
             patch.fingerprint,
         )
         for patch in report.patches
     )
     return markdown_table(Table("Patches", header, rows)) if rows else ""
+
+
+def _attacks(report: Report) -> str:
+    header = ("attack", "target", "made on", "at", "settings", "fingerprint")
+    rows = tuple(
+        (
+            attack.attack,
+            "" if attack.target is None else f"{attack.target}",
+            attack.source.name,
+            attack.source.precision,
+            _settings(attack),
+            attack.fingerprint,
+        )
+        for attack in report.attacks
+    )
+    return markdown_table(Table("Attacks on each image", header, rows)) if rows else ""
+
+
+def _settings(facts: PatchFacts | ImageAttackFacts) -> str:
+    return ", ".join(f"{key}={value}" for key, value in facts.settings.items())
+
+
+def _family(
+    facts: PatchFacts | ImageAttackFacts, by_name: Mapping[str, PatchFacts | ImageAttackFacts]
+) -> tuple[str, str]:
+    """The family, of a moved patch that of the patch as it was made, and how it was moved."""
+    variant = facts.variant if isinstance(facts, PatchFacts) else None
+    return (by_name[variant.of].family, variant.label) if variant else (facts.family, "")
+
+
+def _csv(lines: Sequence[Sequence[object]]) -> str:
+    text = StringIO()
+    csv.writer(text, lineterminator="\n").writerows(lines)
+    return text.getvalue()
 
 
 def _line(cells: Sequence[str]) -> str:

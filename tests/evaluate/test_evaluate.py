@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from qadtr_brevitas.errors import CheckpointError, DataError, UsageError
-from qadtr_brevitas.evaluate import controls, evaluate
+from qadtr_brevitas.evaluate import evaluate
+from qadtr_brevitas.evaluate.plan import controls
 from qadtr_brevitas.report import AttackCell, Report
 from qadtr_brevitas.subjects import Contender, Subject
 from tests.evaluation_fakes import Reader, coded_split, reader, small_report, white_patch
@@ -18,7 +19,7 @@ def run(subjects: list[Subject], patches: list[Contender], output: Path, **setti
 
 def cell(report: Report, *, patch: str, precision: str, target: int | None = 2, model: str = "reader") -> AttackCell:
     where = (model, precision, patch, target)
-    return next(c for c in report.cells if (c.model, c.precision, c.patch, c.target) == where)
+    return next(c for c in report.cells if (c.model, c.precision, c.attack, c.target) == where)
 
 
 def test_patch_that_always_wins_has_asr_one_without_the_images_of_its_target(tmp_path: Path) -> None:
@@ -36,7 +37,7 @@ def test_noise_of_the_same_size_is_the_control_for_every_target(tmp_path: Path) 
     report = run([reader()], patches, tmp_path)
     noise = [patch for patch in report.patches if patch.control]
     assert [(patch.name, patch.height) for patch in noise] == [("noise 2x2", 2), ("noise 3x3", 3)]
-    scored = [(c.patch, c.target) for c in report.cells if c.threat == "control" and c.precision == "8"]
+    scored = [(c.attack, c.target) for c in report.cells if c.threat == "control" and c.precision == "8"]
     assert scored == [("noise 2x2", 2), ("noise 2x2", None), ("noise 3x3", 1)]
     assert cell(report, patch="noise 2x2", precision="8").asr.count == 0
 
@@ -54,7 +55,7 @@ def test_control_has_the_shape_of_its_patch_and_depends_on_the_seed() -> None:
 def test_white_box_is_same_weights_and_same_precision(tmp_path: Path) -> None:
     twin = reader("twin", fingerprint="reader-weights")
     report = run([reader(), reader("other"), twin], [white_patch(precision=4)], tmp_path)
-    threats = {(c.model, c.precision): c.threat for c in report.cells if c.patch == "white"}
+    threats = {(c.model, c.precision): c.threat for c in report.cells if c.attack == "white"}
     white_box = {where for where, threat in threats.items() if threat == "white-box"}
     assert white_box == {("reader", "4"), ("twin", "4")}
     assert threats["reader", "8"] == threats["other", "4"] == "transfer"
@@ -88,10 +89,10 @@ def test_moved_patches_are_chosen_and_the_rest_is_not_computed(tmp_path: Path, t
     # Of two sizes: patches alike in every pixel share their cells.
     patches = [white_patch("made at 4", precision=4), white_patch("made at 32", precision=32, side=3)]
     report = run([subject], patches, tmp_path, transfer=transfer)
-    assert {c.patch for c in report.cells if c.threat == "transfer"} == moved
-    assert [(c.patch, c.precision) for c in report.cells if c.threat == "white-box"] == [("made at 4", "4")]
+    assert {c.attack for c in report.cells if c.threat == "transfer"} == moved
+    assert [(c.attack, c.precision) for c in report.cells if c.threat == "white-box"] == [("made at 4", "4")]
     assert {c.precision for c in report.cells if c.threat == "control"} == {"8", "4"}
-    assert subject.model.forwards == len({(c.patch, c.precision) for c in report.cells}) + 2
+    assert subject.model.forwards == len({(c.attack, c.precision) for c in report.cells}) + 2
 
 
 def test_finished_evaluation_is_not_computed_again(tmp_path: Path) -> None:

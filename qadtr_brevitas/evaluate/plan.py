@@ -1,0 +1,190 @@
+"""What an evaluation has to compute: which patches and attacks meet which models and precisions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, TypeAlias
+
+import torch
+
+from qadtr_brevitas.attacks.patch import Patch
+from qadtr_brevitas.errors import UsageError
+from qadtr_brevitas.evaluate.image_attacks import NamedAttack, SourcedAttack
+from qadtr_brevitas.evaluate.jobs import Bench, ChunkJob, Job, PatchJob, Victim
+from qadtr_brevitas.precision import FLOAT_BITS, Precision, parse_precisions
+from qadtr_brevitas.predict import placements
+from qadtr_brevitas.quant import allowed_precisions, precisions_or_all
+from qadtr_brevitas.report import SourceFacts, Threat
+from qadtr_brevitas.seeding import generator
+from qadtr_brevitas.sources import Access, access_name, parse_access
+from qadtr_brevitas.subjects import Contender, Subject
+
+Transfer: TypeAlias = Literal["all", "float", "none"]
+"""What is moved to models and precisions it was not made on: everything, what was made at 32 bit, or nothing."""
+
+_FLOAT = Precision(FLOAT_BITS, FLOAT_BITS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """The checked plan of an evaluation; the arguments are those of `evaluate`.
+
+    Raises:
+        UsageError: a precision that a model does not allow, a patch that does not fit the images, a target that is no
+            class, two models, patches or attacks of one name, or surrogates from which nothing may be transferred.
+        DataError: a model is for other images or another number of classes.
+    """
+
+    subjects: tuple[Subject, ...]
+    patches: tuple[Contender, ...]
+    bench: Bench
+    data_name: str
+    attacks: tuple[NamedAttack, ...] = ()
+    surrogates: tuple[Subject, ...] = ()
+    eot: tuple[Access, ...] = ()
+    precisions: tuple[Precision, ...] | None = None
+    transfer: Transfer = "all"
+
+    def __post_init__(self) -> None:
+        if self.surrogates and self.transfer == "none":
+            raise UsageError("attacks made on a surrogate have to be transferred: give --transfer all or float with it")
+        for subject in (*self.subjects, *self.surrogates):
+            subject.check_data(self.bench.split, data=self.data_name)
+        _check_names("models", [subject.name for subject in (*self.subjects, *self.surrogates)])
+        _check_names("patches", [contender.name for contender in self.contenders])
+        for contender in self.contenders:
+            self._check_patch(contender)
+        for attack in self.attacks:
+            self._check_target(f"attack {attack.name}", attack.target, "choose one of its classes as target")
+        _check_names("attacks", [attack.facts.name for attack, _ in self.raids])
+
+    @cached_property
+    def contenders(self) -> tuple[Contender, ...]:
+        """The patches, and for each geometry a patch of noise as control."""
+        return (*self.patches, *controls(self.patches, seed=self.bench.seed))
+
+    @cached_property
+    def victims(self) -> tuple[Victim, ...]:
+        """Every model at every precision that is scored."""
+        return tuple(
+            Victim(subject, precision) for subject in self.subjects for precision in self.precisions_of(subject)
+        )
+
+    @cached_property
+    def raids(self) -> tuple[tuple[SourcedAttack, tuple[Victim, ...]], ...]:
+        """Every per-image attack on every source, with the victims its images are for."""
+        found: list[tuple[SourcedAttack, tuple[Victim, ...]]] = []
+        for attack in self.attacks:
+            for subject in (*self.subjects, *self.surrogates):
+                for source in self._sources(subject):
+                    raid = SourcedAttack(attack, subject, source)
+                    victims = tuple(victim for victim in self.victims if self._is_wanted(raid.facts.source, victim))
+                    found += [(raid, victims)] if victims else []
+        return tuple(found)
+
+    def precisions_of(self, subject: Subject) -> tuple[Precision, ...]:
+        """The precisions a model is scored at."""
+        return precisions_or_all(subject.model, self.precisions)
+
+    def contenders_of(self, victim: Victim) -> list[Contender]:
+        """The patches that are put before a victim."""
+        return [c for c in self.contenders if c.control or self._is_wanted(c.facts.source, victim)]
+
+    def jobs(self) -> list[Job]:
+        """The cells of the evaluation, in an order that depends on nothing but its arguments."""
+        patched = [PatchJob(self.bench, v, c) for v in self.victims for c in (None, *self.contenders_of(v))]
+        attacked = [
+            ChunkJob(self.bench, attack, victims, chunk) for attack, victims in self.raids for chunk in self.chunks()
+        ]
+        return [*patched, *attacked]
+
+    def chunks(self) -> Iterator[range]:
+        """The test images in the portions that per-image attacks take them in."""
+        images, size = len(self.bench.split), self.bench.batch_size
+        return (range(start, min(start + size, images)) for start in range(0, images, size))
+
+    def targets_of(self, contender: Contender) -> list[int | None]:
+        """What a patch is scored for; a control is scored for the aims of all patches of its geometry."""
+        if not contender.control:
+            return [contender.facts.target]
+        alike = [patch.facts.target for patch in self.patches if patch.facts.geometry == contender.facts.geometry]
+        return list(dict.fromkeys(alike))
+
+    def _sources(self, subject: Subject) -> list[Access]:
+        """The precisions, and means over them, that attacks on a model are made at."""
+        if subject in self.subjects:
+            wanted = self.precisions_of(subject)
+        else:
+            allowed = allowed_precisions(subject.model)
+            wanted = tuple(p for p in allowed if self.precisions is None or p in self.precisions)
+        if self.transfer == "float" and _FLOAT in allowed_precisions(subject.model):
+            wanted = parse_precisions((*wanted, _FLOAT))
+        for mean in self.eot:
+            precisions_or_all(subject.model, mean)
+        return [*((precision,) for precision in wanted), *self.eot]
+
+    def _is_wanted(self, source: SourceFacts | None, victim: Victim) -> bool:
+        if self.transfer == "all" or threat(source, victim) != "transfer":
+            return True
+        return self.transfer == "float" and source is not None and parse_access(source.precision) == (_FLOAT,)
+
+    def _check_patch(self, contender: Contender) -> None:
+        try:
+            placements(contender.patch, 1, self.bench.split.image_size, seed=self.bench.seed)
+        except UsageError as error:
+            raise UsageError(f"patch {contender.name!r}: {error}") from error
+        cure = "choose the data set it was made on with --data"
+        self._check_target(f"patch {contender.name!r}", contender.facts.target, cure)
+
+    def _check_target(self, what: str, target: int | None, cure: str) -> None:
+        classes = len(self.bench.split.classes)
+        if target is not None and not 0 <= target < classes:
+            raise UsageError(f"{what} aims at class {target}, the data set has {classes} classes: {cure}")
+
+
+def threat(source: SourceFacts | None, victim: Victim) -> Threat:
+    """What an attack made on a source knows of a victim; controls are not asked about."""
+    if source is None or source.fingerprint != victim.subject.fingerprint:
+        return "transfer"
+    if source.precision == str(victim.precision):
+        return "white-box"
+    return "eot" if len(parse_access(source.precision)) > 1 else "transfer"
+
+
+def controls(patches: Sequence[Contender], *, seed: int) -> list[Contender]:
+    """A patch of uniform noise, on the 8-bit grid, for each size, shape and place among the patches."""
+    found: dict[str, Contender] = {}
+    for contender in patches:
+        patch, geometry = contender.patch, contender.facts.geometry
+        if geometry in found:
+            continue
+        noise = torch.randint(256, patch.texture.shape, generator=generator(seed, "control", geometry)) / 255
+        height, width = patch.size
+        same_size = sum(other.patch.size == patch.size for other in found.values())
+        name = f"noise {height}x{width}" + (f" ({same_size + 1})" if same_size else "")
+        control = Patch(texture=noise, mask=patch.mask, place=patch.place, meta={"attack": "noise"})
+        found[geometry] = Contender(name, control, control=True)
+    return list(found.values())
+
+
+def read_means(texts: Sequence[str]) -> tuple[Access, ...]:
+    """Means over precisions, as 8+4+2.
+
+    Raises:
+        UsageError: one that cannot be read, or of a single precision.
+    """
+    means = tuple(dict.fromkeys(map(parse_access, texts)))
+    for mean in means:
+        if len(mean) == 1:
+            raise UsageError(
+                f"--eot {access_name(mean)} is no mean: give several precisions, as 8+4+2; single ones are attacked "
+                "anyway"
+            )
+    return means
+
+
+def _check_names(kind: str, names: Sequence[str]) -> None:
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise UsageError(f"two {kind} are called {repeated[0]!r}: give each a name of its own")

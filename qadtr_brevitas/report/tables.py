@@ -1,0 +1,34 @@
+"""Which tables a report consists of."""
+
+from __future__ import annotations
+
+from qadtr_brevitas.report.layout import Table
+from qadtr_brevitas.report.matrices import model_matrix, precision_matrices, size_tables, variant_tables
+from qadtr_brevitas.report.schema import Report
+from qadtr_brevitas.report.summaries import clean_table, summary_table, white_box_table, worst_case_table
+from qadtr_brevitas.report.views import families
+
+
+def tables(report: Report) -> list[Table]:
+    """All tables, the ones to read first in front."""
+    found = [*_comparison(report), clean_table(report)]
+    for family in families(report):
+        found.append(white_box_table(report, family))
+        found += precision_matrices(report, family)
+    return found
+
+
+def terminal_tables(report: Report) -> list[Table]:
+    """The tables worth a screen: all of one model, the comparison of several."""
+    return _comparison(report) if len(report.models) > 1 and families(report) else tables(report)
+
+
+def _comparison(report: Report) -> list[Table]:
+    found = [summary_table(report, family) for family in families(report)]
+    found += [worst_case_table(report)] if report.worst_case else []
+    for family in families(report):
+        found += model_matrix(report, family)
+    found += size_tables(report)
+    for family in families(report):
+        found += variant_tables(report, family)
+    return found
