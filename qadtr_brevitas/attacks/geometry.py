@@ -115,6 +115,22 @@ def place_corners(
     return random_corners(count, image_size, patch_size, generator=generator, keep_out=keep_out)
 
 
+def windows_about(middles: Tensor, image_size: tuple[int, int], window: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Windows of one size about points of the images, pushed inside where they hang over the border.
+
+    Args:
+        middles: (N, 2) row and column in pixels from the image's corner, fractions allowed.
+        image_size: (H, W) in pixels.
+        window: (h, w) in pixels, at most the image's.
+
+    Returns:
+        Corners (N, 2), int64, and how many pixels (N, 2) each point lies below and to the right of its window's middle.
+    """
+    half = middles.new_tensor(window) / 2
+    corners = torch.minimum((middles - half).round().clamp(min=0), middles.new_tensor(image_size) - 2 * half)
+    return corners.long(), middles - half - corners
+
+
 def paste(images: Tensor, texture: Tensor, mask: Tensor, corners: Tensor) -> Tensor:
     """Puts a texture on images: `x * (1 - M) + p * M` without touching a pixel outside the mask.
 

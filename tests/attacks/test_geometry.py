@@ -7,6 +7,7 @@ from qadtr_brevitas.attacks.geometry import (
     paste,
     place_corners,
     random_corners,
+    windows_about,
 )
 from qadtr_brevitas.errors import UsageError
 from qadtr_brevitas.seeding import generator
@@ -103,6 +104,14 @@ def test_fixed_corners():
     assert place_corners((2, 24), 3, (32, 32), (8, 8), generator=None).tolist() == [[2, 24]] * 3
     with pytest.raises(UsageError, match=r"does not fit at row 25, column 0 of a 32x32 image"):
         fixed_corners((25, 0), 3, (32, 32), (8, 8))
+
+
+def test_windows_about_points():
+    middles = torch.tensor([[16.0, 16.0], [15.3, 20.9], [0.0, 31.0], [2.0, 28.4]])
+    corners, offsets = windows_about(middles, (32, 32), (7, 8))
+    assert corners.tolist() == [[12, 12], [12, 17], [0, 24], [0, 24]]
+    torch.testing.assert_close(corners + torch.tensor([3.5, 4.0]) + offsets, middles)
+    assert windows_about(middles, (32, 32), (32, 32))[0].tolist() == [[0, 0]] * 4
 
 
 def test_random_places_need_a_generator():
