@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from torch.nn.functional import one_hot
 from qadtr_brevitas.attacks.patch import Patch
 from qadtr_brevitas.checkpoint import ModelInfo
 from qadtr_brevitas.data.split import Split
-from qadtr_brevitas.evaluate import evaluate
+from qadtr_brevitas.evaluate import Grid, evaluate
 from qadtr_brevitas.precision import Precision, parse_precisions
 from qadtr_brevitas.quant.switch import Switch
 from qadtr_brevitas.report import Report
@@ -87,6 +88,13 @@ def white_patch(
     return Contender(name, Patch(texture=torch.ones(3, side, side), mask=mask, place=place or "random", meta=meta))
 
 
+def make_grid(
+    subjects: Sequence[Subject], patches: Sequence[Contender] = (), split: Split | None = None, **settings: Any
+) -> Grid:
+    """A grid on the coded images."""
+    return Grid(subjects=subjects, patches=patches, split=split or coded_split(), data_name="coded", **settings)
+
+
 def small_report(
     tmp_path: Path, *, models: Sequence[str] = ("reader",), targets: Sequence[int | None] = (2,)
 ) -> Report:
@@ -98,6 +106,4 @@ def small_report(
         for bits in (8, 4)
         for target in targets
     ]
-    return evaluate(
-        subjects, patches, coded_split(), output=tmp_path, data_name="coded", command="qadtr-brevitas evaluate x"
-    )
+    return evaluate(make_grid(subjects, patches), output=tmp_path, command="qadtr-brevitas evaluate x")

@@ -10,7 +10,7 @@ from qadtr_brevitas.errors import CheckpointError
 from qadtr_brevitas.evaluate import evaluate
 from qadtr_brevitas.gallery import draw_pictures
 from qadtr_brevitas.plots import Sheet, Tile, draw_asr, draw_sheet
-from tests.evaluation_fakes import Reader, coded_split, reader, small_report, white_patch
+from tests.evaluation_fakes import Reader, coded_split, make_grid, reader, small_report, white_patch
 
 GREEN, RED = (0, 112, 79), (192, 0, 0)
 
@@ -23,7 +23,7 @@ def colors(path: Path) -> set[tuple[int, ...]]:
 def test_pictures_of_an_evaluation(tmp_path: Path) -> None:
     subjects = [reader("a/b", Reader(fooled_at=(4,)), fingerprint="reader-weights"), reader("other")]
     patches = [white_patch(str(bits), precision=bits) for bits in (8, 4)]
-    report = evaluate(subjects, patches, coded_split(), output=tmp_path, data_name="coded")
+    report = evaluate(make_grid(subjects, patches), output=tmp_path)
     drawn = draw_pictures(report, subjects, patches, coded_split(), folder=tmp_path)
     assert [path.name for path in drawn] == ["asr.png", "patches.png", "examples-a-b.png"]
     # Captions of images the patch does not fool are green, of those it turns into its target red.
@@ -31,7 +31,7 @@ def test_pictures_of_an_evaluation(tmp_path: Path) -> None:
 
 
 def test_no_pictures_without_patches(tmp_path: Path) -> None:
-    report = evaluate([reader()], [], coded_split(), output=tmp_path, data_name="coded")
+    report = evaluate(make_grid([reader()], []), output=tmp_path)
     assert draw_pictures(report, [reader()], [], coded_split(), folder=tmp_path) == []
 
 

@@ -7,16 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qadtr_brevitas.cli.common import (
-    device_option,
-    emit,
-    examples,
-    output_options,
-    progress,
-    say,
-    seed_option,
-    threads_option,
-)
+from qadtr_brevitas.cli.common import emit, examples, progress, say, work_options
 from qadtr_brevitas.cli.plugin_options import dataset_settings, find_dataset, load_split, make_plugin
 from qadtr_brevitas.errors import UsageError, suggest
 from qadtr_brevitas.recipe.slots import slot_name
@@ -57,12 +48,7 @@ _HELD_OUT = 1_000
     "--train-images", type=click.IntRange(min=1), help=f"Images to make patches on.  [default: {_TRAIN_IMAGES}]"
 )
 @click.option("--held-out", type=click.IntRange(min=1), help=f"Images to choose patches on.  [default: {_HELD_OUT}]")
-@click.option("--data", help="Data set as NAME[:ROOT].  [default: the one the model was trained on]")
-@click.option("--output", "-o", type=click.Path(path_type=Path), help="Folder.  [default: MODEL_DIR/patches]")
-@device_option
-@seed_option()
-@threads_option
-@output_options
+@work_options(data="the one the model was trained on", output="MODEL_DIR/patches")
 def command(
     model_dir: Path,
     overrides: tuple[str, ...],

@@ -18,6 +18,7 @@ import os
 import sys
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import click
@@ -76,6 +77,34 @@ def threads_option(command: _Command) -> _Command:
     )(command)
 
 
+def option_block(*options: Callable[[_Command], _Command]) -> Callable[[_Command], _Command]:
+    """Several options as one decorator, in the order in which help lists them."""
+
+    def add(command: _Command) -> _Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
+def work_options(*, data: str, output: str) -> Callable[[_Command], _Command]:
+    """Adds what `attack` and `evaluate` have in common: data, output, device, seed, threads and the output options.
+
+    Args:
+        data: the default of --data, in words.
+        output: the default of --output, in words.
+    """
+    return option_block(
+        click.option("--data", help=f"Data set as NAME[:ROOT].  [default: {data}]"),
+        click.option("--output", "-o", type=click.Path(path_type=Path), help=f"Folder.  [default: {output}]"),
+        device_option,
+        seed_option(),
+        threads_option,
+        output_options,
+    )
+
+
 def stdout() -> Console:
     """Where results go; plain text off a terminal and under NO_COLOR."""
     from rich.console import Console
@@ -104,6 +133,11 @@ def wants_json() -> bool:
 def wants_debug() -> bool:
     """True under --debug."""
     return bool(_meta().get(DEBUG))
+
+
+def be_quiet() -> None:
+    """Acts as if -q had been given."""
+    _meta()[QUIET] = True
 
 
 def say(message: str) -> None:

@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from qadtr_brevitas.cli.common import (
-    device_option,
-    emit,
-    examples,
-    output_options,
-    progress,
-    say,
-    seed_option,
-    threads_option,
-)
-from qadtr_brevitas.cli.plugin_options import dataset_settings, find_dataset, load_split
+from qadtr_brevitas.cli.common import be_quiet, emit, examples, progress, say, work_options
+from qadtr_brevitas.cli.evaluate_options import Options, move_options, plan_options, work_division
+from qadtr_brevitas.cli.plugin_options import dataset_settings, find_dataset, load_split, make_from_slot
 from qadtr_brevitas.cli.recorded import RecordedCommand, command_line
+from qadtr_brevitas.errors import UsageError
 from qadtr_brevitas.precision import parse_precisions
 from qadtr_brevitas.recipe.slots import slot_name
+from qadtr_brevitas.registry import ATTACKS
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
     from rich.console import RenderableType
 
+    from qadtr_brevitas.evaluate import CellStore, Grid
+    from qadtr_brevitas.evaluate.share import Share
+    from qadtr_brevitas.precision import Precision
     from qadtr_brevitas.report import Report
+    from qadtr_brevitas.subjects import Contender
 
 
 @click.command(
@@ -35,86 +36,128 @@ if TYPE_CHECKING:
         "qadtr-brevitas evaluate runs/qadtr",
         "qadtr-brevitas evaluate runs/qat runs/qadtr -o runs/report",
         "qadtr-brevitas evaluate runs/qadtr --patches runs/qat/patches --precision 8,4 --images 1000",
+        "qadtr-brevitas evaluate runs/qadtr --attack pgd --attack '{name: pgd, eps: 0.03, steps: 20}' --eot 8+4+2",
+        "qadtr-brevitas evaluate runs/qadtr --at 2,2 --shift 6,12,18 --rotate 15,45",
+        "torchrun --standalone --nproc-per-node 2 -m qadtr_brevitas evaluate runs/qat runs/qadtr",
     ),
 )
 @click.argument("model_dirs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="MODEL_DIR...")
-@click.option(
-    "--patches",
-    multiple=True,
-    type=click.Path(path_type=Path),
-    help="Patch file or folder; repeat for more.  [default: MODEL_DIR/patches of each]",
-)
-@click.option("--precision", "precisions", help="Precisions to attack, as 32,8,4.  [default: all a model has]")
-@click.option(
-    "--transfer",
-    type=click.Choice(["all", "float", "none"]),
-    default="all",
-    show_default=True,
-    help="Move all patches to models and precisions they were not made on, those made at 32 bit, or none.",
-)
+@plan_options
+@move_options
 @click.option("--images", type=click.IntRange(min=1), help="Use only so many test images, balanced over classes.")
 @click.option("--batch-size", "-b", type=click.IntRange(min=1), default=256, show_default=True, help="Images at once.")
-@click.option("--data", help="Data set as NAME[:ROOT].  [default: the one the models were trained on]")
-@click.option("--output", "-o", type=click.Path(path_type=Path), help="Folder.  [default: MODEL_DIR/evaluation]")
-@device_option
-@seed_option()
-@threads_option
-@output_options
-def command(
-    model_dirs: tuple[Path, ...],
-    patches: tuple[Path, ...],
-    precisions: str | None,
-    transfer: Literal["all", "float", "none"],
-    images: int | None,
-    batch_size: int,
-    data: str | None,
-    output: Path | None,
-    device: str,
-    seed: int,
-) -> None:
+@work_division
+@work_options(data="the one the models were trained on", output="MODEL_DIR/evaluation")
+def command(**options: Any) -> None:
     """Score models under attack at every precision and write a report.
 
     Every patch meets every model on the same test images at the same places, beside a patch of noise of its size.
+    Every --attack is made on each model at each precision, and what it makes meets every model as well.
     Finished parts are kept in the output folder; called again, the command goes on where it stopped.
     """
-    wanted = parse_precisions(precisions.split(",")) if precisions else None
-    dataset = find_dataset(model_dirs, data)
-    output = output or model_dirs[0] / "evaluation"
+    given = Options(**options)
+    output = given.output or given.model_dirs[0] / "evaluation"
+    # Checked before anything heavy is imported.
+    plugins = [make_from_slot(ATTACKS, text, option="--attack") for text in given.attacks]
+    wanted = parse_precisions(given.precisions.split(",")) if given.precisions else None
+    dataset = find_dataset(given.model_dirs, given.data)
 
     from qadtr_brevitas.device import resolve_device
-    from qadtr_brevitas.evaluate import evaluate
+    from qadtr_brevitas.evaluate import CellStore, compute
+    from qadtr_brevitas.evaluate.share import Share, local_device, process_share, together
+
+    processes = process_share()
+    shard = Share.parse(given.shard) if given.shard else None
+    if shard and processes.of > 1:
+        raise UsageError("torchrun divides the work by itself: leave --shard out")
+    if processes.number > 1:
+        be_quiet()
+    where = resolve_device(local_device(given.device))
+    with together(processes):
+        grid, patches = _plan(given, plugins, wanted, dataset, device=where)
+        store = CellStore.open(output, given.cells)
+        with progress("evaluating") as report_progress:
+            mine = (shard or processes).pick(grid.jobs())
+            compute(mine, store, device=where, progress=report_progress)
+    if shard:
+        _tell_missing(shard, len(mine), grid, store)
+    elif processes.number == 1:
+        # Finds everything, unless the other processes wrote to a folder that this one does not see.
+        compute(grid.jobs() if processes.of > 1 else [], store, device=where)
+        _report(grid, store, patches, output=output, device=where)
+
+
+def _plan(
+    given: Options, plugins: Sequence[Any], wanted: Sequence[Precision] | None, dataset: Any, *, device: torch.device
+) -> tuple[Grid, list[Contender]]:
+    """What to evaluate, and the patches as they were made."""
+    from qadtr_brevitas.evaluate import Grid, NamedAttack
+    from qadtr_brevitas.evaluate.plan import read_means
+    from qadtr_brevitas.evaluate.variants import Moves
+    from qadtr_brevitas.subjects import load_patches, load_subjects
+
+    attacks = [NamedAttack(slot_name(plugin), plugin) for plugin in plugins]
+    means = read_means(given.eot, attacks)
+    models = load_subjects([*given.model_dirs, *given.surrogates], device=device)
+    patches = load_patches(_patch_places(given))
+    everything = load_split(dataset, "test")
+    split = everything if given.images is None else everything.balanced(given.images, seed=given.seed)
+    moves = Moves(at=given.at, shifts=given.shifts or (), degrees=given.degrees or ())
+    grid = Grid(
+        subjects=models[: len(given.model_dirs)],
+        patches=[*patches, *moves.variants(patches, split.image_size)],
+        split=split,
+        data_name=slot_name(dataset),
+        data_settings=dataset_settings(dataset),
+        available=len(everything),
+        attacks=attacks,
+        surrogates=models[len(given.model_dirs) :],
+        eot=means,
+        precisions=wanted,
+        transfer=given.transfer,
+        seed=given.seed,
+        batch_size=given.batch_size,
+    )
+    return grid, patches
+
+
+def _patch_places(given: Options) -> Sequence[Path]:
+    """Where patches are; where nothing is said and there are other attacks, those that are there."""
+    from qadtr_brevitas.subjects import PATCH_FOLDER
+
+    if given.patches:
+        return given.patches
+    own = [path / PATCH_FOLDER for path in given.model_dirs]
+    surrogates = [path / PATCH_FOLDER for path in given.surrogates]
+    needed = [] if given.attacks else own
+    return [folder for folder in (*own, *surrogates) if folder in needed or any(folder.glob("*.safetensors"))]
+
+
+def _tell_missing(shard: Share, count: int, grid: Grid, store: CellStore) -> None:
+    from qadtr_brevitas.evaluate.share import missing_by_share
+
+    missing = missing_by_share(grid.jobs(), store, shard.of)
+    emit({"shard": str(shard), "cells": count, "missing": {str(share): cells for share, cells in missing.items()}})
+    say(f"shard {shard} is finished: {count} of {len(grid.jobs())} cells are in {store.folder}")
+    if missing:
+        words = ", ".join(f"{cells} of shard {share}" for share, cells in missing.items())
+        say(f"missing here: {words}; next: the same command with --shard {next(iter(missing))}")
+    else:
+        say("nothing is missing; next: the same command without --shard, which writes the report")
+
+
+def _report(grid: Grid, store: CellStore, patches: list[Contender], *, output: Path, device: torch.device) -> None:
+    from qadtr_brevitas.evaluate import make_report
     from qadtr_brevitas.gallery import draw_pictures
     from qadtr_brevitas.report.files import write_report
-    from qadtr_brevitas.subjects import PATCH_FOLDER, load_patches, load_subjects
 
-    where = resolve_device(device)
-    subjects = load_subjects(model_dirs, device=where)
-    contenders = load_patches(patches or [path / PATCH_FOLDER for path in model_dirs])
-    everything = load_split(dataset, "test")
-    split = everything if images is None else everything.balanced(images, seed=seed)
-    with progress("evaluating") as report_progress:
-        report = evaluate(
-            subjects,
-            contenders,
-            split,
-            output=output,
-            data_name=slot_name(dataset),
-            data_settings=dataset_settings(dataset),
-            available=len(everything),
-            precisions=wanted,
-            transfer=transfer,
-            seed=seed,
-            batch_size=batch_size,
-            device=where,
-            command=command_line(),
-            progress=report_progress,
-        )
-    pictures = draw_pictures(report, subjects, contenders, split, folder=output, device=where)
+    report = make_report(grid, store, device=str(device), command=command_line())
+    pictures = draw_pictures(report, grid.subjects, patches, grid.split, folder=output, device=device)
     written = write_report(report, output, pictures=pictures)
     emit(report.model_dump(mode="json"), _terminal(report))
     say(f"wrote {', '.join(path.name for path in [*written, *pictures])} to {output}")
-    first = model_dirs[0]
-    more = f"evaluate {first} OTHER_MODEL_DIR -o FOLDER" if len(model_dirs) == 1 else f"attack {first} --target all"
+    first = grid.subjects[0].path
+    more = f"evaluate {first} OTHER_MODEL_DIR -o FOLDER" if len(grid.subjects) == 1 else f"attack {first} --target all"
     say(f"read {output / 'report.md'}; next: qadtr-brevitas {more}")
 
 

@@ -113,7 +113,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         error.show()
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
-        click.echo("Stopped. `train` goes on where it was when the same command is given again.", err=True)
+        click.echo(
+            "Stopped. Give the same command again: `train`, `attack` and `evaluate` go on where they were.", err=True
+        )
         return 1
     except BrokenPipeError:
         # Python would complain once more when it flushes at exit.

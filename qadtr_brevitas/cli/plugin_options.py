@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import TypeAdapter, ValidationError
 
 from qadtr_brevitas.errors import Problem, RecipeError, UsageError
 from qadtr_brevitas.recipe.problems import dotted, explain, fields_of
-from qadtr_brevitas.recipe.slots import slot_name
+from qadtr_brevitas.recipe.slots import Slot, slot_name
 from qadtr_brevitas.recipe.source import YamlError, parse
 from qadtr_brevitas.registry import DATASETS, Registry
 
@@ -47,6 +47,29 @@ def make_plugin(registry: Registry, name: str, options: Sequence[str]) -> Any:
         if not problems:
             return made
     raise RecipeError(f"{registry.kind} {name}", problems)
+
+
+def make_from_slot(registry: Registry, text: str, *, option: str) -> Any:
+    """A plug-in written as in a recipe: a bare name, or `{name: pgd, eps: 0.03}`.
+
+    Args:
+        registry: where the names come from.
+        text: YAML.
+        option: what an error calls it.
+
+    Raises:
+        RecipeError: no plug-in of that name, unknown keys and wrong values, all at once.
+    """
+    try:
+        value = parse(text, line=None).plain()
+    except YamlError as error:
+        problem = Problem(option, f"{text!r} is not YAML: {error.reason}")
+        raise RecipeError(f"{registry.kind} {text}", [problem]) from error
+    try:
+        return TypeAdapter(Annotated[Any, Slot(registry)]).validate_python(value)
+    except ValidationError as error:
+        problems = [Problem(dotted((option, *place)), message) for place, message in explain(error, object, value)]
+        raise RecipeError(f"{registry.kind} {text}", problems) from error
 
 
 def find_dataset(model_dirs: Sequence[Path], choice: str | None) -> Any:

@@ -5,21 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from qadtr_brevitas.data.split import Split
 from qadtr_brevitas.evaluate.cells import CellStore
+from qadtr_brevitas.evaluate.image_attacks import SourcedAttack
 from qadtr_brevitas.evaluate.jobs import ChunkJob, PatchJob, Victim
 from qadtr_brevitas.evaluate.plan import Grid, threat
-from qadtr_brevitas.fingerprints import fingerprint_tensors
 from qadtr_brevitas.metrics import Share, accuracy, score
 from qadtr_brevitas.report import (
     AttackCell,
     CleanCell,
-    DataFacts,
     ModelFacts,
     Rate,
     Report,
@@ -33,13 +31,12 @@ from qadtr_brevitas.subjects import Contender, Subject
 _OWN: tuple[Threat, ...] = ("white-box", "eot")
 
 
-def make_report(grid: Grid, store: CellStore, *, data: DataFacts, device: str, command: str = "") -> Report:
+def make_report(grid: Grid, store: CellStore, *, device: str, command: str = "") -> Report:
     """Scores the cells of a grid, all of which have to be in the store.
 
     Args:
         grid: what was computed.
         store: its predictions.
-        data: the images, for the report.
         device: where it was computed, for the report.
         command: command line, for the report.
     """
@@ -56,28 +53,15 @@ def make_report(grid: Grid, store: CellStore, *, data: DataFacts, device: str, c
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         command=command,
         versions=versions(),
-        seed=grid.bench.seed,
+        seed=grid.seed,
         device=device,
-        data=data,
+        data=grid.data,
         models=tuple(_model_facts(subject, grid) for subject in grid.subjects),
         patches=tuple(contender.facts for contender in grid.contenders),
         attacks=tuple(attack.facts for attack, _ in grid.raids),
         clean=tuple(clean),
         cells=tuple(cells),
         worst_case=tuple(worst),
-    )
-
-
-def data_facts(split: Split, *, name: str, settings: dict[str, Any] | None, available: int | None) -> DataFacts:
-    """The report's entry of the images."""
-    return DataFacts(
-        name=name,
-        settings=settings or {},
-        images=len(split),
-        available=len(split) if available is None else available,
-        image_size=split.image_size,
-        classes=split.classes,
-        fingerprint=fingerprint_tensors([split.images, split.labels]),
     )
 
 
@@ -143,9 +127,8 @@ class _Reader:
     store: CellStore
 
     def outcome(self, victim: Victim) -> _Outcome:
-        bench = self.grid.bench
         results = [self._patch_result(victim, contender) for contender in self.grid.contenders_of(victim)]
-        return _Outcome(victim, bench.split.labels, self._patched(victim, None), [*results, *self._raided(victim)])
+        return _Outcome(victim, self.grid.split.labels, self._patched(victim, None), [*results, *self._raided(victim)])
 
     def _patch_result(self, victim: Victim, contender: Contender) -> _Result:
         return _Result(
@@ -158,17 +141,25 @@ class _Reader:
 
     def _patched(self, victim: Victim, contender: Contender | None) -> Tensor:
         job = PatchJob(self.grid.bench, victim, contender)
-        predictions = self.store.read(job.key, images=len(self.grid.bench.split))
+        predictions = self.store.read(job.key, images=len(self.grid.split))
         assert predictions is not None, f"{job} is reported before it is computed"
         return predictions
 
     def _raided(self, victim: Victim) -> Iterator[_Result]:
         for attack, victims in self.grid.raids:
             if victim in victims:
-                facts = attack.facts
-                chunks = [ChunkJob(self.grid.bench, attack, victims, chunk) for chunk in self.grid.chunks()]
-                predictions = torch.cat([self.store.read_chunk(job.key)[victim.name] for job in chunks])
+                facts, predictions = attack.facts, self._raids[attack.facts.name][victim.name]
                 yield _Result(facts.name, threat(facts.source, victim), [facts.target], predictions, counts=True)
+
+    @cached_property
+    def _raids(self) -> dict[str, dict[str, Tensor]]:
+        """Name of the attack -> victim -> predictions on all images; each file is read once."""
+        return {attack.facts.name: self._chunks(attack, victims) for attack, victims in self.grid.raids}
+
+    def _chunks(self, attack: SourcedAttack, victims: tuple[Victim, ...]) -> dict[str, Tensor]:
+        jobs = [ChunkJob(self.grid.bench, attack, victims, chunk) for chunk in self.grid.chunks()]
+        found = [self.store.read_chunk(job.key) for job in jobs]
+        return {victim.name: torch.cat([chunk[victim.name] for chunk in found]) for victim in victims}
 
 
 def _model_facts(subject: Subject, grid: Grid) -> ModelFacts:

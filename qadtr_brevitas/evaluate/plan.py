@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 
 from qadtr_brevitas.attacks.patch import Patch
+from qadtr_brevitas.data.split import Split
 from qadtr_brevitas.errors import UsageError
 from qadtr_brevitas.evaluate.image_attacks import NamedAttack, SourcedAttack
 from qadtr_brevitas.evaluate.jobs import Bench, ChunkJob, Job, PatchJob, Victim
-from qadtr_brevitas.precision import FLOAT_BITS, Precision, parse_precisions
+from qadtr_brevitas.fingerprints import fingerprint_tensors
+from qadtr_brevitas.precision import FLOAT_BITS, Precision, PrecisionLike, parse_precisions
 from qadtr_brevitas.predict import placements
 from qadtr_brevitas.quant import allowed_precisions, precisions_or_all
-from qadtr_brevitas.report import SourceFacts, Threat
+from qadtr_brevitas.report import DataFacts, SourceFacts, Threat
 from qadtr_brevitas.seeding import generator
 from qadtr_brevitas.sources import Access, access_name, parse_access
 from qadtr_brevitas.subjects import Contender, Subject
@@ -29,7 +31,25 @@ _FLOAT = Precision(FLOAT_BITS, FLOAT_BITS)
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """The checked plan of an evaluation; the arguments are those of `evaluate`.
+    """The checked plan of an evaluation.
+
+    Every patch, a control of noise for each geometry, and every attack meet every model at every precision.
+
+    Args:
+        subjects: the models.
+        patches: the patches; with none and no attacks there are clean accuracies only.
+        split: the images and labels.
+        data_name: name of the data set, for the report.
+        data_settings: its settings, for the report.
+        available: how many images the whole test split has; None if `split` is all of it.
+        attacks: attacks on each image by itself, made on every model at every precision.
+        surrogates: models that attacks are made on as well, but that are not scored.
+        eot: means over precisions that attacks are made on as well.
+        precisions: precisions to score; None for all that a model allows.
+        transfer: what to move to other models and precisions; white-box, EOT and control cells are always scored.
+        seed: seed of the placements, the controls and the attacks.
+        batch_size: images in one forward pass. Attacks take the images in chunks of this size, each with a random
+            stream of its own: another size gives other attacks.
 
     Raises:
         UsageError: a precision that a model does not allow, a patch that does not fit the images, a target that is no
@@ -37,21 +57,25 @@ class Grid:
         DataError: a model is for other images or another number of classes.
     """
 
-    subjects: tuple[Subject, ...]
-    patches: tuple[Contender, ...]
-    bench: Bench
+    subjects: Sequence[Subject]
+    patches: Sequence[Contender]
+    split: Split
     data_name: str
-    attacks: tuple[NamedAttack, ...] = ()
-    surrogates: tuple[Subject, ...] = ()
-    eot: tuple[Access, ...] = ()
-    precisions: tuple[Precision, ...] | None = None
+    data_settings: Mapping[str, Any] = field(default_factory=dict)
+    available: int | None = None
+    attacks: Sequence[NamedAttack] = ()
+    surrogates: Sequence[Subject] = ()
+    eot: Sequence[Access] = ()
+    precisions: Sequence[PrecisionLike] | None = None
     transfer: Transfer = "all"
+    seed: int = 0
+    batch_size: int = 256
 
     def __post_init__(self) -> None:
         if self.surrogates and self.transfer == "none":
             raise UsageError("attacks made on a surrogate have to be transferred: give --transfer all or float with it")
         for subject in (*self.subjects, *self.surrogates):
-            subject.check_data(self.bench.split, data=self.data_name)
+            subject.check_data(self.split, data=self.data_name)
         _check_names("models", [subject.name for subject in (*self.subjects, *self.surrogates)])
         _check_names("patches", [contender.name for contender in self.contenders])
         for contender in self.contenders:
@@ -61,9 +85,27 @@ class Grid:
         _check_names("attacks", [attack.facts.name for attack, _ in self.raids])
 
     @cached_property
+    def data(self) -> DataFacts:
+        """The report's entry of the images."""
+        return DataFacts(
+            name=self.data_name,
+            settings=dict(self.data_settings),
+            images=len(self.split),
+            available=len(self.split) if self.available is None else self.available,
+            image_size=self.split.image_size,
+            classes=self.split.classes,
+            fingerprint=fingerprint_tensors([self.split.images, self.split.labels]),
+        )
+
+    @cached_property
+    def bench(self) -> Bench:
+        """What all cells share."""
+        return Bench(self.split, self.data.fingerprint, self.seed, self.batch_size)
+
+    @cached_property
     def contenders(self) -> tuple[Contender, ...]:
         """The patches, and for each geometry a patch of noise as control."""
-        return (*self.patches, *controls(self.patches, seed=self.bench.seed))
+        return (*self.patches, *controls(self.patches, seed=self.seed))
 
     @cached_property
     def victims(self) -> tuple[Victim, ...]:
@@ -102,7 +144,7 @@ class Grid:
 
     def chunks(self) -> Iterator[range]:
         """The test images in the portions that per-image attacks take them in."""
-        images, size = len(self.bench.split), self.bench.batch_size
+        images, size = len(self.split), self.batch_size
         return (range(start, min(start + size, images)) for start in range(0, images, size))
 
     def targets_of(self, contender: Contender) -> list[int | None]:
@@ -118,9 +160,9 @@ class Grid:
             wanted = self.precisions_of(subject)
         else:
             allowed = allowed_precisions(subject.model)
-            wanted = tuple(p for p in allowed if self.precisions is None or p in self.precisions)
+            wanted = tuple(p for p in allowed if p in parse_precisions(self.precisions or allowed))
         if self.transfer == "float" and _FLOAT in allowed_precisions(subject.model):
-            wanted = parse_precisions((*wanted, _FLOAT))
+            wanted = tuple(dict.fromkeys((*wanted, _FLOAT)))
         for mean in self.eot:
             precisions_or_all(subject.model, mean)
         return [*((precision,) for precision in wanted), *self.eot]
@@ -132,14 +174,14 @@ class Grid:
 
     def _check_patch(self, contender: Contender) -> None:
         try:
-            placements(contender.patch, 1, self.bench.split.image_size, seed=self.bench.seed)
+            placements(contender.patch, 1, self.split.image_size, seed=self.seed)
         except UsageError as error:
             raise UsageError(f"patch {contender.name!r}: {error}") from error
         cure = "choose the data set it was made on with --data"
         self._check_target(f"patch {contender.name!r}", contender.facts.target, cure)
 
     def _check_target(self, what: str, target: int | None, cure: str) -> None:
-        classes = len(self.bench.split.classes)
+        classes = len(self.split.classes)
         if target is not None and not 0 <= target < classes:
             raise UsageError(f"{what} aims at class {target}, the data set has {classes} classes: {cure}")
 
@@ -169,12 +211,17 @@ def controls(patches: Sequence[Contender], *, seed: int) -> list[Contender]:
     return list(found.values())
 
 
-def read_means(texts: Sequence[str]) -> tuple[Access, ...]:
-    """Means over precisions, as 8+4+2.
+def read_means(texts: Sequence[str], attacks: Sequence[NamedAttack]) -> tuple[Access, ...]:
+    """Means over precisions, as 8+4+2, that attacks are to be made on.
 
     Raises:
-        UsageError: one that cannot be read, or of a single precision.
+        UsageError: one that cannot be read or is of a single precision, or no attacks to make on it.
     """
+    if texts and not attacks:
+        raise UsageError(
+            f"--eot {texts[0]} says what an --attack is made on: give one, or make patches on it with "
+            f"`qadtr-brevitas attack MODEL_DIR --precision {texts[0]}`"
+        )
     means = tuple(dict.fromkeys(map(parse_access, texts)))
     for mean in means:
         if len(mean) == 1:

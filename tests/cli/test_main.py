@@ -157,7 +157,7 @@ def test_an_interrupt_ends_with_one_line(failing, capsys: pytest.CaptureFixture[
     failing(KeyboardInterrupt())
     assert main(["fail"]) == 1
     assert capsys.readouterr().err.strip().splitlines() == [
-        "Stopped. `train` goes on where it was when the same command is given again."
+        "Stopped. Give the same command again: `train`, `attack` and `evaluate` go on where they were."
     ]
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,11 +11,12 @@ from qadtr_brevitas.evaluate import evaluate
 from qadtr_brevitas.evaluate.plan import controls
 from qadtr_brevitas.report import AttackCell, Report
 from qadtr_brevitas.subjects import Contender, Subject
-from tests.evaluation_fakes import Reader, coded_split, reader, small_report, white_patch
+from tests.evaluation_fakes import Reader, coded_split, make_grid, reader, small_report, white_patch
 
 
-def run(subjects: list[Subject], patches: list[Contender], output: Path, **settings: object) -> Report:
-    return evaluate(subjects, patches, coded_split(), output=output, data_name="coded", **settings)  # type: ignore[arg-type]
+def run(subjects: list[Subject], patches: list[Contender], output: Path, **settings: Any) -> Report:
+    progress = settings.pop("progress", None)
+    return evaluate(make_grid(subjects, patches, **settings), output=output, progress=progress)
 
 
 def cell(report: Report, *, patch: str, precision: str, target: int | None = 2, model: str = "reader") -> AttackCell:
@@ -150,7 +152,7 @@ def test_damaged_cell_is_computed_again(tmp_path: Path, damage: str) -> None:
 def test_cell_of_other_images_is_not_taken(tmp_path: Path) -> None:
     run([reader()], [white_patch()], tmp_path)
     subject = reader()
-    evaluate([subject], [white_patch()], coded_split(20), output=tmp_path, data_name="coded")
+    run([subject], [white_patch()], tmp_path, split=coded_split(20))
     assert subject.model.forwards == 6
 
 
@@ -172,7 +174,7 @@ def test_errors_name_the_rule(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"aims at class 7, the data set has 4 classes.*--data"):
         run([reader()], [white_patch(target=7)], tmp_path)
     with pytest.raises(DataError, match=r"data set coded has 4 classes and images of 9x9, model reader is for 4 .*8x8"):
-        evaluate([reader()], [], coded_split(side=9), output=tmp_path, data_name="coded")
+        run([reader()], [], tmp_path, split=coded_split(side=9))
 
 
 def test_unwritable_output_is_an_error_of_ours(tmp_path: Path) -> None:

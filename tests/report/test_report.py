@@ -16,7 +16,7 @@ from qadtr_brevitas.report.layout import Table
 from qadtr_brevitas.report.summaries import clean_table
 from qadtr_brevitas.report.tables import tables, terminal_tables
 from qadtr_brevitas.report.views import families
-from tests.evaluation_fakes import coded_split, reader, small_report, white_patch
+from tests.evaluation_fakes import make_grid, reader, small_report, white_patch
 
 RATE = {"count", "n", "value", "low", "high"}
 # Programs read these keys: a change needs a new schema version.
@@ -102,7 +102,7 @@ def test_missing_or_foreign_report_is_an_error(tmp_path: Path) -> None:
     write_report(small_report(tmp_path), tmp_path)
     old = json.loads((tmp_path / "report.json").read_text()) | {"schema_version": 1}
     (tmp_path / "report.json").write_text(json.dumps(old))
-    with pytest.raises(CheckpointError, match="has report schema version 1, .* finished are not computed again"):
+    with pytest.raises(CheckpointError, match=r"has report schema version 1, .* finished are not computed again"):
         read_report(tmp_path)
     (tmp_path / "report.json").write_text('{"schema_version": 2}')
     with pytest.raises(CheckpointError, match="is damaged: make it anew"):
@@ -180,14 +180,14 @@ def test_clean_table_has_an_interval(tmp_path: Path) -> None:
 
 def test_families_are_not_averaged_together(tmp_path: Path) -> None:
     patches = [white_patch("a"), white_patch("b", side=3), white_patch("c", target=None)]
-    report = evaluate([reader()], patches, coded_split(), output=tmp_path, data_name="coded")
+    report = evaluate(make_grid([reader()], patches), output=tmp_path)
     assert families(report) == ["lavan 2x2", "lavan 3x3", "lavan 2x2 untargeted"]
     untargeted = {row[1]: row[2:] for row in rows(find(report, "lavan 2x2 untargeted: white-box"))}
     assert untargeted["n of ASR"] == ["-", "40"]
 
 
 def test_report_without_patches_has_clean_accuracies(tmp_path: Path) -> None:
-    report = evaluate([reader()], [], coded_split(), output=tmp_path, data_name="coded", available=100)
+    report = evaluate(make_grid([reader()], [], available=100), output=tmp_path)
     (table,) = tables(report)
     assert table.notes == ("Percent of n = 40 test images (of 100).",)
     assert "## Clean accuracy" in markdown(report)

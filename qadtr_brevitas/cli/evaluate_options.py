@@ -1,0 +1,140 @@
+"""The options of `evaluate`: what meets what, where patches are put, and who computes which cells."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import click
+
+from qadtr_brevitas.cli.common import option_block
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The command line, as click read it."""
+
+    model_dirs: tuple[Path, ...]
+    patches: tuple[Path, ...]
+    attacks: tuple[str, ...]
+    surrogates: tuple[Path, ...]
+    eot: tuple[str, ...]
+    precisions: str | None
+    transfer: Literal["all", "float", "none"]
+    at: tuple[int, int] | None
+    shifts: tuple[int, ...] | None
+    degrees: tuple[float, ...] | None
+    images: int | None
+    batch_size: int
+    shard: str | None
+    cells: tuple[Path, ...]
+    data: str | None
+    output: Path | None
+    device: str
+    seed: int
+
+
+class Numbers(click.ParamType[tuple[int | float, ...]]):
+    """Numbers with commas between them, as 6,12,18.
+
+    Args:
+        kind: int or float.
+        rule: what they have to be, in words.
+        least: the smallest allowed; None for any but 0.
+        count: how many; None for any number of them.
+    """
+
+    name = "numbers"
+
+    def __init__(self, kind: type[int] | type[float], rule: str, *, least: int | None = None, count: int | None = None):
+        self.kind, self.rule, self.least, self.count = kind, rule, least, count
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int | float, ...]:
+        """Reads them."""
+        try:
+            found = tuple(self.kind(word) for word in value.split(","))
+        except ValueError:
+            found = ()
+        if not found or len(found) != (self.count or len(found)) or not all(map(self._is_allowed, found)):
+            self.fail(f"{value!r} is not {self.rule}", param, ctx)
+        return tuple(dict.fromkeys(found)) if self.count is None else found
+
+    def _is_allowed(self, number: float) -> bool:
+        return math.isfinite(number) and (number != 0 if self.least is None else number >= self.least)
+
+
+plan_options = option_block(
+    click.option(
+        "--patches",
+        multiple=True,
+        type=click.Path(path_type=Path),
+        help="Patch file or folder; repeat for more.  [default: MODEL_DIR/patches of each]",
+    ),
+    click.option(
+        "--attack",
+        "attacks",
+        multiple=True,
+        metavar="NAME|{name: NAME, ...}",
+        help="Attack each test image by itself, with the settings as in a recipe; repeat for more; see `list attacks`.",
+    ),
+    click.option(
+        "--surrogate",
+        "surrogates",
+        multiple=True,
+        type=click.Path(path_type=Path),
+        help="Make attacks on this model too, without scoring it; repeat for more.",
+    ),
+    click.option(
+        "--eot",
+        multiple=True,
+        metavar="8+4+2",
+        help="Make each --attack on the mean of the logits over these precisions too; repeat for more.",
+    ),
+    click.option("--precision", "precisions", help="Precisions to attack, as 32,8,4.  [default: all a model has]"),
+    click.option(
+        "--transfer",
+        type=click.Choice(["all", "float", "none"]),
+        default="all",
+        show_default=True,
+        help="Move everything to models and precisions it was not made on, what was made at 32 bit, or nothing.",
+    ),
+)
+
+move_options = option_block(
+    click.option(
+        "--at",
+        metavar="ROW,COL",
+        type=Numbers(int, "a row and a column, such as 2,2", least=0, count=2),
+        help="Score each patch at this fixed place too.",
+    ),
+    click.option(
+        "--shift",
+        "shifts",
+        metavar="N[,N...]",
+        type=Numbers(int, "pixels, at least 1, such as 6,12,18", least=1),
+        help="Score each patch so many pixels down and to the right of its fixed place too.",
+    ),
+    click.option(
+        "--rotate",
+        "degrees",
+        metavar="DEG[,DEG...]",
+        type=Numbers(float, "angles other than 0, such as 15,45"),
+        help="Score each patch turned by so many degrees too.",
+    ),
+)
+
+work_division = option_block(
+    click.option(
+        "--shard",
+        metavar="K/N",
+        help="Compute the K-th of N shares of the cells only; once all are there, the command without --shard reports.",
+    ),
+    click.option(
+        "--cells",
+        multiple=True,
+        type=click.Path(path_type=Path),
+        help="Use the finished cells of this output folder too; repeat for more.",
+    ),
+)
