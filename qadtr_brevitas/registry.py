@@ -62,6 +62,7 @@ ATTACKS = Registry(
     {
         "a-qapa": ("qadtr_brevitas.attacks.a_qapa:AQapa", "patches made inside the quantized network (QADT-R, eq. 1)"),
         "autoattack": ("qadtr_brevitas.attacks.autoattack:AutoAttack", "four pixel attacks (Croce & Hein 2020)"),
+        "dpr": ("qadtr_brevitas.attacks.dpr:Dpr", "universal patch of searched shape and texture (Chen et al. 2022)"),
         "fgsm": ("qadtr_brevitas.attacks.pixel:Fgsm", "pixel attack of one step (Goodfellow et al. 2015)"),
         "gap": ("qadtr_brevitas.attacks.gap:Gap", "universal patch under turns and scales (Brown et al. 2017)"),
         "lavan": ("qadtr_brevitas.attacks.lavan:Lavan", "universal or per-image patch (Karmon et al. 2018)"),

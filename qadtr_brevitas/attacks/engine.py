@@ -73,7 +73,7 @@ def search_texture(
     texture = start.detach().clone().requires_grad_()
     optimizer = search.optimizer(texture)
     best = Found(start, 0.0)
-    batches = _batches(len(images), search.batch_size, generator)
+    batches = endless_batches(len(images), search.batch_size, generator)
     for step in range(1, search.steps + 1):
         index = next(batches)
         batch = as_float(images[index]), labels[index]
@@ -82,7 +82,8 @@ def search_texture(
         (gradient,) = torch.autograd.grad(loss, texture)
         search.move(texture, gradient, optimizer, step=step)
         if step % search.check_every == 0 or step == search.steps:
-            checked = _check(texture, score, step)
+            rounded = round_checked(texture, step=step)
+            checked = Found(rounded, score(rounded))
             # Of equals the later: it has the lower loss.
             best = checked if checked.score >= best.score else best
         if report is not None:
@@ -141,8 +142,8 @@ def as_float(images: Tensor) -> Tensor:
     return images.float().div_(255) if images.dtype == torch.uint8 else images
 
 
-def _batches(count: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Endless batches of indices; every image once before any twice."""
+def endless_batches(count: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Indices of batches without end; every image once before any twice."""
     while True:
         order = torch.randperm(count, generator=generator, device=generator.device)
         # A short last batch would weigh its images more; with few images it is all there is.
@@ -150,14 +151,18 @@ def _batches(count: int, batch_size: int, generator: torch.Generator) -> Iterato
         yield from order[:full].split(batch_size)
 
 
-def _check(texture: Tensor, score: Score, step: int) -> Found:
+@torch.no_grad()
+def round_checked(texture: Tensor, *, step: int) -> Tensor:
+    """The texture on the 8-bit grid.
+
+    Raises:
+        TrainingError: it is no longer finite.
+    """
     if not bool(texture.isfinite().all()):
         raise TrainingError(
             f"the patch is not finite after step {step}: check the model's outputs or give a smaller lr"
         )
-    with torch.no_grad():
-        rounded = fake_quantize(texture, PATCH_FILE_BITS)
-        return Found(rounded, score(rounded))
+    return fake_quantize(texture, PATCH_FILE_BITS)
 
 
 @torch.no_grad()

@@ -9,11 +9,9 @@ from __future__ import annotations
 from typing import Literal, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from qadtr_brevitas.attacks.shapes import Shape as Shape
-from qadtr_brevitas.attacks.shapes import shape_mask as shape_mask
-from qadtr_brevitas.attacks.shapes import side_for_share as side_for_share
 from qadtr_brevitas.errors import UsageError
 
 Place: TypeAlias = Literal["random"] | tuple[int, int]
@@ -149,21 +147,39 @@ def paste(images: Tensor, texture: Tensor, mask: Tensor, corners: Tensor) -> Ten
     Raises:
         UsageError: the patch is larger than the image, or a corner puts part of it outside.
     """
-    rows, columns = _places(_size(images), _size(texture))
-    if corners.shape != (len(images), 2):
-        raise UsageError(
-            f"corners of shape {tuple(corners.shape)} for {len(images)} images: give one (row, column) each"
-        )
-    # A corner outside would not raise below: it would wrap into the next row or image.
-    if bool((corners < 0).any()) or bool((corners >= corners.new_tensor([rows, columns])).any()):
-        raise UsageError(
-            f"a corner puts the patch outside the image: give rows 0..{rows - 1}, columns 0..{columns - 1}"
-        )
+    _check_corners(images, _size(texture), corners)
     flat = images.flatten(2)
     index = _window_index(images, _size(texture), corners)
     window = flat.gather(2, index)
     patched = torch.where(mask.flatten(-2).unsqueeze(-2).to(images.device), texture.flatten(-2), window)
     return flat.scatter(2, index, patched).view_as(images)
+
+
+def blend(images: Tensor, texture: Tensor, cover: Tensor, corners: Tensor) -> Tensor:
+    """Puts a texture on images under a soft mask: `x * (1 - M) + p * M`, differentiable in texture and mask.
+
+    Args:
+        images: (N, 3, H, W).
+        texture: (3, h, w).
+        cover: M (h, w) in [0, 1].
+        corners: (N, 2) row and column of the top left pixel, integers; a window may hang over the border by half its
+            size, and is cut there.
+
+    Returns:
+        New images (N, 3, H, W); pixels under a zero of the mask are the same floats.
+
+    Raises:
+        UsageError: a corner puts more than half of the window outside.
+    """
+    (height, width), (down, right) = _size(images), (side // 2 for side in _size(texture))
+    room = F.pad(images, (right, right, down, down))
+    inner = corners + corners.new_tensor([down, right])
+    _check_corners(room, _size(texture), inner)
+    flat = room.flatten(2)
+    index = _window_index(room, _size(texture), inner)
+    window = flat.gather(2, index)
+    blended = window + cover.flatten() * (texture.flatten(1) - window)
+    return flat.scatter(2, index, blended).view_as(room)[..., down : down + height, right : right + width]
 
 
 def crop(images: Tensor, size: tuple[int, int], corners: Tensor) -> Tensor:
@@ -184,6 +200,19 @@ def _places(image_size: tuple[int, int], patch_size: tuple[int, int]) -> tuple[i
             "give a smaller size or np"
         )
     return rows, columns
+
+
+def _check_corners(images: Tensor, size: tuple[int, int], corners: Tensor) -> None:
+    """A corner outside would raise nowhere else: its pixels would wrap into the next row or image."""
+    rows, columns = _places(_size(images), size)
+    if corners.shape != (len(images), 2):
+        raise UsageError(
+            f"corners of shape {tuple(corners.shape)} for {len(images)} images: give one (row, column) each"
+        )
+    if bool((corners < 0).any()) or bool((corners >= corners.new_tensor([rows, columns])).any()):
+        raise UsageError(
+            f"a corner puts the patch outside the image: give rows 0..{rows - 1}, columns 0..{columns - 1}"
+        )
 
 
 def _window_index(images: Tensor, size: tuple[int, int], corners: Tensor) -> Tensor:

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
 
     from qadtr_brevitas.attacks.base import Model
     from qadtr_brevitas.attacks.per_image import Attempt
-    from qadtr_brevitas.attacks.universal import Put
     from qadtr_brevitas.precision import Precision
 
 
@@ -33,19 +32,6 @@ class Lavan(SearchFields):
     """
 
     attack: ClassVar[str] = "lavan"
-
-    def put(self, mask: Tensor) -> Put:
-        """Pastes it at a place of its own in every image."""
-        from qadtr_brevitas.attacks.geometry import paste
-
-        size = mask.shape[0], mask.shape[1]
-
-        def at_places(texture: Tensor, images: Tensor, generator: torch.Generator) -> Tensor:
-            image_size = images.shape[-2], images.shape[-1]
-            corners = self.corners(len(images), image_size, size, generator=generator)
-            return paste(images, texture, mask, corners)
-
-        return at_places
 
     def run(
         self,

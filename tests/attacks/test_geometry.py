@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from qadtr_brevitas.attacks.geometry import (
+    blend,
     crop,
     fixed_corners,
     paste,
@@ -62,6 +63,33 @@ def test_gradient_of_paste(per_image):
     for got, expected in zip(ours, theirs, strict=True):
         torch.testing.assert_close(got, expected)
     assert torch.autograd.gradcheck(lambda x, p: paste(x, p, mask, corners), (images, texture))
+
+
+def test_blend_is_a_weighted_mean_that_is_cut_at_the_border():
+    draw = generator(0, "blend")
+    images = torch.rand(3, 3, 9, 12, generator=draw, dtype=torch.float64)
+    texture = torch.rand(3, 5, 4, generator=draw, dtype=torch.float64)
+    cover = torch.rand(5, 4, generator=draw, dtype=torch.float64) * (torch.rand(5, 4, generator=draw) > 0.3)
+    corners = torch.tensor([[-2, -2], [3, 4], [6, 10]])
+    blended = blend(images, texture, cover, corners)
+    for number, (row, column) in enumerate(corners.tolist()):
+        expected = images[number].clone()
+        for i, j in torch.cartesian_prod(torch.arange(5), torch.arange(4)).tolist():
+            y, x = row + i, column + j
+            if 0 <= y < 9 and 0 <= x < 12:
+                expected[:, y, x] = (1 - cover[i, j]) * images[number, :, y, x] + cover[i, j] * texture[:, i, j]
+        torch.testing.assert_close(blended[number], expected)
+    untouched = blend(images, texture, torch.zeros_like(cover), corners)
+    assert torch.equal(untouched, images)
+    texture.requires_grad_()
+    cover.requires_grad_()
+    assert torch.autograd.gradcheck(lambda p, m: blend(images, p, m, corners), (texture, cover))
+
+
+@pytest.mark.parametrize("corner", [(-3, 0), (0, -3), (7, 0), (0, 11)])
+def test_blended_windows_stay_by_half_on_the_image(corner):
+    with pytest.raises(UsageError, match="puts the patch outside the image"):
+        blend(torch.zeros(1, 3, 9, 12), torch.zeros(3, 5, 4), torch.zeros(5, 4), torch.tensor([corner]))
 
 
 def test_corners_reach_every_place_with_rows_and_columns_drawn_apart():
