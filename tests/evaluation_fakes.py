@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -107,3 +108,27 @@ def small_report(
         for target in targets
     ]
     return evaluate(make_grid(subjects, patches), output=tmp_path, command="qadtr-brevitas evaluate x")
+
+
+@dataclass(frozen=True)
+class Whiten:
+    """A per-image attack that whitens a corner where that fools the model it is given; it notes its calls."""
+
+    target: int | None = None
+    side: int = 2
+    calls: ClassVar[list[str]] = []
+
+    def run(
+        self,
+        model: Callable[[Tensor], Tensor],
+        images: Tensor,
+        labels: Tensor,
+        *,
+        generator: torch.Generator,
+        precision: Precision | None = None,
+    ) -> Tensor:
+        self.calls.append(f"{precision} {len(images)}")
+        white = images.clone()
+        white[:, :, : self.side, : self.side] = 1
+        fooled = model(white).argmax(1) != labels
+        return torch.where(fooled[:, None, None, None], white, images)

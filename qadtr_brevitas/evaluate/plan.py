@@ -82,7 +82,7 @@ class Grid:
             self._check_patch(contender)
         for attack in self.attacks:
             self._check_target(f"attack {attack.name}", attack.target, "choose one of its classes as target")
-        _check_names("attacks", [attack.facts.name for attack, _ in self.raids])
+        _check_names("attacks", [attack.facts.name for attack, _ in self.raids], cure="give each attack once")
 
     @cached_property
     def data(self) -> DataFacts:
@@ -232,6 +232,6 @@ def read_means(texts: Sequence[str], attacks: Sequence[NamedAttack]) -> tuple[Ac
     return means
 
 
-def _check_names(kind: str, names: Sequence[str]) -> None:
+def _check_names(kind: str, names: Sequence[str], *, cure: str = "give each a name of its own") -> None:
     if repeated := sorted({name for name in names if names.count(name) > 1}):
-        raise UsageError(f"two {kind} are called {repeated[0]!r}: give each a name of its own")
+        raise UsageError(f"two {kind} are called {repeated[0]!r}: {cure}")
