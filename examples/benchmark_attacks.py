@@ -1,0 +1,233 @@
+"""How fast are the patch attacks and the scoring? Everything in one run on one machine, interleaved, as ratios.
+
+    make bench                                # or: python examples/benchmark_attacks.py --rounds 9
+
+All on one float ResNet-20, batch 64, an 8x8 patch:
+
+(a) a step of LAVAN and of GAP against the ceiling, forward and gradient to the images alone, and against ART, the
+    Adversarial Robustness Toolbox (`pip install --group peers`; left out if it is not installed);
+(b) time to the ASR that ART's patch reaches in `--art-steps` steps, same images, target, places and step size;
+(c) one patch scored on `--images` images at 32, 8, 5, 4 and 2 bit, against five float passes over the clean images.
+
+With QADTR_BREVITAS_DATA set (CIFAR-10 and published weights, see README) the network is trained; without, its weights
+are random, which changes no time of (a) and (c), and (b) is left out. Times are processor seconds of one CPU thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from benchmark import clock, float_model, patch_step
+from torch import nn
+
+from qadtr_brevitas.attacks.gap import Gap
+from qadtr_brevitas.attacks.lavan import Lavan
+from qadtr_brevitas.attacks.patch import Patch
+from qadtr_brevitas.data.image_folder import Cifar10
+from qadtr_brevitas.data.shapes import Shapes
+from qadtr_brevitas.data.split import Split
+from qadtr_brevitas.metrics import score
+from qadtr_brevitas.precision import DEFAULT_BITS
+from qadtr_brevitas.predict import predict
+from qadtr_brevitas.quant import at_precision, calibrate, convert, frozen_weights
+from qadtr_brevitas.weights import load_into, load_weights
+
+SIDE, BATCH, TARGET, LR = 8, 64, 5, 0.1
+WEIGHTS = "resnet20_cifar10.safetensors"
+Clock = Callable[[], float]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What every measurement shares."""
+
+    net: nn.Module
+    train: Split
+    test: Split
+    trained: bool
+    now: Clock
+    steps: int
+    rounds: int
+
+    def asr(self, patch: Patch, *, images: int = 1000) -> float:
+        """Targeted ASR on the first test images."""
+        few = self.test.subset(torch.arange(min(images, len(self.test))))
+        clean, patched = predict(self.net, few), predict(self.net, few, patch=patch)
+        return score(clean, patched, few.labels, target=TARGET).asr.value or 0.0
+
+
+def ceiling_times(bench: Bench) -> list[float]:
+    """Seconds of forward and gradient to the images, the least an attack has to do."""
+    times = []
+    for number in range(bench.steps):
+        images, labels = bench.train.batch(torch.arange(BATCH) + BATCH * number)
+        start = bench.now()
+        patch_step(bench.net, images, labels)
+        times.append(bench.now() - start)
+    return times
+
+
+def attack_times(bench: Bench, attack: Any) -> list[float]:
+    """Seconds between the progress reports of our attack: everything a step does."""
+    stamps: list[float] = []
+    attack.fit(
+        bench.net,
+        bench.train.images,
+        bench.train.labels,
+        held_out=(bench.test.images[:BATCH], bench.test.labels[:BATCH]),
+        seed=0,
+        progress=lambda done, total, note="": stamps.append(bench.now()),
+    )
+    # The last step also scores the patch on held-out images.
+    return [after - before for before, after in pairwise(stamps[:-1])]
+
+
+def art_attack(bench: Bench) -> Any:
+    """ART's patch of the same size on the same network; None if it is not installed."""
+    try:
+        from art.attacks.evasion import AdversarialPatchPyTorch
+        from art.estimators.classification import PyTorchClassifier
+    except ImportError:
+        return None
+    estimator = PyTorchClassifier(
+        bench.net, nn.CrossEntropyLoss(), input_shape=(3, 32, 32), nb_classes=10, clip_values=(0, 1), device_type="cpu"
+    )
+    # ART blows the patch up to the image and scales it down again.
+    return AdversarialPatchPyTorch(
+        estimator,
+        rotation_max=22.5,
+        scale_min=SIDE / 32,
+        scale_max=SIDE / 32,
+        learning_rate=LR,
+        max_iter=1,
+        batch_size=BATCH,
+        patch_shape=(3, SIDE, SIDE),
+        patch_type="square",
+        verbose=False,
+    )
+
+
+def art_epoch(bench: Bench, art: Any, *, start: int, steps: int) -> float:
+    """Runs ART for some steps and returns their seconds."""
+    images, labels = bench.train.batch(torch.arange(start, start + BATCH * steps) % len(bench.train))
+    images = images[labels != TARGET]
+    targets = torch.nn.functional.one_hot(torch.full((len(images),), TARGET), 10).numpy()
+    before = bench.now()
+    art.generate(images.numpy(), targets)
+    return (bench.now() - before) / -(-len(images) // BATCH)
+
+
+def step_times(bench: Bench) -> dict[str, float]:
+    """(a): median seconds a step; every round runs each of them, so that drift hits all alike."""
+    common = {"size": SIDE, "steps": bench.steps + 2, "check_every": bench.steps + 2, "batch_size": BATCH}
+    art = art_attack(bench)
+    times: dict[str, list[float]] = {name: [] for name in ("ceiling", "LAVAN", "GAP", "ART")}
+    for number in range(bench.rounds + 1):
+        measured = {
+            "ceiling": ceiling_times(bench),
+            "LAVAN": attack_times(bench, Lavan(target=TARGET, **common)),
+            "GAP": attack_times(bench, Gap(target=TARGET, shape="square", **common)),
+            "ART": [art_epoch(bench, art, start=0, steps=bench.steps)] if art else [],
+        }
+        # The first round warms up.
+        for name, values in measured.items() if number else ():
+            times[name] += values
+    return {name: statistics.median(values) for name, values in times.items() if values}
+
+
+def art_race(bench: Bench, art_steps: int) -> dict[str, float] | None:
+    """(b): ART's ASR and seconds, and the seconds of the shortest search of ours that reaches it."""
+    art = art_attack(bench)
+    if art is None or not bench.trained:
+        return None
+    chunk = 50
+    art_seconds = sum(
+        chunk * art_epoch(bench, art, start=number * chunk * BATCH, steps=chunk) for number in range(art_steps // chunk)
+    )
+    texture = (art._patch.detach().float().clamp(0, 1) * 255).round() / 255
+    goal = bench.asr(Patch(texture=texture, mask=torch.ones(SIDE, SIDE, dtype=torch.bool)))
+    for steps in (10, 20, 30, 40, 60, 80, 120, 160, 240, 320):
+        attack = Lavan(size=SIDE, target=TARGET, lr=LR, steps=steps, check_every=steps, batch_size=BATCH)
+        held_out = bench.test.images[-200:], bench.test.labels[-200:]
+        before = bench.now()
+        patch = attack.fit(bench.net, bench.train.images, bench.train.labels, held_out=held_out, seed=0)
+        seconds, asr = bench.now() - before, bench.asr(patch)
+        if asr >= goal:
+            return {"art_asr": goal, "art_s": art_seconds, "asr": asr, "s": seconds, "steps": steps}
+    return {"art_asr": goal, "art_s": art_seconds, "asr": asr, "s": float("nan"), "steps": steps}
+
+
+def scoring_ratio(bench: Bench, images: int, rounds: int) -> float:
+    """(c): one patch on all precisions, against as many float passes over the clean images."""
+    model, _ = convert(float_model().net, DEFAULT_BITS)
+    calibrate(model, [bench.test.batch(torch.arange(128))[0]])
+    model.eval().to(memory_format=torch.channels_last)
+    few = bench.test.subset(torch.arange(min(images, len(bench.test))))
+    patch = Patch(texture=torch.full((3, SIDE, SIDE), 128 / 255), mask=torch.ones(SIDE, SIDE, dtype=torch.bool))
+    ours, bare = [], []
+    for _ in range(rounds):
+        seconds = [0.0, 0.0]
+        # Switchable and float pass by turns, so that drift hits both alike.
+        with frozen_weights(model):
+            for bits in DEFAULT_BITS:
+                with at_precision(model, bits):
+                    start = bench.now()
+                    predict(model, few, patch=patch)
+                    middle = bench.now()
+                    predict(bench.net, few)
+                    seconds = [seconds[0] + middle - start, seconds[1] + bench.now() - middle]
+        ours.append(seconds[0])
+        bare.append(seconds[1])
+    return statistics.median(ours) / statistics.median(bare)
+
+
+def prepare(steps: int, rounds: int) -> Bench:
+    """The network and the images: CIFAR-10 and published weights if they are there."""
+    torch.manual_seed(0)
+    net = float_model()
+    folder = os.environ.get("QADTR_BREVITAS_DATA")
+    trained = folder is not None and (Path(folder) / WEIGHTS).is_file()
+    if trained:
+        load_into(net.net, load_weights(Path(folder) / WEIGHTS), source=WEIGHTS, name="cifar_resnet20")
+    data = Cifar10() if trained else Shapes(train_images=5000, test_images=2000)
+    net.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    return Bench(net, data.load("train"), data.load("test"), trained, clock(torch.device("cpu")), steps, rounds)
+
+
+def main() -> None:
+    """Measures, prints and writes the figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--steps", type=int, default=10, help="steps in a round")
+    parser.add_argument("--art-steps", type=int, default=300)
+    parser.add_argument("--images", type=int, default=2000)
+    parser.add_argument("--output", type=Path, default=Path("bench_attacks.json"))
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    bench = prepare(arguments.steps, arguments.rounds)
+    seconds = step_times(bench)
+    race = art_race(bench, arguments.art_steps)
+    scoring = scoring_ratio(bench, arguments.images, max(1, arguments.rounds // 3))
+    result = {"step_s": seconds, "race": race, "scoring_ratio": scoring, "arguments": vars(arguments)}
+    arguments.output.write_text(json.dumps(result, indent=2, default=str) + "\n")
+    print("patch steps per second, and share of the ceiling")
+    for name, value in seconds.items():
+        print(f"  {name:8} {1 / value:7.1f}/s {seconds['ceiling'] / value:6.1%}")
+    if race:
+        print(f"ART: ASR {race['art_asr']:.1%} after {race['art_s']:.1f} s")
+        print(f"LAVAN: ASR {race['asr']:.1%} after {race['s']:.1f} s, {race['s'] / race['art_s']:.2f} of that")
+    print(f"one patch scored at five precisions: {scoring:.2f} x five clean float passes")
+    print(f"written to {arguments.output}")
+
+
+if __name__ == "__main__":
+    main()
