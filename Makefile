@@ -36,8 +36,9 @@ lint: $(INSTALLED) ## check style and formatting
 types: $(INSTALLED) ## check types, strictly
 	$(BIN)/pyright
 
-bench: $(INSTALLED) ## measure speed and memory against the float model and stock Brevitas
+bench: $(INSTALLED) ## measure speed and memory against the float model, stock Brevitas and ART
 	$(BIN)/python examples/benchmark.py --output bench.json
+	$(BIN)/python examples/benchmark_attacks.py --output bench_attacks.json
 
 format: $(INSTALLED) ## put the code into shape
 	$(BIN)/ruff check --fix .
