@@ -15,8 +15,9 @@ from qadtr_brevitas.attacks.random_patch import RandomPatch
 from qadtr_brevitas.craft import Crafted, craft
 from qadtr_brevitas.data.split import Split
 from qadtr_brevitas.errors import CheckpointError, UsageError
+from qadtr_brevitas.sources import access_name
 from qadtr_brevitas.subjects import Contender, Subject
-from tests.evaluation_fakes import coded_split, reader
+from tests.evaluation_fakes import Reader, coded_split, reader
 
 
 class Killed(Exception):
@@ -86,6 +87,25 @@ def test_patch_knows_where_it_comes_from(tmp_path: Path) -> None:
     assert (facts.attack, facts.target, facts.settings) == ("white", 2, {"side": 2})
     meta = Patch.load(made[0].path).meta
     assert (meta["data"], meta["train_images"], meta["held_out_images"]) == ({"name": "coded"}, 20, 20)
+
+
+def test_mean_over_precisions_has_a_name_and_a_stream_of_its_own(tmp_path: Path) -> None:
+    made = make(tmp_path, precisions=["8", "4+8"], targets=[2])
+    assert [patch.path.name for patch in made] == [
+        "white-2x2-8bit-target2.safetensors",
+        "white-2x2-8+4bit-target2.safetensors",
+    ]
+    assert [access_name(patch.source) for patch in made] == ["8", "8+4"]
+    assert len({seed for _, seed in LOG}) == 2
+    facts = Contender("patch", Patch.load(made[1].path)).facts
+    assert facts.source is not None
+    assert facts.source.precision == "8+4"
+    # Fooled at 8 bit alone, the mean of the logits is a tie, which argmax gives to the lower class.
+    half = make(tmp_path / "half", subject=reader(model=Reader(fooled_at=(8,))), precisions=["8+4"], targets=[2])
+    assert half[0].held_out.count == 5
+    assert [patch.kept for patch in make(tmp_path, precisions=["4+8"], targets=[2])] == [True]
+    with pytest.raises(UsageError, match="no precision 5: it was converted for 8, 4"):
+        make(tmp_path, precisions=["8+5"])
 
 
 def test_killed_run_keeps_finished_patches_and_makes_the_others(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,10 +8,11 @@ import torch
 from PIL import Image
 
 from qadtr_brevitas.errors import CheckpointError
-from qadtr_brevitas.evaluate import evaluate
+from qadtr_brevitas.evaluate import NamedAttack, evaluate
+from qadtr_brevitas.evaluate.variants import Moves
 from qadtr_brevitas.gallery import draw_pictures
 from qadtr_brevitas.plots import Sheet, Tile, draw_asr, draw_sheet
-from tests.evaluation_fakes import Reader, coded_split, make_grid, reader, small_report, white_patch
+from tests.evaluation_fakes import Reader, Whiten, coded_split, make_grid, reader, small_report, white_patch
 
 GREEN, RED = (0, 112, 79), (192, 0, 0)
 
@@ -55,3 +57,19 @@ def test_picture_that_cannot_be_written_is_an_error_of_ours(tmp_path: Path) -> N
     (tmp_path / "asr.png").mkdir()
     with pytest.raises(CheckpointError, match="cannot write"):
         draw_asr(report, tmp_path / "asr.png")
+
+
+def test_attacks_on_each_image_have_curves_too(tmp_path: Path) -> None:
+    grid = make_grid([reader()], attacks=[NamedAttack("whiten", Whiten())])
+    report = evaluate(grid, output=tmp_path)
+    drawn = draw_pictures(report, [reader()], [], coded_split(), folder=tmp_path)
+    assert [path.name for path in drawn] == ["asr.png"]
+
+
+def test_patches_made_on_a_mean_have_a_column(tmp_path: Path) -> None:
+    patches = [white_patch("8", precision=8), white_patch("mean", side=3)]
+    patches[1] = replace(patches[1], patch=patches[1].patch.with_meta(precision="8+4"))
+    variants = Moves(at=(1, 1)).variants(patches, (8, 8))
+    report = evaluate(make_grid([reader()], [*patches, *variants]), output=tmp_path)
+    drawn = draw_pictures(report, [reader()], patches, coded_split(), folder=tmp_path)
+    assert [path.name for path in drawn] == ["asr.png", "patches.png", "examples-reader.png"]

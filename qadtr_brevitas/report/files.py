@@ -55,7 +55,7 @@ def markdown_table(table: Table) -> str:
     """One table with its title as a heading and its notes below."""
     lines = [
         _line(table.header),
-        "|" + "|".join(" :-- " if index == 0 or not cell else " --: " for index, cell in enumerate(table.header)) + "|",
+        "|" + "|".join(" :-- " if index < table.labels else " --: " for index in range(len(table.header))) + "|",
     ]
     lines += [_line(row) for row in table.rows if row is not None]
     notes = "\n".join(table.notes)
@@ -71,7 +71,7 @@ def rich_table(table: Table) -> RenderableType:
 
     drawn = RichTable(box=box.SIMPLE_HEAD)
     for index, name in enumerate(table.header):
-        drawn.add_column(Text(name), justify="left" if index == 0 or not name else "right", overflow="fold")
+        drawn.add_column(Text(name), justify="left" if index < table.labels else "right", overflow="fold")
     for row in table.rows:
         if row is None:
             drawn.add_section()

@@ -17,12 +17,13 @@ Rows: TypeAlias = Mapping[str, Sequence[str]]
 
 @dataclass(frozen=True)
 class Table:
-    """A titled table of text; a row of None separates blocks."""
+    """A titled table of text; a row of None separates blocks, and the first `labels` columns are words."""
 
     title: str
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...] | None, ...]
     notes: tuple[str, ...] = ()
+    labels: int = 1
 
 
 def blocks(found: Iterable[tuple[str, Rows]]) -> tuple[tuple[str, ...] | None, ...]:

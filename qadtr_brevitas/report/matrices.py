@@ -46,7 +46,7 @@ def model_matrix(report: Report, family: str) -> list[Table]:
         "Mean ASR in percent of n images: classified correctly by the attacked model without the attack and not of the "
         f"target class. Targets: {targets_note(report, family)}."
     )
-    return [Table(f"{family}: ASR, model to model", header, blocks(found), (note,))]
+    return [Table(f"{family}: ASR, model to model", header, blocks(found), (note,), labels=2)]
 
 
 def size_tables(report: Report) -> list[Table]:
@@ -108,7 +108,11 @@ def _size_table(report: Report, model: ModelFacts, method: str, by_size: dict[st
     targets = "; ".join(dict.fromkeys(targets_note(report, family) for family in by_size))
     notes = (_asr_note(model), f"Targets: {targets}.")
     return Table(
-        f"{method}: ASR on {model.name} by patch size", header, blocks(_view_blocks(smallest_first, origins)), notes
+        f"{method}: ASR on {model.name} by patch size",
+        header,
+        blocks(_view_blocks(smallest_first, origins)),
+        notes,
+        labels=2,
     )
 
 
@@ -125,6 +129,7 @@ def _variant_table(report: Report, model: ModelFacts, family: str, labels: Seque
         header,
         blocks(_view_blocks(views, sources(report, family))),
         notes,
+        labels=2,
     )
 
 
@@ -141,7 +146,9 @@ def _view_blocks(views: dict[str, View], origins: dict[str, str]) -> list[tuple[
         made = rows(lambda view, p, fingerprint=fingerprint: view.made_at(p, FLOAT, fingerprint))
         found.append((f"on {source} at {FLOAT_BITS} bit", made))
     found.append(("random patch", rows(lambda view, p: view.control(p))))
-    found.append(("n of ASR", rows(lambda view, p: view.any(p), sizes)))
+    n = rows(lambda view, p: view.any(p), sizes)
+    alike = len({tuple(row) for row in n.values()}) == 1
+    found.append(("n of ASR", {"": next(iter(n.values()))} if alike else n))
     return found
 
 

@@ -35,6 +35,7 @@ def summary_table(report: Report, family: str) -> Table:
         _header(report),
         _model_blocks(report, family, _summary),
         (_images_note(report), ASR_NOTE, MEAN_NOTE, _seed_note(report, family)),
+        labels=2,
     )
 
 
@@ -42,7 +43,7 @@ def clean_table(report: Report) -> Table:
     """Accuracy without an attack, with its interval."""
     n, available = report.data.images, report.data.available
     note = f"Percent of n = {n} test images" + ("." if n == available else f" (of {available}).")
-    return Table("Clean accuracy", _header(report), _model_blocks(report, "", _clean), (note,))
+    return Table("Clean accuracy", _header(report), _model_blocks(report, "", _clean), (note,), labels=2)
 
 
 def white_box_table(report: Report, family: str) -> Table:
@@ -55,7 +56,7 @@ def white_box_table(report: Report, family: str) -> Table:
         _seed_note(report, family),
     )
     title = f"{family}: white-box, each precision under what was made at it"
-    return Table(title, _header(report), _model_blocks(report, family, _white_box), notes)
+    return Table(title, _header(report), _model_blocks(report, family, _white_box), notes, labels=2)
 
 
 def worst_case_table(report: Report) -> Table:
@@ -65,6 +66,7 @@ def worst_case_table(report: Report) -> Table:
         _header(report),
         _model_blocks(report, "", _worst_case),
         (f"In percent of n = {report.data.images} test images.", WORST_NOTE),
+        labels=2,
     )
 
 

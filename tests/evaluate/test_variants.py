@@ -86,6 +86,7 @@ def test_variants_have_a_table_of_their_own_and_enter_no_mean(tmp_path: Path) ->
     ]
     assert rows[0][2:] == ["100.0", "100.0"]
     assert [row[0] for row in rows[4:] if row[0]] == ["random patch", "n of ASR"]
+    assert rows[-1] == ["n of ASR", "", "30", "30"]
     white_box = find(report, "lavan 2x2: white-box")
     numbers = next(row for row in white_box.rows if row and row[1] == "number of attacks")
     assert numbers[2:] == ("1", "1")

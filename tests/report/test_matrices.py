@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+from qadtr_brevitas.evaluate import NamedAttack, evaluate
+from qadtr_brevitas.report import Report
+from qadtr_brevitas.report.layout import Table
+from qadtr_brevitas.report.matrices import model_matrix, precision_matrices, size_tables
+from qadtr_brevitas.report.tables import tables
+from qadtr_brevitas.sources import parse_access
+from tests.evaluation_fakes import Reader, Whiten, coded_split, make_grid, reader, small_report, white_patch
+
+
+def rows(table: Table) -> list[list[str]]:
+    return [list(row) for row in table.rows if row]
+
+
+def test_models_by_models_at_equal_precision_and_from_float(tmp_path: Path) -> None:
+    (table,) = model_matrix(small_report(tmp_path, models=("reader", "other")), "lavan 2x2")
+    assert table.header == ("attacked at", "made on", "on reader", "on other")
+    assert rows(table) == [
+        ["8 bit", "reader at 8", "100.0", "0.0"],
+        ["", "other at 8", "100.0", "0.0"],
+        ["", "random patch", "0.0", "0.0"],
+        ["", "n of ASR", "30", "30"],
+        ["4 bit", "reader at 4", "100.0", "100.0"],
+        ["", "other at 4", "100.0", "100.0"],
+        ["", "random patch", "0.0", "0.0"],
+        ["", "n of ASR", "30", "30"],
+    ]
+    assert model_matrix(small_report(tmp_path), "lavan 2x2") == []
+
+
+def test_patches_of_a_model_that_is_not_scored_make_a_matrix(tmp_path: Path) -> None:
+    patches = [white_patch("moved", model="elsewhere", precision=32)]
+    report = evaluate(make_grid([reader(model=Reader(fooled_at=(4,)))], patches), output=tmp_path)
+    (table,) = model_matrix(report, "lavan 2x2")
+    assert [row[:3] for row in rows(table)] == [
+        ["8 bit", "elsewhere at 32", "0.0"],
+        ["", "random patch", "0.0"],
+        ["", "n of ASR", "30"],
+        ["4 bit", "elsewhere at 32", "100.0"],
+        ["", "random patch", "0.0"],
+        ["", "n of ASR", "30"],
+    ]
+
+
+def image_report(tmp_path: Path) -> Report:
+    attacks = [NamedAttack("whiten", Whiten(side=side)) for side in (2, 1)]
+    grid = make_grid([reader(model=Reader(fooled_at=(4,)))], attacks=attacks, eot=[parse_access("8+4")])
+    return evaluate(grid, output=tmp_path)
+
+
+def test_image_attacks_fill_the_same_tables_as_patches(tmp_path: Path) -> None:
+    report = image_report(tmp_path)
+    titles = [table.title for table in tables(report)]
+    assert titles[:3] == [
+        "whiten: clean accuracy and ASR at each precision",
+        "whiten side=1: clean accuracy and ASR at each precision",
+        "Robust accuracy under all attacks together",
+    ]
+    (matrix,) = precision_matrices(report, "whiten")
+    assert matrix.header == ("bit", "at 8", "at 4")
+    assert [row[0] for row in rows(matrix)] == ["made at 8", "made at 4", "made at 8+4", "n of ASR"]
+    assert rows(matrix)[:2] == [["made at 8", "0.0", "0.0"], ["made at 4", "0.0", "75.0"]]
+    summary = {row[1]: row[2:] for row in rows(tables(report)[0])}
+    assert summary["ASR white-box"] == ["0.0", "75.0"]
+    assert "ASR, made on a mean over precisions" in summary
+    assert "ASR of a random patch" not in summary
+    assert summary["n of ASR"] == ["40", "40"]
+
+
+def test_worst_case_table_leaves_out_transfers_where_there_are_none(tmp_path: Path) -> None:
+    transferred = {row[1]: row[2:] for row in rows(tables(image_report(tmp_path))[2])}
+    assert transferred["white-box and EOT: number of attacks"] == ["4", "4"]
+    assert transferred["with transfers: number of attacks"] == ["6", "6"]
+    alone = evaluate(
+        make_grid([reader()], attacks=[NamedAttack("whiten", Whiten())], transfer="none"), output=tmp_path / "alone"
+    )
+    labels = [row[1] for row in rows(tables(alone)[1])]
+    assert labels == [
+        "clean accuracy",
+        "white-box and EOT: mean",
+        "white-box and EOT: worst case",
+        "white-box and EOT: 95 % interval",
+        "white-box and EOT: number of attacks",
+    ]
+
+
+def test_patch_sizes_are_rows_from_small_to_large(tmp_path: Path) -> None:
+    patches = [white_patch(f"{side}-{bits}", side=side, precision=bits) for side in (3, 1, 2) for bits in (8, 4)]
+    report = evaluate(make_grid([reader()], patches, coded_split()), output=tmp_path)
+    (table,) = size_tables(report)
+    assert table.title == "lavan: ASR on reader by patch size"
+    assert table.header == ("made", "size", "8 bit", "4 bit")
+    assert rows(table)[:3] == [
+        ["white-box", "1x1", "0.0", "0.0"],
+        ["", "2x2", "100.0", "100.0"],
+        ["", "3x3", "100.0", "100.0"],
+    ]
+    assert rows(table)[-1] == ["n of ASR", "", "30", "30"]
+    assert size_tables(small_report(tmp_path)) == []
