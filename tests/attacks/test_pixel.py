@@ -1,0 +1,143 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from pydantic import ValidationError
+
+from qadtr_brevitas.attacks.pixel import Fgsm, MiFgsm, Pgd
+from qadtr_brevitas.recipe import Recipe
+from qadtr_brevitas.seeding import generator
+from tests.attacks.support import accuracy, attacked, sample, target_rate
+
+EPS = 0.06
+ALL = [Fgsm(eps=EPS), Pgd(eps=EPS), MiFgsm(eps=EPS)]
+NAMES = ["fgsm", "pgd", "mi-fgsm"]
+each = pytest.mark.parametrize("attack", ALL, ids=NAMES)
+
+
+def gradient(toy, images, labels):
+    images = images.clone().requires_grad_()
+    return torch.autograd.grad(F.cross_entropy(toy.model(images), labels, reduction="sum"), images)[0]
+
+
+@each
+def test_it_lowers_accuracy_where_noise_of_that_size_does_not(toy, attack):
+    images, _ = sample(toy)
+    noise = images + EPS * torch.empty_like(images).uniform_(-1, 1, generator=generator(0)).sign()
+    assert accuracy(toy, noise.clamp(0, 1)) > 0.95
+    assert accuracy(toy, attacked(toy, attack)) < (0.7 if isinstance(attack, Fgsm) else 0.1)
+
+
+@each
+@pytest.mark.parametrize("eps", [0.015, 0.3])
+def test_no_value_moves_further_than_eps_or_out_of_range(toy, attack, eps):
+    images, _ = sample(toy)
+    found = attacked(toy, type(attack)(eps=eps))
+    assert (found - images).abs().max() <= eps + 1e-6
+    assert (found - images).abs().max() > 0.9 * eps
+    assert found.min() >= 0
+    assert found.max() <= 1
+
+
+@each
+def test_eps_of_nothing_changes_nothing(toy, attack):
+    torch.testing.assert_close(attacked(toy, type(attack)(eps=0)), sample(toy)[0])
+
+
+def test_fgsm_is_one_step_of_the_sign_uphill(toy):
+    images, labels = sample(toy)
+    expected = (images + EPS * gradient(toy, images, labels).sign()).clamp(0, 1)
+    torch.testing.assert_close(attacked(toy, Fgsm(eps=EPS)), expected, atol=1e-6, rtol=0)
+
+
+def test_pgd_by_hand(toy):
+    images, labels = sample(toy)
+    expected = images
+    for _ in range(7):
+        step = expected + EPS / 4 * gradient(toy, expected, labels).sign()
+        expected = torch.clamp(step, images - EPS, images + EPS).clamp(0, 1)
+    found = attacked(toy, Pgd(eps=EPS, steps=7, random_start=False))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+def test_mi_fgsm_by_hand(toy):
+    images, labels = sample(toy)
+    expected, average = images, torch.zeros_like(images)
+    for _ in range(5):
+        slope = gradient(toy, expected, labels)
+        average = 0.5 * average + slope / slope.abs().mean((1, 2, 3), keepdim=True)
+        expected = torch.clamp(expected + 0.01 * average.sign(), images - EPS, images + EPS).clamp(0, 1)
+    found = attacked(toy, MiFgsm(eps=EPS, alpha=0.01, steps=5, decay=0.5))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+def test_pgd_without_steps_is_its_start(toy):
+    images, _ = sample(toy)
+    torch.testing.assert_close(attacked(toy, Pgd(steps=0, random_start=False)), images)
+    start = attacked(toy, Pgd(eps=EPS, steps=0)) - images
+    assert start.abs().max() <= EPS + 1e-6
+    assert start.mean().abs() < 0.01
+    assert start.std() == pytest.approx(EPS / 3**0.5, rel=0.05)
+
+
+def test_20_steps_do_more_than_7(toy):
+    few, many = (accuracy(toy, attacked(toy, Pgd(eps=0.05, alpha=0.005, steps=steps))) for steps in (7, 20))
+    assert many < few
+
+
+def test_restarts_keep_the_best_for_every_image(toy):
+    one = attacked(toy, Pgd(eps=0.06, steps=3))
+    many = attacked(toy, Pgd(eps=0.06, steps=3, restarts=5))
+    assert accuracy(toy, many) < accuracy(toy, one)
+
+
+@each
+def test_a_target_is_raised(toy, attack):
+    aimed = type(attack)(eps=0.1, target=1)
+    reached = target_rate(toy, attacked(toy, aimed), 1)
+    assert reached > (0.15 if isinstance(attack, Fgsm) else 0.9)
+    assert target_rate(toy, attacked(toy, type(attack)(eps=0.1)), 1) < reached
+
+
+@each
+def test_gradients_of_the_callers_own_stay_as_they_are(toy, attack):
+    """Libraries call backward, which would add to them."""
+    parameters = list(toy.model.parameters())
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    try:
+        attacked(toy, attack, count=10)
+        assert all((parameter.grad == 1).all() for parameter in parameters)
+    finally:
+        for parameter in parameters:
+            parameter.grad = None
+
+
+@each
+def test_a_network_too_sure_to_have_a_gradient_gives_images_all_the_same(toy, attack):
+    """MI-FGSM divides by the size of the gradient: zero by zero."""
+    images, labels = sample(toy, 20)
+    found = attack.run(lambda images: 1e4 * toy.model(images), images, labels, generator=generator(0))
+    assert found.isfinite().all()
+    assert (found - images).abs().max() <= EPS + 1e-6
+
+
+@each
+def test_gradients_need_not_be_switched_on_outside(toy, attack):
+    with torch.no_grad():
+        quiet = attacked(toy, attack)
+    assert torch.equal(quiet, attacked(toy, attack))
+
+
+def test_pgd_can_be_a_training_attack():
+    attack = Recipe.model_validate({"train": {"attack": {"name": "pgd", "steps": 7}}}).train.attack
+    assert attack == Pgd(steps=7)
+    assert attack.share == 1.0
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [({"eps": 8}, "less than or equal to 1"), ({"alpha": 0}, "greater than 0"), ({"steps": -1}, "greater than")],
+)
+def test_bad_fields(fields, message):
+    with pytest.raises(ValidationError, match=message):
+        Pgd(**fields)
