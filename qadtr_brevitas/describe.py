@@ -72,7 +72,7 @@ def _report(path: Path) -> dict[str, Any]:
     if "schema_version" not in report or "cells" not in report:
         raise UsageError(f"{path} is not a report; give the report.json that `qadtr-brevitas evaluate` wrote")
     facts = {key: report.get(key) for key in ("schema_version", "created", "command", "seed", "device")}
-    counts = {f"number of {key}": len(report.get(key) or ()) for key in ("models", "patches", "cells")}
+    counts = {f"number of {key}": len(report.get(key) or ()) for key in ("models", "patches", "attacks", "cells")}
     return {"kind": "report", "path": str(path), **facts, **counts}
 
 

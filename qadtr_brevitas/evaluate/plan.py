@@ -173,8 +173,10 @@ class Grid:
         return self.transfer == "float" and source is not None and parse_access(source.precision) == (_FLOAT,)
 
     def _check_patch(self, contender: Contender) -> None:
+        source = contender.facts.source
         try:
             placements(contender.patch, 1, self.split.image_size, seed=self.seed)
+            parse_access(source.precision if source else _FLOAT)
         except UsageError as error:
             raise UsageError(f"patch {contender.name!r}: {error}") from error
         cure = "choose the data set it was made on with --data"

@@ -34,6 +34,13 @@ def test_makes_a_patch_for_each_precision_and_target(run_dir: Path, tmp_path: Pa
     assert Patch.load(tmp_path / "lavan-4x4-4bit-target1").meta["data"]["name"] == "shapes"
 
 
+def test_mean_over_precisions_is_attacked_like_a_precision(run_dir: Path, tmp_path: Path) -> None:
+    result = attack(run_dir, *FAST, "--target", "0", "--precision", "32,4+32", "-o", tmp_path, "--json")
+    assert result.exit_code == 0, result.output
+    assert [patch["precision"] for patch in json.loads(result.stdout)] == ["32", "32+4"]
+    assert Patch.load(tmp_path / "lavan-4x4-32+4bit-target0").meta["precision"] == "32+4"
+
+
 def test_finished_patches_are_kept(run_dir: Path, tmp_path: Path) -> None:
     first = attack(run_dir, *FAST, "--target", "0,square", "--precision", "4", "-o", tmp_path)
     assert first.exit_code == 0, first.output
@@ -78,6 +85,8 @@ def test_model_directory_without_a_run_needs_a_data_set(tmp_path: Path) -> None:
             "a-qapa attacks each image by itself and makes no patch: give it to `qadtr-brevitas evaluate MODEL_DIR",
         ),
         (["--precision", "5"], 2, "no precision 5: it was converted for 32, 4"),
+        (["--precision", "32+5"], 2, "no precision 5: it was converted for 32, 4"),
+        (["--precision", "32+"], 2, "precision '' cannot be read"),
         (["--precision", "one"], 2, "precision 'one' cannot be read"),
         (["--target", "9"], 2, "there is no target class '9': 0 to 2, all or none"),
         (["--target", "squar"], 2, "there is no target class 'squar': did you mean 'square'?"),

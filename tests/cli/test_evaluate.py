@@ -1,7 +1,11 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from pathlib import Path
+from socket import socket
+from subprocess import PIPE, Popen
 
 import pytest
 from click.testing import CliRunner, Result
@@ -161,6 +165,128 @@ def test_patch_of_another_channel_count(runs: list[Path], tmp_path: Path) -> Non
     assert result.exit_code == 1
     assert "gray.safetensors" in result.stderr
     assert "give (3, h, w)" in result.stderr
+
+
+def test_attacks_on_each_image_are_made_on_every_source(runs: list[Path], tmp_path: Path) -> None:
+    slot = "{name: a-qapa, steps: 1, sizes: [4]}"
+    arguments = [runs[0], "--surrogate", runs[1], "--attack", slot, "--eot", "4+32", "--images", "6", "-o", tmp_path]
+    result = evaluate(*arguments, "--patches", runs[1] / "patches" / "lavan-4x4-4bit-target0.safetensors", "--json")
+    assert result.exit_code == 0, result.output
+    content = json.loads(result.stdout)
+    sources = [(attack["source"]["name"], attack["source"]["precision"]) for attack in content["attacks"]]
+    assert sources == [(name, bits) for name in ("first", "second") for bits in ("32", "4", "32+4")]
+    assert {attack["family"] for attack in content["attacks"]} == {"a-qapa steps=1 sizes=[4]"}
+    assert [model["name"] for model in content["models"]] == ["first"]
+    assert {cell["threat"] for cell in content["cells"]} == {"white-box", "eot", "transfer", "control"}
+    assert "worst_case.csv" in result.stderr
+    text = (tmp_path / "report.md").read_text()
+    for words in ("## Attacks on each image", "Robust accuracy under all attacks together", "model to model"):
+        assert words in text
+
+
+def test_models_without_patches_can_be_attacked(tmp_path: Path) -> None:
+    bare = make_model_dir(tmp_path / "bare")
+    result = evaluate(bare, "--attack", "{name: a-qapa, steps: 0, sizes: [4]}", "--transfer", "none", "--images", "6")
+    assert result.exit_code == 0, result.output
+    assert "white-box and EOT: worst case" in result.stdout
+    assert "asr.png" in result.stderr
+
+
+def test_moved_patches_are_scored(runs: list[Path], tmp_path: Path) -> None:
+    result = evaluate(
+        runs[0], "--at", "1,2", "--shift", "3,10", "--rotate", "90", "--images", "6", "-o", tmp_path, "-q"
+    )
+    assert result.exit_code == 0, result.output
+    for words in ("moved and turned", "at 1,2 shifted by 10", "at 1,2 rotated by 90 deg", "as made"):
+        assert words in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--attack", "{name: a-qapa"], "command line: --attack: '{name: a-qapa' is not YAML"),
+        (["--attack", "lavann"], "unknown attack 'lavann': did you mean 'lavan'?"),
+        (["--attack", "{name: a-qapa, step: 3}"], "--attack.step: unknown key 'step': did you mean 'steps'?"),
+        (["--attack", "{name: a-qapa, steps: -1}"], "--attack.steps: must be at least 0, got -1"),
+        (["--attack", "gap"], "make it with `qadtr-brevitas attack MODEL_DIR --attack gap`"),
+        (["--eot", "32+4"], "--eot 32+4 says what an --attack is made on"),
+        (["--attack", "a-qapa", "--eot", "4"], "--eot 4 is no mean: give several precisions, as 8+4+2"),
+        (["--attack", "a-qapa", "--eot", "8+4"], "no precision 8: it was converted for 32, 4"),
+        (["--surrogate", "nowhere", "--transfer", "none"], "there is no model in"),
+        (["--at", "1"], "'1' is not a row and a column, such as 2,2"),
+        (["--at", "1,-1"], "'1,-1' is not a row and a column"),
+        (["--shift", "0,3"], "'0,3' is not pixels, at least 1"),
+        (["--shift", "3"], "has no place to be shifted from: give one with --at ROW,COL"),
+        (["--at", "4,4", "--shift", "12"], "give --shift up to 8"),
+        (["--rotate", "0"], "'0' is not angles other than 0"),
+        (["--rotate", "nan"], "'nan' is not angles other than 0"),
+        (["--shard", "3/2"], "give k/n with k from 1 to n"),
+        (["--cells", "nowhere"], "there are no cells in nowhere"),
+    ],
+)
+def test_bad_usage_of_attacks_moves_and_shares(
+    runs: list[Path], tmp_path: Path, arguments: list[str], words: str
+) -> None:
+    result = evaluate(runs[0], "-o", tmp_path / "out", *arguments)
+    assert result.exit_code in (1, 2), result.output
+    assert words in result.stderr
+    assert "Traceback" not in result.output
+    assert not (tmp_path / "out").exists()
+
+
+def without_what_differs(folder: Path) -> dict[str, object]:
+    content = json.loads((folder / "report.json").read_text())
+    return {key: value for key, value in content.items() if key not in ("created", "command")}
+
+
+def test_shards_say_what_is_missing_and_merge(runs: list[Path], tmp_path: Path) -> None:
+    common = [runs[0], "--images", "12", "-b", "6", "--attack", "{name: a-qapa, steps: 0, sizes: [4]}"]
+    whole = evaluate(*common, "-o", tmp_path / "whole")
+    assert whole.exit_code == 0, whole.output
+    first = evaluate(*common, "-o", tmp_path / "one", "--shard", "1/2", "--json")
+    assert first.exit_code == 0, first.output
+    assert json.loads(first.stdout) == {"shard": "1/2", "cells": 8, "missing": {"2/2": 8}}
+    assert "missing here: 8 of shard 2/2; next: the same command with --shard 2/2" in first.stderr
+    assert not (tmp_path / "one" / "report.json").exists()
+    second = evaluate(*common, "-o", tmp_path / "two", "--shard", "2/2", "--cells", tmp_path / "one")
+    assert second.exit_code == 0, second.output
+    assert "nothing is missing; next: the same command without --shard" in second.stderr
+    merged = evaluate(*common, "-o", tmp_path / "one", "--cells", tmp_path / "two")
+    assert merged.exit_code == 0, merged.output
+    assert without_what_differs(tmp_path / "one") == without_what_differs(tmp_path / "whole")
+    assert len(list((tmp_path / "one" / "cells").iterdir())) == 8
+
+
+@pytest.mark.slow
+def test_processes_share_the_work_and_the_first_one_reports(runs: list[Path], tmp_path: Path) -> None:
+    common = [str(runs[0]), "--images", "6", "--attack", "{name: a-qapa, steps: 0, sizes: [4]}", "--device", "cpu"]
+    common += ["--threads", "1", "--transfer", "none"]
+    assert evaluate(*common, "-o", tmp_path / "alone").exit_code == 0
+    with socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    processes = [
+        Popen(
+            [sys.executable, "-m", "qadtr_brevitas", "evaluate", *common, "-o", str(tmp_path / "both")],
+            env={**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+            | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
+            stdout=PIPE,
+            stderr=PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    (first, talk), (second, _) = (process.communicate(timeout=280) for process in processes)
+    assert [process.returncode for process in processes] == [0, 0], talk
+    assert "ASR white-box" in first
+    assert second == ""
+    assert without_what_differs(tmp_path / "both") == without_what_differs(tmp_path / "alone")
+
+
+def test_shard_and_torchrun_do_not_mix(runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    result = evaluate(runs[0], "--shard", "1/2", "-o", tmp_path)
+    assert (result.exit_code, "torchrun divides the work by itself" in result.stderr) == (2, True)
 
 
 def test_help() -> None:
