@@ -77,7 +77,8 @@ class Bounds:
         to_box = reach / torch.maximum(turns.cos().abs(), turns.sin().abs())
         longest = to_box.clamp(max=fields.longest * _radius(pixels))
         side = 2 * min(math.ceil(float(longest.max())), math.ceil(reach)) + 1
-        return cls(pixels=pixels, longest=longest, window=(side, side))
+        # At a place close to the border the window itself may hold less than the budget.
+        return cls(pixels=min(pixels, side**2 - 1), longest=longest, window=(side, side))
 
     def hold(self, rays: Tensor) -> Tensor:
         """The rays (R,), cut and scaled to the bounds.

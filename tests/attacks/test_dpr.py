@@ -68,6 +68,12 @@ def test_the_budget_may_be_that_of_a_disc_or_rectangle(toy):
     assert fit(toy, shape="rectangle", size=(3, 7), steps=2).pixels == 21
 
 
+def test_where_there_is_room_for_less_the_shape_is_smaller(toy):
+    patch = fit(toy, shape="rectangle", size=(2, 14), place=(14, 0), steps=2)
+    assert patch.size == (1, 1)
+    assert fit(toy, size=8, place=(8, 8), steps=2).size == (7, 7)
+
+
 def test_the_mask_is_exact_and_the_texture_on_the_grid(toy):
     patch = fit(toy, steps=20, shape_share=1.0)
     assert patch.mask.dtype == torch.bool
