@@ -41,7 +41,7 @@ LAYERS = (
     {"cli", "__main__"},
 )
 INDEPENDENT = LAYERS[2]
-HEAVY = {"accelerate", "brevitas", "matplotlib", "scipy", "timm", "torch", "torchattack", "torchvision"}
+HEAVY = {"accelerate", "brevitas", "matplotlib", "pyautoattack", "scipy", "timm", "torch", "torchattack", "torchvision"}
 
 
 def layer(part: str) -> int:

@@ -23,7 +23,7 @@ def test_every_builtin_plugin_is_a_frozen_described_dataclass(kind: str, name: s
 
 
 def test_names_follow_a_pattern() -> None:
-    assert REGISTRIES["attacks"].names("*patch*") == ["random-patch"]
+    assert REGISTRIES["attacks"].names("*patch*") == ["location-patch", "random-patch"]
 
 
 def test_an_unknown_name_is_answered_with_the_nearest() -> None:

@@ -7,6 +7,7 @@ from qadtr_brevitas.attacks.fake_quantize import fake_quantize
 from qadtr_brevitas.errors import UsageError
 from qadtr_brevitas.precision import Precision
 from qadtr_brevitas.seeding import generator
+from tests.attacks.support import predictions, spy
 
 
 def run(toy, *, seed=0, bits=32, count=200, model=None, **fields):
@@ -99,6 +100,41 @@ def test_every_image_has_a_place_and_a_patch_of_its_own(toy):
     assert len(patched[changed[:, None].expand_as(patched)].unique()) > 10_000
 
 
+def test_keeping_the_best_leaves_the_iterates_as_they_are(toy):
+    """Training, which keeps the last, sees what it saw before there was a choice."""
+    seen = []
+    _, _, last = run(toy, steps=4, patch_bits="random", noise=0.01)
+    run(toy, steps=4, patch_bits="random", noise=0.01, keep_best=True, model=spy(toy.model, seen))
+    assert len(seen) == 5
+    assert torch.equal(seen[-1], last)
+
+
+def test_the_best_iterate_is_kept_for_every_image(toy):
+    seen = []
+    _, labels, best = run(toy, steps=8, step_size=0.4, keep_best=True, model=spy(toy.model, seen))
+    _, _, last = run(toy, steps=8, step_size=0.4)
+    wrong = torch.stack([predictions(toy, iterate) != labels for iterate in seen])
+    assert torch.equal(predictions(toy, best) != labels, wrong.any(0))
+    assert accuracy(toy, best, labels) <= accuracy(toy, last, labels)
+
+
+def test_restarts_draw_size_shape_and_places_anew(toy):
+    _, labels, one = run(toy, keep_best=True)
+    images, _, many = run(toy, keep_best=True, restarts=4, sizes=(3, 5))
+    areas = (many != images).any(1).sum((1, 2))
+    assert len(areas.unique()) > 1
+    assert accuracy(toy, many, labels) < accuracy(toy, one, labels)
+
+
+@pytest.mark.parametrize("target", [0, 1])
+def test_a_given_target_is_raised(toy, target):
+    _, labels, noise = run(toy, steps=0)
+    _, _, patched = run(toy, target=target, steps=20, keep_best=True)
+    others = labels != target
+    rates = [(predictions(toy, images) == target)[others].float().mean() for images in (noise, patched)]
+    assert rates[1] > rates[0] + 0.25
+
+
 def test_noise_moves_the_quantizer_and_is_off_by_default(toy):
     _, _, plain = run(toy, bits=4, steps=0)
     _, _, noisy = run(toy, bits=4, steps=0, noise=0.01)
@@ -147,6 +183,8 @@ def test_a_size_larger_than_the_images(toy):
         ({"share": 0}, "greater than 0"),
         ({"shapes": ("star",)}, "'square' or 'disc'"),
         ({"step_sise": 0.1}, "step_sise"),
+        ({"targeted": True, "target": 1}, "give only one of them"),
+        ({"restarts": 3}, "give keep_best=true with them"),
     ],
 )
 def test_bad_fields(fields, message):

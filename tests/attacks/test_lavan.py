@@ -9,6 +9,7 @@ from qadtr_brevitas.attacks.lavan import Lavan
 from qadtr_brevitas.attacks.patch import Patch
 from qadtr_brevitas.attacks.random_patch import RandomPatch
 from qadtr_brevitas.errors import DataError, UsageError
+from tests.attacks.support import attacked, corners_of, spy, target_rate
 
 FAST = {"size": 5, "steps": 60, "batch_size": 32, "check_every": 20}
 
@@ -147,6 +148,31 @@ def test_bad_requests(toy):
 def test_bad_fields(fields, message):
     with pytest.raises(ValidationError, match=message):
         Lavan(**fields)
+
+
+@pytest.mark.parametrize("step_rule", ["sgd", "sign", "adam"])
+def test_a_patch_for_every_image_raises_the_target_by_every_rule(toy, step_rule):
+    attack = Lavan(size=4, steps=40, target=2, step_rule=step_rule)
+    assert target_rate(toy, attacked(toy, attack), 2) > target_rate(toy, attacked(toy, RandomPatch(size=4)), 2) + 0.4
+
+
+@pytest.mark.parametrize("loss", ["logits", "cross-entropy", "margin"])
+@pytest.mark.parametrize("fields", [{"init": "gray"}, {"place": (5, 5)}, {"shape": "disc", "size": 5}])
+def test_a_patch_for_every_image_by_every_loss(toy, loss, fields):
+    attack = Lavan(**{"size": 4, "steps": 40, "target": 2, "loss": loss, **fields})
+    assert target_rate(toy, attacked(toy, attack), 2) > 0.3
+
+
+def test_a_patch_for_every_image_lies_at_one_place_of_its_own_throughout(toy):
+    seen = []
+    images, labels = torch.zeros(200, 3, 16, 16), torch.zeros(200, dtype=torch.long)
+    Lavan(size=4, steps=5, target=1, init="gray").run(
+        spy(toy.model, seen), images, labels, generator=torch.Generator().manual_seed(0)
+    )
+    places = [corners_of(batch) for batch in seen]
+    assert all(torch.equal(place, places[0]) for place in places)
+    # Separate draws of row and column: one for both would leave all patches on the diagonal.
+    assert len(places[0].unique(dim=0)) > 100
 
 
 def test_attacks_are_named_without_loading_torch():
