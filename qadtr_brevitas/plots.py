@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 _VERDICTS = {"right": "#00704F", "target": "#C00000", "wrong": "#B35900"}
 _DPI = 150
 _INCHES_PER_TILE = 1.15
+_PANELS_ACROSS = 3
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,10 @@ class Sheet:
 
 
 def draw_asr(report: Report, path: Path) -> Path:
-    """Draws ASR against precision: a curve per model, white-box, transferred from 32 bit, and the random patch.
+    """Draws ASR against precision, a panel for each kind of attack.
+
+    Each model has a curve for white-box attacks, those made at 32 bit, those made on means over precisions, and the
+    random patch.
 
     Raises:
         CheckpointError: the file cannot be written.
@@ -61,11 +66,17 @@ def draw_asr(report: Report, path: Path) -> Path:
 
     shown = families(report)
     columns = attacked_precisions(report)
-    figure = _figure(width=max(8.0, 5.6 * len(shown)), height=4.8)
-    panels = figure.subplots(1, len(shown), squeeze=False, sharey=True)[0]
+    across = min(_PANELS_ACROSS, len(shown))
+    down = math.ceil(len(shown) / across)
+    figure = _figure(width=max(8.0, 5.6 * across), height=0.6 + 4.2 * down)
+    grid = figure.subplots(down, across, squeeze=False, sharey=True)
+    panels = list(grid.flat)[: len(shown)]
+    for axes in list(grid.flat)[len(shown) :]:
+        axes.set_axis_off()
     styles: dict[str, dict[str, Any]] = {
         "white-box": {"linestyle": "-", "marker": "o"},
         "made at 32 bit": {"linestyle": "--", "marker": "s", "markerfacecolor": "white"},
+        "made on a mean over precisions": {"linestyle": "-.", "marker": "^", "markerfacecolor": "white"},
         "random patch": {"linestyle": ":", "marker": "x"},
     }
     for axes, family in zip(panels, shown, strict=True):
@@ -74,6 +85,7 @@ def draw_asr(report: Report, path: Path) -> Path:
             curves = [
                 [view.white_box(p) for p in columns],
                 [view.made_at(p, FLOAT) for p in columns],
+                [view.eot(p) for p in columns],
                 [view.control(p) for p in columns],
             ]
             for kind, (style, curve) in enumerate(zip(styles.values(), curves, strict=True)):
@@ -83,7 +95,8 @@ def draw_asr(report: Report, path: Path) -> Path:
                 _curve(axes, curve, color=color, shift=shift, style=style)
         _precision_axis(axes, columns)
         axes.set_title(family)
-    panels[0].set_ylabel("attack success rate (%)")
+    for axes in grid[:, 0]:
+        axes.set_ylabel("attack success rate (%)")
     models = [
         Line2D([], [], color=_COLORS[number % len(_COLORS)], linewidth=4, label=model.name)
         for number, model in enumerate(report.models)

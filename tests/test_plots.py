@@ -66,6 +66,13 @@ def test_attacks_on_each_image_have_curves_too(tmp_path: Path) -> None:
     assert [path.name for path in drawn] == ["asr.png"]
 
 
+def test_many_kinds_of_attacks_are_drawn_in_rows(tmp_path: Path) -> None:
+    attacks = [NamedAttack("whiten", Whiten(side=side)) for side in range(1, 5)]
+    report = evaluate(make_grid([reader()], attacks=attacks), output=tmp_path)
+    with Image.open(draw_asr(report, tmp_path / "asr.png")) as picture:
+        assert picture.width < 3 * picture.height
+
+
 def test_patches_made_on_a_mean_have_a_column(tmp_path: Path) -> None:
     patches = [white_patch("8", precision=8), white_patch("mean", side=3)]
     patches[1] = replace(patches[1], patch=patches[1].patch.with_meta(precision="8+4"))

@@ -39,6 +39,18 @@ def summary_table(report: Report, family: str) -> Table:
     )
 
 
+def attacks_table(report: Report) -> Table:
+    """Every kind of attack on one line: what it does to the model and precision it was made on."""
+    columns = attacked_precisions(report)
+    found: list[tuple[str, Rows]] = []
+    for model in report.models:
+        views = [View(report, model, family) for family in families(report)]
+        found.append((model.name, {view.family: [percent(view.white_box(p)) for p in columns] for view in views}))
+    notes = ("In percent of n images, which differ between attacks: see the tables of each.", ASR_NOTE)
+    title = "White-box ASR of each attack, made on the model and precision attacked"
+    return Table(title, _header(report), blocks(found), notes, labels=2)
+
+
 def clean_table(report: Report) -> Table:
     """Accuracy without an attack, with its interval."""
     n, available = report.data.images, report.data.available

@@ -54,7 +54,8 @@ def image_report(tmp_path: Path) -> Report:
 def test_image_attacks_fill_the_same_tables_as_patches(tmp_path: Path) -> None:
     report = image_report(tmp_path)
     titles = [table.title for table in tables(report)]
-    assert titles[:3] == [
+    assert titles[:4] == [
+        "White-box ASR of each attack, made on the model and precision attacked",
         "whiten: clean accuracy and ASR at each precision",
         "whiten side=1: clean accuracy and ASR at each precision",
         "Robust accuracy under all attacks together",
@@ -63,7 +64,8 @@ def test_image_attacks_fill_the_same_tables_as_patches(tmp_path: Path) -> None:
     assert matrix.header == ("bit", "at 8", "at 4")
     assert [row[0] for row in rows(matrix)] == ["made at 8", "made at 4", "made at 8+4", "n of ASR"]
     assert rows(matrix)[:2] == [["made at 8", "0.0", "0.0"], ["made at 4", "0.0", "75.0"]]
-    summary = {row[1]: row[2:] for row in rows(tables(report)[0])}
+    assert rows(tables(report)[0]) == [["reader", "whiten", "0.0", "75.0"], ["", "whiten side=1", "0.0", "0.0"]]
+    summary = {row[1]: row[2:] for row in rows(tables(report)[1])}
     assert summary["ASR white-box"] == ["0.0", "75.0"]
     assert "ASR, made on a mean over precisions" in summary
     assert "ASR of a random patch" not in summary
@@ -71,7 +73,7 @@ def test_image_attacks_fill_the_same_tables_as_patches(tmp_path: Path) -> None:
 
 
 def test_worst_case_table_leaves_out_transfers_where_there_are_none(tmp_path: Path) -> None:
-    transferred = {row[1]: row[2:] for row in rows(tables(image_report(tmp_path))[2])}
+    transferred = {row[1]: row[2:] for row in rows(tables(image_report(tmp_path))[3])}
     assert transferred["white-box and EOT: number of attacks"] == ["4", "4"]
     assert transferred["with transfers: number of attacks"] == ["6", "6"]
     alone = evaluate(
