@@ -31,6 +31,7 @@ LAYERS = (
     },
     {
         "analyze",
+        "audit",
         "craft",
         "evaluate",
         "export",

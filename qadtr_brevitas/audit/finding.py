@@ -1,0 +1,95 @@
+"""What an audit found: one finding for each check, and the report that holds them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from qadtr_brevitas.report import Rate
+
+AUDIT_SCHEMA_VERSION = 1
+
+Status: TypeAlias = Literal["pass", "WARN", "skipped"]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a check says.
+
+    Args:
+        status: `WARN` where the figures of this model cannot be taken as they are.
+        meaning: one plain sentence: what was found and what to do.
+        numbers: what it was decided on; shares are in [0, 1].
+    """
+
+    status: Status
+    meaning: str
+    numbers: dict[str, float] = field(default_factory=dict[str, float])
+
+
+def skipped(reason: str) -> Verdict:
+    """The verdict of a check that measured nothing."""
+    return Verdict("skipped", reason)
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Finding(_Part):
+    """The verdict of one check, G1 to G18; the fields are those of `Verdict`."""
+
+    id: str
+    title: str
+    status: Status
+    numbers: dict[str, float] = {}
+    meaning: str
+
+
+class PrecisionAudit(_Part):
+    """All findings of one model at one precision.
+
+    Args:
+        precision: null for a model that is not switchable.
+        clean_accuracy: over the images given; the attacked ones are those classified correctly.
+        asr: of the longest white-box attack, over the attacked images.
+        worst_case: images that any attack of the audit broke, over the attacked images.
+        side: side of the patch in pixels.
+        resolution: smallest difference of two attacks on these images that counts, as a share of them.
+        passes: images that went forward only, and forward and backward.
+        findings: one for each check, in order.
+    """
+
+    precision: str | None
+    clean_accuracy: Rate
+    asr: Rate
+    worst_case: Rate
+    side: int
+    resolution: float | None
+    passes: dict[str, int]
+    findings: tuple[Finding, ...]
+
+    @property
+    def warnings(self) -> tuple[Finding, ...]:
+        """The findings to be looked into."""
+        return tuple(finding for finding in self.findings if finding.status == "WARN")
+
+
+class AuditReport(_Part):
+    """The audit of one model; `settings` are those of the attacks inside."""
+
+    schema_version: Annotated[int, Field(ge=1)] = AUDIT_SCHEMA_VERSION
+    model: str
+    fingerprint: str | None
+    profile: str
+    settings: dict[str, Any]
+    seed: int
+    images: int
+    precisions: tuple[PrecisionAudit, ...]
+
+    def finding(self, id: str, precision: str | None = None) -> Finding:
+        """The finding of a check, at one precision or at the first one."""
+        audits = [audit for audit in self.precisions if precision is None or audit.precision == precision]
+        return next(finding for finding in audits[0].findings if finding.id == id)

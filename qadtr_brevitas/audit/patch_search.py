@@ -1,0 +1,135 @@
+"""The white-box attack inside the audit: a patch for each image, of which checks vary one thing at a time.
+
+Sign steps with momentum from uniform noise at a fixed place. It is short: on a float CIFAR ResNet-20, 8x8 patches of
+20 steps break 96 % of the images, of 40 steps 99 %, of 80 steps 99 %; without momentum it would take three times as
+many. Patches are what an 8-bit image can hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qadtr_brevitas.attacks.base import Model
+from qadtr_brevitas.attacks.fake_quantize import PATCH_FILE_BITS, fake_quantize
+from qadtr_brevitas.attacks.geometry import paste
+from qadtr_brevitas.audit.objectives import Objective, cross_entropy, margin
+
+STEP_SIZE, MOMENTUM = 0.1, 0.75
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Images and where their patches go.
+
+    Args:
+        images: (N, 3, H, W) in [0, 1].
+        labels: (N,).
+        corners: (N, 2), row and column of each patch.
+        aims: (N,) classes that the objective is given instead of the labels.
+    """
+
+    images: Tensor
+    labels: Tensor
+    corners: Tensor
+    aims: Tensor | None = None
+
+    def put(self, patches: Tensor) -> Tensor:
+        """The images with patches (N, 3, h, w), rounded to 8 bit; differentiable in the patches."""
+        mask = torch.ones(patches.shape[-2:], dtype=torch.bool, device=patches.device)
+        return paste(self.images, fake_quantize(patches, PATCH_FILE_BITS), mask, self.corners)
+
+    def only(self, index: Tensor) -> Scene:
+        """The same for some of the images."""
+        aims = None if self.aims is None else self.aims[index]
+        return Scene(self.images[index], self.labels[index], self.corners[index], aims)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What one search went through.
+
+    Args:
+        best: after so many steps, the patches (N, 3, h, w) with the smallest margin until then.
+        last: the patches after the last step.
+        losses: (steps + 1, N), of the patches before each step and after the last one.
+        zero: (steps, N), where the gradient in the patch was exactly zero.
+        broken: (steps, N), where it was not finite.
+    """
+
+    best: dict[int, Tensor]
+    last: Tensor
+    losses: Tensor
+    zero: Tensor
+    broken: Tensor
+
+
+def search(
+    model: Model,
+    scene: Scene,
+    start: Tensor,
+    *,
+    steps: int,
+    objective: Objective = cross_entropy,
+    marks: Collection[int] = (),
+) -> Trace:
+    """Searches patches and keeps the best ones by the margin on the model that gives the gradients.
+
+    Args:
+        model: where the gradients come from.
+        scene: the images.
+        start: patches (N, 3, h, w) in [0, 1].
+        steps: forward and backward passes; one more forward pass judges the last patches.
+        objective: what is descended.
+        marks: numbers of steps after which to note the best patches; the last one is always noted.
+    """
+    patches, velocity = start, torch.zeros_like(start)
+    best, smallest = start, start.new_full((len(start),), torch.inf)
+    noted: dict[int, Tensor] = {}
+    losses: list[Tensor] = []
+    zero: list[Tensor] = []
+    broken: list[Tensor] = []
+    for step in range(steps + 1):
+        patches = patches.detach().requires_grad_(step < steps)
+        with torch.set_grad_enabled(step < steps):
+            logits = model(scene.put(patches))
+            loss = objective(logits, scene.labels if scene.aims is None else scene.aims)
+        margins = margin(logits.detach(), scene.labels)
+        best = torch.where((margins < smallest)[:, None, None, None], patches.detach(), best)
+        smallest = torch.where(margins < smallest, margins, smallest)
+        losses.append(loss.detach())
+        if step in marks or step == steps:
+            noted[step] = best
+        if step == steps:
+            break
+        gradient = gradient_of(loss, patches)
+        zero.append((gradient == 0).flatten(1).all(1))
+        broken.append(~gradient.isfinite().flatten(1).all(1))
+        velocity = MOMENTUM * velocity + _normalized(gradient.nan_to_num(0, 0, 0))
+        patches = (patches.detach() - STEP_SIZE * velocity.sign()).clamp(0, 1)
+    return Trace(noted, patches.detach(), torch.stack(losses), _stack(zero, losses), _stack(broken, losses))
+
+
+def gradient_of(loss: Tensor, patches: Tensor) -> Tensor:
+    """Gradient of the sum of `loss` (N,) in patches (N, 3, h, w); zero where the way back is interrupted."""
+    if not loss.requires_grad:
+        return torch.zeros_like(patches)
+    try:
+        gradients = torch.autograd.grad(loss.sum(), patches, allow_unused=True, materialize_grads=True)
+    except NotImplementedError:
+        # An operation without a backward: no gradient for an attacker either.
+        return torch.zeros_like(patches)
+    return gradients[0]
+
+
+def _normalized(gradient: Tensor) -> Tensor:
+    # Or the momentum of a loss that grows as the attack succeeds would forget its first steps.
+    size = gradient.abs().mean((1, 2, 3), keepdim=True)
+    return gradient / size.clamp_min(torch.finfo(gradient.dtype).tiny)
+
+
+def _stack(rows: list[Tensor], losses: list[Tensor]) -> Tensor:
+    return torch.stack(rows) if rows else torch.zeros(0, len(losses[0]), dtype=torch.bool)
