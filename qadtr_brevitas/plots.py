@@ -26,6 +26,7 @@ _VERDICTS = {"right": "#00704F", "target": "#C00000", "wrong": "#B35900"}
 _DPI = 150
 _INCHES_PER_TILE = 1.15
 _PANELS_ACROSS = 3
+_EOT = "made on a mean over precisions"
 
 
 @dataclass(frozen=True)
@@ -76,23 +77,25 @@ def draw_asr(report: Report, path: Path) -> Path:
     styles: dict[str, dict[str, Any]] = {
         "white-box": {"linestyle": "-", "marker": "o"},
         "made at 32 bit": {"linestyle": "--", "marker": "s", "markerfacecolor": "white"},
-        "made on a mean over precisions": {"linestyle": "-.", "marker": "^", "markerfacecolor": "white"},
+        _EOT: {"linestyle": "-.", "marker": "^", "markerfacecolor": "white"},
         "random patch": {"linestyle": ":", "marker": "x"},
     }
+    if not any(cell.threat == "eot" for cell in report.cells):
+        del styles[_EOT]
     for axes, family in zip(panels, shown, strict=True):
         for number, model in enumerate(report.models):
             view, color = View(report, model, family), _COLORS[number % len(_COLORS)]
-            curves = [
-                [view.white_box(p) for p in columns],
-                [view.made_at(p, FLOAT) for p in columns],
-                [view.eot(p) for p in columns],
-                [view.control(p) for p in columns],
-            ]
-            for kind, (style, curve) in enumerate(zip(styles.values(), curves, strict=True)):
+            curves = {
+                "white-box": [view.white_box(p) for p in columns],
+                "made at 32 bit": [view.made_at(p, FLOAT) for p in columns],
+                _EOT: [view.eot(p) for p in columns],
+                "random patch": [view.control(p) for p in columns],
+            }
+            for kind, (label, style) in enumerate(styles.items()):
                 # Side by side, or the intervals of different curves would hide each other.
                 curves_in_all = len(styles) * len(report.models)
                 shift = min(0.09, 0.8 / curves_in_all) * (len(styles) * number + kind - (curves_in_all - 1) / 2)
-                _curve(axes, curve, color=color, shift=shift, style=style)
+                _curve(axes, curves[label], color=color, shift=shift, style=style)
         _precision_axis(axes, columns)
         axes.set_title(family)
     for axes in grid[:, 0]:
