@@ -41,7 +41,9 @@ class Attempt:
 
         By loss alone a failure could win: cross-entropy to one class may be low while another class is lower still.
         """
-        return torch.where(self.success == other.success, self.losses < other.losses, self.success)
+        # Anything is better than a loss that is not a number, which compares as false both ways.
+        lower = self.losses < other.losses.where(~other.losses.isnan(), torch.inf)
+        return torch.where(self.success == other.success, lower, self.success)
 
     def replaced(self, other: Attempt, where: Tensor) -> Attempt:
         """The other attempt at the images where (N,) is true, this one elsewhere."""

@@ -14,6 +14,7 @@ from qadtr_brevitas.attacks.moves import Ground
 from qadtr_brevitas.attacks.per_image import Attempt, Scene
 
 _START_SQUARES = 1000
+_ENOUGH_SQUARES_A_PIXEL = 8
 _SCHEDULE = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 """After so many queries of 10,000 the share of the patch that a change covers is halved once more."""
 _FIRST_REACH = 0.75
@@ -88,7 +89,8 @@ class RandomSearch:
         count, (height, width) = len(self.scene.images), self._size
         patches = self.scene.images.new_zeros(count, _CHANNELS, height, width)
         largest = max(1, math.ceil(math.sqrt(min(height, width))) - 1)
-        for _ in range(_START_SQUARES):
+        # Where patches are small the rest would only cover each other.
+        for _ in range(min(_START_SQUARES, _ENOUGH_SQUARES_A_PIXEL * height * width)):
             side = self._draw(1, largest + 1, count)
             patches = torch.where(self._window(side, side), self._colors(), patches)
         return patches

@@ -146,7 +146,7 @@ def test_images_of_the_target_class_come_back_too(toy, attack):
 @each(SEARCHES)
 def test_more_restarts_do_no_worse(toy, attack):
     many = type(attack)(**{**vars(attack), "restarts": 3})
-    assert accuracy(toy, attacked(toy, many)) <= accuracy(toy, attacked(toy, attack))
+    assert accuracy(toy, attacked(toy, many, count=30)) <= accuracy(toy, attacked(toy, attack, count=30))
 
 
 def attempt(losses, success, value=0.0):
@@ -166,6 +166,12 @@ def test_between_equals_the_lower_loss_is_better_for_every_image_apart():
     best = best_of([first, second])
     assert best.losses.tolist() == [1.0, 3.0, 0.5]
     assert best.images[:, 0, 0, 0].tolist() == [0.0, 1.0, 1.0]
+
+
+def test_a_loss_that_is_no_number_never_wins():
+    broken, sound = attempt([float("nan")], [False], 1.0), attempt([9.0], [False])
+    assert best_of([broken, sound]).losses.tolist() == [9.0]
+    assert best_of([sound, broken]).losses.tolist() == [9.0]
 
 
 def test_an_attempt_can_be_updated_in_part():
