@@ -14,12 +14,15 @@ from qadtr_brevitas.attacks.transforms import relight, transform_patch, turning_
 if TYPE_CHECKING:
     from qadtr_brevitas.attacks.gap import Gap
 
+_ROUNDING = 1e-4
+
 
 class PutTransformed:
     """Turns, scales, lights and pastes a texture, every image its own way; a `Put`.
 
-    The patch stays whole and inside the image: its middle is uniform over all points where that holds. Only a window
-    of the image that is large enough for every turn and scale is worked on.
+    The patch stays whole and inside the image, and is shifted by whole pixels, because that is how it will lie: between
+    pixels all fine detail would be lost to interpolation. Only a window of the image that is large enough for every
+    turn and scale is worked on.
 
     Args:
         fields: ranges of the transforms, and the place.
@@ -47,8 +50,10 @@ class PutTransformed:
         return paste(images, textures, masks, corners)
 
     def _window(self, image_size: tuple[int, int]) -> tuple[int, int]:
-        """Smallest window (height, width) for all turns and scales, no larger than the image."""
-        rows, columns = (math.ceil(2 * far * self.fields.scale[1] - 1e-6) for far in self._reach)
+        """Smallest window (height, width) for all turns and scales about a patch, no larger than the image."""
+        sides = [math.ceil(2 * far * self.fields.scale[1] - _ROUNDING) for far in self._reach]
+        # Even or odd as the patch is, so that both have their middles on a pixel, or both between two.
+        rows, columns = (side + (side - own) % 2 for side, own in zip(sides, self.mask.shape, strict=True))
         return min(rows, image_size[0]), min(columns, image_size[1])
 
     def _far(self, degrees: Tensor, scale: Tensor) -> Tensor:
@@ -60,13 +65,18 @@ class PutTransformed:
 
     def _middles(self, far: Tensor, unit: Tensor, image_size: tuple[int, int], generator: torch.Generator) -> Tensor:
         """Where the middles (N, 2) of the patches go, given draws (N, 2) between -1 and 1."""
-        half = far.new_tensor(image_size) / 2
+        half, patch = far.new_tensor(image_size) / 2, far.new_tensor(self.mask.shape) / 2
         # A patch that reaches beyond half the image, which only the corners of it can, stays in the middle.
         room = (half - far).clamp(min=0)
         place, keep_out = self.fields.place, self.fields.keep_out
-        if place == "random" and keep_out is None:
-            return half + room * unit
-        # Beside a box, only windows as a whole are known to be free.
-        box = (self.mask.shape[0], self.mask.shape[1]) if keep_out is None else self._window(image_size)
-        corners = self.fields.corners(len(far), image_size, box, generator=generator).to(far)
-        return (corners + far.new_tensor(box) / 2).clamp(half - room, half + room)
+        if place != "random":
+            corners = far.new_tensor(place)
+        elif keep_out is None:
+            first, last = (half - room - patch - _ROUNDING).ceil(), (half + room - patch + _ROUNDING).floor()
+            corners = first + ((last - first + 1) * (unit + 1) / 2).floor()
+        else:
+            # Beside a box, only windows as a whole are known to be free.
+            window = self._window(image_size)
+            beside = self.fields.corners(len(far), image_size, window, generator=generator).to(far)
+            corners = beside + far.new_tensor(window) / 2 - patch
+        return (corners + patch).clamp(half - room, half + room)

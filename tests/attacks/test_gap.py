@@ -104,8 +104,17 @@ def test_without_transforms_it_is_a_plain_patch():
     plain = Gap(size=6, degrees=0, scale=(1, 1), place=(3, 9))
     expected = paste(images, texture, plain.mask((16, 16)), torch.tensor([[3, 9]]).expand(40, 2))
     torch.testing.assert_close(put(images, texture=texture, degrees=0, scale=(1, 1), place=(3, 9)), expected)
-    anywhere = put(images, texture=texture, degrees=0, scale=(1, 1))
-    assert ((anywhere != images).any(1).sum((1, 2)) == 32).all()
+
+
+def test_the_patch_is_shifted_by_whole_pixels():
+    """Between pixels interpolation would blur it."""
+    texture = torch.rand(3, 6, 6, generator=generator(0, "texture"))
+    anywhere = put(torch.zeros(400, 3, 16, 16), texture=texture, degrees=0, scale=(1, 1), shape="square")
+    covered = anywhere.sum(1) > 0
+    corners = torch.stack([covered.any(2).float().argmax(1), covered.any(1).float().argmax(1)], dim=1)
+    expected = paste(torch.zeros(400, 3, 16, 16), texture, torch.ones(6, 6).bool(), corners)
+    torch.testing.assert_close(anywhere, expected)
+    assert len(corners.unique(dim=0)) > 110
 
 
 @pytest.mark.parametrize("shape", ["square", "disc"])
@@ -126,7 +135,7 @@ def test_the_patch_stays_whole_inside_the_image(shape, place):
     # Scales of 0.9 to 1.1, and a few pixels more or less by where the centers fall.
     assert pixels.min() > full * 0.65
     assert pixels.max() < full * 1.45
-    assert len(pixels.unique()) > 5
+    assert len(pixels.unique()) > 3
 
 
 def test_the_scale_follows_the_option():
@@ -139,14 +148,14 @@ def test_the_scale_follows_the_option():
 
 def test_every_image_has_a_place_and_a_turn_of_its_own():
     covered = put(torch.zeros(2000, 3, 16, 16), shape="square")[:, 0]
-    assert len(covered.flatten(1).unique(dim=0)) > 1800
+    assert len(covered.flatten(1).unique(dim=0)) > 700
     # A corner's own pixel takes a patch that is hardly turned and shifted as far as it goes.
     assert (torch.nn.functional.max_pool2d(covered.sum(0, keepdim=True), 2) > 0).all()
     assert torch.equal(covered, put(torch.zeros(2000, 3, 16, 16), shape="square")[:, 0])
 
 
 def test_the_box_stays_free():
-    covered = put(torch.zeros(300, 3, 28, 28), shape="square", keep_out=(10, 10, 8, 8))[:, 0]
+    covered = put(torch.zeros(3000, 3, 28, 28), shape="square", keep_out=(10, 10, 8, 8))[:, 0]
     assert covered[:, 10:18, 10:18].sum() == 0
     assert (covered.sum((1, 2)) > 20).all()
 
