@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, TypeAlias
 
 import torch
 
-from qadtr_brevitas.attacks.patch import Patch
 from qadtr_brevitas.data.split import Split
 from qadtr_brevitas.errors import UsageError
 from qadtr_brevitas.evaluate.image_attacks import NamedAttack, SourcedAttack
@@ -208,7 +207,7 @@ def controls(patches: Sequence[Contender], *, seed: int) -> list[Contender]:
         height, width = patch.size
         same_size = sum(other.patch.size == patch.size for other in found.values())
         name = f"noise {height}x{width}" + (f" ({same_size + 1})" if same_size else "")
-        control = Patch(texture=noise, mask=patch.mask, place=patch.place, meta={"attack": "noise"})
+        control = replace(patch, texture=noise, meta={"attack": "noise"})
         found[geometry] = Contender(name, control, control=True)
     return list(found.values())
 

@@ -51,6 +51,8 @@ def test_control_has_the_shape_of_its_patch_and_depends_on_the_seed() -> None:
     square, round_ = controls([patch, disc, white_patch("same")], seed=0)
     assert (square.name, round_.name) == ("noise 2x2", "noise 2x2 (2)")
     assert torch.equal(round_.patch.mask, disc.patch.mask)
+    (beside,) = controls([Contender("beside", replace(patch.patch, keep_out=(0, 0, 1, 1)))], seed=0)
+    assert beside.patch.keep_out == (0, 0, 1, 1)
     assert torch.equal(square.patch.texture, controls([patch], seed=0)[0].patch.texture)
     assert not torch.equal(square.patch.texture, controls([patch], seed=1)[0].patch.texture)
 
