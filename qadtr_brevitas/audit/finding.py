@@ -54,7 +54,7 @@ class PrecisionAudit(_Part):
     Args:
         precision: null for a model that is not switchable.
         clean_accuracy: over the images given; the attacked ones are those classified correctly.
-        asr: of the longest white-box attack, over the attacked images.
+        asr: of the white-box attack, its restarts included, over the attacked images.
         worst_case: images that any attack of the audit broke, over the attacked images.
         side: side of the patch in pixels.
         resolution: smallest difference of two attacks on these images that counts, as a share of them.

@@ -66,10 +66,10 @@ def smooth_loss(context: Context) -> Verdict:
 
 
 def _margins(context: Context, patches: Tensor) -> Tensor:
-    """(n,) margins of patched images, in double precision."""
+    """(n,) margins of patched images, in double precision on the CPU."""
     found: list[Tensor] = []
     with torch.no_grad():
         for chunk in torch.arange(len(patches), device=patches.device).split(context.batch_size):
             scene = context.scene.only(chunk)
-            found.append(margin(context.victim.logits(scene.put(patches[chunk])).double(), scene.labels))
+            found.append(margin(context.victim.logits(scene.put(patches[chunk])), scene.labels).cpu().double())
     return torch.cat(found)

@@ -13,7 +13,7 @@ TOLERANCE = 1e-5
 def outputs_are_logits(context: Context) -> Verdict:
     """Rows that sum to 1 and stay in [0, 1] are probabilities (as AutoAttack's check, Croce and Hein 2020)."""
     with torch.no_grad():
-        outputs = context.victim.logits(context.batch[: context.batch_size]).double()
+        outputs = context.victim.logits(context.batch[: context.batch_size]).cpu().double()
     off = (outputs.sum(1) - 1).abs().max().nan_to_num().item()
     low, high = outputs.min().nan_to_num().item(), outputs.max().nan_to_num().item()
     numbers = {"largest distance of a sum from 1": off, "smallest output": low, "largest output": high}

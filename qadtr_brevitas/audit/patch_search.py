@@ -82,7 +82,7 @@ def search(
         model: where the gradients come from.
         scene: the images.
         start: patches (N, 3, h, w) in [0, 1].
-        steps: forward and backward passes; one more forward pass judges the last patches.
+        steps: forward and backward passes, at least 1; one more forward pass judges the last patches.
         objective: what is descended.
         marks: numbers of steps after which to note the best patches; the last one is always noted.
     """
@@ -110,7 +110,7 @@ def search(
         broken.append(~gradient.isfinite().flatten(1).all(1))
         velocity = MOMENTUM * velocity + _normalized(gradient.nan_to_num(0, 0, 0))
         patches = (patches.detach() - STEP_SIZE * velocity.sign()).clamp(0, 1)
-    return Trace(noted, patches.detach(), torch.stack(losses), _stack(zero, losses), _stack(broken, losses))
+    return Trace(noted, patches.detach(), torch.stack(losses), torch.stack(zero), torch.stack(broken))
 
 
 def gradient_of(loss: Tensor, patches: Tensor) -> Tensor:
@@ -129,7 +129,3 @@ def _normalized(gradient: Tensor) -> Tensor:
     # Or the momentum of a loss that grows as the attack succeeds would forget its first steps.
     size = gradient.abs().mean((1, 2, 3), keepdim=True)
     return gradient / size.clamp_min(torch.finfo(gradient.dtype).tiny)
-
-
-def _stack(rows: list[Tensor], losses: list[Tensor]) -> Tensor:
-    return torch.stack(rows) if rows else torch.zeros(0, len(losses[0]), dtype=torch.bool)

@@ -61,7 +61,8 @@ def audit(
         seed: decides images, places and starts.
         batch_size: images in one pass.
         device: where to compute.
-        profile: how much to spend; `quick` takes about 450 forward and backward passes of each image.
+        profile: how much to spend; `quick` takes about 300 forward and backward and
+            150 forward passes of each image.
         folder: keeps the finished precisions of loaded models, so that a stopped audit goes on.
         progress: told after each check.
 
@@ -75,7 +76,7 @@ def audit(
     parts = [model, *([] if twin is None else [twin]), *surrogates, *ablations]
     for part in parts:
         if isinstance(part, Subject):
-            part.check_data(split, data="given")
+            part.check_data(split, data="given here")
     store = AuditStore.of(folder, model, twin, surrogates, ablations, split=chosen, settings=(asdict(spending), seed))
     batch, labels = chosen.batch(torch.arange(len(chosen)), device=device)
     found = victims(model, precisions=precisions, twin=twin, surrogates=surrogates, ablations=ablations)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from qadtr_brevitas.cli.audit_options import audit_options, check_audit_options, run_audits
 from qadtr_brevitas.cli.common import be_quiet, emit, examples, progress, say, work_options
 from qadtr_brevitas.cli.evaluate_options import Options, move_options, plan_options, work_division
 from qadtr_brevitas.cli.plugin_options import dataset_settings, find_dataset, load_split, make_from_slot
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     import torch
     from rich.console import RenderableType
 
+    from qadtr_brevitas.audit import AuditReport
     from qadtr_brevitas.evaluate import CellStore, Grid
     from qadtr_brevitas.evaluate.share import Share
     from qadtr_brevitas.precision import Precision
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
         "qadtr-brevitas evaluate runs/qat runs/qadtr -o runs/report",
         "qadtr-brevitas evaluate runs/qadtr --patches runs/qat/patches --precision 8,4 --images 1000",
         "qadtr-brevitas evaluate runs/qadtr --attack pgd --attack '{name: pgd, eps: 0.03, steps: 20}' --eot 8+4+2",
+        "qadtr-brevitas evaluate runs/qadtr --audit --twin runs/qat",
         "qadtr-brevitas evaluate runs/qadtr --at 2,2 --shift 6,12,18 --rotate 15,45",
         "torchrun --standalone --nproc-per-node 2 -m qadtr_brevitas evaluate runs/qat runs/qadtr",
     ),
@@ -46,6 +49,7 @@ if TYPE_CHECKING:
 @move_options
 @click.option("--images", type=click.IntRange(min=1), help="Use only so many test images, balanced over classes.")
 @click.option("--batch-size", "-b", type=click.IntRange(min=1), default=256, show_default=True, help="Images at once.")
+@audit_options
 @work_division
 @work_options(data="the one the models were trained on", output="MODEL_DIR/evaluation")
 def command(**options: Any) -> None:
@@ -53,11 +57,13 @@ def command(**options: Any) -> None:
 
     Every patch meets every model on the same test images at the same places, beside a patch of noise of its size.
     Every --attack is made on each model at each precision, and what it makes meets every model as well.
+    --audit runs checks that tell a robust network from an attack that failed.
     Finished parts are kept in the output folder; called again, the command goes on where it stopped.
     """
     given = Options(**options)
     output = given.output or given.model_dirs[0] / "evaluation"
     # Checked before anything heavy is imported.
+    check_audit_options(given)
     plugins = [make_from_slot(ATTACKS, text, option="--attack") for text in given.attacks]
     wanted = parse_precisions(given.precisions.split(",")) if given.precisions else None
     dataset = find_dataset(given.model_dirs, given.data)
@@ -84,7 +90,7 @@ def command(**options: Any) -> None:
     elif processes.number == 1:
         # Finds everything, unless the other processes wrote to a folder that this one does not see.
         compute(grid.jobs() if processes.of > 1 else [], store, device=where)
-        _report(grid, store, patches, output=output, device=where)
+        _report(grid, store, patches, given, output=output, device=where)
 
 
 def _plan(
@@ -129,7 +135,7 @@ def _patch_places(given: Options) -> Sequence[Path]:
         return given.patches
     own = [path / PATCH_FOLDER for path in given.model_dirs]
     surrogates = [path / PATCH_FOLDER for path in given.surrogates]
-    needed = [] if given.attacks else own
+    needed = [] if given.attacks or given.audit else own
     return [folder for folder in (*own, *surrogates) if folder in needed or any(folder.glob("*.safetensors"))]
 
 
@@ -146,7 +152,10 @@ def _tell_missing(shard: Share, count: int, grid: Grid, store: CellStore) -> Non
         say("nothing is missing; next: the same command without --shard, which writes the report")
 
 
-def _report(grid: Grid, store: CellStore, patches: list[Contender], *, output: Path, device: torch.device) -> None:
+def _report(
+    grid: Grid, store: CellStore, patches: list[Contender], given: Options, *, output: Path, device: torch.device
+) -> None:
+    from qadtr_brevitas.audit.tables import write_audits
     from qadtr_brevitas.evaluate import make_report
     from qadtr_brevitas.gallery import draw_pictures
     from qadtr_brevitas.report.files import write_report
@@ -154,17 +163,24 @@ def _report(grid: Grid, store: CellStore, patches: list[Contender], *, output: P
     report = make_report(grid, store, device=str(device), command=command_line())
     pictures = draw_pictures(report, grid.subjects, patches, grid.split, folder=output, device=device)
     written = write_report(report, output, pictures=pictures)
-    emit(report.model_dump(mode="json"), _terminal(report))
+    document = report.model_dump(mode="json")
+    audits = run_audits(grid, given, output=output, device=device) if given.audit else []
+    if audits:
+        written.append(write_audits(audits, output))
+        document["audit"] = [audit.model_dump(mode="json") for audit in audits]
+    emit(document, _terminal(report, audits))
     say(f"wrote {', '.join(path.name for path in [*written, *pictures])} to {output}")
     first = grid.subjects[0].path
     more = f"evaluate {first} OTHER_MODEL_DIR -o FOLDER" if len(grid.subjects) == 1 else f"attack {first} --target all"
     say(f"read {output / 'report.md'}; next: qadtr-brevitas {more}")
 
 
-def _terminal(report: Report) -> RenderableType:
+def _terminal(report: Report, audits: Sequence[AuditReport]) -> RenderableType:
     from rich.console import Group
 
+    from qadtr_brevitas.audit.tables import audit_tables
     from qadtr_brevitas.report.files import rich_table
     from qadtr_brevitas.report.tables import terminal_tables
 
-    return Group(*(rich_table(table) for table in terminal_tables(report)))
+    tables = terminal_tables(report) + (audit_tables(audits) if audits else [])
+    return Group(*(rich_table(table) for table in tables))

@@ -30,6 +30,11 @@ class Options:
     batch_size: int
     shard: str | None
     cells: tuple[Path, ...]
+    audit: bool
+    audit_images: int
+    audit_profile: Literal["quick", "full"]
+    twin: Path | None
+    ablations: tuple[Path, ...]
     data: str | None
     output: Path | None
     device: str
