@@ -51,18 +51,17 @@ def plateau(context: Context) -> Verdict:
     lowest = context.longest.losses[:, left].cpu().double().cummin(0).values
     fallen = lowest[0] - lowest[-1]
     moved = fallen > 0
-    if not bool(moved.any()):
-        return skipped(_STOOD_STILL)
+    if int(moved.sum()) < FEWEST_LEFT:
+        return skipped(f"the loss moved on only {int(moved.sum())} of the {int(left.sum())} images left: see G8 and G5")
     late = ((lowest[-1 - PLATEAU_STEPS] - lowest[-1]) / fallen)[moved]
     noise = deviations() * (late.std(unbiased=False) / math.sqrt(len(late))).item()
     share = late.mean().item()
     numbers |= {f"fall in the last {PLATEAU_STEPS} steps": share, "noise": noise}
-    # Of fewer images than FEWEST_LEFT the spread says little.
-    if len(late) >= FEWEST_LEFT and share - noise > PLATEAU_THRESHOLD:
+    if share - noise > PLATEAU_THRESHOLD:
         return Verdict(
             "WARN", "the loss still falls when the attack ends: give it more steps before believing its ASR", numbers
         )
-    return Verdict("pass", "the loss has all but stopped falling when the attack ends", numbers)
+    return Verdict("pass", "the loss does not clearly fall any more when the attack ends", numbers)
 
 
 def single_step(context: Context) -> Verdict:

@@ -12,7 +12,7 @@ from qadtr_brevitas.audit.checks import CHECKS
 from qadtr_brevitas.audit.context import Context
 from qadtr_brevitas.audit.finding import Finding
 from qadtr_brevitas.audit.profile import Profile
-from qadtr_brevitas.audit.victim import Audited, held_still, victims
+from qadtr_brevitas.audit.victim import Audited, Victim, held_still, victims
 from qadtr_brevitas.data.split import Split
 from qadtr_brevitas.seeding import generator
 
@@ -29,13 +29,21 @@ class Trained:
     net: nn.Module
     split: Split
 
-    def findings(self, model: Audited, *ids: str, **others: object) -> dict[str, Finding]:
-        """Some of the findings, with small attacks, at the model's first precision."""
+    def context(self, victim: Victim) -> Context:
+        """What the checks of a victim share, with small attacks."""
         batch, labels = self.split.batch(torch.arange(len(self.split)))
+        return Context(victim, SMALL, batch, labels, seed=0, batch_size=256)
+
+    def findings(self, model: Audited, *ids: str, **others: object) -> dict[str, Finding]:
+        """Some of the findings, at the model's first precision."""
         victim = victims(model, **others)[0]  # type: ignore[arg-type]
         with held_still([model], device="cpu"):
-            context = Context(victim, SMALL, batch, labels, seed=0, batch_size=256)
-            return {check.id: check.run(context) for check in CHECKS if check.id in ids}
+            return run_checks(self.context(victim), *ids)
+
+
+def run_checks(context: Context, *ids: str) -> dict[str, Finding]:
+    """Some of the findings."""
+    return {check.id: check.run(context) for check in CHECKS if check.id in ids}
 
 
 def train(net: nn.Module, *, seed: int = 0, steps: int = 150) -> nn.Module:
