@@ -1,8 +1,8 @@
 """The white-box attack inside the audit: a patch for each image, of which checks vary one thing at a time.
 
-Sign steps with momentum from uniform noise at a fixed place. It is short: on a float CIFAR ResNet-20, 8x8 patches of
-20 steps break 96 % of the images, of 40 steps 99 %, of 80 steps 99 %; without momentum it would take three times as
-many. Patches are what an 8-bit image can hold.
+Sign steps with momentum from uniform noise at a fixed place. Short is enough: on a float CIFAR ResNet-20, 8x8 patches
+of 15 steps break 89 % of the images, of 30 and of 60 steps 96 %; without momentum twice the steps are needed. Patches
+are what an 8-bit image can hold.
 """
 
 from __future__ import annotations
