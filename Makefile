@@ -22,9 +22,9 @@ help: ## show this text
 quickstart: $(INSTALLED) ## train, attack and compare two small networks, no download (about 5 minutes)
 	$(RUN) train digits_qat -o $(QUICKSTART)/qat
 	$(RUN) train digits_qadtr -o $(QUICKSTART)/qadtr
-	$(RUN) attack $(QUICKSTART)/qat steps=100 --target 3,8 -o $(QUICKSTART)/qat/patches
-	$(RUN) attack $(QUICKSTART)/qadtr steps=100 --target 3,8 -o $(QUICKSTART)/qadtr/patches
-	$(RUN) evaluate $(QUICKSTART)/qat $(QUICKSTART)/qadtr -o $(QUICKSTART)/report
+	$(RUN) attack $(QUICKSTART)/qat steps=100 batch_size=32 --target 3,8 -o $(QUICKSTART)/qat/patches
+	$(RUN) attack $(QUICKSTART)/qadtr steps=100 batch_size=32 --target 3,8 -o $(QUICKSTART)/qadtr/patches
+	$(RUN) evaluate $(QUICKSTART)/qat $(QUICKSTART)/qadtr --transfer float -o $(QUICKSTART)/report
 
 test: $(INSTALLED) ## run the tests; PYTEST_ARGS adds options
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
