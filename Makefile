@@ -19,7 +19,7 @@ quickstart test bench: export OMP_NUM_THREADS ?= 1
 help: ## show this text
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-quickstart: $(INSTALLED) ## train, attack and compare two small networks, no download (about 5 minutes)
+quickstart: $(INSTALLED) ## train, attack and compare two small networks, no download (about 4 minutes)
 	$(RUN) train digits_qat -o $(QUICKSTART)/qat
 	$(RUN) train digits_qadtr -o $(QUICKSTART)/qadtr
 	$(RUN) attack $(QUICKSTART)/qat steps=100 batch_size=32 --target 3,8 -o $(QUICKSTART)/qat/patches
