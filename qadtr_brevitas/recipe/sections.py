@@ -170,7 +170,10 @@ def _precision_problems(recipe: Recipe) -> list[tuple[tuple[str, ...], str]]:
 def _training_problems(train: TrainSection) -> list[tuple[tuple[str, ...], str]]:
     problems: list[tuple[tuple[str, ...], str]] = []
     if train.attack is not None and not hasattr(train.attack, "share"):
-        rule = "this attack cannot be used in training, it has no key 'share'; use it with `qadtr-brevitas attack`"
+        rule = (
+            "this attack cannot be used in training, it has no key 'share'; use it with `qadtr-brevitas attack` or "
+            "`evaluate --attack`"
+        )
         problems.append((("train", "attack"), rule))
     if train.scheduler.warmup_epochs > train.epochs:
         rule = f"must be at most train.epochs, which is {train.epochs}, got {train.scheduler.warmup_epochs:g}"
