@@ -50,8 +50,12 @@ class RecipeError(UsageError):
     def __init__(self, source: str, problems: Sequence[Problem]) -> None:
         self.source = source
         self.problems = tuple(problems)
-        lines = [f"{f'{source}:{p.line}' if p.line else 'command line'}: {p.path}: {p.message}" for p in self.problems]
-        super().__init__("\n".join(lines))
+        super().__init__("\n".join(map(self._line, self.problems)))
+
+    def _line(self, problem: Problem) -> str:
+        place = f"{self.source}:{problem.line}" if problem.line else "command line"
+        # Keys that do not go together have no path of their own.
+        return ": ".join(filter(None, (place, problem.path, problem.message)))
 
 
 def suggest(name: str, choices: Iterable[str]) -> str:

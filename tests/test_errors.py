@@ -27,6 +27,12 @@ def test_a_recipe_error_lists_every_problem_with_its_place() -> None:
     assert [problem.path for problem in error.problems] == ["train.epochs", "seed"]
 
 
+def test_a_problem_of_several_keys_has_no_path() -> None:
+    assert str(RecipeError("attack gap", [Problem("", "scale is the wrong way round")])) == (
+        "command line: scale is the wrong way round"
+    )
+
+
 @pytest.mark.parametrize(
     ("name", "choices", "words"),
     [

@@ -65,6 +65,12 @@ def make_from_slot(registry: Registry, text: str, *, option: str) -> Any:
     except YamlError as error:
         problem = Problem(option, f"{text!r} is not YAML: {error.reason}")
         raise RecipeError(f"{registry.kind} {text}", [problem]) from error
+    if isinstance(value, dict) and all(item is None for item in value.values()):
+        # YAML reads {name:pgd} as one long key.
+        problem = Problem(
+            option, f"{text!r} sets nothing: write {{name: NAME, KEY: VALUE}}, with a space after each colon"
+        )
+        raise RecipeError(f"{registry.kind} {text}", [problem])
     try:
         return TypeAdapter(Annotated[Any, Slot(registry)]).validate_python(value)
     except ValidationError as error:

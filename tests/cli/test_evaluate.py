@@ -205,6 +205,7 @@ def test_moved_patches_are_scored(runs: list[Path], tmp_path: Path) -> None:
     ("arguments", "words"),
     [
         (["--attack", "{name: a-qapa"], "command line: --attack: '{name: a-qapa' is not YAML"),
+        (["--attack", "{name:a-qapa,steps:3}"], "sets nothing: write {name: NAME, KEY: VALUE}, with a space after"),
         (["--attack", "lavann"], "unknown attack 'lavann': did you mean 'lavan'?"),
         (["--attack", "{name: a-qapa, step: 3}"], "--attack.step: unknown key 'step': did you mean 'steps'?"),
         (["--attack", "{name: a-qapa, steps: -1}"], "--attack.steps: must be at least 0, got -1"),
