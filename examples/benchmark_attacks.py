@@ -39,6 +39,7 @@ from qadtr_brevitas.metrics import score
 from qadtr_brevitas.precision import DEFAULT_BITS
 from qadtr_brevitas.predict import predict
 from qadtr_brevitas.quant import at_precision, calibrate, convert, frozen_weights
+from qadtr_brevitas.seeding import generator
 from qadtr_brevitas.weights import load_into, load_weights
 
 SIDE, BATCH, TARGET, LR = 8, 64, 5, 0.1
@@ -200,7 +201,12 @@ def prepare(steps: int, rounds: int) -> Bench:
         load_into(net.net, load_weights(Path(folder) / WEIGHTS), source=WEIGHTS, name="cifar_resnet20")
     data = Cifar10() if trained else Shapes(train_images=5000, test_images=2000)
     net.eval().requires_grad_(False).to(memory_format=torch.channels_last)
-    return Bench(net, data.load("train"), data.load("test"), trained, clock(torch.device("cpu")), steps, rounds)
+    # In the order of the files all of one class come together, which would favor whoever draws its own.
+    train, test = (
+        split.subset(torch.randperm(len(split), generator=generator(0, "order")))
+        for split in (data.load("train"), data.load("test"))
+    )
+    return Bench(net, train, test, trained, clock(torch.device("cpu")), steps, rounds)
 
 
 def main() -> None:
