@@ -36,7 +36,7 @@ class Trained:
 
     def findings(self, model: Audited, *ids: str, **others: object) -> dict[str, Finding]:
         """Some of the findings, at the model's first precision."""
-        victim = victims(model, **others)[0]  # type: ignore[arg-type]
+        victim = victims(model, **others)[0]
         with held_still([model], device="cpu"):
             return run_checks(self.context(victim), *ids)
 

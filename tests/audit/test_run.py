@@ -44,7 +44,7 @@ def test_an_ordinary_float_network_passes(ordinary: AuditReport) -> None:
     assert all(finding.numbers for finding in part.findings if finding.status == "pass")
     assert part.precision is None
     assert (part.asr.n, part.side, part.resolution) == (200, 4, 0.05)
-    assert 0.3 < part.asr.value <= part.worst_case.value < 1  # type: ignore[operator]
+    assert 0.3 < part.asr.value <= part.worst_case.value < 1
 
 
 def test_another_ordinary_network_passes_too() -> None:
@@ -131,7 +131,7 @@ def test_precisions_need_a_switchable_model(trained: Trained) -> None:
 
 def test_an_unknown_profile_is_named(trained: Trained) -> None:
     with pytest.raises(UsageError, match="unknown audit profile 'ful': did you mean 'full'"):
-        audit(trained.net, trained.split, profile="ful")  # type: ignore[arg-type]
+        audit(trained.net, trained.split, profile="ful")
 
 
 def test_finished_precisions_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,4 +173,4 @@ def test_tables_and_files(ordinary: AuditReport, tmp_path: Path) -> None:
     assert text == "# Attack report\n\n" + "\n\n".join(map(markdown_table, tables)) + "\n"
     assert "| G8 | usable gradients | pass | images without gradient 0," in text
     assert "patches of 4x4 on 200 of 200 images" in text.lower()
-    assert tables[0].rows[0][-4:] == ("13", "0", "5", "-")  # type: ignore[index]
+    assert tables[0].rows[0][-4:] == ("13", "0", "5", "-")

@@ -88,7 +88,7 @@ def test_killed_evaluation_goes_on(runs: list[Path], tmp_path: Path, monkeypatch
         calls.append(1)
         if len(calls) == 6:
             raise KeyboardInterrupt
-        return predict(*arguments, **settings)  # type: ignore[arg-type]
+        return predict(*arguments, **settings)
 
     monkeypatch.setattr(module, "predict", counted)
     assert evaluate(runs[0], "-o", tmp_path).exit_code == 1

@@ -22,7 +22,7 @@ IMAGE = (8, 8)
 
 def moved(moves: Moves, patch: Contender | None = None) -> dict[str, Contender]:
     patch = patch or white_patch()
-    return {variant.facts.variant.label: variant for variant in moves.variants([patch], IMAGE)}  # type: ignore[union-attr]
+    return {variant.facts.variant.label: variant for variant in moves.variants([patch], IMAGE)}
 
 
 def test_fixed_place_and_shifts_from_there() -> None:
