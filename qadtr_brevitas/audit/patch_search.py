@@ -120,7 +120,7 @@ def gradient_of(loss: Tensor, patches: Tensor) -> Tensor:
     try:
         gradients = torch.autograd.grad(loss.sum(), patches, allow_unused=True, materialize_grads=True)
     except NotImplementedError:
-        # An operation without a backward: no gradient for an attacker either.
+        # What torch raises for an operation without a backward pass. No gradient for an attacker either: G8 warns.
         return torch.zeros_like(patches)
     return gradients[0]
 
