@@ -6,23 +6,21 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import model_validator
 
-from qadtr_brevitas.attacks.patch_fields import Index, PatchFields
+from qadtr_brevitas.attacks.image_patch import ImagePatch
+from qadtr_brevitas.attacks.patch_fields import Index
 from qadtr_brevitas.plugin import STRICT, Field, dataclass
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
+    from collections.abc import Iterator
 
-    from qadtr_brevitas.attacks.base import Model
     from qadtr_brevitas.attacks.geometry import Box
-    from qadtr_brevitas.attacks.per_image import Attempt
-    from qadtr_brevitas.precision import Precision
+    from qadtr_brevitas.attacks.per_image import Attempt, Task
 
 _PBAT_CENTER = 10 / 32
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class LocationPatch(PatchFields):
+class LocationPatch(ImagePatch):
     """Location-optimized patch per image (Rao, Stutz, Schiele 2020, "Adversarial Training against ... Patches").
 
     AP-Fixed and AP-Rand are `location=none`, AP-RandLO is `random`, AP-FullLO `full`.
@@ -60,52 +58,25 @@ class LocationPatch(PatchFields):
             raise ValueError(f"location={self.location} moves the patch: with a fixed place give location=none")
         return self
 
-    def run(
-        self,
-        model: Model,
-        images: Tensor,
-        labels: Tensor,
-        *,
-        generator: torch.Generator,
-        precision: Precision | None = None,
-    ) -> Tensor:
-        """Patched images. The model's parameters get no gradients.
-
-        Args:
-            model: in evaluation mode, at the precision to attack.
-            images: (N, 3, H, W) in [0, 1].
-            labels: (N,).
-            generator: draws places, starts and directions.
-            precision: not used; patches have 8 bit.
-
-        Returns:
-            (N, 3, H, W) in [0, 1]; pixels outside the masks are those of the images.
-
-        Raises:
-            UsageError: the patch does not fit on the images or beside the box, or the model has no class `target`.
-        """
+    def attempts(self, task: Task) -> Iterator[Attempt]:
+        """One search from each start, at places drawn anew."""
         from qadtr_brevitas.attacks.descent import Descent
         from qadtr_brevitas.attacks.geometry import place_corners
         from qadtr_brevitas.attacks.moves import Ground, Moves
-        from qadtr_brevitas.attacks.per_image import Aim, Scene, best_of, search_patches, start_patches
+        from qadtr_brevitas.attacks.per_image import search_patches
 
-        image_size = images.shape[-2], images.shape[-1]
-        mask = self.mask(image_size).to(images.device)
-        size = mask.shape[0], mask.shape[1]
-        scene = Scene(model=model, images=images, mask=mask, aim=Aim.at(self.target, labels, loss=self.loss))
+        count, image_size, size, draw = len(task.images), task.image_size, task.size, task.generator
+        scene = task.scene(self.target, loss=self.loss)
         descent = Descent(steps=self.steps, step_rule="sign", lr=self.step_size, cosine=False)
         box = self._box(image_size)
         moves = None
         if self.location != "none":
             ground = Ground.outside(box, image_size, size)
-            moves = Moves(ground=ground, rule=self.location, stride=self.stride, generator=generator)
-
-        def one_run() -> Attempt:
-            corners = place_corners(self.place, len(images), image_size, size, generator=generator, keep_out=box)
-            patches = start_patches("uniform", images, size, generator=generator)
-            return search_patches(scene, patches, corners.to(images.device), descent=descent, relocate=moves)
-
-        return best_of(one_run() for _ in range(self.restarts)).images
+            moves = Moves(ground=ground, rule=self.location, stride=self.stride, generator=draw)
+        for _ in range(self.restarts):
+            corners = place_corners(self.place, count, image_size, size, generator=draw, keep_out=box)
+            patches = task.start("uniform")
+            yield search_patches(scene, patches, corners.to(task.images.device), descent=descent, relocate=moves)
 
     def _box(self, image_size: tuple[int, int]) -> Box | None:
         """The pixels to leave free, in the middle unless given."""

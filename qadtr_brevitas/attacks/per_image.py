@@ -134,6 +134,44 @@ class Scene:
         return Scene(model=self.model, images=self.images[index], mask=self.mask, aim=self.aim.only(index))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What an attack on single images is given.
+
+    Args:
+        model: what is attacked.
+        images: (N, 3, H, W) in [0, 1].
+        labels: (N,).
+        mask: boolean (h, w), on the images' device.
+        generator: for everything that is drawn.
+    """
+
+    model: Model
+    images: Tensor
+    labels: Tensor
+    mask: Tensor
+    generator: torch.Generator
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the images."""
+        return self.images.shape[-2], self.images.shape[-1]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the patches."""
+        return self.mask.shape[0], self.mask.shape[1]
+
+    def scene(self, target: int | None, *, loss: AttackLoss) -> Scene:
+        """The images with an aim."""
+        aim = Aim.at(target, self.labels, loss=loss)
+        return Scene(model=self.model, images=self.images, mask=self.mask, aim=aim)
+
+    def start(self, init: Init) -> Tensor:
+        """Patches (N, 3, h, w) to start from."""
+        return start_patches(init, self.images, self.size, generator=self.generator)
+
+
 Relocate: TypeAlias = Callable[[Scene, Tensor, Tensor, Attempt], tuple[Tensor, Attempt]]
 """(scene, patches, corners, attempt with them) -> corners to go on from, and the attempt with the patches there."""
 

@@ -5,21 +5,21 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
-from qadtr_brevitas.attacks.patch_fields import PatchFields
+from qadtr_brevitas.attacks.image_patch import ImagePatch
 from qadtr_brevitas.plugin import STRICT, Field, dataclass
 
 if TYPE_CHECKING:
-    import torch
+    from collections.abc import Iterator
+
     from torch import Tensor
 
     from qadtr_brevitas.attacks.base import Model, Progress
     from qadtr_brevitas.attacks.patch import Patch
-    from qadtr_brevitas.attacks.per_image import Attempt
-    from qadtr_brevitas.precision import Precision
+    from qadtr_brevitas.attacks.per_image import Attempt, Task
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class RandomPatch(PatchFields):
+class RandomPatch(ImagePatch):
     """A patch of uniform noise, the baseline every optimized patch has to beat.
 
     `fit` makes one for all images; `run` draws several for every image, each at a place of its own, and keeps the one
@@ -72,42 +72,15 @@ class RandomPatch(PatchFields):
         patch = Patch(texture=texture, mask=mask, place=self.place, keep_out=self.keep_out, meta=meta)
         return patch.to(images.device)
 
-    def run(
-        self,
-        model: Model,
-        images: Tensor,
-        labels: Tensor,
-        *,
-        generator: torch.Generator,
-        precision: Precision | None = None,
-    ) -> Tensor:
-        """Patched images, each with the best of its own patches; the model is only asked for its outputs.
-
-        Args:
-            model: in evaluation mode, at the precision to attack.
-            images: (N, 3, H, W) in [0, 1].
-            labels: (N,).
-            generator: draws places and patches.
-            precision: not used; patches have 8 bit.
-
-        Returns:
-            (N, 3, H, W) in [0, 1]; pixels outside the masks are those of the images.
-
-        Raises:
-            UsageError: the patch does not fit on the images.
-        """
+    def attempts(self, task: Task) -> Iterator[Attempt]:
+        """Patches of noise, each at a place of its own; the model is only asked for its outputs."""
         import torch
 
-        from qadtr_brevitas.attacks.per_image import Aim, Scene, best_of, start_patches
+        scene = task.scene(None, loss="margin")
 
-        image_size = images.shape[-2], images.shape[-1]
-        mask = self.mask(image_size).to(images.device)
-        size = mask.shape[0], mask.shape[1]
-        scene = Scene(model=model, images=images, mask=mask, aim=Aim.at(None, labels, loss="margin"))
-
+        @torch.no_grad()
         def one_draw() -> Attempt:
-            corners = self.corners(len(images), image_size, size, generator=generator).to(images.device)
-            return scene.attempt(start_patches("uniform", images, size, generator=generator), corners)
+            corners = self.corners(len(task.images), task.image_size, task.size, generator=task.generator)
+            return scene.attempt(task.start("uniform"), corners.to(task.images.device))
 
-        with torch.no_grad():
-            return best_of(one_draw() for _ in range(self.draws)).images
+        return (one_draw() for _ in range(self.draws))

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from qadtr_brevitas.attacks.patch_fields import Index, PatchFields
+from qadtr_brevitas.attacks.image_patch import ImagePatch
+from qadtr_brevitas.attacks.patch_fields import Index
 from qadtr_brevitas.plugin import STRICT, Field, dataclass
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
+    from collections.abc import Iterator
 
-    from qadtr_brevitas.attacks.base import Model
-    from qadtr_brevitas.precision import Precision
+    from qadtr_brevitas.attacks.per_image import Attempt, Task
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class SparseRs(PatchFields):
+class SparseRs(ImagePatch):
     """Image-specific Sparse-RS patch (Croce et al. 2022, "Sparse-RS", section on patches), black box.
 
     A patch of black, white and the six full colors, and its place, are searched at random: a change is kept if it
@@ -44,46 +43,20 @@ class SparseRs(PatchFields):
     ] = None
     restarts: Annotated[int, Field(ge=1, description="independent runs, of which the best is kept")] = 1
 
-    def run(
-        self,
-        model: Model,
-        images: Tensor,
-        labels: Tensor,
-        *,
-        generator: torch.Generator,
-        precision: Precision | None = None,
-    ) -> Tensor:
-        """Patched images. The model is only asked for its outputs.
-
-        Args:
-            model: in evaluation mode, at the precision to attack.
-            images: (N, 3, H, W) in [0, 1].
-            labels: (N,).
-            generator: draws starts, changes and places.
-            precision: not used; patches have 8 bit.
-
-        Returns:
-            (N, 3, H, W) in [0, 1]; pixels outside the masks are those of the images.
-
-        Raises:
-            UsageError: the patch does not fit on the images, or the model has no class `target`.
-        """
+    def attempts(self, task: Task) -> Iterator[Attempt]:
+        """One search from each start, at places drawn anew; the model is only asked for its outputs."""
         from qadtr_brevitas.attacks.moves import Ground
-        from qadtr_brevitas.attacks.per_image import Aim, Scene, best_of
         from qadtr_brevitas.attacks.random_search import RandomSearch
 
-        image_size = images.shape[-2], images.shape[-1]
-        mask = self.mask(image_size).to(images.device)
-        size = mask.shape[0], mask.shape[1]
+        count, image_size, size = len(task.images), task.image_size, task.size
         targeted = self.target is not None
-        aim = Aim.at(self.target, labels, loss=self.loss or ("cross-entropy" if targeted else "margin"))
         search = RandomSearch(
-            scene=Scene(model=model, images=images, mask=mask, aim=aim),
-            draw_corners=lambda: self.corners(len(images), image_size, size, generator=generator),
+            scene=task.scene(self.target, loss=self.loss or ("cross-entropy" if targeted else "margin")),
+            draw_corners=lambda: self.corners(count, image_size, size, generator=task.generator),
             ground=Ground.outside(self.keep_out, image_size, size) if self.place == "random" else None,
             queries=self.queries,
             alpha=self.alpha or (0.1 if targeted else 0.4),
             move_every=self.move_every or (10 if targeted else 4),
-            generator=generator,
+            generator=task.generator,
         )
-        return best_of(search.run() for _ in range(self.restarts)).images
+        return (search.run() for _ in range(self.restarts))
