@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from abc import abstractmethod
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from qadtr_brevitas.plugin import STRICT, Field, dataclass
 
@@ -24,11 +25,24 @@ Target = Annotated[int | None, Field(ge=0, description="class to be seen instead
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class Fgsm:
-    """FGSM (Goodfellow et al. 2015): x + eps sign(gradient of the cross-entropy) in one step, clipped to [0, 1]."""
+class PixelAttack:
+    """What the attacks of the library share. A subclass names the library's class and its settings."""
+
+    library: ClassVar[str]
+    """Name of the class in torchattack."""
 
     eps: Distance = 0.03
     target: Target = None
+
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """Arguments of the library's class beside `eps`."""
+        ...
+
+    @property
+    def runs(self) -> int:
+        """Independent runs, of which the best is kept for every image."""
+        return 1
 
     def run(
         self,
@@ -39,54 +53,27 @@ class Fgsm:
         generator: torch.Generator,
         precision: Precision | None = None,
     ) -> Tensor:
-        """Images (N, 3, H, W) in [0, 1] at most `eps` away; nothing is drawn.
+        """Images at most `eps` away. The model's parameters get no gradients.
+
+        Args:
+            model: in evaluation mode, at the precision to attack.
+            images: (N, 3, H, W) in [0, 1].
+            labels: (N,).
+            generator: draws random starts.
+            precision: not used.
+
+        Returns:
+            (N, 3, H, W) in [0, 1].
 
         Raises:
             UsageError: the model has no class `target`.
         """
-        return _run("FGSM", model, images, labels, self.target, generator, eps=self.eps)
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class Pgd:
-    """PGD (Madry et al. 2018): sign steps from a random start, projected to the eps ball and to [0, 1].
-
-    20 steps to evaluate; `steps=7` is usual in adversarial training, on `share` of each batch.
-    """
-
-    share: Annotated[float, Field(gt=0, le=1, description="share of each training batch that is attacked")] = 1.0
-    eps: Distance = 0.03
-    alpha: StepSize = None
-    steps: Annotated[int, Field(ge=0, description="sign steps; 0: the start")] = 20
-    random_start: Annotated[bool, Field(description="start anywhere in the ball instead of at the image")] = True
-    target: Target = None
-    restarts: Annotated[int, Field(ge=1, description="independent runs, of which the best is kept")] = 1
-
-    def run(
-        self,
-        model: Model,
-        images: Tensor,
-        labels: Tensor,
-        *,
-        generator: torch.Generator,
-        precision: Precision | None = None,
-    ) -> Tensor:
-        """Images (N, 3, H, W) in [0, 1] at most `eps` away; the generator draws the starts.
-
-        Raises:
-            UsageError: the model has no class `target`.
-        """
-        settings: dict[str, Any] = {
-            "eps": self.eps,
-            "alpha": self.alpha or self.eps / 4,
-            "steps": self.steps,
-            "random_start": self.random_start,
-        }
+        settings = {"eps": self.eps, **self.settings()}
 
         def one_run() -> Tensor:
-            return _run("PGD", model, images, labels, self.target, generator, **settings)
+            return _run(self.library, model, images, labels, self.target, generator, **settings)
 
-        if self.restarts == 1:
+        if self.runs == 1:
             return one_run()
         import torch
 
@@ -99,35 +86,54 @@ class Pgd:
             return aim.attempt(adversarial, model(adversarial))
 
         with torch.no_grad():
-            return best_of(attempt() for _ in range(self.restarts)).images
+            return best_of(attempt() for _ in range(self.runs)).images
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class MiFgsm:
+class Fgsm(PixelAttack):
+    """FGSM (Goodfellow et al. 2015): x + eps sign(gradient of the cross-entropy) in one step, clipped to [0, 1]."""
+
+    library: ClassVar[str] = "FGSM"
+
+    def settings(self) -> dict[str, Any]:
+        return {}
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Pgd(PixelAttack):
+    """PGD (Madry et al. 2018): sign steps from a random start, projected to the eps ball and to [0, 1].
+
+    20 steps to evaluate; `steps=7` is usual in adversarial training, on `share` of each batch.
+    """
+
+    library: ClassVar[str] = "PGD"
+
+    share: Annotated[float, Field(gt=0, le=1, description="share of each training batch that is attacked")] = 1.0
+    alpha: StepSize = None
+    steps: Annotated[int, Field(ge=0, description="sign steps; 0: the start")] = 20
+    random_start: Annotated[bool, Field(description="start anywhere in the ball instead of at the image")] = True
+    restarts: Annotated[int, Field(ge=1, description="independent runs, of which the best is kept")] = 1
+
+    @property
+    def runs(self) -> int:
+        return self.restarts
+
+    def settings(self) -> dict[str, Any]:
+        return {"alpha": self.alpha or self.eps / 4, "steps": self.steps, "random_start": self.random_start}
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class MiFgsm(PixelAttack):
     """MI-FGSM (Dong et al. 2018): sign steps along an average of gradients, each divided by its mean size."""
 
-    eps: Distance = 0.03
+    library: ClassVar[str] = "MIFGSM"
+
     alpha: StepSize = None
     steps: Annotated[int, Field(ge=1, description="sign steps")] = 10
     decay: Annotated[float, Field(ge=0, description="share of the average that is carried over a step")] = 1.0
-    target: Target = None
 
-    def run(
-        self,
-        model: Model,
-        images: Tensor,
-        labels: Tensor,
-        *,
-        generator: torch.Generator,
-        precision: Precision | None = None,
-    ) -> Tensor:
-        """Images (N, 3, H, W) in [0, 1] at most `eps` away; nothing is drawn.
-
-        Raises:
-            UsageError: the model has no class `target`.
-        """
-        settings: dict[str, Any] = {"alpha": self.alpha or self.eps / 4, "steps": self.steps, "decay": self.decay}
-        return _run("MIFGSM", model, images, labels, self.target, generator, eps=self.eps, **settings)
+    def settings(self) -> dict[str, Any]:
+        return {"alpha": self.alpha or self.eps / 4, "steps": self.steps, "decay": self.decay}
 
 
 def _run(
