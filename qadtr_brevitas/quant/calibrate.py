@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from typing import Literal
@@ -10,15 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from qadtr_brevitas.errors import UsageError
-from qadtr_brevitas.precision import FLOAT_BITS, Precision, PrecisionLike
-from qadtr_brevitas.quant.layers import SwitchableConv2d, SwitchableLinear
+from qadtr_brevitas.precision import PrecisionLike
 from qadtr_brevitas.quant.norm import copy_float_statistics, norms
-from qadtr_brevitas.quant.quantizers import (
-    SwitchableActProxy,
-    SwitchableActQuant,
-    SwitchableQuant,
-)
-from qadtr_brevitas.quant.switch import at_precision, precisions_or_all, switch_of
+from qadtr_brevitas.quant.quantizers import SwitchableQuant, SwitchableWeightQuant
+from qadtr_brevitas.quant.switch import at_precision, observing, precisions_or_all
 from qadtr_brevitas.seeding import generator
 
 Method = Literal["mse", "minmax", "percentile"]
@@ -50,13 +46,8 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor], *, method: Method = "
     if not 0 < percentile <= 100:
         raise UsageError(f"percentile is {percentile}: it must be above 0 and at most 100, e.g. 99.9")
     observed = _observe(model, batches)
-    for module in model.modules():
-        if isinstance(module, SwitchableConv2d | SwitchableLinear):
-            weight: Tensor = module.weight.detach()
-            rows = weight.flatten(1) if module.weight_quant.per_channel else weight.reshape(1, -1)
-            _set_thresholds(module.weight_quant.quantizer, _thinned(rows), rows.abs().amax(1), method, percentile)
     for quantizer, (sample, largest) in observed.items():
-        _set_thresholds(quantizer, sample[None], largest[None], method, percentile)
+        _set_thresholds(quantizer, sample, largest, method, percentile)
     copy_float_statistics(model)
 
 
@@ -106,52 +97,32 @@ def _averaging(layers: Sequence[nn.BatchNorm2d]) -> Generator[Callable[[int], No
             layer.momentum = momentum
 
 
-def _observe(model: nn.Module, batches: Iterable[Tensor]) -> dict[SwitchableActQuant, tuple[Tensor, Tensor]]:
-    """For each activation quantizer: a sample of the magnitudes it sees in float, and the largest of all."""
-    seen: dict[SwitchableActQuant, list[Tensor]] = {}
-    largest: dict[SwitchableActQuant, Tensor] = {}
+def _observe(model: nn.Module, batches: Iterable[Tensor]) -> dict[SwitchableQuant, tuple[Tensor, Tensor]]:
+    """For each quantizer: samples (rows, n) of what it would have to quantize, and the largest magnitudes (rows,)."""
+    seen: dict[SwitchableQuant, list[Tensor]] = {}
+    largest: dict[SwitchableQuant, Tensor] = {}
     rng = generator(0, "calibrate")
 
-    def look(quantizer: SwitchableActQuant, x: Tensor) -> None:
-        x = x.detach().flatten()
+    def observe(quantizer: SwitchableQuant, x: Tensor) -> None:
+        if isinstance(quantizer, SwitchableWeightQuant):
+            if quantizer not in seen:
+                rows = x.flatten(1) if math.prod(quantizer.shape) > 1 else x.reshape(1, -1)
+                seen[quantizer], largest[quantizer] = [_thinned(rows)], rows.abs().amax(1)
+            return
+        x = x.flatten()
         picked = x[torch.randint(len(x), (_SAMPLES_PER_BATCH,), generator=rng).to(x.device)]
         kept = picked if quantizer.signed else picked.clamp_min(0)
         peak = x.abs().max() if quantizer.signed else x.max().clamp_min(0)
-        seen.setdefault(quantizer, []).append(kept)
-        largest[quantizer] = torch.maximum(largest.get(quantizer, peak), peak)
+        seen.setdefault(quantizer, []).append(kept[None])
+        largest[quantizer] = torch.maximum(largest.get(quantizer, peak), peak[None])
 
-    with _looking(model, look), torch.no_grad():
+    with observing(model, observe):
         count = 0
         for count, images in enumerate(batches, start=1):  # noqa: B007
             model(images)
     if count == 0:
         raise UsageError("no images to calibrate on: give at least one batch")
-    return {quantizer: (torch.cat(values), largest[quantizer]) for quantizer, values in seen.items()}
-
-
-@contextmanager
-def _looking(model: nn.Module, look: Callable[[SwitchableActQuant, Tensor], None]) -> Generator[None]:
-    """Runs the model in float and eval mode, showing `look` what each quantizer would have to quantize."""
-    switch, was_training, before = switch_of(model), model.training, switch_of(model).precision
-
-    def show(quantizer: SwitchableActQuant) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda _, args: look(quantizer, args[0])
-
-    proxies = [(m, getattr(m, name, None)) for m in model.modules() for name in ("input_quant", "act_quant")]
-    handles = [
-        module.register_forward_pre_hook(show(proxy.quantizer))
-        for module, proxy in proxies
-        if isinstance(proxy, SwitchableActProxy)
-    ]
-    model.eval()
-    switch.precision = Precision(FLOAT_BITS, FLOAT_BITS)
-    try:
-        yield
-    finally:
-        switch.precision = before
-        model.train(was_training)
-        for handle in handles:
-            handle.remove()
+    return {quantizer: (torch.cat(values, dim=1), largest[quantizer]) for quantizer, values in seen.items()}
 
 
 def _thinned(rows: Tensor) -> Tensor:

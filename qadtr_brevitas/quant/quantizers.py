@@ -7,6 +7,7 @@ report themselves disabled, and the layer computes what the float layer computes
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -58,6 +59,7 @@ class SwitchableQuant(nn.Module):
         self.min_bits = min_bits
         self.signed = signed
         self.narrow_range = narrow_range
+        self.shape = shape
         self.max_threshold = max_threshold
         held = sorted({max(b, min_bits) for b in bits})
         self.thresholds = nn.ParameterDict({str(b): nn.Parameter(torch.ones(shape)) for b in held})
@@ -169,10 +171,13 @@ class SwitchableWeightProxy(_KeepTensorQuant, WeightQuantProxyFromInjector):
     @property
     def per_channel(self) -> bool:
         """Whether each output channel has a threshold of its own."""
-        return next(self.quantizer.parameters()).numel() > 1
+        return math.prod(self.quantizer.shape) > 1
 
     def quantize(self, w: Tensor) -> Tensor:
         """The value alone, without the cost of a QuantTensor."""
+        if (observer := self.quantizer.switch.observer) is not None:
+            observer(self.quantizer, w)
+            return w
         return self.quantizer.quantize(w) if self.is_quant_enabled else w
 
 
@@ -199,7 +204,9 @@ class SwitchableActProxy(_KeepTensorQuant, ActQuantProxyFromInjector):
 
     def quantize(self, x: Tensor) -> Tensor:
         """The value alone, without the cost of a QuantTensor."""
-        if self.is_quant_enabled:
+        if (observer := self.quantizer.switch.observer) is not None:
+            observer(self.quantizer, x)
+        elif self.is_quant_enabled:
             return self.quantizer.quantize(x)
         return self.fused_activation_quant_proxy.activation_impl(x)
 

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from qadtr_brevitas.errors import UsageError
-from qadtr_brevitas.precision import Precision, PrecisionLike, parse_precisions
+from qadtr_brevitas.precision import FLOAT_BITS, Precision, PrecisionLike, parse_precisions
+
+# Is shown a quantizer (SwitchableQuant) and the tensor it would have to quantize.
+Observer = Callable[[Any, Tensor], None]
 
 
 class Switch:
     """The precision in force and the weights quantized for it, shared by all layers of one model.
 
-    A plain object and no module: setting two attributes switches the whole network, whatever its size, and
+    A plain object and no module: setting an attribute switches the whole network, whatever its size, and
     `copy.deepcopy` of a model gives the copy a switch of its own.
+
+    While `observer` is set, quantizers show it what they would have to quantize and pass it on as it is.
 
     Args:
         precisions: the allowed precisions; the first one is in force at the start.
@@ -25,6 +32,7 @@ class Switch:
         self.allowed = tuple(precisions)
         self.precision = self.allowed[0]
         self.frozen: dict[tuple[int, int], tuple[Tensor, ...]] | None = None
+        self.observer: Observer | None = None
 
     def set(self, precision: PrecisionLike) -> None:
         """Puts a precision in force.
@@ -107,6 +115,28 @@ def frozen_weights(model: nn.Module) -> Generator[None]:
         switch.frozen = before
         for parameter in trainable:
             parameter.requires_grad_(True)
+
+
+@contextmanager
+def observing(model: nn.Module, observer: Observer) -> Generator[None]:
+    """Runs the model in float and eval mode for the duration of a block, without gradients.
+
+    Args:
+        model: a switchable model; its precision and modes are restored after the block.
+        observer: is called at every quantizer of weights and activations, with the quantizer and the float tensor
+            it would have to quantize.
+    """
+    switch = switch_of(model)
+    before, was_training = switch.precision, [(module, module.training) for module in model.modules()]
+    model.eval()
+    switch.precision, switch.observer = Precision(FLOAT_BITS, FLOAT_BITS), observer
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        switch.precision, switch.observer = before, None
+        for module, training in was_training:
+            module.training = training
 
 
 def precisions_or_all(model: nn.Module, precisions: Sequence[PrecisionLike] | None) -> tuple[Precision, ...]:
