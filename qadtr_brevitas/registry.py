@@ -79,7 +79,10 @@ DATASETS = Registry(
     {
         "cifar10": ("qadtr_brevitas.data.image_folder:Cifar10", "CIFAR-10 as image folder or tar, 32x32, 10 classes"),
         "digits": ("qadtr_brevitas.data.digits:Digits", "UCI handwritten digits drawn in color, 32x32, embedded"),
-        "image-folder": ("qadtr_brevitas.data.image_folder:ImageFolder", "ROOT/{train,test}/<class>/*.<image>"),
+        "image-folder": (
+            "qadtr_brevitas.data.image_folder:ImageFolder",
+            "ROOT/{train,test}/<class>/*.<image>, or ROOT/<class>/*.<image>",
+        ),
         "shapes": ("qadtr_brevitas.data.shapes:Shapes", "procedural colored shapes, any size and number"),
     },
 )

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import blake2b
+from math import floor
 from pathlib import Path
 from typing import TypeAlias
 
@@ -30,6 +31,7 @@ def read_images(
     listing: Listing,
     *,
     image_size: int | None,
+    crop: float = 1.0,
     max_gb: float,
     progress: Callable[[int, int], object] | None = None,
 ) -> Pixels:
@@ -37,8 +39,9 @@ def read_images(
 
     Args:
         listing: the files.
-        image_size: height and width in pixels, reached by resizing the shorter side (bicubic) and cutting out the
-            center; None where all images have the same size already.
+        image_size: height and width in pixels, reached by resizing the shorter side to image_size / crop (bicubic) and
+            cutting out the center, as timm does for evaluation; None where all images have the same size already.
+        crop: timm's crop_pct, in (0, 1].
         max_gb: refuse to take more memory than this, in 10^9 bytes.
         progress: is told (images done, images in all).
 
@@ -48,17 +51,18 @@ def read_images(
     Raises:
         DataError: an image that cannot be read, images of different sizes, or more than `max_gb` of them.
     """
-    size = (image_size, image_size) if image_size else _size_of(listing.paths[0])
+    size = (image_size, image_size) if image_size else size_of(listing.paths[0])
     shape = (len(listing.paths), 3, *size)
     _check_memory(shape, max_gb)
-    cache = _cache_file(listing, image_size)
+    cache = _cache_file(listing, image_size, crop)
     if (kept := _read_cache(cache, shape)) is not None:
         return kept
     started = time.monotonic()
     images = numpy.empty(shape, dtype=numpy.uint8)
+    shorter = floor(image_size / crop) if image_size else None
     with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
         try:
-            for done in pool.map(lambda chunk: _decode_chunk(listing, chunk, images, image_size), _chunks(shape[0])):
+            for done in pool.map(lambda chunk: _decode_chunk(listing, chunk, images, shorter), _chunks(shape[0])):
                 if progress:
                     progress(done, shape[0])
         except BaseException:
@@ -73,22 +77,22 @@ def _chunks(count: int) -> Iterator[range]:
     return (range(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK))
 
 
-def _decode_chunk(listing: Listing, chunk: range, images: Pixels, image_size: int | None) -> int:
+def _decode_chunk(listing: Listing, chunk: range, images: Pixels, shorter: int | None) -> int:
     for index in chunk:
-        images[index] = _decode(listing.paths[index], images.shape[2:], resize=image_size is not None)
+        images[index] = _decode(listing.paths[index], images.shape[2:], shorter)
     return chunk.stop
 
 
-def _decode(path: str, size: tuple[int, ...], *, resize: bool) -> Pixels:
-    """One image, uint8 (3, H, W)."""
+def _decode(path: str, size: tuple[int, ...], shorter: int | None) -> Pixels:
+    """One image, uint8 (3, H, W), its shorter side resized unless that is None."""
     try:
         with Image.open(path) as file:
             image = file.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise _unreadable(path, error) from error
     height, width = size
-    if resize and image.size != (width, height):
-        image = _resize(image, height)
+    if shorter is not None:
+        image = _center(_resize(image, shorter), height)
     if image.size != (width, height):
         raise DataError(
             f"{path} is {image.height}x{image.width}, but the first image is {height}x{width}: "
@@ -97,16 +101,27 @@ def _decode(path: str, size: tuple[int, ...], *, resize: bool) -> Pixels:
     return numpy.asarray(image).transpose(2, 0, 1)
 
 
-def _resize(image: Image.Image, size: int) -> Image.Image:
-    """Resizes the shorter side to `size` and cuts out the center."""
-    scale = size / min(image.size)
-    width, height = (max(size, round(side * scale)) for side in image.size)
-    left, top = (width - size) // 2, (height - size) // 2
-    resized = image.resize((width, height), Image.Resampling.BICUBIC)
-    return resized.crop((left, top, left + size, top + size))
+def _resize(image: Image.Image, shorter: int) -> Image.Image:
+    """Resizes the shorter side; the longer one is rounded down, as torchvision's Resize does."""
+    smallest = min(image.size)
+    if smallest == shorter:
+        return image
+    width, height = (shorter * side // smallest for side in image.size)
+    return image.resize((width, height), Image.Resampling.BICUBIC)
 
 
-def _size_of(path: str) -> tuple[int, int]:
+def _center(image: Image.Image, size: int) -> Image.Image:
+    """Cuts out the center; where it lies between two pixels, halves are rounded as torchvision's CenterCrop does."""
+    left, top = (round((side - size) / 2) for side in image.size)
+    return image.crop((left, top, left + size, top + size))
+
+
+def size_of(path: str) -> tuple[int, int]:
+    """Height and width of an image, which is not decoded for it.
+
+    Raises:
+        DataError: it cannot be read.
+    """
     try:
         with Image.open(path) as image:
             return image.height, image.width
@@ -128,8 +143,10 @@ def _check_memory(shape: tuple[int, ...], max_gb: float) -> None:
         )
 
 
-def _cache_file(listing: Listing, image_size: int | None) -> Path:
-    place = blake2b(f"{listing.folder.resolve()}/{image_size}".encode(), digest_size=6).hexdigest()
+def _cache_file(listing: Listing, image_size: int | None, crop: float) -> Path:
+    # One file for each way to read the folder: what changes with its files is in the digest alone.
+    way = f"{listing.folder.resolve()}/{listing.part}/{image_size}/{crop}"
+    place = blake2b(way.encode(), digest_size=6).hexdigest()
     return cache_folder() / "decoded" / f"{place}-{listing.digest}.npy"
 
 

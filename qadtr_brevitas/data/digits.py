@@ -34,11 +34,13 @@ class Digits:
 
     seed: Annotated[int, Field(ge=0, description="decides the color and place of each image")] = 0
 
-    def load(self, split: str, *, progress: Progress | None = None) -> Split:
+    def load(self, split: str, *, limit: int | None = None, seed: int = 0, progress: Progress | None = None) -> Split:
         """Draws the images of one split, uint8 (N, 3, 32, 32).
 
         Args:
             split: "train" or "test".
+            limit: at most so many images, drawn by class as `Split.balanced` does; None for all.
+            seed: decides which they are.
             progress: not called; it takes no time.
 
         Raises:
@@ -52,7 +54,7 @@ class Digits:
         images = _draw(ink, generator(self.seed, "digits"))
         everything = Split(images, labels, tuple(str(digit) for digit in range(10)))
         test, train = everything.divide(TEST_IMAGES, seed=0)
-        return train if split == "train" else test
+        return (train if split == "train" else test).limited(limit, seed=seed)
 
 
 def _read() -> tuple[Tensor, Tensor]:

@@ -1,56 +1,106 @@
-"""Image folders of the layout ROOT/{train,test}/<class>/<image>, among them CIFAR-10."""
+"""Image folders of the layout ROOT/{train,test}/<class>/<image> or ROOT/<class>/<image>, among them CIFAR-10."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
-from qadtr_brevitas.errors import DataError
+from qadtr_brevitas.errors import DataError, UsageError
 from qadtr_brevitas.plugin import STRICT, Field, dataclass
 
 if TYPE_CHECKING:
     from qadtr_brevitas.data.listing import Listing
     from qadtr_brevitas.data.split import Progress, Split
 
+SIZES_LOOKED_AT = 64
+
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class ImageFolder:
     """Any images (png, jpg, jpeg, webp, bmp) laid out as ROOT/{train,test}/<class>/<image>; `val` also serves as test.
 
-    Classes are numbered in the order of their names. A whole split is held in memory, one byte a value.
+    Where ROOT has only one of these folders, or the class folders themselves, `holdout` divides the images. Classes are
+    numbered in the order of their names. What is used of a split is held in memory, one byte a value.
     """
 
     root: Annotated[str | None, Field(description="folder or tar; null: the folder that QADTR_BREVITAS_DATA names")] = (
         None
     )
     image_size: Annotated[
-        int | None, Field(ge=8, description="resize and center-crop to this many pixels; null: they all have one size")
+        int | None,
+        Field(
+            ge=8, description="pixels after resizing; null: the size they have, or that of the model where it varies"
+        ),
+    ] = None
+    crop: Annotated[
+        float | None,
+        Field(gt=0, le=1, description="resize the shorter side to image_size / crop, cut out the center; null: 1"),
+    ] = None
+    holdout: Annotated[
+        int | None, Field(ge=2, description="test on the first of every so many images, where there is one folder")
     ] = None
     max_gb: Annotated[float, Field(gt=0, description="refuse to hold more than this in memory, in GB")] = 8.0
 
     folder_name: ClassVar[str | None] = None
 
-    def load(self, split: str, *, progress: Progress | None = None) -> Split:
+    def load(self, split: str, *, limit: int | None = None, seed: int = 0, progress: Progress | None = None) -> Split:
         """Reads one split, uint8 (N, 3, H, W).
 
         Args:
             split: "train" or "test".
+            limit: at most so many images, drawn by class as `Split.balanced` does; None for all. No others are read.
+            seed: decides which they are.
             progress: is told (images done, images in all).
 
         Raises:
-            UsageError: another split.
+            UsageError: another split, or a crop of images that are not resized.
             DataError: a missing or empty folder, an image that cannot be read, images of different sizes without
                 `image_size`, or more than `max_gb` of them.
         """
         import torch
 
         from qadtr_brevitas.data.decode import read_images
-        from qadtr_brevitas.data.listing import find_root, list_images
-        from qadtr_brevitas.data.split import Split
+        from qadtr_brevitas.data.split import Split, balanced_indices
 
-        listing = list_images(find_root(self.root, name=self.folder_name), split)
+        if self.crop is not None and self.image_size is None:
+            raise UsageError(f"data.dataset.crop={self.crop:g} needs a size to crop to: set data.dataset.image_size")
+        listing, drawn_from = self._list(split), None
+        if limit is not None and limit < len(listing.paths):
+            drawn_from = len(listing.paths)
+            chosen = balanced_indices(torch.tensor(listing.labels), limit, seed=seed)
+            listing = listing.pick(chosen.tolist(), part=f"{limit} by seed {seed}")
+        images = read_images(
+            listing, image_size=self.image_size, crop=self.crop or 1.0, max_gb=self.max_gb, progress=progress
+        )
+        return Split(torch.from_numpy(images), torch.tensor(listing.labels), listing.classes, drawn_from)
+
+    def fitted(self, image_size: int, crop: float) -> ImageFolder:
+        """This data set, brought to a model's own size and crop where its images have different sizes.
+
+        Args:
+            image_size: height and width that the model was made for, in pixels.
+            crop: timm's crop_pct of the model.
+
+        Raises:
+            DataError: a missing or empty folder, or an image that cannot be read.
+        """
+        if self.image_size is not None or self._has_one_size():
+            return self
+        return replace(self, image_size=image_size, crop=crop if self.crop is None else self.crop)
+
+    def _list(self, split: str) -> Listing:
+        from qadtr_brevitas.data.listing import find_root, list_images
+
+        listing = list_images(find_root(self.root, name=self.folder_name), split, holdout=self.holdout)
         self.check(listing, split)
-        images = read_images(listing, image_size=self.image_size, max_gb=self.max_gb, progress=progress)
-        return Split(torch.from_numpy(images), torch.tensor(listing.labels), listing.classes)
+        return listing
+
+    def _has_one_size(self) -> bool:
+        """Whether images from all over the training split are of one size; looking at each would take long."""
+        from qadtr_brevitas.data.decode import size_of
+
+        paths = self._list("train").paths
+        return len({size_of(path) for path in paths[:: -(-len(paths) // SIZES_LOOKED_AT)]}) == 1
 
     def check(self, listing: Listing, split: str) -> None:
         """Refuses a folder that is not what the data set says it is; any folder is an image folder.

@@ -1,7 +1,10 @@
-"""Which images lie in a folder ROOT/<split>/<class>/, and where such a folder is."""
+"""Which images lie in a folder ROOT/<split>/<class>/ or ROOT/<class>/, and where such a folder is."""
+
+from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
 
@@ -25,6 +28,7 @@ class Listing:
         paths: image files.
         labels: index of each file's class.
         digest: changes whenever a file is added, removed, renamed or rewritten.
+        part: which of the files these are, in words that do not change with the files; "" for all.
     """
 
     folder: Path
@@ -32,6 +36,16 @@ class Listing:
     paths: tuple[str, ...]
     labels: tuple[int, ...]
     digest: str
+    part: str = ""
+
+    def pick(self, indices: Sequence[int], *, part: str) -> Listing:
+        """Some of the images only; `classes` stays whole, so labels keep their meaning."""
+        return replace(
+            self,
+            paths=tuple(self.paths[index] for index in indices),
+            labels=tuple(self.labels[index] for index in indices),
+            part=f"{self.part} {part}".lstrip(),
+        )
 
 
 def find_root(root: str | None, *, name: str | None = None) -> Path:
@@ -56,22 +70,55 @@ def find_root(root: str | None, *, name: str | None = None) -> Path:
     return found if found.is_dir() else _inside(unpack(found))
 
 
-def list_images(root: Path, split: str) -> Listing:
+def list_images(root: Path, split: str, *, holdout: int | None = None) -> Listing:
     """Lists the images of one split.
+
+    Args:
+        root: holds the folders of the splits; or only one of them, or the class folders themselves.
+        split: "train" or "test".
+        holdout: where all images are in one place, the first of every so many is for testing and the others are for
+            training. None where there is a folder for each.
 
     Raises:
         UsageError: a split other than "train" and "test".
-        DataError: no such split, no class folders, a class without images, or splits whose classes differ.
+        DataError: no such split, no class folders, a class without images, splits whose classes differ, or a holdout
+            where there are two splits or none where it is needed.
     """
     check_split(split)
     folder = _split_folder(root, split)
-    if folder is None:
-        wanted = " or ".join(FOLDERS[split])
-        raise DataError(f"{root} has no folder {wanted}: images must lie in {LAYOUT}")
+    if holdout is None:
+        if folder is None:
+            raise _no_split(root, split)
+        _check_same_classes(root, split)
+        return _list_folder(folder)
+    folders = [found for name in FOLDERS if (found := _split_folder(root, name))]
+    if len(folders) == 2:
+        both = " and ".join(path.name for path in folders)
+        raise DataError(
+            f"{root} has {both} folders, so data.dataset.holdout={holdout} would leave images out: set it to null"
+        )
+    listing = _list_folder(folders[0] if folders else root)
+    indices = [index for index in range(len(listing.paths)) if (index % holdout == 0) == (split == "test")]
+    return listing.pick(indices, part=f"{split} of holdout {holdout}")
+
+
+def _no_split(root: Path, split: str) -> DataError:
+    wanted = " or ".join(FOLDERS[split])
+    other = _split_folder(root)
+    if other is None and not any(_has_images(root / name) for name in _class_names(root)):
+        return DataError(f"{root} has no folder {wanted}: images must lie in {LAYOUT}")
+    there = f"only {other.name}" if other else "class folders at once"
+    return DataError(
+        f"{root} has no folder {wanted}, {there}: set data.dataset.holdout=5 to test on every fifth image there is and "
+        "train on the others"
+    )
+
+
+def _list_folder(folder: Path) -> Listing:
+    """All images below class folders."""
     classes = _class_names(folder)
     if not classes:
         raise DataError(f"{folder} is empty: images must lie in {LAYOUT}")
-    _check_same_classes(root, split, classes)
     paths: list[str] = []
     labels: list[int] = []
     digest = blake2b(digest_size=8)
@@ -106,17 +153,22 @@ def _class_names(folder: Path) -> tuple[str, ...]:
     return tuple(sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != "."))
 
 
-def _check_same_classes(root: Path, split: str, classes: tuple[str, ...]) -> None:
+def _check_same_classes(root: Path, split: str) -> None:
     """Labels are ranks of class names, so one missing class would shift the labels of one split silently."""
-    for other in FOLDERS:
-        folder = _split_folder(root, other)
-        if other == split or folder is None:
-            continue
-        if differing := sorted(set(classes) ^ set(_class_names(folder))):
+    folders = {name: folder for name in FOLDERS if (folder := _split_folder(root, name))}
+    classes = {name: set(_class_names(folder)) for name, folder in folders.items()}
+    for other in classes:
+        # An empty folder is a problem of its own, which is told when it is read.
+        if classes[split] and (differing := sorted(classes[split] ^ classes[other])):
             raise DataError(
                 f"{root} has other classes for {split} than for {other} ({', '.join(differing[:3])}): "
                 "give both the same class folders"
             )
+
+
+def _has_images(folder: Path) -> bool:
+    with os.scandir(folder) as entries:
+        return any(map(_is_image, entries))
 
 
 def _is_image(entry: os.DirEntry[str]) -> bool:

@@ -27,11 +27,13 @@ class Shapes:
     test_images: Annotated[int, Field(ge=1, description="images for testing")] = 200
     seed: Annotated[int, Field(ge=0, description="decides every image")] = 0
 
-    def load(self, split: str, *, progress: Progress | None = None) -> Split:
+    def load(self, split: str, *, limit: int | None = None, seed: int = 0, progress: Progress | None = None) -> Split:
         """Draws one split, uint8 (N, 3, image_size, image_size); classes take turns.
 
         Args:
             split: "train" or "test".
+            limit: at most so many images, drawn by class as `Split.balanced` does; None for all.
+            seed: decides which they are.
             progress: is told (images drawn, images in all).
 
         Raises:
@@ -51,7 +53,7 @@ class Shapes:
             images[chunk] = _draw(labels[chunk], self.image_size, generator(self.seed, "shapes", split, start))
             if progress:
                 progress(min(start + CHUNK, count), count)
-        return Split(images, labels, SHAPES[: self.classes])
+        return Split(images, labels, SHAPES[: self.classes]).limited(limit, seed=seed)
 
 
 def _draw(labels: Tensor, size: int, generator: Generator) -> Tensor:

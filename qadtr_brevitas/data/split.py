@@ -24,6 +24,7 @@ class Split:
         images: uint8 (N, 3, H, W), RGB.
         labels: int64 (N,), indices into `classes`.
         classes: names of the classes.
+        drawn_from: how many images these were drawn from; None for all there are.
 
     Raises:
         DataError: other shapes or types, or a label that is not an index into `classes`.
@@ -32,6 +33,7 @@ class Split:
     images: Tensor
     labels: Tensor
     classes: tuple[str, ...]
+    drawn_from: int | None = None
 
     def __post_init__(self) -> None:
         if self.images.dtype != torch.uint8 or self.images.ndim != 4 or self.images.shape[1] != 3:
@@ -47,6 +49,11 @@ class Split:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    @property
+    def available(self) -> int:
+        """How many images the data set has, of which these may be only some."""
+        return len(self) if self.drawn_from is None else self.drawn_from
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -74,7 +81,11 @@ class Split:
         Raises:
             UsageError: fewer than 1 or more than all images wanted.
         """
-        return self.divide(count, seed=seed)[0]
+        return replace(self.divide(count, seed=seed)[0], drawn_from=self.available)
+
+    def limited(self, limit: int | None, *, seed: int) -> Split:
+        """`limit` images as `balanced` draws them, or all where there are no more or the limit is None."""
+        return self if limit is None or limit >= len(self) else self.balanced(limit, seed=seed)
 
     def divide(self, count: int, *, seed: int) -> tuple[Split, Split]:
         """Divides into `count` class-balanced random images and the rest, both in the order they have here.
@@ -85,11 +96,25 @@ class Split:
         if not 1 <= count <= len(self):
             raise UsageError(f"{count} images cannot be drawn from {len(self)}: give a number from 1 to {len(self)}")
         chosen = torch.zeros(len(self), dtype=torch.bool)
-        chosen[_balanced_indices(self.labels, count, seed)] = True
+        chosen[_drawn(self.labels, count, seed)] = True
         return self.subset(chosen.nonzero().flatten()), self.subset((~chosen).nonzero().flatten())
 
 
-def _balanced_indices(labels: Tensor, count: int, seed: int) -> Tensor:
+def balanced_indices(labels: Tensor, count: int, *, seed: int) -> Tensor:
+    """Which of the images `Split.balanced` takes, so that no others need be read.
+
+    Args:
+        labels: int64 (N,).
+        count: how many, from 1 to N.
+        seed: decides which.
+
+    Returns:
+        int64 (count,), ascending.
+    """
+    return _drawn(labels, count, seed).sort().values
+
+
+def _drawn(labels: Tensor, count: int, seed: int) -> Tensor:
     """Takes one random image of every class, then a second, and so on, until there are enough."""
     shuffled = torch.randperm(len(labels), generator=generator(seed, "balanced"))
     by_class = shuffled[labels[shuffled].argsort(stable=True)]

@@ -16,6 +16,14 @@ def test_unknown_split(dataset: Digits | Shapes) -> None:
         dataset.load("val")
 
 
+@pytest.mark.parametrize("dataset", [Digits(), Shapes(image_size=8)], ids=repr)
+def test_a_limit_draws_what_balanced_draws(dataset: Digits | Shapes) -> None:
+    some = dataset.load("test", limit=30, seed=4)
+    assert torch.equal(some.images, dataset.load("test").balanced(30, seed=4).images)
+    assert some.available == dataset.load("test").available > 30 == len(some)
+    assert len(dataset.load("test", limit=100_000)) == some.available
+
+
 def test_digits_splits() -> None:
     train, test = Digits().load("train"), Digits().load("test")
     assert (len(train), len(test)) == (1437, 360)
