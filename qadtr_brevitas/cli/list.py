@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from fnmatch import fnmatch
-from importlib import import_module
 
 import click
 
@@ -29,7 +28,7 @@ KINDS = ("models", *REGISTRIES, "recipes")
 def command(kind: str, pattern: str) -> None:
     """List the names of a kind, with what they are; a shell pattern picks some.
 
-    Models are timm's, those of this package included.
+    Models are timm's, those of this package included, and torchvision's that timm lacks.
     """
     from rich.table import Table
 
@@ -44,11 +43,9 @@ def command(kind: str, pattern: str) -> None:
 
 def _entries(kind: str, pattern: str) -> dict[str, str]:
     if kind == "models":
-        import timm
+        from qadtr_brevitas.models.create import model_names
 
-        # Importing them registers them with timm.
-        import_module("qadtr_brevitas.models")
-        return dict.fromkeys(timm.list_models(pattern), "")
+        return model_names(pattern)
     if kind == "recipes":
         shipped = recipe_files.shipped_recipes().items()
         return {name: recipe_files.recipe_description(path) for name, path in shipped if fnmatch(name, pattern)}

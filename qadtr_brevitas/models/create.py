@@ -1,25 +1,33 @@
-"""Float networks by timm's names, with errors that say what to type next."""
+"""Float networks by name, timm's and torchvision's, with errors that say what to type next."""
 
 from collections.abc import Mapping
 from difflib import get_close_matches
+from fnmatch import filter as matching
 from typing import Any
 
 import timm
 from torch import nn
 
 from qadtr_brevitas.errors import CheckpointError, UsageError
+from qadtr_brevitas.models.torchvision_models import (
+    create_torchvision_model,
+    torchvision_config,
+    torchvision_names,
+    torchvision_size_args,
+)
 
 
 def create_float_model(
     name: str, *, num_classes: int, pretrained: bool = False, args: Mapping[str, Any] | None = None
 ) -> nn.Module:
-    """Makes a float network with `timm.create_model`, to which the name goes untouched.
+    """Makes a float network with `timm.create_model`, to which the name goes untouched, or torchvision's builder.
 
     Args:
-        name: any timm name: `cifar_resnet20`, `resnet50.a1_in1k`, `hf-hub:owner/name`, `local-dir:/path`.
+        name: any timm name: `cifar_resnet20`, `resnet50.a1_in1k`, `hf-hub:owner/name`, `local-dir:/path`; or one of
+            torchvision's that timm lacks, as `alexnet`.
         num_classes: outputs.
-        pretrained: load the weights that timm knows for the name.
-        args: further arguments of `timm.create_model`.
+        pretrained: load the weights that timm or torchvision knows for the name.
+        args: further arguments of `timm.create_model` or the builder.
 
     Raises:
         UsageError: the name is unknown (the nearest ones are offered), or timm refuses it or an argument.
@@ -27,35 +35,99 @@ def create_float_model(
     """
     check_model_name(name)
     try:
+        if name in torchvision_names():
+            return create_torchvision_model(name, num_classes=num_classes, pretrained=pretrained, args=args)
         return timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **(args or {}))
     except OSError as error:
         raise CheckpointError(
             f"cannot fetch {name}: {error}; check the path or the network, or give a file as model.checkpoint"
         ) from error
     except (RuntimeError, TypeError, ValueError) as error:
-        raise UsageError(f"timm cannot make the model {name!r} ({error}): check model.name and model.args") from error
+        raise _refused(name, error) from error
+
+
+def model_names(pattern: str = "*") -> dict[str, str]:
+    """Names that match a shell pattern, each with the library it is of; timm's include those of this package."""
+    return {
+        **dict.fromkeys(timm.list_models(pattern), "timm"),
+        **dict.fromkeys(matching(torchvision_names(), pattern), "torchvision"),
+    }
+
+
+def is_model_name(name: str) -> bool:
+    """Whether timm or torchvision knows the name, whatever pretrained tag it has."""
+    return timm.is_model(name.partition(".")[0]) or name in torchvision_names()
 
 
 def check_model_name(name: str) -> None:
-    """Refuses a plain name that timm does not know; names with a source (`hf-hub:...`) are left to timm.
+    """Refuses a name that neither timm nor torchvision knows; names with a source (`hf-hub:...`) are left to timm.
 
     Raises:
         UsageError: the name is unknown.
     """
-    architecture = name.partition(".")[0]
-    if "/" in name or ":" in name or timm.is_model(architecture):
+    if ":" in name or is_model_name(name):
         return
-    near = get_close_matches(architecture, timm.list_models(), n=3, cutoff=0.6)
+    if "/" in name or "\\" in name:
+        raise UsageError(
+            f"there is no folder {name}, and no model of that name: give the folder of a model or run, a name of timm, "
+            f"hf-hub:{name} for the Hugging Face Hub, or local-dir:{name} for a folder that timm wrote"
+        )
+    near = get_close_matches(name.partition(".")[0], [*timm.list_models(), *torchvision_names()], n=3, cutoff=0.6)
     hint = f"did you mean {' or '.join(near)}?" if near else "see qadtr-brevitas list models"
     raise UsageError(f"unknown model {name!r}: {hint}")
+
+
+def model_config(name: str) -> Mapping[str, Any]:
+    """Timm's `pretrained_cfg` of a name: `input_size`, `crop_pct`, `fixed_input_size` and so on, as far as known.
+
+    Raises:
+        UsageError: the name is unknown.
+        CheckpointError: the configuration of an `hf-hub:` or `local-dir:` name cannot be fetched.
+    """
+    check_model_name(name)
+    if name in torchvision_names():
+        return torchvision_config(name)
+    if ":" in name:
+        # What such a name stands for is told by the network alone.
+        return create_float_model(name, num_classes=2).pretrained_cfg  # pyright: ignore[reportReturnType]
+    try:
+        config = timm.get_pretrained_cfg(name)
+    except RuntimeError as error:
+        raise _refused(name, error) from error
+    return {} if config is None else config.to_dict()
+
+
+def own_image_size(name: str, args: Mapping[str, Any]) -> tuple[int, float]:
+    """Height in pixels and timm's crop_pct of the images a network is made for.
+
+    Args:
+        name: as of `create_float_model`.
+        args: further arguments, which may set another size.
+
+    Raises:
+        UsageError, CheckpointError: as `model_config`.
+    """
+    config = model_config(name)
+    size = next((args[key] for key in ("img_size", "image_size", "input_size") if key in args), None)
+    size = config.get("input_size", (3, 224, 224))[-2:] if size is None else size
+    return size if isinstance(size, int) else size[0], config.get("crop_pct", 1.0)
 
 
 def fixed_size_args(name: str, image_size: tuple[int, int]) -> dict[str, Any]:
     """The argument that tells a network made for one image size (most transformers) about another one.
 
     Args:
-        name: a timm name.
+        name: as of `create_float_model`.
         image_size: height and width in pixels.
+
+    Raises:
+        UsageError, CheckpointError: as `model_config`.
     """
-    config = None if ":" in name else timm.get_pretrained_cfg(name.partition(".")[0])
-    return {"img_size": image_size} if config is not None and config.fixed_input_size else {}
+    if name in torchvision_names():
+        return torchvision_size_args(name, image_size)
+    return {"img_size": image_size} if model_config(name).get("fixed_input_size") else {}
+
+
+def _refused(name: str, error: Exception) -> UsageError:
+    library = "torchvision" if name in torchvision_names() else "timm"
+    return UsageError(f"{library} cannot make the model {name!r} ({error}): check model.name and model.args")

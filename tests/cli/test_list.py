@@ -19,9 +19,15 @@ def test_every_kind_has_described_names(kind: str, capsys: pytest.CaptureFixture
     assert all(row["name"] in text for row in rows)
 
 
-def test_models_are_those_of_timm_and_ours(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["list", "models", "*resnet20", "--json"]) == 0
-    assert "cifar_resnet20" in [row["name"] for row in json.loads(capsys.readouterr().out)]
+@pytest.mark.parametrize(
+    ("name", "library"), [("cifar_resnet20", "timm"), ("resnet20", None), ("alexnet", "torchvision")]
+)
+def test_models_are_those_of_timm_and_torchvision(
+    name: str, library: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["list", "models", name, "--json"]) == 0
+    wanted = [] if library is None else [{"name": name, "description": library}]
+    assert json.loads(capsys.readouterr().out) == wanted
 
 
 def test_a_pattern_that_fits_nothing(capsys: pytest.CaptureFixture[str]) -> None:
