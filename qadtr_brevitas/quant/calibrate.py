@@ -1,162 +1,126 @@
-"""Setting quantizer ranges and norm statistics from data, without training."""
+"""Setting quantizer ranges from data, without training."""
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import contextmanager
-from typing import Literal
+from collections.abc import Callable, Iterable, Sized
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
 from qadtr_brevitas.errors import UsageError
-from qadtr_brevitas.precision import PrecisionLike
-from qadtr_brevitas.quant.norm import copy_float_statistics, norms
+from qadtr_brevitas.quant.correct_biases import (
+    correct_biases,
+    corrected_precisions,
+    output_means,
+    reset_bias_correction,
+)
+from qadtr_brevitas.quant.norm import copy_float_statistics
+from qadtr_brevitas.quant.observe import Activations
 from qadtr_brevitas.quant.quantizers import SwitchableQuant, SwitchableWeightQuant
-from qadtr_brevitas.quant.switch import at_precision, observing, precisions_or_all
+from qadtr_brevitas.quant.ranges import Method, least_error, percentiles
+from qadtr_brevitas.quant.switch import observing
 from qadtr_brevitas.seeding import generator
 
-Method = Literal["mse", "minmax", "percentile"]
-
-# Thresholds tried by the MSE search, as shares of the largest magnitude: coarse ones, then around the best of them.
-_COARSE = [share / 20 for share in range(1, 21)]
-_FINE = [step / 100 for step in (-4, -3, -2, -1, 1, 2, 3, 4)]
+# Weights of a channel that the search for the least error looks at.
 _WEIGHTS_PER_ROW = 1 << 10
-_SAMPLES_PER_BATCH = 1 << 13
 
 
-def calibrate(model: nn.Module, batches: Iterable[Tensor], *, method: Method = "mse", percentile: float = 99.9) -> None:
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Tensor],
+    *,
+    method: Method = "mse",
+    percentile: float = 99.99,
+    bias_correction: bool = False,
+    progress: Callable[[int, int], object] | None = None,
+) -> None:
     """Sets the thresholds of every quantizer at every bit-width, and gives every precision the 32-bit norm statistics.
 
-    The network runs in float; each activation quantizer looks at what it would have to quantize.
+    The network runs in float, and each quantizer looks at what it would have to quantize. Weights have thresholds
+    per output channel, activations one per tensor; ranges of dynamic quantizers are left to run time.
 
     Args:
         model: a switchable model; changed in place.
-        batches: images, each (N, C, H, W) in [0, 1].
-        method: `mse` minimizes the squared quantization error per bit-width (a grid search); `minmax` clips nothing;
-            `percentile` clips what lies above a percentile of the magnitudes.
-        percentile: for `percentile`, in (0, 100].
+        batches: images, each (N, C, H, W) in [0, 1]. Of those whose length is known, such as a list or an object
+            that makes each batch when it is asked for, one is held at a time; others are read into a list first.
+        method: `mse` minimizes the squared quantization error per bit-width (a grid search); `minmax` clips nothing
+            that was seen; `percentile` clips what lies above a percentile of the magnitudes.
+        percentile: for `percentile`, in (0, 100]; 100 is `minmax` on a sample.
+        bias_correction: afterwards, for each precision, shift the outputs of convolutions and linear layers so that
+            their means per channel are those of the float network (Nagel et al. 2019, section 4.2). Takes one more
+            pass over the images per precision.
+        progress: is called with the number of batches done, and of all in all passes.
 
     Raises:
-        UsageError: no images, an unknown method, or a percentile out of range.
+        UsageError: no images, images on which the network computes no finite values, an unknown method, or a
+            percentile out of range.
     """
-    if method not in ("mse", "minmax", "percentile"):
-        raise UsageError(f"calibration method {method!r} is not known: choose mse, minmax or percentile")
-    if not 0 < percentile <= 100:
-        raise UsageError(f"percentile is {percentile}: it must be above 0 and at most 100, e.g. 99.9")
-    observed = _observe(model, batches)
-    for quantizer, (sample, largest) in observed.items():
-        _set_thresholds(quantizer, sample, largest, method, percentile)
-    copy_float_statistics(model)
+    _check(method, percentile)
+    batches = batches if isinstance(batches, Sized) else list(batches)
+    if len(batches) == 0:
+        raise UsageError("no images to calibrate on: give at least one batch")
+    activations, weights = Activations(len(batches)), set[SwitchableQuant]()
+    passes = 1 + (len(corrected_precisions(model)) if bias_correction else 0)
+    done = itertools.count(1)
 
-
-def recalibrate_norms(
-    model: nn.Module, batches: Sequence[Tensor], *, precisions: Sequence[PrecisionLike] | None = None
-) -> None:
-    """Measures the norm statistics of each precision anew, as the mean over batches.
-
-    Args:
-        model: a switchable model; only running statistics change, in place.
-        batches: images, each (N, C, H, W) in [0, 1], drawn at random over all classes (class-sorted batches cost
-            about 6 points of accuracy).
-        precisions: default all; 32 bit is measured too where it is among them.
-
-    Raises:
-        UsageError: no images, or a precision that is not allowed.
-    """
-    layers = norms(model)
-    was_training = model.training
-    model.eval()
-    for precision in precisions_or_all(model, precisions):
-        with at_precision(model, precision), _averaging(layers) as count_batch, torch.no_grad():
-            count = 0
-            for count, images in enumerate(batches, start=1):
-                count_batch(count)
-                model(images)
-        if count == 0:
-            raise UsageError("no images to measure norm statistics on: give at least one batch")
-    model.train(was_training)
-
-
-@contextmanager
-def _averaging(layers: Sequence[nn.BatchNorm2d]) -> Generator[Callable[[int], None]]:
-    """Norm layers in training mode, so that after n batches their statistics are the mean over these n."""
-    momenta = [layer.momentum for layer in layers]
-    for layer in layers:
-        layer.train()
-
-    def count_batch(count: int) -> None:
-        for layer in layers:
-            layer.momentum = 1.0 / count
-
-    try:
-        yield count_batch
-    finally:
-        for layer, momentum in zip(layers, momenta, strict=True):
-            layer.momentum = momentum
-
-
-def _observe(model: nn.Module, batches: Iterable[Tensor]) -> dict[SwitchableQuant, tuple[Tensor, Tensor]]:
-    """For each quantizer: samples (rows, n) of what it would have to quantize, and the largest magnitudes (rows,)."""
-    seen: dict[SwitchableQuant, list[Tensor]] = {}
-    largest: dict[SwitchableQuant, Tensor] = {}
-    rng = generator(0, "calibrate")
+    def count_batch() -> None:
+        if progress is not None:
+            progress(next(done), passes * len(batches))
 
     def observe(quantizer: SwitchableQuant, x: Tensor) -> None:
-        if isinstance(quantizer, SwitchableWeightQuant):
-            if quantizer not in seen:
-                rows = x.flatten(1) if math.prod(quantizer.shape) > 1 else x.reshape(1, -1)
-                seen[quantizer], largest[quantizer] = [_thinned(rows)], rows.abs().amax(1)
+        if not quantizer.thresholds or quantizer in weights:
             return
-        x = x.flatten()
-        picked = x[torch.randint(len(x), (_SAMPLES_PER_BATCH,), generator=rng).to(x.device)]
-        kept = picked if quantizer.signed else picked.clamp_min(0)
-        peak = x.abs().max() if quantizer.signed else x.max().clamp_min(0)
-        seen.setdefault(quantizer, []).append(kept[None])
-        largest[quantizer] = torch.maximum(largest.get(quantizer, peak), peak[None])
-
-    with observing(model, observe):
-        count = 0
-        for count, images in enumerate(batches, start=1):  # noqa: B007
-            model(images)
-    if count == 0:
-        raise UsageError("no images to calibrate on: give at least one batch")
-    return {quantizer: (torch.cat(values, dim=1), largest[quantizer]) for quantizer, values in seen.items()}
-
-
-def _thinned(rows: Tensor) -> Tensor:
-    """At most so many values of each row, evenly spread: enough for an error or a percentile to be told from."""
-    return rows[:, :: -(-rows.shape[1] // _WEIGHTS_PER_ROW)]
-
-
-def _set_thresholds(quant: SwitchableQuant, rows: Tensor, peaks: Tensor, method: Method, percentile: float) -> None:
-    """Sets the thresholds of one quantizer from samples (rows, n) and their largest magnitudes (rows,)."""
-    peaks = torch.where(peaks > 0, peaks, torch.ones_like(peaks))
-    for bits, parameter in quant.thresholds.items():
-        if method == "minmax":
-            best = peaks
-        elif method == "percentile":
-            best = torch.quantile(rows.abs(), percentile / 100, dim=1)
-            best = torch.where(best > 0, best, peaks)
+        if isinstance(quantizer, SwitchableWeightQuant):
+            # At once, so that no second copy of all weights is ever held.
+            _set_weight_thresholds(quantizer, x.detach(), method, percentile)
+            weights.add(quantizer)
         else:
-            best = _mse_thresholds(rows, peaks, quant.levels(int(bits)), quant.steps_per_threshold(int(bits)))
+            activations.add(quantizer, x.detach())
+
+    reset_bias_correction(model)
+    with observing(model, observe), output_means(model, enabled=bias_correction) as means:
+        for images in batches:
+            model(images)
+            count_batch()
+    for quantizer in activations:
+        _set_thresholds(quantizer, *activations.seen_by(quantizer), method, percentile)
+    copy_float_statistics(model)
+    if bias_correction:
+        correct_biases(model, batches, means, count_batch)
+
+
+def _check(method: str, percentile: float) -> None:
+    if method not in get_args(Method):
+        raise UsageError(f"calibration method {method!r} is not known: choose mse, minmax or percentile")
+    if not 0 < percentile <= 100:
+        raise UsageError(f"percentile is {percentile}: it must be above 0 and at most 100, e.g. 99.99")
+
+
+def _set_weight_thresholds(quantizer: SwitchableQuant, weight: Tensor, method: Method, percentile: float) -> None:
+    """Sets the thresholds of a weight quantizer, per output channel or one for all."""
+    rows = weight.float().reshape(math.prod(quantizer.shape), -1)
+    largest = torch.linalg.vector_norm(rows, ord=torch.inf, dim=1)
+    if method == "mse" and rows.shape[1] > _WEIGHTS_PER_ROW:
+        # At random: evenly spread ones could all be of the same corner of the kernels.
+        columns = torch.randperm(rows.shape[1], generator=generator(0, "weights"))[:_WEIGHTS_PER_ROW]
+        rows = rows[:, columns.sort().values.to(rows.device)]
+    _set_thresholds(quantizer, rows, largest, method, percentile)
+
+
+def _set_thresholds(
+    quantizer: SwitchableQuant, rows: Tensor, largest: Tensor, method: Method, percentile: float
+) -> None:
+    """Sets the thresholds of one quantizer from samples (rows, n) and the largest magnitudes (rows,)."""
+    largest = torch.where(largest > 0, largest, torch.ones_like(largest))
+    clipped = percentiles(rows, percentile) if method == "percentile" else largest
+    reached = torch.where(clipped > 0, clipped, largest)
+    for name, parameter in quantizer.thresholds.items():
+        bits = int(name)
+        threshold = reached * quantizer.headroom(bits)
+        if method == "mse":
+            threshold = least_error(rows, threshold, quantizer.levels(bits), quantizer.steps_per_threshold(bits))
         with torch.no_grad():
-            parameter.copy_(best.view_as(parameter))
-
-
-def _mse_thresholds(rows: Tensor, peaks: Tensor, levels: tuple[int, int], steps: int) -> Tensor:
-    """The thresholds (rows,) with the least squared error."""
-
-    def error(shares: Tensor) -> Tensor:
-        scale = (peaks * shares / steps)[:, None]
-        return (rows / scale).round_().clamp_(*levels).mul_(scale).sub_(rows).square_().sum(1)
-
-    best, least = torch.ones_like(peaks), torch.full_like(peaks, torch.inf)
-    for candidates in (_COARSE, _FINE):
-        center = torch.zeros_like(peaks) if candidates is _COARSE else best
-        for offset in candidates:
-            shares = (center + offset).clamp(0.01, 1.0)
-            found = error(shares)
-            best, least = torch.where(found < least, shares, best), torch.minimum(found, least)
-    return peaks * best
+            parameter.copy_(threshold.view_as(parameter))

@@ -90,6 +90,15 @@ class SwitchableQuant(nn.Module):
         """Number of steps between 0 and the threshold (Brevitas's IntScaling)."""
         return max(-self.levels(bits)[0], self.levels(bits)[1])
 
+    def headroom(self, bits: int) -> float:
+        """Threshold over the largest magnitude, such that no value is off by more than half a step.
+
+        1 where levels are symmetric or unsigned. With one more level below 0, the threshold of a positive value has to
+        lie half a step above it (as in PyTorch's MinMaxObserver).
+        """
+        lo, hi = self.levels(bits)
+        return self.steps_per_threshold(bits) * (2 if self.signed else 1) / (hi - lo)
+
     def threshold(self, bits: int) -> Tensor:
         """The threshold at a bit-width, positive."""
         return self.thresholds[str(bits)].abs().clamp(_SMALLEST_THRESHOLD, self.max_threshold)

@@ -22,7 +22,8 @@ class Switch:
     A plain object and no module: setting an attribute switches the whole network, whatever its size, and
     `copy.deepcopy` of a model gives the copy a switch of its own.
 
-    While `observer` is set, quantizers show it what they would have to quantize and pass it on as it is.
+    While `observer` is set, quantizers show it what they would have to quantize and pass it on as it is. `images` is
+    the number of images in the batch under way.
 
     Args:
         precisions: the allowed precisions; the first one is in force at the start.
@@ -33,6 +34,7 @@ class Switch:
         self.precision = self.allowed[0]
         self.frozen: dict[tuple[int, int], tuple[Tensor, ...]] | None = None
         self.observer: Observer | None = None
+        self.images = 1
 
     def set(self, precision: PrecisionLike) -> None:
         """Puts a precision in force.
@@ -118,6 +120,19 @@ def frozen_weights(model: nn.Module) -> Generator[None]:
 
 
 @contextmanager
+def evaluating(model: nn.Module) -> Generator[None]:
+    """Puts the model in eval mode, without gradients, for the duration of a block; restores the mode of each module."""
+    was_training = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in was_training:
+            module.training = training
+
+
+@contextmanager
 def observing(model: nn.Module, observer: Observer) -> Generator[None]:
     """Runs the model in float and eval mode for the duration of a block, without gradients.
 
@@ -127,16 +142,13 @@ def observing(model: nn.Module, observer: Observer) -> Generator[None]:
             it would have to quantize.
     """
     switch = switch_of(model)
-    before, was_training = switch.precision, [(module, module.training) for module in model.modules()]
-    model.eval()
+    before = switch.precision
     switch.precision, switch.observer = Precision(FLOAT_BITS, FLOAT_BITS), observer
     try:
-        with torch.no_grad():
+        with evaluating(model):
             yield
     finally:
         switch.precision, switch.observer = before, None
-        for module, training in was_training:
-            module.training = training
 
 
 def precisions_or_all(model: nn.Module, precisions: Sequence[PrecisionLike] | None) -> tuple[Precision, ...]:
