@@ -102,7 +102,7 @@ def _check(method: str, percentile: float) -> None:
 def _set_weight_thresholds(quantizer: SwitchableQuant, weight: Tensor, method: Method, percentile: float) -> None:
     """Sets the thresholds of a weight quantizer, per output channel or one for all."""
     rows = weight.float().reshape(math.prod(quantizer.shape), -1)
-    largest = torch.linalg.vector_norm(rows, ord=torch.inf, dim=1)
+    largest = torch.maximum(rows.amax(1), -rows.amin(1))
     if method == "mse" and rows.shape[1] > _WEIGHTS_PER_ROW:
         # At random: evenly spread ones could all be of the same corner of the kernels.
         columns = torch.randperm(rows.shape[1], generator=generator(0, "weights"))[:_WEIGHTS_PER_ROW]

@@ -53,6 +53,32 @@ class _QuantizeActivation(torch.autograd.Function):
         return dx, None if dot is None else (dot / scale).to(scale.dtype), None, None, None
 
 
+class _QuantizeImages(torch.autograd.Function):
+    """Quantization with a step of its own for each image, which takes no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, lo: int, hi: int, low: float, high: float) -> Tensor:
+        ctx.low, ctx.high = low, high
+        ctx.save_for_backward(*([] if low == -torch.inf and high == torch.inf else [x]))
+        if _is_blockable(x):
+            y = torch.empty_like(x)
+            source, target = (_flat(t).view(len(scale), -1) for t in (x, y))
+            images = max(1, _BLOCK // source.shape[1])
+            for s, t, step in zip(source.split(images), target.split(images), scale.split(images), strict=True):
+                torch.div(s, step[:, None], out=t)
+                t.round_().clamp_(lo, hi).mul_(step[:, None])
+            return y
+        step = scale.to(x.dtype).repeat_interleave(len(x) // len(scale)).view(-1, *(1,) * (x.dim() - 1))
+        return torch.clamp_(torch.round_(x / step), lo, hi).mul_(step)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+        dx = grads[0]
+        for x in ctx.saved_tensors:
+            dx = torch.ops.aten.hardtanh_backward(dx, x, ctx.low, ctx.high)
+        return dx, None, None, None, None, None
+
+
 class _QuantizeWeight(torch.autograd.Function):
     """Quantization of a parameter with one learned step per output channel, or one for all."""
 
@@ -86,6 +112,25 @@ def quantize_activation(x: Tensor, scale: Tensor, lo: int, hi: int, *, keep_inpu
         A tensor like x with at most hi - lo + 1 distinct values.
     """
     return _QuantizeActivation.apply(x, scale, lo, hi, keep_input)  # pyright: ignore[reportReturnType]
+
+
+def quantize_images(
+    x: Tensor, scale: Tensor, lo: int, hi: int, *, low: float = -torch.inf, high: float = torch.inf
+) -> Tensor:
+    """Quantizes each image of a batch with its own step.
+
+    Args:
+        x: activations; the first dimension is that of scale, or a multiple, image after image (windows, heads).
+        scale: positive steps, (images,), such that lo * scale ... hi * scale covers each image. It takes no gradient.
+        lo: lowest integer level, 0 for unsigned.
+        hi: highest integer level.
+        low: at values at or below, the gradient is 0: 0 for unsigned.
+        high: at values at or above, the gradient is 0.
+
+    Returns:
+        A tensor like x, whose gradient passes to x between low and high.
+    """
+    return _QuantizeImages.apply(x, scale, lo, hi, low, high)  # pyright: ignore[reportReturnType]
 
 
 def quantize_weight(w: Tensor, scale: Tensor, lo: int, hi: int) -> Tensor:

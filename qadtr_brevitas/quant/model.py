@@ -39,6 +39,7 @@ class SwitchableModel(nn.Module):
         Returns:
             Logits, (N, classes).
         """
+        self.switch.images = len(images)
         return self.net((images - self.mean) / self.std)
 
     def extra_repr(self) -> str:

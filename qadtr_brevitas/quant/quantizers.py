@@ -17,8 +17,9 @@ from brevitas.proxy import ActQuantProxyFromInjector, WeightQuantProxyFromInject
 from brevitas.quant_tensor import IntQuantTensor
 from torch import Tensor, nn
 
+from qadtr_brevitas.errors import UsageError
 from qadtr_brevitas.precision import FLOAT_BITS
-from qadtr_brevitas.quant.fake_quantize import quantize_activation, quantize_weight
+from qadtr_brevitas.quant.fake_quantize import quantize_activation, quantize_images, quantize_weight
 from qadtr_brevitas.quant.switch import Switch
 
 # First and last layers and residual streams keep at least so many bits, unless asked otherwise.
@@ -44,6 +45,9 @@ class SwitchableQuant(nn.Module):
         max_threshold: thresholds above are taken as this (6 for ReLU6).
     """
 
+    dynamic = False
+    """Whether the range is measured at run time; there are no thresholds then."""
+
     def __init__(
         self,
         switch: Switch,
@@ -62,7 +66,8 @@ class SwitchableQuant(nn.Module):
         self.shape = shape
         self.max_threshold = max_threshold
         held = sorted({max(b, min_bits) for b in bits})
-        self.thresholds = nn.ParameterDict({str(b): nn.Parameter(torch.ones(shape)) for b in held})
+        learned = [] if self.dynamic else held
+        self.thresholds = nn.ParameterDict({str(b): nn.Parameter(torch.ones(shape)) for b in learned})
         self.zero_point = StatelessBuffer(torch.tensor(0.0))
         self.bit_widths = nn.ModuleDict({str(b): StatelessBuffer(torch.tensor(float(b))) for b in held})
 
@@ -126,6 +131,49 @@ class SwitchableActQuant(SwitchableQuant):
         """Brevitas's contract: (dequantized value, scale, zero point, bit-width)."""
         bits = self.bits
         return self.quantize(x), self.scale(bits), self.zero_point(), self.bit_widths[str(bits)]()
+
+
+class SwitchableDynamicQuant(SwitchableActQuant):
+    """Activation quantizer whose range is that of each image, measured when it runs.
+
+    No image has a part in the range of another, so what is said about an image never depends on the rest of its
+    batch. Gradients pass straight through within the range. There is nothing to calibrate or to learn.
+    """
+
+    dynamic = True
+
+    def threshold(self, bits: int) -> Tensor:
+        raise UsageError("a dynamic quantizer has no threshold of its own: it measures the range of each image")
+
+    def image_scales(self, x: Tensor, bits: int) -> Tensor:
+        """The step for each image, (images,), or for all of x where its first dimension is no multiple of them, (1,).
+
+        Args:
+            x: activations, image after image (windows and heads of one image share its step).
+            bits: the bit-width.
+        """
+        images = self.switch.images if len(x) % self.switch.images == 0 else 1
+        values = x.detach().unflatten(0, (images, -1))
+        others = tuple(range(1, values.dim()))
+        largest = values.amax(others)
+        if self.signed:
+            largest = torch.maximum(largest, -values.amin(others))
+        largest = largest.float().clamp(_SMALLEST_THRESHOLD, self.max_threshold)
+        return largest * (self.headroom(bits) / self.steps_per_threshold(bits))
+
+    def _quantize(self, x: Tensor, scales: Tensor, bits: int) -> Tensor:
+        low, high = -torch.inf if self.signed else 0.0, self.max_threshold or torch.inf
+        return quantize_images(x, scales, *self.levels(bits), low=low, high=high)
+
+    def quantize(self, x: Tensor) -> Tensor:
+        bits = self.bits
+        return self._quantize(x, self.image_scales(x, bits), bits)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        bits = self.bits
+        scales = self.image_scales(x, bits)
+        each = scales.repeat_interleave(len(x) // len(scales)).view(-1, *(1,) * (x.dim() - 1))
+        return self._quantize(x, scales, bits), each, self.zero_point(), self.bit_widths[str(bits)]()
 
 
 class SwitchableWeightQuant(SwitchableQuant):
@@ -231,9 +279,10 @@ def weight_injector(switch: Switch, **settings: Any) -> Any:
     return _WeightInjector.let(switch=switch, **settings)
 
 
-def act_injector(switch: Switch, **settings: Any) -> Any:
-    """The injector of an activation quantizer; settings are those of SwitchableQuant."""
-    return _ActInjector.let(switch=switch, **settings)
+def act_injector(switch: Switch, *, dynamic: bool = False, **settings: Any) -> Any:
+    """The injector of an activation quantizer, with fixed ranges or dynamic; settings are those of SwitchableQuant."""
+    injector = _DynamicInjector if dynamic else _ActInjector
+    return injector.let(switch=switch, **settings)
 
 
 # Injectors are made by a metaclass that no type checker follows.
@@ -253,6 +302,10 @@ class _ActInjector(_Injector):
     narrow_range = False
     max_threshold = None
     shape = ()
+
+
+class _DynamicInjector(_ActInjector):
+    tensor_quant = SwitchableDynamicQuant
 
 
 def quantizer_parameters(model: nn.Module) -> list[nn.Parameter]:
