@@ -3,72 +3,22 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Iterator, Sequence
+from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qadtr_brevitas.errors import UsageError
-from qadtr_brevitas.precision import DEFAULT_BITS, FLOAT_BITS, MIN_BITS, PrecisionLike, parse_precisions
+from qadtr_brevitas.precision import DEFAULT_BITS, FLOAT_BITS, PrecisionLike, parse_precisions
 from qadtr_brevitas.quant.conversion_report import ConversionReport, LayerReport
-from qadtr_brevitas.quant.layers import (
-    SwitchableConv2d,
-    SwitchableLinear,
-    SwitchableReLU,
-    SwitchableReLU6,
-    brevitas_twin,
-)
 from qadtr_brevitas.quant.model import SwitchableModel
-from qadtr_brevitas.quant.norm import SwitchableBatchNorm2d
-from qadtr_brevitas.quant.probe import Call, probe
-from qadtr_brevitas.quant.quantizers import EDGE_BITS, act_injector, weight_injector
+from qadtr_brevitas.quant.norm import BATCH_NORMS
+from qadtr_brevitas.quant.plan import Activations, Edge, Norm, Plan, Residual, mark_edges
+from qadtr_brevitas.quant.probe import Call, Probe, probe
+from qadtr_brevitas.quant.rules import converted
 from qadtr_brevitas.quant.switch import Switch
-
-Edge = Literal["8bit", "same", "float"]
-Residual = Literal["8bit", "same"]
-Norm = Literal["statistics", "switchable"]
-
-_LINEAR = (nn.Conv2d, nn.Linear)
-_EXACT_ON_INTEGERS = {
-    nn.MaxPool2d: "passes values through",
-    nn.AdaptiveMaxPool2d: "passes values through",
-    nn.Flatten: "passes values through",
-    nn.Identity: "passes values through",
-    nn.Dropout: "passes values through at inference",
-    nn.AvgPool2d: "a sum of quantized values; its result is quantized where the next layer needs it",
-    nn.AdaptiveAvgPool2d: "a sum of quantized values; its result is quantized where the next layer needs it",
-}
-
-
-@dataclass(frozen=True)
-class _Plan:
-    switch: Switch
-    edge: Edge
-    residual: Residual
-    norm: Norm
-    narrow_range: bool
-    per_channel: bool
-    first: str
-    last: str
-    streams: frozenset[str]
-
-    def min_bits(self, name: str) -> int:
-        wide = (self.edge == "8bit" and name in (self.first, self.last)) or self.is_wide_stream(name)
-        return EDGE_BITS if wide else MIN_BITS
-
-    def is_wide_stream(self, name: str | None) -> bool:
-        return self.residual == "8bit" and name in self.streams
-
-    def stays_float(self, name: str) -> bool:
-        return self.edge == "float" and name in (self.first, self.last)
-
-    def weight_bits(self) -> tuple[int, ...]:
-        return tuple(p.weight for p in self.switch.allowed if p.weight != FLOAT_BITS)
-
-    def act_bits(self) -> tuple[int, ...]:
-        return tuple(p.act for p in self.switch.allowed if p.act != FLOAT_BITS)
 
 
 def convert(
@@ -83,15 +33,19 @@ def convert(
     norm: Norm = "statistics",
     narrow_range: bool = True,
     per_channel: bool = True,
+    activations: Activations = "static",
+    in_place: bool = False,
 ) -> tuple[SwitchableModel, ConversionReport]:
     """Makes a switchable model of a float network, which is left untouched.
 
-    Weights of Conv2d and Linear are quantized per output channel, symmetric; ReLU and ReLU6 become unsigned
-    per-tensor quantizers; a Conv2d or Linear whose input is not a quantized activation (the image, a residual sum,
-    an average pool) gets an input quantizer. Residual sums and pools are computed in float, as in accumulators wide
-    enough. An activation that goes on to a residual sum (the residual stream) keeps 8 bit or more, and the
-    convolutions that read it quantize it further: at 2 bit the stream would otherwise be cut to 4 levels in every
-    block. Thresholds are 1 until `calibrate()` or training sets them.
+    Below 32 bit every product (convolution, linear layer, matrix product, attention) computes on quantized operands,
+    wherever in the network it is computed. Weights of convolutions and linear layers are quantized per output channel,
+    symmetric; ReLU and ReLU6 become unsigned per-tensor quantizers; an operand that no activation has quantized (the
+    image, a sum, a LayerNorm's or GELU's result, attention's probabilities) gets a quantizer of its own. What lies
+    between products (sums, norms, pools, softmax) is computed in float, as in accumulators wide enough. An activation
+    that goes on to a residual sum or a concatenation (the residual stream) keeps 8 bit or more, and the layers that
+    read it quantize it further: at 2 bit the stream would otherwise be cut to 4 levels in every block. Thresholds are
+    1 until `calibrate()` or training sets them.
 
     Args:
         model: a float network of images, in any mode and on any device.
@@ -104,30 +58,41 @@ def convert(
         norm: running statistics per precision with a shared affine, or a whole BatchNorm per precision.
         narrow_range: symmetric weight levels (ternary at 2 bit); otherwise one more level below.
         per_channel: a weight threshold per output channel, or one for all.
+        activations: thresholds of activations that are calibrated or learned, or ranges measured on every image.
+        in_place: make the switchable model of the float network's own modules, which saves a copy of its weights; it
+            cannot be used afterwards.
 
     Returns:
         The switchable model, on the device of the float one, and what was done to every layer.
 
     Raises:
-        UsageError: a precision that is not possible, nothing to quantize, or a network that does not run.
+        UsageError: a precision that is not possible, nothing to quantize, or a network that does not run, or computes
+            products in a way that cannot be followed.
     """
-    net = copy.deepcopy(model)
+    net = model if in_place else copy.deepcopy(model)
+    training = model.training
     switch = Switch(parse_precisions(precisions))
     config = _image_config(net, mean, std, image_size)
     device = next((p.device for p in net.parameters()), torch.device("cpu"))
-    calls = probe(net, _noise(config).to(device))
+    found = probe(net, _noise(config).to(device), nonnegative=not any(config["mean"]))
+    _check_products(net, found)
+    mark_edges(net, found)
+    plan = Plan(
+        switch=switch,
+        edge=edge,
+        residual=residual,
+        norm=norm,
+        narrow_range=narrow_range,
+        per_channel=per_channel,
+        activations=activations,
+        probe=found,
+    )
     modules = dict(net.named_modules())
-    linear = [name for name in calls if type(modules[name]) in _LINEAR]
-    if not linear:
-        raise UsageError(
-            f"{type(model).__name__} has nothing to quantize: no plain Conv2d or Linear layer runs on an image"
-        )
-    streams = frozenset(call.name for call in calls.values() if call.feeds_sum)
-    plan = _Plan(switch, edge, residual, norm, narrow_range, per_channel, linear[0], linear[-1], streams)
-    reports = [_convert_layer(net, call, modules[name], plan) for name, call in calls.items()]
+    sizes = {str(precision): _size(net, plan, precision.weight) for precision in switch.allowed}
+    reports = [*_convert_called(net, modules, plan), *_uncalled(modules, found)]
     switchable = SwitchableModel(net, switch, mean=config["mean"], std=config["std"]).to(device)
-    switchable.train(model.training)
-    return switchable, ConversionReport(tuple(reports))
+    switchable.train(training)
+    return switchable, ConversionReport(tuple(reports), sizes)
 
 
 def _image_config(
@@ -152,71 +117,99 @@ def _noise(config: dict[str, Any]) -> Tensor:
     return (pixels - mean) / std
 
 
-def _convert_layer(net: nn.Module, call: Call, module: nn.Module, plan: _Plan) -> LayerReport:
-    replacement, note = _replacement(call, module, plan)
-    if replacement is not None:
-        replacement.train(module.training)
-        net.set_submodule(call.name, replacement)
-    if replacement is not None and call.count > 1:
-        note += f"; shared by {call.count} places"
-    parameters = sum(p.numel() for p in module.parameters())
-    quantized = replacement is not None and type(module) is not nn.BatchNorm2d
-    return LayerReport(call.name, type(module).__name__, quantized, note, parameters)
+def _check_products(net: nn.Module, found: Probe) -> None:
+    kind = type(net).__name__
+    if found.unseen_macs:
+        total = found.unseen_macs + sum(product.macs for product in found.products)
+        raise UsageError(
+            f"{kind} cannot be converted: {found.unseen_macs / total:.1%} of its multiply-accumulates are computed by "
+            "functions that cannot be followed, and would stay float; use layers of torch.nn, or matmul"
+        )
+    if all(product.is_constant for product in found.products):
+        raise UsageError(
+            f"{kind} has nothing to quantize: no convolution, linear layer or matrix product runs on an image"
+        )
 
 
-def _replacement(call: Call, module: nn.Module, plan: _Plan) -> tuple[nn.Module | None, str]:
-    kind = type(module)
-    if kind in _LINEAR:
-        if plan.stays_float(call.name):
-            return None, "stays float: first or last layer with edge=float"
-        return _quantized_linear(call, module, plan), _linear_note(call, plan)
-    if kind is nn.ReLU:
-        quant = _activation(plan, signed=False, min_bits=plan.min_bits(call.name))
-        return SwitchableReLU(act_quant=quant), "unsigned, per tensor" + _stream_note(call, plan)
-    if kind is nn.ReLU6:
-        quant = _activation(plan, signed=False, min_bits=plan.min_bits(call.name), max_threshold=6.0)
-        return SwitchableReLU6(act_quant=quant), "unsigned, per tensor, at most 6" + _stream_note(call, plan)
-    if kind is nn.BatchNorm2d and isinstance(module, nn.BatchNorm2d) and module.track_running_stats:
-        own_affine = plan.norm == "switchable"
-        what = "statistics and affine" if own_affine else "statistics"
-        return SwitchableBatchNorm2d(module, plan.switch, own_affine=own_affine), f"float, {what} per precision"
-    if kind in _EXACT_ON_INTEGERS:
-        return None, f"stays float: {_EXACT_ON_INTEGERS[kind]}"
-    return None, f"stays float: no rule for {kind.__name__}"
+def _convert_called(net: nn.Module, modules: dict[str, nn.Module], plan: Plan) -> Iterator[LayerReport]:
+    """Converts every module that runs, and says what was done."""
+    for name, call in plan.probe.calls.items():
+        module, kind = modules[name], type(modules[name]).__name__
+        outcome = converted(call, module, plan)
+        if outcome is None:
+            yield from _loose_parameters(name, module)
+            continue
+        replacement, note = outcome
+        if replacement is not None and replacement is not module:
+            replacement.train(module.training)
+            net.set_submodule(name, replacement)
+        if replacement is not None and call.count > 1:
+            note += f"; shared by {call.count} places"
+        yield _report(call, module, kind, note, plan, quantized=replacement is not None and not _is_norm(module))
 
 
-def _stream_note(call: Call, plan: _Plan) -> str:
-    return ", residual stream, at least 8 bit" if plan.is_wide_stream(call.name) else ""
-
-
-def _reads_quantized(call: Call, plan: _Plan) -> bool:
-    return call.source is not None and not plan.is_wide_stream(call.source)
-
-
-def _linear_note(call: Call, plan: _Plan) -> str:
-    granularity = "per channel" if plan.per_channel else "per tensor"
-    note = f"weights {granularity}"
-    if not _reads_quantized(call, plan):
-        note += f", own {'unsigned' if call.nonnegative_input else 'signed'} input quantizer"
-    if plan.min_bits(call.name) == EDGE_BITS:
-        note += ", at least 8 bit"
-    return note
-
-
-def _activation(plan: _Plan, *, signed: bool, min_bits: int, max_threshold: float | None = None) -> Any:
-    return act_injector(
-        plan.switch, bits=plan.act_bits(), min_bits=min_bits, signed=signed, max_threshold=max_threshold
+def _report(call: Call, module: nn.Module, kind: str, note: str, plan: Plan, *, quantized: bool) -> LayerReport:
+    parameters = sum(p.numel() for p in module.parameters(recurse=False))
+    kept = [product for product in call.products if not plan.stays_float(product)]
+    has_weight = any(
+        operand.weight and (operand.parameter is None or operand.parameter.rpartition(".")[0] == call.name)
+        for product in kept
+        for operand in product.operands
+    )
+    return LayerReport(
+        call.name,
+        kind,
+        quantized,
+        note,
+        parameters,
+        parameters if has_weight else 0,
+        # What is the same for every image is no part of inference.
+        sum(product.macs for product in call.products if not product.is_constant),
+        sum(product.macs for product in kept),
     )
 
 
-def _quantized_linear(call: Call, module: nn.Module, plan: _Plan) -> nn.Module:
-    assert isinstance(module, nn.Conv2d | nn.Linear)
-    min_bits = plan.min_bits(call.name)
-    shape = (module.weight.shape[0] if plan.per_channel else 1, *(1,) * (module.weight.dim() - 1))
-    weight_quant = weight_injector(
-        plan.switch, bits=plan.weight_bits(), min_bits=min_bits, narrow_range=plan.narrow_range, shape=shape
-    )
-    input_quant = None
-    if not _reads_quantized(call, plan):
-        input_quant = _activation(plan, signed=not call.nonnegative_input, min_bits=min_bits)
-    return brevitas_twin(module, SwitchableConv2d, SwitchableLinear, weight_quant=weight_quant, input_quant=input_quant)
+def _loose_parameters(name: str, module: nn.Module) -> Iterator[LayerReport]:
+    """Parameters of a container: position embeddings, class tokens, scales of branches."""
+    for own, parameter in module.named_parameters(recurse=False):
+        note = "stays float: added, joined or multiplied elementwise"
+        yield LayerReport(f"{name}.{own}".strip("."), "Parameter", False, note, parameter.numel())
+
+
+def _uncalled(modules: dict[str, nn.Module], found: Probe) -> Iterator[LayerReport]:
+    """Modules with parameters that are not run themselves."""
+    readers = {
+        operand.parameter: product.owner
+        for product in found.products
+        for operand in product.operands
+        if operand.parameter is not None
+    }
+    for name, module in modules.items():
+        own = dict(module.named_parameters(name, recurse=False))
+        if name in found.calls or not own:
+            continue
+        reader = next((readers[parameter] for parameter in own if parameter in readers), None)
+        note = "stays float: does not run on an image" if reader is None else f"its weight is quantized in {reader}"
+        count = sum(parameter.numel() for parameter in own.values())
+        yield LayerReport(name, type(module).__name__, reader is not None, note, count, count if reader else 0)
+
+
+def _size(net: nn.Module, plan: Plan, bits: int) -> int:
+    """Bytes of a network with weights of so many bits, each packed, and a scale for each of their channels."""
+    total = sum(x.numel() * x.element_size() for x in (*net.parameters(), *net.buffers()))
+    if bits == FLOAT_BITS:
+        return total
+    counted: set[str] = set()
+    for product in plan.probe.products:
+        for operand in product.operands:
+            key = operand.parameter or f"{product.owner}/{operand.label}"
+            if plan.stays_float(product) or not operand.weight or key in counted:
+                continue
+            counted.add(key)
+            own_bits = max(bits, plan.min_bits(product))
+            total += (prod(operand.shape) * (own_bits - FLOAT_BITS)) // 8 + 4 * operand.shape[0]
+    return total
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return isinstance(module, BATCH_NORMS)

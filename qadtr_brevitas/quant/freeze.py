@@ -6,7 +6,7 @@ import copy
 from typing import Any
 
 from brevitas.inject.enum import ScalingImplType
-from brevitas.nn import QuantConv2d, QuantLinear, QuantReLU
+from brevitas.nn import QuantConv2d, QuantIdentity, QuantLinear, QuantReLU
 from brevitas.quant import (
     Int8ActPerTensorFloat,
     Int8WeightPerChannelFloat,
@@ -16,16 +16,24 @@ from brevitas.quant import (
 from torch import Tensor, nn
 
 from qadtr_brevitas.precision import PrecisionLike
+from qadtr_brevitas.quant.functions import QuantizedFunctions, hide_products, restore_products
 from qadtr_brevitas.quant.layers import (
     SwitchableConv2d,
+    SwitchableGate,
+    SwitchableIdentity,
     SwitchableLinear,
     SwitchableReLU,
     SwitchableReLU6,
     brevitas_twin,
 )
 from qadtr_brevitas.quant.model import SwitchableModel
-from qadtr_brevitas.quant.norm import SwitchableBatchNorm2d
-from qadtr_brevitas.quant.quantizers import SwitchableActProxy, SwitchableQuant, SwitchableWeightProxy
+from qadtr_brevitas.quant.norm import SwitchableBatchNorm
+from qadtr_brevitas.quant.quantizers import (
+    SwitchableActProxy,
+    SwitchableQuant,
+    SwitchableWeightProxy,
+    SwitchableWeightQuant,
+)
 from qadtr_brevitas.quant.switch import at_precision
 
 
@@ -63,10 +71,20 @@ def freeze(model: SwitchableModel, precision: PrecisionLike) -> FrozenModel:
     with at_precision(model, precision):
         copied = copy.deepcopy(model)
         for name, module in list(copied.named_modules()):
-            if (replacement := _frozen_layer(module)) is not None:
+            if isinstance(module, QuantizedFunctions):
+                _freeze_products(module)
+            elif (replacement := _frozen_layer(module)) is not None:
                 copied.set_submodule(name, replacement)
+        _hide_layers(copied.net)
         frozen = FrozenModel(copied.net, copied.mean, copied.std)
         return frozen.to(copied.mean.device).eval()
+
+
+def _hide_layers(net: nn.Module) -> None:
+    outer = [module for module in net.modules() if isinstance(module, QuantizedFunctions)]
+    for layer in {layer for module in outer for layer in module.modules()}:
+        if isinstance(layer, QuantConv2d | QuantLinear):
+            hide_products(layer)
 
 
 def _frozen_layer(module: nn.Module) -> nn.Module | None:
@@ -77,8 +95,13 @@ def _frozen_layer(module: nn.Module) -> nn.Module | None:
         if quant is None:
             return nn.ReLU6() if isinstance(module, SwitchableReLU6) else nn.ReLU()
         return QuantReLU(act_quant=quant)
-    if isinstance(module, SwitchableBatchNorm2d):
-        return _frozen_norm(module)
+    if isinstance(module, SwitchableIdentity):
+        return _frozen_identity(module)
+    if isinstance(module, SwitchableGate):
+        quant = _act_quant(module.quant.act_quant)
+        return module.gate if quant is None else nn.Sequential(module.gate, QuantIdentity(act_quant=quant))
+    if isinstance(module, SwitchableBatchNorm):
+        return module.frozen()
     return None
 
 
@@ -87,6 +110,29 @@ def _frozen_linear(module: SwitchableConv2d | SwitchableLinear) -> nn.Module:
     return brevitas_twin(
         module, QuantConv2d, QuantLinear, weight_quant=_weight_quant(module.weight_quant), input_quant=input_quant
     )
+
+
+def _freeze_products(module: QuantizedFunctions) -> None:
+    """Has the module's products quantized always, or never; their quantizers are replaced one by one."""
+    if module.product_quant.is_active:
+        module.product_quant.switch = None
+    else:
+        restore_products(module)
+
+
+def _frozen_identity(module: SwitchableIdentity) -> nn.Module:
+    quantizer = module.act_quant.quantizer
+    if not isinstance(quantizer, SwitchableWeightQuant):
+        quant = _act_quant(module.act_quant)
+    elif not quantizer.is_active:
+        quant = None
+    else:
+        settings = {"narrow_range": quantizer.narrow_range, **_settings(quantizer)}
+        if quantizer.shape:
+            settings |= {"scaling_per_output_channel": True, "per_channel_broadcastable_shape": quantizer.shape}
+        stock: Any = Int8ActPerTensorFloat
+        quant = stock.let(**settings)
+    return nn.Identity() if quant is None else QuantIdentity(act_quant=quant)
 
 
 def _weight_quant(proxy: SwitchableWeightProxy) -> Any:
@@ -110,11 +156,3 @@ def _settings(quantizer: SwitchableQuant) -> dict[str, Any]:
         "scaling_impl_type": ScalingImplType.PARAMETER,
         "scaling_init": threshold if threshold.numel() > 1 else float(threshold),
     }
-
-
-def _frozen_norm(module: SwitchableBatchNorm2d) -> nn.BatchNorm2d:
-    branch = module.branch(module.switch.precision)
-    norm = nn.BatchNorm2d(module.num_features, module.eps, module.momentum, module.affine)
-    state = {**module.state_dict(), **branch.state_dict()}
-    norm.load_state_dict({key: value for key, value in state.items() if key in norm.state_dict()})
-    return norm

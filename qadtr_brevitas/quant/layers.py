@@ -5,15 +5,16 @@ A QuantTensor as input and an export in progress take Brevitas's own way.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from brevitas.nn import QuantConv2d, QuantLinear, QuantReLU
+from brevitas.nn import QuantConv2d, QuantIdentity, QuantLinear, QuantReLU
 from brevitas.proxy import ActQuantProxyFromInjector
 from brevitas.quant_tensor import QuantTensor
 from torch import Tensor, nn
 
+from qadtr_brevitas.quant.bias_correction import BiasCorrection
+from qadtr_brevitas.quant.functions import hidden_products
 from qadtr_brevitas.quant.quantizers import SwitchableActProxy, SwitchableWeightProxy
 
 
@@ -25,14 +26,30 @@ class _ShortWay:
     bias: Any
     input_quant: ActQuantProxyFromInjector
     weight_quant: SwitchableWeightProxy
-    inner_forward_impl: Callable[..., Tensor]
+    bias_correction: BiasCorrection | None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.register_module("bias_correction", None)  # pyright: ignore
 
     def forward(self, input: Any) -> Any:  # named as in Brevitas
         if self.export_mode or isinstance(input, QuantTensor):
             return super().forward(input)  # pyright: ignore[reportAttributeAccessIssue, reportUnknownVariableType]
         quant = self.input_quant
         x = quant.quantize(input) if isinstance(quant, SwitchableActProxy) else input
-        return self.inner_forward_impl(x, self.weight_quant.quantize(self.weight), self.bias)
+        weight = self.weight_quant.quantize(self.weight)
+        if not torch._C._len_torch_function_stack():  # pyright: ignore[reportPrivateUsage]
+            return self.inner_forward_impl(x, weight, self.bias)
+        with hidden_products():
+            return self.inner_forward_impl(x, weight, self.bias)
+
+    def inner_forward_impl(self, x: Tensor, quant_weight: Tensor, quant_bias: Tensor | None) -> Tensor:
+        """The product itself, in which both ways end."""
+        bias = quant_bias if self.bias_correction is None else self.bias_correction(quant_bias)
+        return super().inner_forward_impl(x, quant_weight, bias)  # pyright: ignore
+
+    def reset_parameters(self) -> None:
+        """Does nothing: the weights are those of a float layer."""
 
 
 class SwitchableConv2d(_ShortWay, QuantConv2d):  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -44,7 +61,7 @@ class SwitchableLinear(_ShortWay, QuantLinear):  # pyright: ignore[reportIncompa
 
 
 def brevitas_twin(module: nn.Module, conv: Any, linear: Any, **quantizers: Any) -> nn.Module:
-    """A Brevitas layer of the geometry of a Conv2d or Linear, with its weight and bias copied.
+    """A Brevitas layer of the geometry of a Conv2d or Linear, which takes over its weight and bias.
 
     Args:
         module: a convolution or linear layer, float or Brevitas.
@@ -62,11 +79,19 @@ def brevitas_twin(module: nn.Module, conv: Any, linear: Any, **quantizers: Any) 
         twin = conv(
             module.in_channels, module.out_channels, module.kernel_size, bias=has_bias, **geometry, **quantizers
         )
-    with torch.no_grad():
-        twin.weight.copy_(module.weight)
-        if module.bias is not None:
-            twin.bias.copy_(module.bias)
+    twin.weight, twin.bias = module.weight, module.bias
     return twin
+
+
+class SwitchableIdentity(QuantIdentity):
+    """QuantIdentity with a switchable quantizer, of activations or of a weight that is computed in the forward."""
+
+    act_quant: SwitchableActProxy
+
+    def forward(self, input: Any) -> Any:
+        if self.export_mode or isinstance(input, QuantTensor):
+            return super().forward(input)
+        return self.act_quant.quantize(input)
 
 
 class SwitchableReLU(QuantReLU):
@@ -86,3 +111,20 @@ class SwitchableReLU6(SwitchableReLU):
     def __init__(self, act_quant: Any) -> None:
         super().__init__(act_quant=act_quant)
         self.act_quant.fused_activation_quant_proxy.activation_impl = nn.ReLU6()
+
+
+class SwitchableGate(nn.Module):
+    """A sigmoid or a like gate, with its values, from 0 to 1, quantized.
+
+    Args:
+        gate: the float module.
+        act_quant: injector of an unsigned quantizer.
+    """
+
+    def __init__(self, gate: nn.Module, act_quant: Any) -> None:
+        super().__init__()
+        self.gate = gate
+        self.quant = SwitchableIdentity(act_quant)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.quant(self.gate(x))

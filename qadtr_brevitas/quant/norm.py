@@ -8,11 +8,18 @@ A BatchNorm shared as it is fails: its running statistics average over precision
 from __future__ import annotations
 
 import torch
+from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules import batchnorm
 
 from qadtr_brevitas.precision import Precision
 from qadtr_brevitas.quant.switch import Switch
+
+# What BatchNorm1d, 2d and 3d have in common has no public name.
+BatchNorm = batchnorm._BatchNorm  # pyright: ignore[reportPrivateUsage]
+# The norms that have a switchable form, by their exact classes.
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, BatchNormAct2d)
 
 
 class NormBranch(nn.Module):
@@ -21,7 +28,7 @@ class NormBranch(nn.Module):
     running_mean: Tensor
     running_var: Tensor
 
-    def __init__(self, norm: nn.BatchNorm2d, *, own_affine: bool) -> None:
+    def __init__(self, norm: BatchNorm, *, own_affine: bool) -> None:
         super().__init__()
         assert norm.running_mean is not None
         assert norm.running_var is not None
@@ -31,23 +38,34 @@ class NormBranch(nn.Module):
         self.bias = nn.Parameter(norm.bias.detach().clone()) if own_affine and norm.affine else None
 
 
-class SwitchableBatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm2d with running statistics (or everything) of its own per precision.
+class SwitchableBatchNorm(BatchNorm):
+    """BatchNorm with running statistics (or everything) of its own per precision.
 
     The 32-bit branch is the module itself, so float checkpoints load and 32 bit is exact.
 
     Args:
-        norm: the float BatchNorm; its statistics and affine are copied to every precision.
+        norm: the float BatchNorm, for images or sequences, also timm's with an activation inside; its parameters and
+            buffers are taken over, and copied to every precision.
         switch: the model's switch.
         own_affine: a weight and bias per precision too.
     """
 
-    def __init__(self, norm: nn.BatchNorm2d, switch: Switch, *, own_affine: bool) -> None:
+    drop: nn.Module
+    act: nn.Module
+
+    def __init__(self, norm: BatchNorm, switch: Switch, *, own_affine: bool) -> None:
         super().__init__(norm.num_features, norm.eps, norm.momentum, norm.affine)
-        self.load_state_dict(norm.state_dict())
+        for name, value in norm.named_parameters(recurse=False):
+            setattr(self, name, value)
+        for name, value in norm.named_buffers(recurse=False):
+            setattr(self, name, value)
         self.train(norm.training)
+        self.float_class = type(norm)
         self.switch = switch
         self.own_affine = own_affine
+        if isinstance(norm, BatchNormAct2d):
+            self.add_module("drop", norm.drop)  # pyright: ignore[reportArgumentType]
+            self.add_module("act", norm.act)  # pyright: ignore[reportArgumentType]
         self.branches = nn.ModuleDict()
         for precision in switch.allowed:
             self.add_branch(precision)
@@ -55,9 +73,10 @@ class SwitchableBatchNorm2d(nn.BatchNorm2d):
     def add_branch(self, precision: Precision) -> None:
         """Adds a precision, starting from the 32-bit statistics; 32 bit itself needs no branch."""
         if not precision.is_float and str(precision) not in self.branches:
-            self.branches[str(precision)] = NormBranch(self, own_affine=self.own_affine).to(self.weight.device)
+            assert self.running_mean is not None
+            self.branches[str(precision)] = NormBranch(self, own_affine=self.own_affine).to(self.running_mean.device)
 
-    def branch(self, precision: Precision) -> SwitchableBatchNorm2d | NormBranch:
+    def branch(self, precision: Precision) -> SwitchableBatchNorm | NormBranch:
         """Where the statistics of a precision live: the module itself for 32 bit."""
         return self if precision.is_float else self.branches[str(precision)]  # pyright: ignore[reportReturnType]
 
@@ -66,14 +85,25 @@ class SwitchableBatchNorm2d(nn.BatchNorm2d):
         weight = self.weight if branch.weight is None else branch.weight
         bias = self.bias if branch.bias is None else branch.bias
         momentum = 0.1 if self.momentum is None else self.momentum
-        return F.batch_norm(
+        y = F.batch_norm(
             input, branch.running_mean, branch.running_var, weight, bias, self.training, momentum, self.eps
         )
+        return self.act(self.drop(y)) if hasattr(self, "act") else y
+
+    def frozen(self) -> BatchNorm:
+        """A norm of the float class with the statistics and affine of the precision in force."""
+        norm: BatchNorm = self.float_class(self.num_features, self.eps, self.momentum, self.affine)
+        state = {**self.state_dict(), **self.branch(self.switch.precision).state_dict()}
+        own = {name for name, _ in (*norm.named_parameters(recurse=False), *norm.named_buffers(recurse=False))}
+        norm.load_state_dict({name: value for name, value in state.items() if name in own}, strict=False)
+        if isinstance(norm, BatchNormAct2d):
+            norm.drop, norm.act = self.drop, self.act
+        return norm
 
 
-def norms(model: nn.Module) -> list[SwitchableBatchNorm2d]:
+def norms(model: nn.Module) -> list[SwitchableBatchNorm]:
     """Every switchable norm layer of a model."""
-    return [module for module in model.modules() if isinstance(module, SwitchableBatchNorm2d)]
+    return [module for module in model.modules() if isinstance(module, SwitchableBatchNorm)]
 
 
 def copy_float_statistics(model: nn.Module) -> None:

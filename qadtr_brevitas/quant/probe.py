@@ -1,129 +1,213 @@
-"""What a network does with one image: which layers run, in which order, and what feeds what."""
+"""What a network does with one image: which layers run, in which order, what multiplies what, and what feeds what."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections import Counter
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from qadtr_brevitas.errors import UsageError
+from qadtr_brevitas.quant.products import ATTENTION, is_product, operands
+from qadtr_brevitas.quant.provenance import IMAGE, Facts, Provenance, tensors_in
 
 ACTIVATIONS = (nn.ReLU, nn.ReLU6)
-# Their output holds only values of their input (and zeros), so a quantized input stays quantized.
-_VALUE_PRESERVING = (nn.MaxPool2d, nn.AdaptiveMaxPool2d, nn.Flatten, nn.Identity, nn.Dropout)
-_VALUE_PRESERVING_FUNCTIONS = {"__getitem__", "pad", "_pad", "flatten", "reshape", "view", "contiguous", "max_pool2d"}
-_SUMS = {"add", "add_", "__add__", "__radd__", "__iadd__"}
+
+
+@dataclass
+class Operand:
+    """One operand of a product.
+
+    Args:
+        label: what it is called: input, weight, left, query, ...
+        shape: its shape for two images.
+        origin: the activation module whose values it holds, IMAGE, or None.
+        fixed: it is the same for every image: a weight, or made of weights and constants.
+        weight: it is made of parameters.
+        nonnegative: it cannot be negative.
+        parameter: name of the parameter that it is.
+    """
+
+    label: str
+    shape: tuple[int, ...]
+    origin: str | None
+    fixed: bool
+    weight: bool
+    nonnegative: bool
+    parameter: str | None
+
+    def merge(self, other: Operand) -> None:
+        """Keeps what is true in both calls."""
+        self.origin = self.origin if self.origin == other.origin else None
+        self.fixed &= other.fixed
+        self.weight &= other.weight
+        self.nonnegative &= other.nonnegative
+
+
+@dataclass
+class Product:
+    """A call of a function that multiplies and accumulates, by a module's own forward.
+
+    Args:
+        owner: dotted name of the module, "" for the network itself.
+        name: of the function.
+        operands: what it multiplies.
+        macs: multiply-accumulates for one image, over all calls.
+        edge: it belongs to the first or last layers; the converter says so.
+    """
+
+    owner: str
+    name: str
+    operands: list[Operand]
+    macs: int = 0
+    edge: bool = False
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether it comes out the same for every image, so that it need not be computed at inference."""
+        return all(operand.fixed for operand in self.operands)
 
 
 @dataclass
 class Call:
-    """How one leaf module was used.
+    """How one module was used.
 
     Args:
-        name: dotted module name.
+        name: dotted module name, "" for the network itself.
         count: how often it was called.
-        source: the activation module whose values are its input, possibly pooled or flattened; None if there is none.
-        nonnegative_input: no input value was below 0.
-        feeds_sum: an activation module whose output goes to a sum with another tensor: a residual stream.
+        products: the products of its own forward, in order.
+        feeds_sum: an activation module whose output goes to a sum, or anything else that is no product, whose result
+            has levels of its own: a residual stream, a concatenation, a gated branch.
     """
 
     name: str
     count: int = 0
-    source: str | None = None
-    nonnegative_input: bool = True
+    products: list[Product] = field(default_factory=list[Product])
     feeds_sum: bool = False
 
 
 @dataclass
-class _Trace:
-    calls: dict[str, Call] = field(default_factory=dict[str, Call])
-    sources: dict[int, str] = field(default_factory=dict[int, str])
-    # So that no id is used twice.
-    alive: list[Tensor] = field(default_factory=list[Tensor])
-    depth: int = 0
+class Probe:
+    """What a network did.
 
-    def derive(self, x: Any, y: Any) -> None:
-        """Notes that y holds values of x."""
-        if isinstance(y, Tensor) and id(x) in self.sources:
-            self.sources[id(y)] = self.sources[id(x)]
-            self.alive.append(y)
+    Args:
+        calls: every module that was called, by name, in order of first use.
+        products: every product, in order of first use.
+        unseen_macs: multiply-accumulates, for one image, of functions that are not known here.
+    """
 
-    def leave(self, name: str, module: nn.Module, x: Tensor, y: Any) -> None:
-        """Notes a call of a leaf module that has just returned."""
-        call = self.calls.setdefault(name, Call(name))
-        source = self.sources.get(id(x))
-        call.source = source if call.count == 0 or source == call.source else None
-        call.count += 1
-        call.nonnegative_input &= bool((x >= 0).all())
-        if type(module) in ACTIVATIONS:
-            self.sources[id(y)] = name
-            self.alive.append(y)
-        elif isinstance(module, _VALUE_PRESERVING):
-            self.derive(x, y)
+    calls: dict[str, Call]
+    products: list[Product]
+    unseen_macs: int
 
 
-class _Functions(TorchFunctionMode):
-    """Watches what happens to activations between modules."""
+class _Watch(TorchFunctionMode):
+    """Follows tensors through functions, and notes the products of each module."""
 
-    def __init__(self, trace: _Trace) -> None:
+    def __init__(self, net: nn.Module, known: Provenance, images: int) -> None:
         super().__init__()
-        self.trace = trace
+        self.known = known
+        self.images = images
+        self.parameters = {id(parameter): name for name, parameter in net.named_parameters()}
+        self.calls: dict[str, Call] = {}
+        self.products: list[Product] = []
+        self.seen_macs = 0
+        self.counter = FlopCounterMode(display=False)
+        # The modules that are running, innermost last: name and number of products so far.
+        self.frames: list[tuple[str, Counter[str]]] = []
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        name = getattr(func, "__name__", "")
-        # Looked up before the call: a sum in place gives back the same tensor, with other values.
-        operands = [self.trace.sources.get(id(x)) for x in args if isinstance(x, Tensor)]
-        y = func(*args, **(kwargs or {}))
-        if self.trace.depth == 0:
-            if name in _SUMS and len(operands) > 1:
-                for source in filter(None, operands):
-                    self.trace.calls[source].feeds_sum = True
-                self.trace.sources.pop(id(y), None)
-            elif name in _VALUE_PRESERVING_FUNCTIONS:
-                self.trace.derive(args[0], y)
+        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
+        facts = Facts(self.known, name, [*args, *kwargs.values()])
+        before = self.counter.get_total_flops()
+        y = func(*args, **kwargs)
+        counted = (self.counter.get_total_flops() - before) // 2
+        if is_product(name, args):
+            self._note_product(name, operands(name, args, kwargs), counted)
+        elif facts.result_needs_quantizing and any(True for _ in tensors_in([y])):
+            for origin in facts.origins:
+                if origin != IMAGE:
+                    self.calls[origin].feeds_sum = True
+        self.known.follow(facts, y)
         return y
 
+    def _note_product(self, name: str, found: dict[str, Tensor], counted: int) -> None:
+        self.seen_macs += counted
+        owner, counter = self.frames[-1]
+        call = self.calls[owner]
+        parts = [self._operand(label, x) for label, x in found.items()]
+        index = counter.total()
+        counter[name] += 1
+        if index == len(call.products):
+            call.products.append(Product(owner, name, parts))
+            self.products.append(call.products[index])
+        product = call.products[index]
+        if product.name != name or len(product.operands) != len(parts):
+            raise UsageError(f"{owner or 'the network'} computes something else each time it is called")
+        for own, other in zip(product.operands, parts, strict=True):
+            own.merge(other)
+        # PyTorch counts nothing for some of its attention kernels.
+        macs = _attention_macs(found) if name == ATTENTION else counted
+        product.macs += macs // self.images
 
-def probe(net: nn.Module, images: Tensor) -> dict[str, Call]:
-    """Runs the network once in eval mode and records every leaf module that is called, in order of execution.
+    def _operand(self, label: str, x: Tensor) -> Operand:
+        known, parameter = self.known, self.parameters.get(id(x))
+        sign, fixed, weight = known.is_nonnegative(x), known.is_fixed(x), known.is_weight(x)
+        return Operand(label, tuple(x.shape), known.origin(x), fixed, weight, sign, parameter)
+
+    def enter(self, name: str) -> None:
+        """Notes that a module begins."""
+        self.calls.setdefault(name, Call(name)).count += 1
+        self.frames.append((name, Counter()))
+
+    def leave(self, name: str, module: nn.Module, y: Any) -> None:
+        """Notes that a module ends."""
+        self.frames.pop()
+        if type(module) in ACTIVATIONS:
+            self.known.mark(y, name)
+
+
+def probe(net: nn.Module, images: Tensor, *, nonnegative: bool = False) -> Probe:
+    """Runs the network once in eval mode and records every module that is called and every product.
 
     Args:
         net: a float network; its state is left as it was.
         images: (N, C, H, W), normalized.
-
-    Returns:
-        Calls by module name, in order of first use.
+        nonnegative: the images are never negative, whichever they are.
 
     Raises:
-        UsageError: the network does not run on such images.
+        UsageError: the network does not run on such images, or a module of it computes something else with each call.
     """
-    trace = _Trace()
-    with _hooks(net, trace), torch.no_grad(), _Functions(trace):
+    watch = _Watch(net, Provenance(net, images, nonnegative_image=nonnegative), len(images))
+    with _hooks(net, watch), torch.no_grad(), watch.counter, watch:
         try:
             net(images)
-        except (RuntimeError, ValueError, AssertionError) as error:
+        except (RuntimeError, ValueError, AssertionError, TypeError, IndexError, KeyError) as error:
             size = "x".join(str(s) for s in images.shape[1:])
             raise UsageError(f"{type(net).__name__} does not run on an image of {size}: {error}") from error
-    return trace.calls
+    unseen = watch.counter.get_total_flops() // 2 - watch.seen_macs
+    return Probe(watch.calls, watch.products, unseen // len(images))
+
+
+def _attention_macs(found: dict[str, Tensor]) -> int:
+    query, key, value = (found[label].shape for label in ("query", "key", "value"))
+    return prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
 
 
 @contextmanager
-def _hooks(net: nn.Module, trace: _Trace) -> Generator[None]:
+def _hooks(net: nn.Module, watch: _Watch) -> Generator[None]:
     was_training = {module: module.training for module in net.modules()}
     net.eval()
-    handles = [
-        handle
-        for name, module in net.named_modules()
-        if not any(True for _ in module.children())
-        for handle in _watch(name, module, trace)
-    ]
+    handles = [handle for name, module in net.named_modules() for handle in _watch(name, module, watch)]
     try:
         yield
     finally:
@@ -133,16 +217,11 @@ def _hooks(net: nn.Module, trace: _Trace) -> Generator[None]:
             module.training = training
 
 
-def _watch(name: str, module: nn.Module, trace: _Trace) -> tuple[Any, Any]:
-    # What a model's own module computes, such as a shortcut that pads channels, is followed like code between modules.
-    inside = int(type(module).__module__.startswith("torch.nn."))
-
+def _watch(name: str, module: nn.Module, watch: _Watch) -> Sequence[Any]:
     def enter(_: nn.Module, args: tuple[Any, ...]) -> None:
-        trace.depth += inside
+        watch.enter(name)
 
     def leave(module: nn.Module, args: tuple[Any, ...], y: Any) -> None:
-        if args:
-            trace.leave(name, module, args[0], y)
-        trace.depth -= inside
+        watch.leave(name, module, y)
 
     return module.register_forward_pre_hook(enter), module.register_forward_hook(leave)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from qadtr_brevitas.errors import UsageError
 from qadtr_brevitas.precision import Precision
 from qadtr_brevitas.quant import SwitchableModel, at_precision, convert, recalibrate_norms
-from qadtr_brevitas.quant.norm import SwitchableBatchNorm2d, norms
+from qadtr_brevitas.quant.norm import SwitchableBatchNorm, norms
 from qadtr_brevitas.quant.switch import Switch
 from tests.quant.conftest import SIZE
 
@@ -24,7 +24,7 @@ def test_training_a_precision_moves_only_its_statistics(model: SwitchableModel, 
 @pytest.mark.parametrize(("own_affine", "count"), [(False, 2), (True, 6)])
 def test_affine_is_shared_or_own(own_affine: bool, count: int) -> None:
     switch = Switch([Precision(32, 32), Precision(4, 4), Precision(2, 2)])
-    norm = SwitchableBatchNorm2d(nn.BatchNorm2d(3), switch, own_affine=own_affine)
+    norm = SwitchableBatchNorm(nn.BatchNorm2d(3), switch, own_affine=own_affine)
     assert len(list(norm.parameters())) == count
     switch.set(4)
     norm(torch.randn(4, 3, 2, 2)).square().sum().backward()

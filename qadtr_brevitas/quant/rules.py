@@ -1,0 +1,190 @@
+"""What becomes of each kind of module."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import timm.layers
+from torch import nn
+
+from qadtr_brevitas.quant.functions import (
+    ProductQuant,
+    QuantizedAttention,
+    QuantizedProduct,
+    hide_products,
+    quantize_products,
+)
+from qadtr_brevitas.quant.layers import (
+    SwitchableConv2d,
+    SwitchableGate,
+    SwitchableIdentity,
+    SwitchableLinear,
+    SwitchableReLU,
+    SwitchableReLU6,
+    brevitas_twin,
+)
+from qadtr_brevitas.quant.norm import BATCH_NORMS, BatchNorm, SwitchableBatchNorm
+from qadtr_brevitas.quant.plan import Plan
+from qadtr_brevitas.quant.probe import Call, Operand, Product
+from qadtr_brevitas.quant.products import ATTENTION, ROWS_ARE_CHANNELS
+from qadtr_brevitas.quant.quantizers import EDGE_BITS
+
+# Exact classes: another forward than these have would be lost with the class.
+_PLAIN_LAYERS = (nn.Conv2d, nn.Linear, timm.layers.Linear)
+_GATES = (nn.Sigmoid, nn.Hardsigmoid, timm.layers.Sigmoid, timm.layers.HardSigmoid)
+_PASSES = "passes values through"
+_NEXT = "its result is quantized where the next layer needs it"
+_FLOAT_NOTES: dict[type[nn.Module], str] = {
+    nn.MaxPool2d: _PASSES,
+    nn.AdaptiveMaxPool2d: _PASSES,
+    nn.Flatten: _PASSES,
+    nn.Identity: _PASSES,
+    nn.Dropout: f"{_PASSES} at inference",
+    timm.layers.DropPath: f"{_PASSES} at inference",
+    nn.AvgPool2d: f"a sum of quantized values; {_NEXT}",
+    nn.AdaptiveAvgPool2d: f"a sum of quantized values; {_NEXT}",
+}
+
+
+def converted(call: Call, module: nn.Module, plan: Plan) -> tuple[nn.Module | None, str] | None:
+    """What takes the place of a module, and a note of what it does.
+
+    Args:
+        call: how the module was used.
+        module: a module of the network; one that computes products itself may be changed in place.
+        plan: the settings.
+
+    Returns:
+        The new module, the same one if it was changed in place, or None if it stays float, with a note that says how
+        or why; None for a mere container, of which there is nothing to say.
+    """
+    if call.products:
+        if all(plan.stays_float(product) for product in call.products):
+            hide_products(module)
+            return None, _left_float(call.products)
+        if type(module) in _PLAIN_LAYERS:
+            return _layer(call.products[0], module, plan), _layer_note(call.products[0], plan)
+        return _with_products(call, module, plan), "; ".join(_product_note(p, plan) for p in call.products)
+    if isinstance(module, nn.ReLU | nn.ReLU6) and type(module) in (nn.ReLU, nn.ReLU6):
+        return _activation(call, module, plan)
+    if type(module) in _GATES:
+        min_bits = EDGE_BITS if plan.residual == "8bit" else 0
+        gate = SwitchableGate(module, plan.activation(signed=False, min_bits=min_bits))
+        return gate, "gate, unsigned, per tensor" + _at_least(min_bits)
+    if type(module) in BATCH_NORMS:
+        return _norm(module, plan)
+    if any(True for _ in module.children()):
+        return None
+    return None, _float_note(module)
+
+
+def _left_float(products: list[Product]) -> str:
+    if all(product.is_constant for product in products):
+        return "stays float: the same for every image, and so a constant"
+    return "stays float: first or last layer with edge=float"
+
+
+def _activation(call: Call, module: nn.Module, plan: Plan) -> tuple[nn.Module, str]:
+    wide = plan.is_wide_stream(call.name)
+    min_bits = EDGE_BITS if wide else 0
+    stream = ", residual stream, at least 8 bit" if wide else ""
+    if isinstance(module, nn.ReLU6):
+        quant = plan.activation(signed=False, min_bits=min_bits, max_threshold=6.0)
+        return SwitchableReLU6(act_quant=quant), "unsigned, per tensor, at most 6" + stream
+    return SwitchableReLU(act_quant=plan.activation(signed=False, min_bits=min_bits)), "unsigned, per tensor" + stream
+
+
+def _norm(module: nn.Module, plan: Plan) -> tuple[nn.Module | None, str]:
+    assert isinstance(module, BatchNorm)
+    if not module.track_running_stats:
+        return None, "stays float: has no running statistics"
+    own_affine = plan.norm == "switchable"
+    what = "statistics and affine" if own_affine else "statistics"
+    return SwitchableBatchNorm(module, plan.switch, own_affine=own_affine), f"float, {what} per precision"
+
+
+def _float_note(module: nn.Module) -> str:
+    if (note := _FLOAT_NOTES.get(type(module))) is not None:
+        return f"stays float: {note}"
+    if any(name.startswith("running_") for name, _ in module.named_buffers()):
+        return f"stays float: no rule for {type(module).__name__}, whose statistics all precisions share"
+    return f"stays float: multiplies no two tensors of many values; {_NEXT}"
+
+
+def _layer(product: Product, module: nn.Module, plan: Plan) -> nn.Module:
+    assert isinstance(module, nn.Conv2d | nn.Linear)
+    min_bits = plan.min_bits(product)
+    shape = (module.weight.shape[0] if plan.per_channel else 1, *(1,) * (module.weight.dim() - 1))
+    read, _ = product.operands
+    input_quant = None
+    if not plan.is_quantized(read):
+        input_quant = plan.activation(signed=not read.nonnegative, min_bits=min_bits)
+    weight_quant = plan.weight(shape, min_bits=min_bits)
+    return brevitas_twin(module, SwitchableConv2d, SwitchableLinear, weight_quant=weight_quant, input_quant=input_quant)
+
+
+def _layer_note(product: Product, plan: Plan) -> str:
+    note = f"weights {'per channel' if plan.per_channel else 'per tensor'}"
+    read, _ = product.operands
+    if not plan.is_quantized(read):
+        note += f", own {'unsigned' if read.nonnegative else 'signed'} input quantizer"
+    return note + _at_least(plan.min_bits(product))
+
+
+def _with_products(call: Call, module: nn.Module, plan: Plan) -> nn.Module:
+    products = [_quantized_product(product, plan) for product in call.products]
+    quantize_products(module, ProductQuant(products, plan.switch))
+    return module
+
+
+def _quantized_product(product: Product, plan: Plan) -> QuantizedProduct:
+    kind = QuantizedAttention if product.name == ATTENTION else QuantizedProduct
+    if plan.stays_float(product):
+        return QuantizedProduct(product.name, {})
+    quantizers: dict[str, nn.Module] = {}
+    for operand in product.operands:
+        if not plan.is_quantized(operand):
+            quantizers[operand.label] = SwitchableIdentity(_operand_quant(operand, product, plan))
+    if product.name == ATTENTION:
+        quant = plan.activation(signed=False, min_bits=plan.min_bits(product))
+        quantizers["probabilities"] = SwitchableIdentity(quant)
+    return kind(product.name, quantizers)
+
+
+def _operand_quant(operand: Operand, product: Product, plan: Plan) -> Any:
+    min_bits = plan.min_bits(product)
+    if not _is_weight(operand, product):
+        return plan.activation(signed=not operand.nonnegative, min_bits=min_bits)
+    # A filter that is not learned, as in a blur pool, was not made for few levels.
+    min_bits = min_bits if operand.weight else EDGE_BITS
+    shape = (operand.shape[0], *(1,) * (len(operand.shape) - 1)) if _is_per_channel(product, plan) else ()
+    return plan.computed_weight(shape, min_bits=min_bits)
+
+
+def _is_weight(operand: Operand, product: Product) -> bool:
+    return operand.fixed and product.name != ATTENTION
+
+
+def _is_per_channel(product: Product, plan: Plan) -> bool:
+    return plan.per_channel and product.name in ROWS_ARE_CHANNELS
+
+
+def _product_note(product: Product, plan: Plan) -> str:
+    if plan.stays_float(product):
+        return f"{product.name} {_left_float([product])}"
+    parts = [_operand_note(operand, product, plan) for operand in product.operands]
+    if product.name == ATTENTION:
+        parts.insert(2, "unsigned probabilities")
+    return f"{product.name} of {', '.join(parts)}{_at_least(plan.min_bits(product))}"
+
+
+def _operand_note(operand: Operand, product: Product, plan: Plan) -> str:
+    if plan.is_quantized(operand):
+        return f"quantized {operand.label}"
+    if _is_weight(operand, product):
+        return f"{operand.label} {'per channel' if _is_per_channel(product, plan) else 'per tensor'}"
+    return f"{'unsigned' if operand.nonnegative else 'signed'} {operand.label}"
+
+
+def _at_least(min_bits: int) -> str:
+    return ", at least 8 bit" if min_bits == EDGE_BITS else ""
