@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from qadtr_brevitas.errors import UsageError
 from qadtr_brevitas.precision import DEFAULT_BITS, FLOAT_BITS, PrecisionLike, parse_precisions
 from qadtr_brevitas.quant.conversion_report import ConversionReport, LayerReport
+from qadtr_brevitas.quant.correct_biases import add_bias_correction
 from qadtr_brevitas.quant.model import SwitchableModel
 from qadtr_brevitas.quant.norm import BATCH_NORMS
 from qadtr_brevitas.quant.plan import Activations, Edge, Norm, Plan, Residual, mark_edges
@@ -34,6 +35,7 @@ def convert(
     narrow_range: bool = True,
     per_channel: bool = True,
     activations: Activations = "static",
+    bias_correction: bool = False,
     in_place: bool = False,
 ) -> tuple[SwitchableModel, ConversionReport]:
     """Makes a switchable model of a float network, which is left untouched.
@@ -59,6 +61,7 @@ def convert(
         narrow_range: symmetric weight levels (ternary at 2 bit); otherwise one more level below.
         per_channel: a weight threshold per output channel, or one for all.
         activations: thresholds of activations that are calibrated or learned, or ranges measured on every image.
+        bias_correction: give each layer a correction of its bias per precision, which is 0 until `calibrate()` sets it.
         in_place: make the switchable model of the float network's own modules, which saves a copy of its weights; it
             cannot be used afterwards.
 
@@ -92,6 +95,8 @@ def convert(
     reports = [*_convert_called(net, modules, plan), *_uncalled(modules, found)]
     switchable = SwitchableModel(net, switch, mean=config["mean"], std=config["std"]).to(device)
     switchable.train(training)
+    if bias_correction:
+        add_bias_correction(switchable)
     return switchable, ConversionReport(tuple(reports), sizes)
 
 
