@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Literal, NamedTuple
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
-import torch
 from timm.data import resolve_data_config
-from torch import Tensor, nn
+from torch import nn
 
-from qadtr_brevitas.checkpoint import ModelInfo
+from qadtr_brevitas.checkpoint import ModelInfo, read_float_weights, read_info
 from qadtr_brevitas.data.split import Progress, Split
 from qadtr_brevitas.errors import DataError
-from qadtr_brevitas.models.create import create_float_model, fixed_size_args
-from qadtr_brevitas.quant import ConversionReport, SwitchableModel, calibrate, convert
-from qadtr_brevitas.recipe import CalibrationSection, DataSection, ModelSection, Recipe
+from qadtr_brevitas.models.create import create_float_model, fixed_size_args, own_image_size
+from qadtr_brevitas.quant import ConversionReport, SwitchableModel, convert
+from qadtr_brevitas.recipe import DataSection, ModelSection, Recipe
 from qadtr_brevitas.weights import load_into, load_weights
-
-CALIBRATION_BATCH = 128
 
 
 class Splits(NamedTuple):
@@ -28,17 +26,46 @@ class Splits(NamedTuple):
     test: Split
 
 
+def fit_data(recipe: Recipe) -> Recipe:
+    """The recipe, with the image size and crop of its model where the data set has images of different sizes.
+
+    Raises:
+        DataError: the data are missing or damaged.
+        UsageError, CheckpointError: as `build_model`.
+    """
+    dataset, section = recipe.data.dataset, recipe.model
+    if not hasattr(dataset, "fitted") or not dataset.needs_size():
+        return recipe
+    size, crop = own_image_size(section.name, section.args)
+    if section.checkpoint is not None and _is_model_dir(section.checkpoint):
+        size = read_info(section.checkpoint).image_size[0]
+    data = recipe.data.model_copy(update={"dataset": dataset.fitted(size, crop)})
+    return recipe.model_copy(update={"data": data})
+
+
 def build_split(
-    section: DataSection, split: Literal["train", "test"], *, seed: int, progress: Progress | None = None
+    section: DataSection,
+    split: Literal["train", "test"],
+    *,
+    seed: int,
+    limit: int | None = None,
+    progress: Progress | None = None,
 ) -> Split:
-    """Loads one split, limited as the section says.
+    """Loads one split, limited as the section says; images that are left out are not read.
+
+    Args:
+        section: what to load.
+        split: which one.
+        seed: decides which images a limit leaves.
+        limit: at most so many images, if the section allows as many.
+        progress: is told (images done, images in all).
 
     Raises:
         DataError: the data are missing or damaged.
     """
-    images: Split = section.dataset.load(split, progress=progress)
-    limit = section.train_limit if split == "train" else section.test_limit
-    return images if limit is None or limit >= len(images) else images.balanced(limit, seed=seed)
+    limits = (limit, section.train_limit if split == "train" else section.test_limit)
+    smallest = min((number for number in limits if number is not None), default=None)
+    return section.dataset.load(split, limit=smallest, seed=seed, progress=progress)
 
 
 def build_splits(section: DataSection, *, seed: int, progress: Progress | None = None) -> Splits:
@@ -65,12 +92,14 @@ def build_model(section: ModelSection, *, num_classes: int, image_size: tuple[in
 
     Raises:
         UsageError: the name or an argument is unknown.
+        DataError: the section makes the network for images of one size, and they have another.
         CheckpointError: the weights cannot be read, or are those of another network or number of classes.
     """
-    args = {**fixed_size_args(section.name, image_size), **section.args}
+    args = _all_args(section, image_size)
     model = create_float_model(section.name, pretrained=section.pretrained, num_classes=num_classes, args=args)
     if section.checkpoint is not None:
-        load_into(model, load_weights(section.checkpoint), source=section.checkpoint, name=section.name)
+        read = read_float_weights if _is_model_dir(section.checkpoint) else load_weights
+        load_into(model, read(section.checkpoint), source=section.checkpoint, name=section.name)
     return model
 
 
@@ -78,24 +107,26 @@ def build_switchable(recipe: Recipe, train: Split) -> tuple[SwitchableModel, Con
     """Makes the float network for the images and converts it; it is not yet calibrated.
 
     Args:
-        recipe: its sections `model` and `quant` are read.
+        recipe: its sections `model`, `data` and `quant` are read.
         train: the training images, for their size and classes.
 
     Returns:
         The switchable model, what was done to each layer, and what `save_model` needs.
 
     Raises:
-        DataError: the data have another number of classes than `model.num_classes`.
+        DataError: the data have another number of classes than `model.num_classes`, or images of another size than
+            the network can take.
         UsageError, CheckpointError: as `build_model` and `convert`.
     """
     num_classes = recipe.model.num_classes or len(train.classes)
     check_classes(num_classes, train)
     net = build_model(recipe.model, num_classes=num_classes, image_size=train.image_size)
-    config = resolve_data_config({}, model=net)
+    mean, std = _pixel_statistics(recipe.model, net)
     quant = recipe.quant.model_dump(mode="json", exclude={"calibration"})
-    mean, std = tuple(config["mean"]), tuple(config["std"])
-    model, report = convert(net, mean=mean, std=std, image_size=train.image_size, **quant)
+    if recipe.quant.calibration.bias_correction:
+        quant["bias_correction"] = True
     name, args = _architecture(recipe.model, net, train.image_size)
+    model, report = convert(net, mean=mean, std=std, image_size=train.image_size, in_place=True, **quant)
     info = ModelInfo(
         name=name,
         args=args,
@@ -105,15 +136,9 @@ def build_switchable(recipe: Recipe, train: Split) -> tuple[SwitchableModel, Con
         mean=mean,
         std=std,
         quant=quant,
+        data=recipe.data.model_dump(mode="json")["dataset"],
     )
     return model, report, info
-
-
-def calibrate_on(model: SwitchableModel, images: Split, section: CalibrationSection, *, seed: int) -> None:
-    """Sets the quantizer ranges of every precision in place, from some of the images."""
-    chosen = images.balanced(min(section.samples, len(images)), seed=seed)
-    device = next(model.parameters()).device
-    calibrate(model, list(_batches(chosen, device)), method=section.method)
 
 
 def check_classes(num_classes: int, images: Split) -> None:
@@ -129,14 +154,40 @@ def check_classes(num_classes: int, images: Split) -> None:
         )
 
 
+def _is_model_dir(checkpoint: str) -> bool:
+    return Path(checkpoint).expanduser().is_dir()
+
+
+def _all_args(section: ModelSection, image_size: tuple[int, int]) -> dict[str, Any]:
+    """The arguments of the section, and the image size for a network that has to be told."""
+    size_args = fixed_size_args(section.name, image_size)
+    for key, size in size_args.items():
+        given = section.args.get(key, size)
+        if _as_pair(given) != _as_pair(size):
+            height, width = _as_pair(given)
+            raise DataError(
+                f"the images are {image_size[0]}x{image_size[1]}, but model.args.{key} makes {section.name} for "
+                f"{height}x{width} only: set data.dataset.image_size={height}, or use other data"
+            )
+    return {**size_args, **section.args}
+
+
+def _as_pair(size: int | Sequence[int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def _pixel_statistics(section: ModelSection, net: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and std of pixels in [0, 1]: those the weights were trained with."""
+    if section.checkpoint is not None and _is_model_dir(section.checkpoint):
+        info = read_info(section.checkpoint)
+        return info.mean, info.std
+    config = resolve_data_config({}, model=net)
+    return tuple(config["mean"]), tuple(config["std"])
+
+
 def _architecture(section: ModelSection, net: nn.Module, image_size: tuple[int, int]) -> tuple[str, dict[str, object]]:
     """Name and arguments that make the same network again, without the network or folder it came from."""
-    args = {**fixed_size_args(section.name, image_size), **section.args}
+    args = _all_args(section, image_size)
     if ":" not in section.name:
         return section.name, args
     return net.pretrained_cfg["architecture"], {**net.pretrained_model_args, **args}  # pyright: ignore
-
-
-def _batches(images: Split, device: torch.device) -> Iterator[Tensor]:
-    for indices in torch.arange(len(images)).split(CALIBRATION_BATCH):
-        yield images.batch(indices, device=device)[0]

@@ -9,15 +9,18 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from qadtr_brevitas.errors import CheckpointError, UsageError
 from qadtr_brevitas.files import read_json, replace_directory, write_json
 from qadtr_brevitas.models.create import create_float_model
+from qadtr_brevitas.precision import parse_precisions
 from qadtr_brevitas.quant import SwitchableModel, allowed_precisions, convert
 from qadtr_brevitas.weights import load_weights
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 FORMAT = 1
+_NET = "net."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +37,7 @@ class ModelInfo:
         std: per channel, of pixels in [0, 1].
         quant: keyword arguments of `convert()`; `precisions` is written as the model has them when it is saved.
         source: what made it, for instance the name of a recipe.
+        data: the data set it was made on, as in a recipe: `{name: X, <fields of X>}`; None where that is not known.
     """
 
     name: str
@@ -45,6 +49,7 @@ class ModelInfo:
     std: tuple[float, ...]
     quant: Mapping[str, Any]
     source: str = ""
+    data: Mapping[str, Any] | None = None
 
 
 def save_model(path: str | Path, model: SwitchableModel, info: ModelInfo) -> None:
@@ -75,11 +80,11 @@ def load_model(path: str | Path, *, device: torch.device | str = "cpu") -> tuple
         CheckpointError: there is no model, it is damaged, or a newer version of this package wrote it.
     """
     folder = resolve_model_dir(path)
-    info = _read_info(folder / CONFIG)
+    info = read_info(folder)
     weights = load_weights(folder / WEIGHTS)
     try:
         net = create_float_model(info.name, num_classes=info.num_classes, args=info.args)
-        model, _ = convert(net, mean=info.mean, std=info.std, image_size=info.image_size, **info.quant)
+        model, _ = convert(net, mean=info.mean, std=info.std, image_size=info.image_size, in_place=True, **info.quant)
         model.load_state_dict(weights)
     except (RuntimeError, TypeError, UsageError) as error:
         reason = str(error).splitlines()[0]
@@ -106,7 +111,31 @@ def resolve_model_dir(path: str | Path) -> Path:
     )
 
 
-def _read_info(file: Path) -> ModelInfo:
+def read_float_weights(path: str | Path) -> dict[str, Tensor]:
+    """The 32-bit weights of a model or run directory, by their names in the float network; quantizers are left out.
+
+    Raises:
+        CheckpointError: as `load_model`, or the model was not made for 32 bit.
+    """
+    folder = resolve_model_dir(path)
+    info = read_info(folder)
+    if not any(precision.is_float for precision in parse_precisions(info.quant["precisions"])):
+        # Its norm statistics at 32 bit are whatever they were before training.
+        raise CheckpointError(
+            f"the model in {folder} has no 32 bit to start from: give one that was made with 32 in quant.precisions"
+        )
+    stored = load_weights(folder / WEIGHTS)
+    names = create_float_model(info.name, num_classes=info.num_classes, args=info.args).state_dict()
+    return {name: stored[_NET + name] for name in names if _NET + name in stored}
+
+
+def read_info(path: str | Path) -> ModelInfo:
+    """What the model of a model or run directory was made of.
+
+    Raises:
+        CheckpointError: there is no model, its config is damaged, or a newer version of this package wrote it.
+    """
+    file = resolve_model_dir(path) / CONFIG
     config = read_json(file)
     if not isinstance(config, dict) or not isinstance(config.get("format"), int):
         raise CheckpointError(f"{file} is not the config of a switchable model: give a directory this package wrote")

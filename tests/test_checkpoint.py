@@ -63,6 +63,16 @@ def test_round_trip_is_exact_at_every_precision(model: SwitchableModel, tmp_path
     assert len({output.sum().item() for output in logits(model)}) == 3
 
 
+def test_a_config_from_before_the_data_set_was_kept(model: SwitchableModel, tmp_path: Path) -> None:
+    save_model(tmp_path / "model", model, replace(INFO, data={"name": "shapes", "seed": 3}))
+    assert load_model(tmp_path / "model")[1].data == {"name": "shapes", "seed": 3}
+    file = tmp_path / "model" / "config.json"
+    config = json.loads(file.read_text())
+    del config["data"]
+    file.write_text(json.dumps(config))
+    assert load_model(tmp_path / "model")[1] == INFO
+
+
 def test_saving_leaves_the_model_alone(model: SwitchableModel, tmp_path: Path) -> None:
     before = logits(model)
     save_model(tmp_path / "model", model, INFO)

@@ -20,6 +20,7 @@ LAYERS = (
     {"attacks", "data", "models", "quant", "training"},
     {
         "build",
+        "calibration",
         "checkpoint",
         "fingerprints",
         "metrics",

@@ -2,98 +2,213 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
 from qadtr_brevitas.cli.common import (
     emit,
     examples,
+    option_block,
     output_options,
+    progress,
     say,
     seed_option,
     threads_option,
 )
+from qadtr_brevitas.cli.plugin_options import read_choice
 from qadtr_brevitas.errors import UsageError
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from qadtr_brevitas.quant import ConversionReport
+    from qadtr_brevitas.recipe import Recipe
 
 _NOT_HERE = ("seed", "train")
+_OWN_FOLDERS = ("last", "best")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Given:
+    """The command line, as click read it."""
+
+    model: str
+    overrides: tuple[str, ...]
+    checkpoint: str | None
+    pretrained: bool
+    data: str | None
+    method: Literal["minmax", "percentile", "mse"] | None
+    percentile: float | None
+    samples: int | None
+    bias_correction: bool
+    dynamic: bool
+    output: Path | None
+    overwrite: bool
+    dry_run: bool
+    seed: int
+
+    def keys(self) -> dict[str, Any]:
+        """The recipe keys that options stand for, where the option is given, by dotted path."""
+        calibration = "quant.calibration"
+        options = {
+            "model.checkpoint": self.checkpoint,
+            "model.pretrained": self.pretrained or None,
+            "data.dataset": None if self.data is None else read_choice(self.data),
+            f"{calibration}.method": self.method,
+            f"{calibration}.percentile": self.percentile,
+            f"{calibration}.samples": self.samples,
+            f"{calibration}.bias_correction": self.bias_correction or None,
+            "quant.activations": "dynamic" if self.dynamic else None,
+        }
+        return {path: value for path, value in options.items() if value is not None}
+
+
+_calibration_options = option_block(
+    click.option(
+        "--calibrate",
+        "--data",
+        "-d",
+        "data",
+        metavar="NAME[:ROOT]",
+        help="Data set to calibrate on.  [default: the one that a MODEL directory was made on]",
+    ),
+    click.option(
+        "--method", type=click.Choice(["minmax", "percentile", "mse"]), help="How a range is chosen.  [default: mse]"
+    ),
+    click.option("--percentile", type=float, help="Percent of the magnitudes not to clip.  [default: 99.99]"),
+    click.option("--samples", type=int, help="Training images to look at.  [default: 512, or all of fewer]"),
+    click.option("--bias-correction", is_flag=True, help="Keep mean outputs of layers at those of the float network."),
+    click.option("--dynamic", is_flag=True, help="Take the ranges of activations from each image, at run time."),
+)
 
 
 @click.command(
     "convert",
     epilog=examples(
-        "qadtr-brevitas convert cifar_resnet20 --checkpoint resnet20_cifar10.safetensors --data cifar10",
-        "qadtr-brevitas convert resnet18 --pretrained --data image-folder:photos data.dataset.image_size=224",
-        "qadtr-brevitas convert cifar_vgg16 --data digits quant.edge=same quant.precisions=[32,4] --dry-run",
+        "qadtr-brevitas convert cifar_resnet20 --checkpoint resnet20_cifar10.safetensors --calibrate cifar10",
+        "qadtr-brevitas convert resnet18 --pretrained --calibrate image-folder:photos --method percentile",
+        "qadtr-brevitas convert runs/float --method minmax --samples 256 -o models/float_ptq",
+        "qadtr-brevitas convert alexnet --calibrate image-folder:photos data.dataset.holdout=5 --dynamic",
+        "qadtr-brevitas convert cifar_vgg16 --calibrate digits quant.edge=same quant.precisions=[32,4] --dry-run",
     ),
 )
 @click.argument("model")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-@click.option("--checkpoint", help="Float weights, .safetensors or .pth.")
-@click.option("--pretrained", is_flag=True, help="Let timm load its pretrained weights.")
-@click.option("--data", "-d", required=True, metavar="NAME[:ROOT]", help="Data set to calibrate on.")
+@click.option("--checkpoint", help="Float weights: .safetensors, .pth, or a run or model directory.")
+@click.option("--pretrained", is_flag=True, help="Load the weights that timm or torchvision knows for the name.")
+@_calibration_options
 @click.option("--output", "-o", type=click.Path(path_type=Path), help="Model directory.  [default: models/MODEL]")
 @click.option("--overwrite", is_flag=True, help="Replace a model directory that is there.")
 @click.option("--dry-run", is_flag=True, help="Only show what would be done to each layer; write nothing.")
 @seed_option()
 @threads_option
 @output_options
-def command(
-    model: str,
-    overrides: tuple[str, ...],
-    checkpoint: str | None,
-    pretrained: bool,
-    data: str,
-    output: Path | None,
-    overwrite: bool,
-    dry_run: bool,
-    seed: int,
-) -> None:
-    """Convert a float timm network to a switchable quantized one and calibrate it, without training.
+def command(**options: Any) -> None:
+    """Convert a float network to a switchable quantized one and calibrate it, without training.
+
+    MODEL is a name of timm (also hf-hub:... and local-dir:...), one of torchvision that timm lacks, or the folder of a
+    run or model, of which the weights at 32 bit are taken.
 
     The table says of every layer how it is quantized, or why it stays float. KEY=VALUE are the keys of a recipe's
-    sections model, data and quant, for instance quant.edge=same.
+    sections model, data and quant, for instance quant.edge=same; options are short for some of them.
     """
-    from qadtr_brevitas.recipe import make_recipe
-
-    name, _, root = data.partition(":")
-    fields = {
-        "seed": seed,
-        "model": {"name": model, "pretrained": pretrained, "checkpoint": checkpoint},
-        "data": {"dataset": {"name": name, **({"root": root} if root else {})}},
-        # Nothing is trained; the schedule of the default recipe would ask for precisions of its own.
-        "train": {"precision": {"schedule": "fixed", "choice": 32}},
-    }
-    if foreign := [text for text in overrides if text.split(".")[0].split("=")[0] in _NOT_HERE]:
-        raise UsageError(f"{foreign[0]} does not matter to a conversion: give keys of model, data and quant")
-    recipe = make_recipe(fields, overrides, source="convert")
-    output = output or Path("models") / Path(model).name
-    if output.exists() and not (overwrite or dry_run):
+    given = _Given(**options)
+    recipe = _make_recipe(given)
+    output = given.output or Path("models") / _plain_name(given.model)
+    if output.exists() and not (given.overwrite or given.dry_run):
         raise UsageError(f"{output} is there already: choose another folder with -o, or replace it with --overwrite")
-    report = _convert(recipe, None if dry_run else output)
-    emit(report.to_dict() | {"output": None if dry_run else str(output)}, _table(report))
-    if dry_run:
+    report = _convert(recipe, None if given.dry_run else output)
+    emit(report.to_dict() | {"output": None if given.dry_run else str(output)}, _table(report))
+    if given.dry_run:
         say("nothing written; without --dry-run the model is calibrated and saved")
     else:
-        say(f"wrote {output}; next: qadtr-brevitas attack {output} --data {data}")
+        say(f"wrote {output}; next: qadtr-brevitas attack {output}")
 
 
-def _convert(recipe: Any, output: Path | None) -> ConversionReport:
+def _make_recipe(given: _Given) -> Recipe:
+    """The recipe that options, overrides and, for a MODEL directory, its config add up to."""
+    from qadtr_brevitas.recipe import make_recipe
+
+    keys = given.keys()
+    _check_overrides(given.overrides, keys)
+    # Nothing is trained; the schedule of the default recipe would ask for precisions of its own.
+    fields: dict[str, Any] = {"seed": given.seed, "train": {"precision": {"schedule": "fixed", "choice": 32}}}
+    for path, value in {**_model_keys(given), **keys}.items():
+        _put(fields, path.split("."), value)
+    if "dataset" not in fields.get("data", {}) and not any(text.startswith("data.dataset") for text in given.overrides):
+        raise UsageError(
+            "convert needs images to calibrate on: give --calibrate NAME[:ROOT], see `qadtr-brevitas list datasets`"
+        )
+    recipe = make_recipe(fields, given.overrides, source="convert")
+    if given.percentile is not None and recipe.quant.calibration.method != "percentile":
+        raise UsageError(f"--percentile {given.percentile:g} is for one method only: add --method percentile")
+    return recipe
+
+
+def _check_overrides(overrides: tuple[str, ...], keys: dict[str, Any]) -> None:
+    names = {text: text.partition("=")[0].strip() for text in overrides}
+    for text, name in names.items():
+        if name.split(".")[0] in _NOT_HERE:
+            raise UsageError(f"{text} does not matter to a conversion: give keys of model, data and quant")
+        if name in keys or (name == "data.dataset.name" and "data.dataset" in keys):
+            raise UsageError(f"{text} is given by an option too: leave one of them out")
+
+
+def _model_keys(given: _Given) -> dict[str, Any]:
+    """What MODEL stands for."""
+    if not Path(given.model).expanduser().is_dir() or _is_known(given.model):
+        return {"model.name": given.model}
+    for option, value in (("--checkpoint", given.checkpoint), ("--pretrained", given.pretrained)):
+        if value:
+            raise UsageError(f"{given.model} is a folder with weights of its own: leave {option} out")
+
+    from qadtr_brevitas.checkpoint import read_info
+
+    info = read_info(given.model)
+    made_on = {} if info.data is None else {"data.dataset": info.data}
+    architecture = {"name": info.name, "args": info.args, "num_classes": info.num_classes}
+    return {"model": {**architecture, "checkpoint": given.model}, **made_on}
+
+
+def _is_known(name: str) -> bool:
+    """Whether it is a name first of all, though there is a folder that is called so."""
+    from qadtr_brevitas.models.create import is_model_name
+
+    return is_model_name(name)
+
+
+def _put(fields: dict[str, Any], parts: list[str], value: Any) -> None:
+    for part in parts[:-1]:
+        fields = fields.setdefault(part, {})
+    fields[parts[-1]] = value
+
+
+def _plain_name(model: str) -> str:
+    """The end of a name or path; a model inside a run goes by the name of the run."""
+    path = Path(model).resolve() if Path(model).is_dir() else Path(model)
+    return path.parent.name if path.name in _OWN_FOLDERS else path.name
+
+
+def _convert(recipe: Recipe, output: Path | None) -> ConversionReport:
     from dataclasses import replace
 
-    from qadtr_brevitas.build import build_split, build_switchable, calibrate_on
+    from qadtr_brevitas.build import build_split, build_switchable, fit_data
+    from qadtr_brevitas.calibration import DEFAULT_IMAGES, calibrate_on
     from qadtr_brevitas.checkpoint import save_model
 
-    train = build_split(recipe.data, "train", seed=recipe.seed)
+    recipe = fit_data(recipe)
+    section = recipe.quant.calibration
+    with progress("reading images") as report_reading:
+        limit = 1 if output is None else section.samples or DEFAULT_IMAGES
+        train = build_split(recipe.data, "train", seed=recipe.seed, limit=limit, progress=report_reading)
     model, report, info = build_switchable(recipe, train)
     if output is not None:
-        calibrate_on(model, train, recipe.quant.calibration, seed=recipe.seed)
+        with progress("calibrating") as report_batches:
+            calibrate_on(model, train, section, seed=recipe.seed, progress=report_batches)
         save_model(output, model, replace(info, source="convert"))
     return report
 
@@ -102,9 +217,20 @@ def _table(report: ConversionReport) -> Table:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, caption_justify="left")
-    for column in ("layer", "type", "parameters", "how"):
-        table.add_column(column, justify="right" if column == "parameters" else "left")
+    for column in ("layer", "type", "parameters", "MACs (M)", "how"):
+        table.add_column(column, justify="right" if column in ("parameters", "MACs (M)") else "left")
     for layer in report.layers:
-        table.add_row(layer.name, layer.type, f"{layer.parameters:,}" if layer.parameters else "", layer.note)
-    table.caption = f"{report.quantized_share:.1%} of the parameters are quantized"
+        parameters = f"{layer.parameters:,}" if layer.parameters else ""
+        macs = f"{layer.macs / 1e6:,.2f}" if layer.macs else ""
+        table.add_row(layer.name, layer.type, parameters, macs, layer.note)
+    table.caption = "\n".join(_summary(report))
     return table
+
+
+def _summary(report: ConversionReport) -> list[str]:
+    """What is covered, how large the weights are, and what stays float for which reasons."""
+    macs = f"{report.quantized_macs / report.macs:.1%} of {report.macs / 1e6:,.1f} M MACs" if report.macs else "no MACs"
+    sizes = ", ".join(f"{size / 1e6:.3g} MB at {precision}" for precision, size in report.sizes.items())
+    reasons = Counter(layer.note for layer in report.layers if not layer.quantized)
+    kept = [f"{count} x {note}" for note, count in reasons.most_common()]
+    return [f"quantized: {report.quantized_share:.1%} of the parameters, {macs}", f"weights: {sizes}", *kept]

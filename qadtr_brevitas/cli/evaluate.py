@@ -106,8 +106,10 @@ def _plan(
     means = read_means(given.eot, attacks)
     models = load_subjects([*given.model_dirs, *given.surrogates], device=device)
     patches = load_patches(_patch_places(given))
-    everything = load_split(dataset, "test")
-    split = everything if given.images is None else everything.balanced(given.images, seed=given.seed)
+    split = load_split(dataset, "test", limit=given.images, seed=given.seed)
+    if given.images is not None:
+        # Refuses more images than there are.
+        split = split.balanced(given.images, seed=given.seed)
     moves = Moves(at=given.at, shifts=given.shifts or (), degrees=given.degrees or ())
     grid = Grid(
         subjects=models[: len(given.model_dirs)],
@@ -115,7 +117,7 @@ def _plan(
         split=split,
         data_name=slot_name(dataset),
         data_settings=dataset_settings(dataset),
-        available=len(everything),
+        available=split.available,
         attacks=attacks,
         surrogates=models[len(given.model_dirs) :],
         eot=means,

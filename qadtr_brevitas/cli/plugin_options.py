@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from pydantic import TypeAdapter, ValidationError
 
 from qadtr_brevitas.errors import Problem, RecipeError, UsageError
+from qadtr_brevitas.files import read_json
 from qadtr_brevitas.recipe.problems import dotted, explain, fields_of
 from qadtr_brevitas.recipe.slots import Slot, slot_name
 from qadtr_brevitas.recipe.source import YamlError, parse
@@ -17,7 +18,8 @@ from qadtr_brevitas.registry import DATASETS, Registry
 if TYPE_CHECKING:
     from qadtr_brevitas.data.split import Split
 
-RECIPE_FILE = "recipe.yaml"
+RECIPE_FILE, CONFIG_FILE = "recipe.yaml", "config.json"
+DATASET: TypeAdapter[Any] = TypeAdapter(Annotated[Any, Slot(DATASETS)])
 
 
 def make_plugin(registry: Registry, name: str, options: Sequence[str]) -> Any:
@@ -78,18 +80,28 @@ def make_from_slot(registry: Registry, text: str, *, option: str) -> Any:
         raise RecipeError(f"{registry.kind} {text}", problems) from error
 
 
+def read_choice(choice: str) -> dict[str, Any]:
+    """A data set chosen as NAME[:ROOT], as it is written in a recipe.
+
+    Raises:
+        UsageError: no such data set, or one that has no root.
+    """
+    name, _, root = choice.partition(":")
+    fields = fields_of(DATASETS.load(name))
+    if root and "root" not in fields:
+        raise UsageError(f"data set {name} has no folder to read from: give --data {name}")
+    return {"name": name, **({"root": root} if root else {})}
+
+
 def find_dataset(model_dirs: Sequence[Path], choice: str | None) -> Any:
-    """The data set chosen as NAME[:ROOT], or the one that all model directories were trained on.
+    """The data set chosen as NAME[:ROOT], or the one that all model directories were made on.
 
     Raises:
         UsageError: no such data set, or none chosen and none, or several, known from the models.
     """
     if choice is not None:
-        name, _, root = choice.partition(":")
-        if root and "root" not in fields_of(DATASETS.load(name)):
-            raise UsageError(f"data set {name} has no folder to read from: give --data {name}")
-        return make_plugin(DATASETS, name, [f"root={root}"] if root else [])
-    found = [_trained_on(path) for path in model_dirs]
+        return DATASET.validate_python(read_choice(choice))
+    found = [_made_on(path) for path in model_dirs]
     for path, dataset in zip(model_dirs, found, strict=True):
         if dataset is None:
             raise UsageError(
@@ -107,15 +119,19 @@ def dataset_settings(dataset: Any) -> dict[str, Any]:
     return TypeAdapter(type(dataset)).dump_python(dataset, mode="json")
 
 
-def load_split(dataset: Any, split: str) -> Split:
-    """Loads one split of a data set with a progress bar."""
+def load_split(dataset: Any, split: str, *, limit: int | None = None, seed: int = 0) -> Split:
+    """Loads one split of a data set, or so many of its images, with a progress bar."""
     from qadtr_brevitas.cli.common import progress
 
     with progress(f"reading {slot_name(dataset)} {split} images") as report:
-        return dataset.load(split, progress=report)
+        return dataset.load(split, limit=limit, seed=seed, progress=report)
 
 
-def _trained_on(model_dir: Path) -> Any:
+def _made_on(model_dir: Path) -> Any:
+    """The data set that the config of a model names, or the recipe of a run."""
+    for folder in (model_dir, model_dir / "last"):
+        if (folder / CONFIG_FILE).is_file() and (made_on := _named_in(folder / CONFIG_FILE)):
+            return made_on
     from qadtr_brevitas.recipe import load_recipe
 
     # A model directory inside a run, last/ or best/, has the run's recipe beside it.
@@ -123,3 +139,13 @@ def _trained_on(model_dir: Path) -> Any:
         if (folder / RECIPE_FILE).is_file():
             return load_recipe(folder / RECIPE_FILE).data.dataset
     return None
+
+
+def _named_in(config: Path) -> Any:
+    content = read_json(config)
+    named = cast("dict[str, Any]", content).get("data") if isinstance(content, dict) else None
+    try:
+        return named and DATASET.validate_python(named)
+    except ValidationError as error:
+        problems = [Problem(dotted(("data", *place)), message) for place, message in explain(error, object, named)]
+        raise RecipeError(str(config), problems) from error

@@ -74,18 +74,28 @@ class ImageFolder:
         )
         return Split(torch.from_numpy(images), torch.tensor(listing.labels), listing.classes, drawn_from)
 
-    def fitted(self, image_size: int, crop: float) -> ImageFolder:
-        """This data set, brought to a model's own size and crop where its images have different sizes.
+    def needs_size(self) -> bool:
+        """Whether images have different sizes and are not resized.
 
-        Args:
-            image_size: height and width that the model was made for, in pixels.
-            crop: timm's crop_pct of the model.
+        Images from all over the training split are looked at; looking at each would take long.
 
         Raises:
             DataError: a missing or empty folder, or an image that cannot be read.
         """
-        if self.image_size is not None or self._has_one_size():
-            return self
+        from qadtr_brevitas.data.decode import size_of
+
+        if self.image_size is not None:
+            return False
+        paths = self._list("train").paths
+        return len({size_of(path) for path in paths[:: -(-len(paths) // SIZES_LOOKED_AT)]}) > 1
+
+    def fitted(self, image_size: int, crop: float) -> ImageFolder:
+        """This data set at a model's own size, and at its crop unless it has one.
+
+        Args:
+            image_size: height and width that the model was made for, in pixels.
+            crop: timm's crop_pct of the model.
+        """
         return replace(self, image_size=image_size, crop=crop if self.crop is None else self.crop)
 
     def _list(self, split: str) -> Listing:
@@ -94,13 +104,6 @@ class ImageFolder:
         listing = list_images(find_root(self.root, name=self.folder_name), split, holdout=self.holdout)
         self.check(listing, split)
         return listing
-
-    def _has_one_size(self) -> bool:
-        """Whether images from all over the training split are of one size; looking at each would take long."""
-        from qadtr_brevitas.data.decode import size_of
-
-        paths = self._list("train").paths
-        return len({size_of(path) for path in paths[:: -(-len(paths) // SIZES_LOOKED_AT)]}) == 1
 
     def check(self, listing: Listing, split: str) -> None:
         """Refuses a folder that is not what the data set says it is; any folder is an image folder.

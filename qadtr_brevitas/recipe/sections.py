@@ -29,9 +29,13 @@ class Section(BaseModel):
 class ModelSection(Section):
     """The float network that is converted."""
 
-    name: str = Field(default="cifar_resnet20", min_length=1, description="any timm model name, untouched")
+    name: str = Field(
+        default="cifar_resnet20", min_length=1, description="any timm model name, or torchvision's where timm has none"
+    )
     pretrained: bool = Field(default=False, description="let timm load its pretrained weights")
-    checkpoint: str | None = Field(default=None, description="float weights to start from, .safetensors or .pth")
+    checkpoint: str | None = Field(
+        default=None, description="float weights to start from: .safetensors, .pth, or a run or model directory"
+    )
     num_classes: int | None = Field(default=None, ge=2, description="classes; null: as many as the data set has")
     args: dict[str, Any] = Field(default={}, description="further arguments of timm.create_model")
 
@@ -50,7 +54,15 @@ class CalibrationSection(Section):
     """How quantizer ranges are first set."""
 
     method: Literal["mse", "minmax", "percentile"] = Field(default="mse", description="how a range is chosen")
-    samples: int = Field(default=512, ge=1, description="training images looked at")
+    percentile: float = Field(
+        default=99.99, gt=0, le=100, description="percentile only: percent of the magnitudes that are not clipped"
+    )
+    samples: int | None = Field(
+        default=None, ge=16, description="training images looked at; null: 512, or all where there are fewer"
+    )
+    bias_correction: bool = Field(
+        default=False, description="per precision, keep the mean output of every layer at that of the float network"
+    )
 
 
 class QuantSection(Section):
@@ -69,6 +81,9 @@ class QuantSection(Section):
         default="8bit", description="residual streams: at least 8 bit, or as the rest"
     )
     narrow_range: bool = Field(default=True, description="symmetric weights; 2 bit is then ternary")
+    activations: Literal["static", "dynamic"] = Field(
+        default="static", description="activation ranges: calibrated and learned, or each image's own at run time"
+    )
     calibration: CalibrationSection = Field(default_factory=CalibrationSection, description="first quantizer ranges")
 
 

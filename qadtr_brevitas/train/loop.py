@@ -17,7 +17,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from qadtr_brevitas.build import build_splits, build_switchable, calibrate_on
+from qadtr_brevitas.build import build_splits, build_switchable, fit_data
+from qadtr_brevitas.calibration import calibrate_on, calibration_count
 from qadtr_brevitas.checkpoint import ModelInfo, load_model, save_model
 from qadtr_brevitas.data.split import Split
 from qadtr_brevitas.errors import TrainingError
@@ -123,11 +124,16 @@ class _Trainer:
         self.device = accelerator.device
         self.state = saved.state if saved else TrainState()
         torch.manual_seed(derive_seed(recipe.seed, "build"))
-        self.train_split, val, test = build_splits(recipe.data, seed=recipe.seed)
+        # The run's recipe stays as it was given: a resumed run is compared with it.
+        fitted = fit_data(recipe)
+        self.train_split, val, test = build_splits(fitted.data, seed=recipe.seed)
         self.held_out: Split = test if val is None else val
         self.split_name: Literal["val", "test"] = "test" if val is None else "val"
         self.phases = plan(recipe.train, len(self.train_split))
-        model, _, self.info = build_switchable(recipe, self.train_split)
+        if not all(precision.is_float for precision in recipe.quant.precisions):
+            # Told now, and not after the float epochs.
+            calibration_count(recipe.quant.calibration, len(self.train_split))
+        model, _, self.info = build_switchable(fitted, self.train_split)
         check_precisions(model, recipe)
         if saved:
             # Before any optimizer exists: loading replaces Brevitas's parameters.

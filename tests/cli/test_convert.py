@@ -1,17 +1,29 @@
 from __future__ import annotations
 
 import json
+import re
+from copy import copy
 from pathlib import Path
+from typing import Any
 
+import numpy
 import pytest
+import torch
 from click.testing import CliRunner, Result
+from PIL import Image
 
 from qadtr_brevitas.checkpoint import load_model
+from qadtr_brevitas.cli.convert import _Given, _make_recipe, _plain_name, command
 from qadtr_brevitas.cli.main import cli
+from qadtr_brevitas.cli.plugin_options import find_dataset
+from qadtr_brevitas.data.shapes import Shapes
 from qadtr_brevitas.precision import parse_precisions
-from qadtr_brevitas.quant import allowed_precisions, get_precision
+from qadtr_brevitas.quant import allowed_precisions, at_precision, get_precision
+from qadtr_brevitas.recipe import Recipe
+from tests.evaluation_models import make_model_dir, train_split
 
 SMALL = ["data.dataset.train_images=40", "data.dataset.test_images=10", "quant.calibration.samples=20"]
+PHOTOS = 24
 
 
 def convert(*arguments: object) -> Result:
@@ -24,8 +36,9 @@ def test_writes_a_calibrated_model_and_says_what_was_done(tmp_path: Path) -> Non
     assert result.exit_code == 0, result.output
     assert "stays float: a sum of quantized values" in result.stdout
     assert "residual stream, at least 8 bit" in result.stdout
-    assert "of the parameters are quantized" in result.stdout
-    assert f"wrote {output}; next: qadtr-brevitas attack {output} --data shapes" in result.stderr
+    assert re.search(r"quantized: \d+\.\d% of the parameters, \d+\.\d% of [\d.]+ M MACs", result.stdout)
+    assert re.search(r"weights: .* MB at 32, .* MB at 4", result.stdout)
+    assert f"wrote {output}; next: qadtr-brevitas attack {output}" in result.stderr
     model, info = load_model(output)
     assert allowed_precisions(model) == parse_precisions([32, 4])
     assert get_precision(model).is_float
@@ -39,9 +52,105 @@ def test_json_names_every_layer(tmp_path: Path) -> None:
     result = convert("--data", "shapes", *SMALL, "--dry-run", "--json", "-o", tmp_path / "model")
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
-    assert {"conv1", "bn1", "act1", "avgpool", "linear"} <= {layer["name"] for layer in report["layers"]}
+    layers = {layer["name"]: layer for layer in report["layers"]}
+    assert {"conv1", "bn1", "act1", "avgpool", "linear"} <= layers.keys()
+    # 16 filters of 3x3x3 at each of 32x32 places.
+    assert layers["conv1"]["macs"] == 16 * 27 * 32 * 32
+    assert 0 < report["quantized_macs"] <= report["macs"] == sum(layer["macs"] for layer in layers.values())
+    assert list(report["sizes"]) == ["32", "8", "5", "4", "2"]
     assert report["output"] is None
     assert not (tmp_path / "model").exists()
+
+
+def recipe_of(*arguments: str, model: str = "resnet18", data: str | None = "digits") -> Recipe:
+    """What the command makes of its arguments."""
+    given: list[dict[str, Any]] = []
+    words = ["convert", model, *(["--calibrate", data] if data else []), *arguments]
+    spy = copy(command)
+    spy.callback = lambda **options: given.append(options)
+    assert spy.main(words[1:], standalone_mode=False) in (None, 0)
+    return _make_recipe(_Given(**given[0]))
+
+
+def test_options_are_short_for_keys_of_the_recipe() -> None:
+    options = ["--method", "percentile", "--percentile", "99.5", "--samples", "64", "--bias-correction", "--dynamic"]
+    calibration = "quant.calibration"
+    keys = [
+        f"{calibration}.method=percentile",
+        f"{calibration}.percentile=99.5",
+        f"{calibration}.samples=64",
+        f"{calibration}.bias_correction=true",
+        "quant.activations=dynamic",
+    ]
+    assert recipe_of(*options) == recipe_of(*keys) != recipe_of()
+    assert recipe_of("--pretrained", "--checkpoint", "a.pth") == recipe_of(
+        "model.pretrained=true", "model.checkpoint=a.pth"
+    )
+    assert recipe_of(data="image-folder:photos") == recipe_of(
+        "data.dataset={name: image-folder, root: photos}", data=None
+    )
+
+
+def test_every_setting_reaches_the_saved_model(tmp_path: Path) -> None:
+    options = ["--calibrate", "shapes", "--method", "percentile", "--percentile", "90", "--samples", "20", "--dynamic"]
+    result = convert(*options, *SMALL[:2], "quant.precisions=[32,4]", "-o", tmp_path / "model")
+    assert result.exit_code == 0, result.output
+    _, info = load_model(tmp_path / "model")
+    assert info.quant["activations"] == "dynamic"
+    assert info.data is not None
+    assert (info.data["name"], info.data["train_images"]) == ("shapes", 40)
+    # The data set is known from now on.
+    assert find_dataset([tmp_path / "model"], None) == Shapes(train_images=40, test_images=10)
+
+
+def test_a_run_is_converted_again_with_its_own_weights_and_data(tmp_path: Path) -> None:
+    run = make_model_dir(tmp_path / "run")
+    recipe = recipe_of("--method", "minmax", model=str(run), data="shapes")
+    assert (recipe.model.name, recipe.model.num_classes, recipe.model.checkpoint) == ("cifar_resnet20", 3, str(run))
+    first, second = tmp_path / "first", tmp_path / "second"
+    dataset = "data.dataset={name: shapes, image_size: 16, classes: 3, train_images: 60, test_images: 30}"
+    quick = ["quant.precisions=[32,3]", "--method", "minmax", "--samples", "20"]
+    for arguments in (["convert", run, dataset, *quick, "-o", first], ["convert", first, *quick, "-o", second]):
+        result = CliRunner().invoke(cli, list(map(str, arguments)))
+        assert result.exit_code == 0, result.output
+    images = train_split().batch(torch.arange(8))[0]
+    logits = []
+    for path in (run, first, second):
+        model, _ = load_model(path)
+        with torch.no_grad(), at_precision(model, 32):
+            logits.append(model(images))
+    assert torch.equal(logits[0], logits[1])
+    assert torch.equal(logits[0], logits[2])
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Class folders with images of different sizes."""
+    for number in range(PHOTOS):
+        folder = tmp_path / "photos" / f"class{number % 3}"
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = numpy.random.default_rng(number).integers(0, 256, (36 + number, 48, 3), dtype=numpy.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    return tmp_path / "photos"
+
+
+def test_photos_of_any_size_are_brought_to_that_of_the_model(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    output = tmp_path / "model"
+    data = ["--calibrate", f"image-folder:{photos}", "data.dataset.holdout=3"]
+    arguments = ["convert", "cifar_resnet8", *data, "quant.precisions=[32,8]", "-o", str(output)]
+    result = CliRunner().invoke(cli, arguments)
+    assert result.exit_code == 0, result.output
+    _, info = load_model(output)
+    assert (info.image_size, info.num_classes) == ((32, 32), 3)
+    dataset = find_dataset([output], None)
+    assert (dataset.image_size, dataset.crop, dataset.holdout) == (32, 1.0, 3)
+    assert len(dataset.load("test")) == PHOTOS // 3
+    small = CliRunner().invoke(cli, [*arguments[:-1], str(tmp_path / "other"), "--samples", "17"])
+    assert small.exit_code == 1
+    assert "is to look at 17 training images, there are 16" in small.stderr
 
 
 def test_keeps_a_directory_that_is_there(tmp_path: Path) -> None:
@@ -60,7 +169,14 @@ def test_keeps_a_directory_that_is_there(tmp_path: Path) -> None:
         (["--data", "shapes", "quant.edge=4bit"], 2, "must be one of"),
         (["--data", "shapes", "train.epochs=3"], 2, "train.epochs=3 does not matter to a conversion"),
         (["--data", "shapes", "--checkpoint", "nowhere.safetensors"], 1, "nowhere.safetensors"),
-        ([], 2, "--data"),
+        ([], 2, "needs images to calibrate on: give --calibrate NAME[:ROOT]"),
+        (["--data", "digits:here"], 2, "data set digits has no folder to read from"),
+        (["--data", "shapes", "--percentile", "99"], 2, "--percentile 99 is for one method only: add --method"),
+        (["--data", "shapes", "--samples", "3"], 2, "quant.calibration.samples: must be at least 16, got 3"),
+        (["--data", "shapes", *SMALL, "--samples", "20"], 2, "samples=20 is given by an option too: leave one"),
+        (["--data", "shapes", "data.dataset.name=digits"], 2, "data.dataset.name=digits is given by an option too"),
+        (["--data", "shapes", *SMALL[:2], "--samples", "50"], 1, "look at 50 training images, there are 40"),
+        (["--data", "shapes", "data.dataset.train_images=9"], 1, "at least 16 training images, there are 9"),
     ],
 )
 def test_bad_input(arguments: list[str], code: int, message: str, tmp_path: Path) -> None:
@@ -76,3 +192,32 @@ def test_an_unknown_model_gets_the_nearest_names(tmp_path: Path) -> None:
     )
     assert result.exit_code == 2
     assert "cifar_resnet20" in result.stderr
+
+
+def test_folders_that_are_no_model(tmp_path: Path) -> None:
+    run = make_model_dir(tmp_path / "half")
+    (run / "last" / "model.safetensors").unlink()
+    for path, option, message in (
+        (run, [], "has a config.json but no model.safetensors: copy both files of the model"),
+        (tmp_path, [], "there is no model in"),
+        (tmp_path / "nowhere", [], "there is no folder"),
+        (run, ["--pretrained"], "is a folder with weights of its own: leave --pretrained out"),
+    ):
+        result = CliRunner().invoke(cli, ["convert", str(path), "--data", "digits", "-o", str(tmp_path / "m"), *option])
+        assert result.exit_code in (1, 2)
+        assert message in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        ("resnet18", "resnet18"),
+        ("hf-hub:timm/resnet18.a1_in1k", "resnet18.a1_in1k"),
+        ("runs/vit", "vit"),
+        ("{tmp}/vit/last", "vit"),
+        ("{tmp}/vit", "vit"),
+    ],
+)
+def test_the_name_of_the_output(model: str, name: str, tmp_path: Path) -> None:
+    (tmp_path / "vit" / "last").mkdir(parents=True)
+    assert _plain_name(model.format(tmp=tmp_path)) == name

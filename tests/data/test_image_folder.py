@@ -250,18 +250,14 @@ def test_a_holdout_of_two_splits_is_refused(folder: Path) -> None:
         ImageFolder(root=str(folder), holdout=5).load("train")
 
 
-class TestFitted:
-    def test_images_of_one_size_are_left_as_they_are(self, folder: Path) -> None:
-        dataset = ImageFolder(root=str(folder))
-        assert dataset.fitted(224, 0.875) is dataset
-
-    def test_images_of_different_sizes_get_the_size_and_crop_of_the_model(self, folder: Path) -> None:
-        picture(0, (10, 12)).save(folder / "train" / "dog" / "1.png")
-        dataset = ImageFolder(root=str(folder))
-        assert dataset.fitted(224, 0.875) == ImageFolder(root=str(folder), image_size=224, crop=0.875)
-        given = ImageFolder(root=str(folder), image_size=16)
-        assert given.fitted(224, 0.875) is given
-        assert ImageFolder(root=str(folder), crop=0.5).fitted(224, 0.875).crop == 0.5
+def test_images_of_different_sizes_need_the_size_and_crop_of_a_model(folder: Path) -> None:
+    dataset = ImageFolder(root=str(folder))
+    assert not dataset.needs_size()
+    picture(0, (10, 12)).save(folder / "train" / "dog" / "1.png")
+    assert dataset.needs_size()
+    assert not ImageFolder(root=str(folder), image_size=16).needs_size()
+    assert dataset.fitted(224, 0.875) == ImageFolder(root=str(folder), image_size=224, crop=0.875)
+    assert ImageFolder(root=str(folder), crop=0.5).fitted(224, 0.875).crop == 0.5
 
 
 def test_folder_without_the_split(folder: Path, tmp_path: Path) -> None:

@@ -101,6 +101,13 @@ def test_the_message_starts_with_file_and_line(write) -> None:
         ("quant: {precisions: 4}", "quant.precisions", "must be a list, got 4"),
         ("quant: {precisions: []}", "quant.precisions", "must have at least 1 items, got []"),
         ("data: {val_share: 1}", "data.val_share", "must be at least 0 and less than 1, got 1"),
+        (
+            "quant: {calibration: {percentile: 0}}",
+            "quant.calibration.percentile",
+            "must be greater than 0 and at most 100",
+        ),
+        ("quant: {calibration: {samples: 8}}", "quant.calibration.samples", "must be at least 16, got 8"),
+        ("quant: {activations: live}", "quant.activations", "must be one of static, dynamic, got 'live'"),
         ("train: {clip_grad_norm: 0}", "train.clip_grad_norm", "must be greater than 0, got 0"),
         (
             "train: {attack: [a-qapa]}",
