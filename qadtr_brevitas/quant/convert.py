@@ -156,18 +156,16 @@ def _convert_called(net: nn.Module, modules: dict[str, nn.Module], plan: Plan) -
 def _report(call: Call, module: nn.Module, kind: str, note: str, plan: Plan, *, quantized: bool) -> LayerReport:
     parameters = sum(p.numel() for p in module.parameters(recurse=False))
     kept = [product for product in call.products if not plan.stays_float(product)]
-    has_weight = any(
-        operand.weight and (operand.parameter is None or operand.parameter.rpartition(".")[0] == call.name)
-        for product in kept
-        for operand in product.operands
-    )
+    weights = {
+        name.rpartition(".")[0] for product in kept for operand in product.operands for name in operand.parameters
+    }
     return LayerReport(
-        call.name,
+        call.name or "network",
         kind,
         quantized,
         note,
         parameters,
-        parameters if has_weight else 0,
+        parameters if call.name in weights else 0,
         # What is the same for every image is no part of inference.
         sum(product.macs for product in call.products if not product.is_constant),
         sum(product.macs for product in kept),
@@ -184,19 +182,22 @@ def _loose_parameters(name: str, module: nn.Module) -> Iterator[LayerReport]:
 def _uncalled(modules: dict[str, nn.Module], found: Probe) -> Iterator[LayerReport]:
     """Modules with parameters that are not run themselves."""
     readers = {
-        operand.parameter: product.owner
+        parameter: product.owner
         for product in found.products
         for operand in product.operands
-        if operand.parameter is not None
+        for parameter in operand.parameters
     }
     for name, module in modules.items():
         own = dict(module.named_parameters(name, recurse=False))
         if name in found.calls or not own:
             continue
         reader = next((readers[parameter] for parameter in own if parameter in readers), None)
-        note = "stays float: does not run on an image" if reader is None else f"its weight is quantized in {reader}"
+        is_read = reader is not None
+        note = (
+            f"its weight is quantized in {reader or 'the network itself'}" if is_read else "stays float: does not run"
+        )
         count = sum(parameter.numel() for parameter in own.values())
-        yield LayerReport(name, type(module).__name__, reader is not None, note, count, count if reader else 0)
+        yield LayerReport(name, type(module).__name__, is_read, note, count, count if is_read else 0)
 
 
 def _size(net: nn.Module, plan: Plan, bits: int) -> int:
@@ -207,8 +208,8 @@ def _size(net: nn.Module, plan: Plan, bits: int) -> int:
     counted: set[str] = set()
     for product in plan.probe.products:
         for operand in product.operands:
-            key = operand.parameter or f"{product.owner}/{operand.label}"
-            if plan.stays_float(product) or not operand.weight or key in counted:
+            key = "/".join(sorted(operand.parameters))
+            if plan.stays_float(product) or not key or key in counted:
                 continue
             counted.add(key)
             own_bits = max(bits, plan.min_bits(product))

@@ -33,8 +33,9 @@ from qadtr_brevitas.quant.quantizers import (
     SwitchableQuant,
     SwitchableWeightProxy,
     SwitchableWeightQuant,
+    act_injector,
 )
-from qadtr_brevitas.quant.switch import at_precision
+from qadtr_brevitas.quant.switch import Switch, at_precision
 
 
 class FrozenModel(nn.Module):
@@ -43,20 +44,25 @@ class FrozenModel(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, net: nn.Module, mean: Tensor, std: Tensor) -> None:
+    def __init__(self, net: nn.Module, mean: Tensor, std: Tensor, switch: Switch) -> None:
         super().__init__()
         self.net = net
+        self._switch = switch
         self.register_buffer("mean", mean.clone())
         self.register_buffer("std", std.clone())
 
     def forward(self, images: Tensor) -> Tensor:
+        # Dynamic quantizers tell from it what belongs to one image.
+        self._switch.images = len(images)
         return self.net((images - self.mean) / self.std)
 
 
 def freeze(model: SwitchableModel, precision: PrecisionLike) -> FrozenModel:
     """A copy of a switchable model at one precision, of stock Brevitas layers and quantizers only.
 
-    It computes what the switchable model computes at that precision, and keeps one BatchNorm per layer.
+    It computes what the switchable model computes at that precision, and keeps one BatchNorm per layer. Corrections of
+    biases become part of the biases. Dynamic quantizers stay this package's own: Brevitas has none with a range for
+    each image.
 
     Args:
         model: a switchable model; left untouched.
@@ -71,12 +77,13 @@ def freeze(model: SwitchableModel, precision: PrecisionLike) -> FrozenModel:
     with at_precision(model, precision):
         copied = copy.deepcopy(model)
         for name, module in list(copied.named_modules()):
+            if (replacement := _frozen_layer(module)) is not None:
+                copied.set_submodule(name, replacement)
+        for module in list(copied.modules()):
             if isinstance(module, QuantizedFunctions):
                 _freeze_products(module)
-            elif (replacement := _frozen_layer(module)) is not None:
-                copied.set_submodule(name, replacement)
         _hide_layers(copied.net)
-        frozen = FrozenModel(copied.net, copied.mean, copied.std)
+        frozen = FrozenModel(copied.net, copied.mean, copied.std, copied.switch)
         return frozen.to(copied.mean.device).eval()
 
 
@@ -107,6 +114,9 @@ def _frozen_layer(module: nn.Module) -> nn.Module | None:
 
 def _frozen_linear(module: SwitchableConv2d | SwitchableLinear) -> nn.Module:
     input_quant = _act_quant(module.input_quant) if isinstance(module.input_quant, SwitchableActProxy) else None
+    if module.bias_correction is not None:
+        bias = module.bias_correction(module.bias)
+        module.bias = None if bias is None else nn.Parameter(bias.detach())
     return brevitas_twin(
         module, QuantConv2d, QuantLinear, weight_quant=_weight_quant(module.weight_quant), input_quant=input_quant
     )
@@ -145,8 +155,13 @@ def _weight_quant(proxy: SwitchableWeightProxy) -> Any:
 def _act_quant(proxy: SwitchableActProxy) -> Any:
     if not proxy.is_quant_enabled:
         return None
-    stock: Any = Int8ActPerTensorFloat if proxy.quantizer.signed else Uint8ActPerTensorFloat
-    return stock.let(**_settings(proxy.quantizer))
+    quantizer = proxy.quantizer
+    if quantizer.dynamic:
+        names = ("min_bits", "signed", "max_threshold")
+        settings = {name: getattr(quantizer, name) for name in names}
+        return act_injector(quantizer.switch, dynamic=True, bits=(quantizer.bits,), **settings)
+    stock: Any = Int8ActPerTensorFloat if quantizer.signed else Uint8ActPerTensorFloat
+    return stock.let(**_settings(quantizer))
 
 
 def _settings(quantizer: SwitchableQuant) -> dict[str, Any]:

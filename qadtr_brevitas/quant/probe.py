@@ -30,24 +30,22 @@ class Operand:
         shape: its shape for two images.
         origin: the activation module whose values it holds, IMAGE, or None.
         fixed: it is the same for every image: a weight, or made of weights and constants.
-        weight: it is made of parameters.
+        parameters: names of the parameters that it is made of, if it is fixed.
         nonnegative: it cannot be negative.
-        parameter: name of the parameter that it is.
     """
 
     label: str
     shape: tuple[int, ...]
     origin: str | None
     fixed: bool
-    weight: bool
+    parameters: frozenset[str]
     nonnegative: bool
-    parameter: str | None
 
     def merge(self, other: Operand) -> None:
         """Keeps what is true in both calls."""
         self.origin = self.origin if self.origin == other.origin else None
         self.fixed &= other.fixed
-        self.weight &= other.weight
+        self.parameters = self.parameters | other.parameters if self.fixed else frozenset()
         self.nonnegative &= other.nonnegative
 
 
@@ -111,11 +109,10 @@ class Probe:
 class _Watch(TorchFunctionMode):
     """Follows tensors through functions, and notes the products of each module."""
 
-    def __init__(self, net: nn.Module, known: Provenance, images: int) -> None:
+    def __init__(self, known: Provenance, images: int) -> None:
         super().__init__()
         self.known = known
         self.images = images
-        self.parameters = {id(parameter): name for name, parameter in net.named_parameters()}
         self.calls: dict[str, Call] = {}
         self.products: list[Product] = []
         self.seen_macs = 0
@@ -160,9 +157,9 @@ class _Watch(TorchFunctionMode):
         product.macs += macs // self.images
 
     def _operand(self, label: str, x: Tensor) -> Operand:
-        known, parameter = self.known, self.parameters.get(id(x))
-        sign, fixed, weight = known.is_nonnegative(x), known.is_fixed(x), known.is_weight(x)
-        return Operand(label, tuple(x.shape), known.origin(x), fixed, weight, sign, parameter)
+        known = self.known
+        shape, origin, fixed = tuple(x.shape), known.origin(x), known.is_fixed(x)
+        return Operand(label, shape, origin, fixed, known.parameters(x), known.is_nonnegative(x))
 
     def enter(self, name: str) -> None:
         """Notes that a module begins."""
@@ -187,7 +184,7 @@ def probe(net: nn.Module, images: Tensor, *, nonnegative: bool = False) -> Probe
     Raises:
         UsageError: the network does not run on such images, or a module of it computes something else with each call.
     """
-    watch = _Watch(net, Provenance(net, images, nonnegative_image=nonnegative), len(images))
+    watch = _Watch(Provenance(net, images, nonnegative_image=nonnegative), len(images))
     with _hooks(net, watch), torch.no_grad(), watch.counter, watch:
         try:
             net(images)

@@ -56,7 +56,7 @@ class Facts:
         self.first_origin = known.origin(found[0]) if found else None
         self.origins = [origin for x in found if (origin := known.origin(x)) is not None]
         self.is_fixed = all(known.is_fixed(x) for x in found)
-        self.is_weight = any(known.is_weight(x) for x in found)
+        self.parameters = frozenset[str]().union(*(known.parameters(x) for x in found))
         numbers = [x for x in given if isinstance(x, int | float)] if name in _ARITHMETIC else []
         self.is_nonnegative = bool(found) and min(numbers, default=0) >= 0 and all(map(known.is_nonnegative, found))
 
@@ -83,9 +83,9 @@ class Provenance:
 
     def __init__(self, net: nn.Module, image: Tensor, *, nonnegative_image: bool) -> None:
         self._origins: dict[int, str] = {id(image): IMAGE}
-        # Whether a parameter enters a tensor that does not depend on the image.
-        self._fixed: dict[int, bool] = {id(buffer): False for buffer in net.buffers()}
-        self._fixed |= {id(parameter): True for parameter in net.parameters()}
+        # The parameters that enter a tensor that does not depend on the image.
+        self._fixed: dict[int, frozenset[str]] = {id(buffer): frozenset() for buffer in net.buffers()}
+        self._fixed |= {id(parameter): frozenset([name]) for name, parameter in net.named_parameters()}
         self._nonnegative: set[int] = {id(image)} if nonnegative_image else set()
         # So that no id is used twice.
         self._alive: list[Tensor] = [image]
@@ -98,9 +98,9 @@ class Provenance:
         """Whether x is the same for every image."""
         return id(x) in self._fixed
 
-    def is_weight(self, x: Tensor) -> bool:
-        """Whether x is made of parameters, and of the image in no way."""
-        return self._fixed.get(id(x), False)
+    def parameters(self, x: Tensor) -> frozenset[str]:
+        """Names of the parameters that x is made of; none if it depends on the image."""
+        return self._fixed.get(id(x), frozenset())
 
     def is_nonnegative(self, x: Tensor) -> bool:
         """Whether x cannot be negative."""
@@ -122,7 +122,7 @@ class Provenance:
             if facts.name in _PRESERVING and facts.first_origin is not None:
                 self._origins[id(y)] = facts.first_origin
             if facts.is_fixed:
-                self._fixed[id(y)] = facts.is_weight
+                self._fixed[id(y)] = facts.parameters
             if facts.result_is_nonnegative:
                 self._nonnegative.add(id(y))
             self._alive.append(y)

@@ -156,7 +156,7 @@ def _operand_quant(operand: Operand, product: Product, plan: Plan) -> Any:
     if not _is_weight(operand, product):
         return plan.activation(signed=not operand.nonnegative, min_bits=min_bits)
     # A filter that is not learned, as in a blur pool, was not made for few levels.
-    min_bits = min_bits if operand.weight else EDGE_BITS
+    min_bits = min_bits if operand.parameters else EDGE_BITS
     shape = (operand.shape[0], *(1,) * (len(operand.shape) - 1)) if _is_per_channel(product, plan) else ()
     return plan.computed_weight(shape, min_bits=min_bits)
 
