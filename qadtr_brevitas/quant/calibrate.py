@@ -20,12 +20,8 @@ from qadtr_brevitas.quant.correct_biases import (
 from qadtr_brevitas.quant.norm import copy_float_statistics
 from qadtr_brevitas.quant.observe import Activations
 from qadtr_brevitas.quant.quantizers import SwitchableQuant, SwitchableWeightQuant
-from qadtr_brevitas.quant.ranges import Method, least_error, percentiles
+from qadtr_brevitas.quant.ranges import Method, Sample, all_of, least_error, percentiles, some_of
 from qadtr_brevitas.quant.switch import observing
-from qadtr_brevitas.seeding import generator
-
-# Weights of a channel that the search for the least error looks at.
-_WEIGHTS_PER_ROW = 1 << 10
 
 
 def calibrate(
@@ -73,12 +69,14 @@ def calibrate(
     def observe(quantizer: SwitchableQuant, x: Tensor) -> None:
         if not quantizer.thresholds or quantizer in weights:
             return
-        if isinstance(quantizer, SwitchableWeightQuant):
-            # At once, so that no second copy of all weights is ever held.
-            _set_weight_thresholds(quantizer, x.detach(), method, percentile)
-            weights.add(quantizer)
-        else:
-            activations.add(quantizer, x.detach())
+        # A module that quantizes its own products watches every function its forward calls; these are none of them.
+        with torch._C.DisableTorchFunction():  # pyright: ignore[reportPrivateUsage]
+            if isinstance(quantizer, SwitchableWeightQuant):
+                # At once, so that no second copy of all weights is ever held.
+                _set_weight_thresholds(quantizer, x.detach(), method, percentile)
+                weights.add(quantizer)
+            else:
+                activations.add(quantizer, x.detach())
 
     reset_bias_correction(model)
     with observing(model, observe), output_means(model, enabled=bias_correction) as means:
@@ -86,7 +84,7 @@ def calibrate(
             model(images)
             count_batch()
     for quantizer in activations:
-        _set_thresholds(quantizer, *activations.seen_by(quantizer), method, percentile)
+        _set_thresholds(quantizer, activations.seen_by(quantizer), method, percentile)
     copy_float_statistics(model)
     if bias_correction:
         correct_biases(model, batches, means, count_batch)
@@ -102,25 +100,21 @@ def _check(method: str, percentile: float) -> None:
 def _set_weight_thresholds(quantizer: SwitchableQuant, weight: Tensor, method: Method, percentile: float) -> None:
     """Sets the thresholds of a weight quantizer, per output channel or one for all."""
     rows = weight.float().reshape(math.prod(quantizer.shape), -1)
-    largest = torch.maximum(rows.amax(1), -rows.amin(1))
-    if method == "mse" and rows.shape[1] > _WEIGHTS_PER_ROW:
-        # At random: evenly spread ones could all be of the same corner of the kernels.
-        columns = torch.randperm(rows.shape[1], generator=generator(0, "weights"))[:_WEIGHTS_PER_ROW]
-        rows = rows[:, columns.sort().values.to(rows.device)]
-    _set_thresholds(quantizer, rows, largest, method, percentile)
+    _set_thresholds(quantizer, some_of(rows) if method == "mse" else all_of(rows), method, percentile)
 
 
-def _set_thresholds(
-    quantizer: SwitchableQuant, rows: Tensor, largest: Tensor, method: Method, percentile: float
-) -> None:
-    """Sets the thresholds of one quantizer from samples (rows, n) and the largest magnitudes (rows,)."""
-    largest = torch.where(largest > 0, largest, torch.ones_like(largest))
-    clipped = percentiles(rows, percentile) if method == "percentile" else largest
-    reached = torch.where(clipped > 0, clipped, largest)
+def _set_thresholds(quantizer: SwitchableQuant, sample: Sample, method: Method, percentile: float) -> None:
+    """Sets the thresholds of one quantizer at every bit-width."""
+    reached = sample.largest
+    if method == "percentile":
+        clipped = percentiles(sample.rows, percentile)
+        reached = torch.where(clipped > 0, clipped, reached)
     for name, parameter in quantizer.thresholds.items():
         bits = int(name)
         threshold = reached * quantizer.headroom(bits)
         if method == "mse":
-            threshold = least_error(rows, threshold, quantizer.levels(bits), quantizer.steps_per_threshold(bits))
+            threshold = least_error(
+                sample, quantizer.levels(bits), quantizer.steps_per_threshold(bits), quantizer.headroom(bits)
+            )
         with torch.no_grad():
-            parameter.copy_(threshold.view_as(parameter))
+            parameter.copy_(torch.where(threshold > 0, threshold, 1.0).view_as(parameter))

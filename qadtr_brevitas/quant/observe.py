@@ -10,6 +10,7 @@ from torch import Tensor
 
 from qadtr_brevitas.errors import UsageError
 from qadtr_brevitas.quant.quantizers import SwitchableQuant
+from qadtr_brevitas.quant.ranges import Sample
 from qadtr_brevitas.seeding import generator
 
 # Values kept of what a quantizer sees: some 13 of them lie above the 99.99th percentile.
@@ -59,7 +60,7 @@ class Activations:
             values = values.take(indices.to(x.device))
         self._samples.setdefault(quantizer, []).append(values.float().clamp(lowest, highest))
 
-    def seen_by(self, quantizer: SwitchableQuant) -> tuple[Tensor, Tensor]:
-        """The sample, (1, n), and the largest magnitude of all that was seen, (1,)."""
-        sample = torch.cat(self._samples[quantizer])
-        return sample[None], sample.new_tensor([self._largest[quantizer]])
+    def seen_by(self, quantizer: SwitchableQuant) -> Sample:
+        """What a quantizer saw, as one row."""
+        values = torch.cat(self._samples[quantizer])
+        return Sample(values[None], values.new_tensor([self._largest[quantizer]]))

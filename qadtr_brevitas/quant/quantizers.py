@@ -143,7 +143,10 @@ class SwitchableDynamicQuant(SwitchableActQuant):
     dynamic = True
 
     def threshold(self, bits: int) -> Tensor:
-        raise UsageError("a dynamic quantizer has no threshold of its own: it measures the range of each image")
+        raise UsageError(
+            "a dynamic quantizer has no threshold, it measures the range of each image: "
+            "convert with activations='static' for thresholds"
+        )
 
     def image_scales(self, x: Tensor, bits: int) -> Tensor:
         """The step for each image, (images,), or for all of x where its first dimension is no multiple of them, (1,).
@@ -161,19 +164,10 @@ class SwitchableDynamicQuant(SwitchableActQuant):
         largest = largest.float().clamp(_SMALLEST_THRESHOLD, self.max_threshold)
         return largest * (self.headroom(bits) / self.steps_per_threshold(bits))
 
-    def _quantize(self, x: Tensor, scales: Tensor, bits: int) -> Tensor:
-        low, high = -torch.inf if self.signed else 0.0, self.max_threshold or torch.inf
-        return quantize_images(x, scales, *self.levels(bits), low=low, high=high)
-
     def quantize(self, x: Tensor) -> Tensor:
         bits = self.bits
-        return self._quantize(x, self.image_scales(x, bits), bits)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        bits = self.bits
-        scales = self.image_scales(x, bits)
-        each = scales.repeat_interleave(len(x) // len(scales)).view(-1, *(1,) * (x.dim() - 1))
-        return self._quantize(x, scales, bits), each, self.zero_point(), self.bit_widths[str(bits)]()
+        low, high = -torch.inf if self.signed else 0.0, self.max_threshold or torch.inf
+        return quantize_images(x, self.image_scales(x, bits), *self.levels(bits), low=low, high=high)
 
 
 class SwitchableWeightQuant(SwitchableQuant):
@@ -271,6 +265,9 @@ class SwitchableActProxy(_KeepTensorQuant, ActQuantProxyFromInjector):
         if self.export_mode or not self.is_quant_enabled:
             return super().forward(x)
         value = x.value if isinstance(x, IntQuantTensor) else x
+        if self.quantizer.dynamic:
+            # Brevitas's arithmetic on QuantTensors knows no scale per image.
+            return self.quantizer.quantize(value)
         return self.create_quant_tensor(self.quantizer(value), x=x)
 
 

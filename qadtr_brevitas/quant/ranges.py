@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from qadtr_brevitas.seeding import generator
 
 Method = Literal["mse", "minmax", "percentile"]
 
 # The search for the least error: thresholds a factor of sqrt(2) apart, then ever closer ones around the best of them.
 _COARSE = [2 ** (-step / 2) for step in range(10)]
 _FINE = [2**0.25, 2**0.125, 2**0.0625]
+# Of the weights of a channel the search looks at the largest, and at others at random.
+_TAIL, _OTHERS = 12, 244
 # Values of a block of rows: it and two results stay in a core's L2 cache through all passes over them.
-_BLOCK = 1 << 16
+_BLOCK = 1 << 17
 
 
 def percentiles(rows: Tensor, percentile: float) -> Tensor:
@@ -33,42 +38,93 @@ def percentiles(rows: Tensor, percentile: float) -> Tensor:
     return torch.lerp(above[:, -1], above[:, -2:][:, 0], position - below)
 
 
-def least_error(rows: Tensor, largest: Tensor, levels: tuple[int, int], steps: int) -> Tensor:
+@dataclass(frozen=True)
+class Sample:
+    """Values that stand for all of each row.
+
+    Args:
+        rows: (rows, n).
+        largest: the largest magnitude of all values of each row, (rows,).
+        tail: the first so many columns count once: the largest values, which are what is clipped.
+        weight: how often each of the other columns counts.
+    """
+
+    rows: Tensor
+    largest: Tensor
+    tail: int = 0
+    weight: float = 1.0
+
+
+def all_of(rows: Tensor) -> Sample:
+    """All values of each row, (rows, n)."""
+    return Sample(rows, torch.maximum(rows.amax(1), -rows.amin(1)))
+
+
+def some_of(rows: Tensor) -> Sample:
+    """The largest values of each row, and some of the others at random: both kinds of error can be told from them.
+
+    Without the former the search would clip too much: at 8 bit, a single clipped value weighs as much as all rounding.
+
+    Args:
+        rows: (rows, n).
+    """
+    everything, count = all_of(rows), rows.shape[1]
+    if count <= _TAIL + _OTHERS:
+        return everything
+    # Evenly spread columns could all be the same corner of convolution kernels.
+    columns = torch.randperm(count, generator=generator(0, "weights"))[:_OTHERS].to(rows.device)
+    magnitudes, where = rows.abs().topk(_TAIL, dim=1)
+    others = rows[:, columns]
+    others.masked_fill_(others.abs() >= magnitudes[:, -1:], 0)
+    values = torch.cat((rows.gather(1, where), others), dim=1)
+    return Sample(values, everything.largest, _TAIL, count / _OTHERS)
+
+
+def least_error(sample: Sample, levels: tuple[int, int], steps: int, headroom: float) -> Tensor:
     """The threshold of each row with the least squared quantization error, by a grid search that gets finer.
 
     Args:
-        rows: samples, (rows, n).
-        largest: the largest threshold of each row to try, positive, (rows,).
+        sample: of the values.
         levels: lowest and highest integer level.
         steps: number of steps between 0 and the threshold.
+        headroom: the largest threshold to try, over the largest magnitude.
 
     Returns:
-        Thresholds, (rows,), within 5 % of the best between 1/23 of the largest and the largest.
+        Thresholds, (rows,), within 5 % of the best between 1/23 of the largest and the largest; 0 for rows of 0.
     """
-    height = max(1, _BLOCK // rows.shape[1])
-    blocks = zip(rows.split(height), largest.split(height), strict=True)
-    return torch.cat([_search(block, most, levels, steps) for block, most in blocks])
+    height = max(1, _BLOCK // sample.rows.shape[1])
+    blocks = zip(sample.rows.split(height), sample.largest.split(height), strict=True)
+    return torch.cat(
+        [_search(replace(sample, rows=rows, largest=largest * headroom), levels, steps) for rows, largest in blocks]
+    )
 
 
-def _search(rows: Tensor, largest: Tensor, levels: tuple[int, int], steps: int) -> Tensor:
-    """`least_error` for a block of rows."""
+def _search(sample: Sample, levels: tuple[int, int], steps: int) -> Tensor:
+    """`least_error` for a block of rows, up to their largest threshold."""
+    rows, largest, tail, weight = sample.rows, sample.largest, sample.tail, sample.weight
+    count = tail + weight * (rows.shape[1] - tail)
     scaled, rounded = torch.empty_like(rows), torch.empty_like(rows)
+    best, least = largest, torch.full_like(largest, torch.inf)
 
-    def error(thresholds: Tensor) -> Tensor:
-        step = (thresholds / steps)[:, None]
-        torch.div(rows, step, out=scaled)
-        torch.round(scaled, out=rounded).clamp_(*levels).sub_(scaled)
-        return torch.linalg.vector_norm(rounded, dim=1) * step[:, 0]
-
-    best, least = largest, error(largest)
-
-    def attempt(thresholds: Tensor) -> None:
+    def attempt(thresholds: Tensor) -> Tensor:
+        """Keeps the thresholds that are better; true where no smaller one can be."""
         nonlocal best, least
-        found = error(thresholds)
-        best, least = torch.where(found < least, thresholds, best), torch.minimum(found, least)
+        step = thresholds / steps
+        torch.mul(rows, step.reciprocal()[:, None], out=scaled)
+        torch.round(scaled, out=rounded).clamp_(*levels).sub_(scaled)
+        found = torch.linalg.vector_norm(rounded[:, tail:], dim=1).square_().mul_(weight)
+        if tail:
+            found += torch.linalg.vector_norm(rounded[:, :tail], dim=1).square_()
+        step.square_()
+        found *= step
+        better = found < least
+        best, least = torch.where(better, thresholds, best), torch.where(better, found, least)
+        # What is clipped has at least the error that rounding cannot explain, and lower thresholds clip more.
+        return found - step * (count / 4) > least
 
-    for share in _COARSE[1:]:
-        attempt(largest * share)
+    for share in _COARSE:
+        if attempt(largest * share).all():
+            break
     for factor in _FINE:
         center = best
         attempt(center / factor)

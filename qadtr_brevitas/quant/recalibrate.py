@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from qadtr_brevitas.errors import UsageError
 from qadtr_brevitas.precision import PrecisionLike
-from qadtr_brevitas.quant.norm import norms
+from qadtr_brevitas.quant.norm import SwitchableBatchNorm, norms
 from qadtr_brevitas.quant.switch import at_precision, precisions_or_all
 
 
@@ -43,7 +43,7 @@ def recalibrate_norms(
 
 
 @contextmanager
-def _averaging(layers: Sequence[nn.BatchNorm2d]) -> Generator[Callable[[int], None]]:
+def _averaging(layers: Sequence[SwitchableBatchNorm]) -> Generator[Callable[[int], None]]:
     """Norm layers in training mode, so that after n batches their statistics are the mean over these n."""
     momenta = [layer.momentum for layer in layers]
     for layer in layers:

@@ -1,0 +1,92 @@
+"""Thresholds against what defines them: torch.quantile, and the least error of many thresholds tried."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from qadtr_brevitas.quant.ranges import Sample, all_of, least_error, percentiles, some_of
+
+BITS = (8, 5, 4, 2)
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def heavy_tailed(*shape: int) -> Tensor:
+    """Like the weights of networks, and more so: a few values are many times as large as the others."""
+    return normal(*shape) / normal(*shape, seed=1).abs().clamp_min(0.2)
+
+
+def with_an_outlier(*shape: int) -> Tensor:
+    rows = normal(*shape)
+    rows[:, shape[1] // 2] = 20
+    return rows
+
+
+def levels_of(bits: int) -> tuple[int, int]:
+    return 1 - 2 ** (bits - 1), 2 ** (bits - 1) - 1
+
+
+def error(rows: Tensor, thresholds: Tensor, bits: int) -> Tensor:
+    step = (thresholds / levels_of(bits)[1])[:, None]
+    return ((rows / step).round().clamp(*levels_of(bits)) * step - rows).square().sum(1)
+
+
+def least_of_many(rows: Tensor, bits: int) -> Tensor:
+    largest = rows.abs().amax(1)
+    return torch.stack([error(rows, largest * k / 100, bits) for k in range(2, 101)]).amin(0)
+
+
+def excess(rows: Tensor, sample: Sample, bits: int) -> Tensor:
+    """Error with the threshold found, over the least of many tried."""
+    found = least_error(sample, levels_of(bits), levels_of(bits)[1], 1.0)
+    return error(rows, found, bits) / least_of_many(rows, bits)
+
+
+@given(st.integers(1, 300), st.sampled_from([0.5, 50.0, 90.0, 99.99, 100.0]))
+def test_percentiles_are_those_of_torch(count: int, percentile: float) -> None:
+    rows = normal(3, count, seed=count)
+    expected = torch.quantile(rows.abs().double(), percentile / 100, dim=1)
+    torch.testing.assert_close(percentiles(rows, percentile), expected.float(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("make", [normal, heavy_tailed, with_an_outlier])
+@pytest.mark.parametrize("bits", BITS)
+def test_search_finds_nearly_the_least_error(make: object, bits: int) -> None:
+    rows = make(40, 1500)
+    assert excess(rows, all_of(rows), bits).mean() < 1.04
+    assert excess(rows, all_of(rows), bits).max() < 1.15
+
+
+@pytest.mark.parametrize("make", [normal, heavy_tailed, with_an_outlier])
+@pytest.mark.parametrize("bits", BITS)
+def test_a_sample_that_keeps_the_largest_serves_as_well(make: object, bits: int) -> None:
+    rows = make(40, 3000)
+    sample = some_of(rows)
+    assert sample.rows.shape[1] < 300
+    assert excess(rows, sample, bits).mean() < 1.08
+
+
+def test_a_sample_without_the_largest_would_not() -> None:
+    rows = with_an_outlier(40, 3000)
+    cut = rows[:, :250]
+    assert excess(rows, Sample(cut, cut.abs().amax(1)), 8).mean() > 5
+
+
+def test_few_values_are_all_looked_at() -> None:
+    rows = normal(2, 256)
+    assert some_of(rows).rows is rows
+
+
+def test_rows_are_searched_one_by_one() -> None:
+    rows = heavy_tailed(600, 400)
+    together = least_error(all_of(rows), levels_of(4), 7, 1.0)
+    alone = [least_error(all_of(row[None]), levels_of(4), 7, 1.0) for row in rows[::100]]
+    torch.testing.assert_close(together[::100], torch.cat(alone), rtol=1e-4, atol=0)
+
+
+def test_rows_of_zeros_have_no_threshold() -> None:
+    assert least_error(all_of(torch.zeros(2, 5)), levels_of(4), 7, 1.0).tolist() == [0.0, 0.0]
