@@ -95,14 +95,18 @@ class SwitchableQuant(nn.Module):
         """Number of steps between 0 and the threshold (Brevitas's IntScaling)."""
         return max(-self.levels(bits)[0], self.levels(bits)[1])
 
-    def headroom(self, bits: int) -> float:
-        """Threshold over the largest magnitude, such that no value is off by more than half a step.
+    def reach(self, bits: int) -> float:
+        """The magnitude, in steps, up to which no value is off by more than half a step.
 
-        1 where levels are symmetric or unsigned. With one more level below 0, the threshold of a positive value has to
-        lie half a step above it (as in PyTorch's MinMaxObserver).
+        Signed levels have one more below 0 unless their range is narrow, so this is half a step beyond the highest (as
+        in PyTorch's MinMaxObserver).
         """
         lo, hi = self.levels(bits)
-        return self.steps_per_threshold(bits) * (2 if self.signed else 1) / (hi - lo)
+        return (hi - lo) / 2 if self.signed else hi
+
+    def headroom(self, bits: int) -> float:
+        """Threshold over the largest magnitude, where nothing is to be clipped."""
+        return self.steps_per_threshold(bits) / self.reach(bits)
 
     def threshold(self, bits: int) -> Tensor:
         """The threshold at a bit-width, positive."""
@@ -161,8 +165,7 @@ class SwitchableDynamicQuant(SwitchableActQuant):
         largest = values.amax(others)
         if self.signed:
             largest = torch.maximum(largest, -values.amin(others))
-        largest = largest.float().clamp(_SMALLEST_THRESHOLD, self.max_threshold)
-        return largest * (self.headroom(bits) / self.steps_per_threshold(bits))
+        return largest.float().clamp(_SMALLEST_THRESHOLD, self.max_threshold) / self.reach(bits)
 
     def quantize(self, x: Tensor) -> Tensor:
         bits = self.bits
