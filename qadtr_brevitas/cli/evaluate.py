@@ -9,7 +9,7 @@ import click
 
 from qadtr_brevitas.cli.audit_options import audit_options, check_audit_options, run_audits
 from qadtr_brevitas.cli.common import be_quiet, emit, examples, progress, say, work_options
-from qadtr_brevitas.cli.evaluate_options import Options, move_options, plan_options, work_division
+from qadtr_brevitas.cli.evaluate_options import Options, check_clean, move_options, plan_options, work_division
 from qadtr_brevitas.cli.plugin_options import dataset_settings, find_dataset, load_split, make_from_slot
 from qadtr_brevitas.cli.recorded import RecordedCommand, command_line
 from qadtr_brevitas.errors import UsageError
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     epilog=examples(
         "qadtr-brevitas evaluate runs/qadtr",
         "qadtr-brevitas evaluate runs/qat runs/qadtr -o runs/report",
+        "qadtr-brevitas evaluate models/resnet18 --clean",
         "qadtr-brevitas evaluate runs/qadtr --patches runs/qat/patches --precision 8,4 --images 1000",
         "qadtr-brevitas evaluate runs/qadtr --attack pgd --attack '{name: pgd, eps: 0.03, steps: 20}' --eot 8+4+2",
         "qadtr-brevitas evaluate runs/qadtr --audit --twin runs/qat",
@@ -64,6 +65,7 @@ def command(**options: Any) -> None:
     output = given.output or given.model_dirs[0] / "evaluation"
     # Checked before anything heavy is imported.
     check_audit_options(given)
+    check_clean(given)
     plugins = [make_from_slot(ATTACKS, text, option="--attack") for text in given.attacks]
     wanted = parse_precisions(given.precisions.split(",")) if given.precisions else None
     dataset = find_dataset(given.model_dirs, given.data)
@@ -133,7 +135,7 @@ def _patch_places(given: Options) -> Sequence[Path]:
     """Where patches are; where nothing is said and there are other attacks, those that are there."""
     from qadtr_brevitas.subjects import PATCH_FOLDER
 
-    if given.patches:
+    if given.patches or given.clean:
         return given.patches
     own = [path / PATCH_FOLDER for path in given.model_dirs]
     surrogates = [path / PATCH_FOLDER for path in given.surrogates]

@@ -10,6 +10,7 @@ from typing import Literal
 import click
 
 from qadtr_brevitas.cli.common import option_block
+from qadtr_brevitas.errors import UsageError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,6 +18,7 @@ class Options:
     """The command line, as click read it."""
 
     model_dirs: tuple[Path, ...]
+    clean: bool
     patches: tuple[Path, ...]
     attacks: tuple[str, ...]
     surrogates: tuple[Path, ...]
@@ -39,6 +41,17 @@ class Options:
     output: Path | None
     device: str
     seed: int
+
+
+def check_clean(given: Options) -> None:
+    """Refuses --clean together with anything that attacks.
+
+    Raises:
+        UsageError: both are given.
+    """
+    attacking = {"--patches": given.patches, "--attack": given.attacks, "--audit": given.audit}
+    if given.clean and (also := [name for name, value in attacking.items() if value]):
+        raise UsageError(f"--clean measures accuracy without an attack: leave out {also[0]}, or --clean")
 
 
 class Numbers(click.ParamType[tuple[int | float, ...]]):
@@ -71,6 +84,7 @@ class Numbers(click.ParamType[tuple[int | float, ...]]):
 
 
 plan_options = option_block(
+    click.option("--clean", is_flag=True, help="Measure accuracy without an attack, and nothing else."),
     click.option(
         "--patches",
         multiple=True,

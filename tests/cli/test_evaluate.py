@@ -106,9 +106,18 @@ def test_patches_of_another_model_are_transferred(runs: list[Path], tmp_path: Pa
     assert [patch["file"] for patch in content["patches"]] == [str(file), None]
 
 
+def test_clean_accuracy_alone(runs: list[Path], tmp_path: Path) -> None:
+    result = evaluate(runs[0], "--clean", "-o", tmp_path, "--json")
+    content = json.loads(result.stdout)
+    assert [cell["precision"] for cell in content["clean"]] == ["32", "4"]
+    assert content["cells"] == content["patches"] == content["attacks"] == []
+    assert "Clean accuracy" in (tmp_path / "report.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
+        (["--clean", "--attack", "pgd"], 2, "accuracy without an attack: leave out --attack, or --clean"),
         (["--precision", "8"], 2, "no precision 8: it was converted for 32, 4"),
         (["--images", "31"], 2, "31 images cannot be drawn from 30"),
         (["--patches", "nowhere"], 2, "there are no patches at nowhere"),
