@@ -1,14 +1,26 @@
 """Calibration: thresholds from data, by definition and at every bit-width at once."""
 
+import math
+import weakref
+from collections.abc import Sequence
+from typing import ClassVar
+
 import pytest
 import torch
+from timm.layers import StdConv2d
 from torch import Tensor, nn
 
 from qadtr_brevitas.errors import UsageError
 from qadtr_brevitas.precision import Precision
 from qadtr_brevitas.quant import SwitchableModel, calibrate, convert, get_precision, set_precision
 from qadtr_brevitas.quant.fake_quantize import quantize_weight
-from qadtr_brevitas.quant.quantizers import SwitchableActProxy
+from qadtr_brevitas.quant.quantizers import (
+    SwitchableActProxy,
+    SwitchableActQuant,
+    SwitchableQuant,
+    SwitchableWeightQuant,
+)
+from qadtr_brevitas.quant.switch import observing
 from tests.quant.conftest import SIZE
 
 
@@ -40,12 +52,33 @@ def test_mse_is_better_than_any_other_threshold_tried(model: SwitchableModel) ->
 
     def error(threshold: Tensor, bits: int) -> Tensor:
         top = 2 ** (bits - 1) - 1
-        return (quantize_weight(rows, threshold / top, -top, top) - rows).square().sum(1)
+        return (quantize_weight(rows, threshold / top, -top, top) - rows).square().sum()
 
     for bits in (8, 4, 2):
         chosen = layer.weight_quant.quantizer.thresholds[str(bits)].detach().view(-1, 1)
         for share in (0.2, 0.4, 0.6, 0.8, 1.0):
-            assert (error(chosen, bits) <= 1.02 * error(rows.abs().amax(1, keepdim=True) * share, bits)).all()
+            assert error(chosen, bits) <= 1.02 * error(rows.abs().amax(1, keepdim=True) * share, bits)
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2])
+def test_minmax_puts_no_image_off_by_more_than_half_a_step(float_net: nn.Module, bits: int) -> None:
+    model, _ = convert(float_net, [32, bits], image_size=SIZE, narrow_range=False)
+    images = torch.rand(6, 3, *SIZE, generator=torch.Generator().manual_seed(4))
+    calibrate(model, [images[:1], images[1:5], images[5:]], method="minmax")
+    checked: set[nn.Module] = set()
+
+    def check(quantizer: SwitchableQuant, x: Tensor) -> None:
+        held = quantizer.scale(max(bits, quantizer.min_bits))
+        lo, hi = quantizer.levels(max(bits, quantizer.min_bits))
+        wanted = x if quantizer.signed else x.clamp_min(0)
+        off = ((x / held).round().clamp(lo, hi) * held - wanted).abs()
+        assert (off <= 0.5001 * held).all()
+        checked.add(quantizer)
+
+    with observing(model, check):
+        model(images)
+    assert {type(quantizer) for quantizer in checked} == {SwitchableActQuant, SwitchableWeightQuant}
+    assert len(checked) == len([m for m in model.modules() if isinstance(m, SwitchableQuant)])
 
 
 def test_fewer_bits_clip_more(model: SwitchableModel) -> None:
@@ -60,6 +93,80 @@ def test_percentile_lies_below_the_maximum(model: SwitchableModel, images: Tenso
     clipped = act_thresholds(model, "4")
     calibrate(model, [images], method="minmax")
     assert all(low < high for low, high in zip(clipped, act_thresholds(model, "4"), strict=True))
+
+
+def test_the_default_percentile_clips_little(model: SwitchableModel, images: Tensor) -> None:
+    calibrate(model, [images], method="percentile")
+    clipped = torch.tensor(act_thresholds(model, "8"))
+    calibrate(model, [images], method="minmax")
+    largest = torch.tensor(act_thresholds(model, "8"))
+    assert (clipped <= largest).all()
+    assert (clipped < largest).any()
+    assert (clipped > 0.7 * largest).all()
+
+
+def test_batches_may_come_from_anywhere(float_net: nn.Module, images: Tensor) -> None:
+    given = [list(images.split(2)), images.split(2), (batch for batch in images.split(2))]
+    thresholds = []
+    for batches in given:
+        model, _ = convert(float_net, [32, 4], image_size=SIZE)
+        calibrate(model, batches, bias_correction=True)
+        thresholds.append(act_thresholds(model, "4"))
+    assert thresholds[0] == thresholds[1] == thresholds[2]
+
+
+def test_batches_of_known_number_are_made_one_by_one(model: SwitchableModel, images: Tensor) -> None:
+    class Lazy(Sequence[Tensor]):
+        made: ClassVar[list[weakref.ref[Tensor]]] = []
+
+        def __len__(self) -> int:
+            return 5
+
+        def __getitem__(self, index: int) -> Tensor:
+            if index >= len(self):
+                raise IndexError
+            self.made.append(weakref.ref(batch := images.clone()))
+            assert sum(ref() is not None for ref in self.made) <= 2
+            return batch
+
+    calibrate(model, Lazy())
+    assert len(Lazy.made) == 5
+
+
+@pytest.mark.parametrize(("bias_correction", "passes"), [(False, 1), (True, 5)])
+def test_progress_counts_the_batches_of_all_passes(
+    model: SwitchableModel, images: Tensor, bias_correction: bool, passes: int
+) -> None:
+    told: list[tuple[int, int]] = []
+    calibrate(
+        model, images.split(2), bias_correction=bias_correction, progress=lambda done, of: told.append((done, of))
+    )
+    assert told == [(done, 2 * passes) for done in range(1, 2 * passes + 1)]
+
+
+@pytest.mark.parametrize("method", ["minmax", "percentile", "mse"])
+def test_a_float_model_has_nothing_to_calibrate_and_trains(float_net: nn.Module, images: Tensor, method: str) -> None:
+    model, _ = convert(float_net, [32], image_size=SIZE)
+    calibrate(model, [images], method=method, bias_correction=True)
+    assert model.net.conv1.weight_quant.per_channel
+    model.train()(images).sum().backward()
+    assert model.net.conv1.weight.grad.any()
+
+
+def test_weights_that_are_computed_are_calibrated_as_plain_ones(images: Tensor) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(StdConv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(784, 3)).eval()
+    model, _ = convert(net, [32, 4], image_size=SIZE)
+    weights: dict[SwitchableQuant, Tensor] = {}
+    with observing(model, lambda quantizer, x: weights.setdefault(quantizer, x)):
+        model(images)
+    calibrate(model, [images], method="minmax")
+    found = {q: w for q, w in weights.items() if isinstance(q, SwitchableWeightQuant)}
+    assert len(found) == 3
+    for quantizer, weight in found.items():
+        rows = weight.reshape(math.prod(quantizer.shape), -1)
+        (threshold,) = quantizer.thresholds.values()
+        assert torch.equal(threshold.detach().flatten(), rows.abs().amax(1))
 
 
 def test_calibration_gives_every_precision_the_float_statistics(float_net: nn.Module, images: Tensor) -> None:
