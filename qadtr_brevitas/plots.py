@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Literal
 from qadtr_brevitas.files import write_atomically
 from qadtr_brevitas.metrics import Mean
 from qadtr_brevitas.report import PatchFacts, Report
-from qadtr_brevitas.report.layout import EMPTY
 from qadtr_brevitas.report.views import FLOAT, View, attacked_precisions, families
 from qadtr_brevitas.sources import sorted_accesses
 
@@ -113,6 +112,8 @@ def draw_asr(report: Report, path: Path) -> Path:
 def draw_patches(report: Report, textures: dict[str, Tensor], path: Path) -> Path:
     """Draws the patches, a row for each model and target and a column for each precision they were made at.
 
+    Patches that were all made at one precision have a column for each target instead.
+
     Args:
         report: says what each patch is.
         textures: name of the patch -> (4, h, w) in [0, 1], transparent outside the mask.
@@ -122,15 +123,22 @@ def draw_patches(report: Report, textures: dict[str, Tensor], path: Path) -> Pat
         CheckpointError: the file cannot be written.
     """
     shown = [patch for patch in report.patches if patch.name in textures]
-    columns = sorted_accesses({patch.source.precision for patch in shown if patch.source}) or [EMPTY]
+    precisions = sorted_accesses({patch.source.precision for patch in shown if patch.source})
+    # A single column of pictures would be as long as there are patches.
+    by_aim = len(precisions) < 2
+    columns = list(dict.fromkeys(_aim(patch, report) for patch in shown)) if by_aim else precisions
     rows: dict[str, list[Tile | None]] = {}
     for patch in sorted(shown, key=lambda patch: (patch.family, patch.source.name if patch.source else "")):
-        column = columns.index(patch.source.precision) if patch.source else 0
-        tiles = rows.setdefault(_patch_row(patch, report), [None] * len(columns))
-        tiles[column] = Tile(textures[patch.name])
+        label = [patch.source.name if patch.source else "unknown model", patch.family]
+        if not by_aim:
+            label.append(f"aims at {_aim(patch, report)}")
+        tiles = rows.setdefault("\n".join(label), [None] * len(columns))
+        column = _aim(patch, report) if by_aim else patch.source.precision if patch.source else columns[0]
+        tiles[columns.index(column)] = Tile(textures[patch.name])
+    made = f"made at {precisions[0]} bit, by what they aim at" if precisions else "by what they aim at"
     sheet = Sheet(
-        title="Patches, by the precision they were made at",
-        columns=tuple(f"{precision} bit" for precision in columns),
+        title=f"Patches {made}" if by_aim else "Patches, by the precision they were made at",
+        columns=tuple(column if by_aim else f"{column} bit" for column in columns),
         rows=tuple((label, tuple(tiles)) for label, tiles in rows.items()),
     )
     return draw_sheet(sheet, path)
@@ -215,6 +223,5 @@ def _precision_axis(axes: Axes, columns: Sequence[str]) -> None:
         axes.spines[side].set_visible(False)
 
 
-def _patch_row(patch: PatchFacts, report: Report) -> str:
-    aim = "any wrong class" if patch.target is None else report.data.classes[patch.target]
-    return "\n".join([patch.source.name if patch.source else "unknown model", patch.family, f"aims at {aim}"])
+def _aim(patch: PatchFacts, report: Report) -> str:
+    return "any wrong class" if patch.target is None else report.data.classes[patch.target]

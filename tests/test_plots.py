@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from qadtr_brevitas import plots
 from qadtr_brevitas.errors import CheckpointError
 from qadtr_brevitas.evaluate import NamedAttack, evaluate
 from qadtr_brevitas.evaluate.variants import Moves
@@ -80,3 +81,17 @@ def test_patches_made_on_a_mean_have_a_column(tmp_path: Path) -> None:
     report = evaluate(make_grid([reader()], [*patches, *variants]), output=tmp_path)
     drawn = draw_pictures(report, [reader()], patches, coded_split(), folder=tmp_path)
     assert [path.name for path in drawn] == ["asr.png", "patches.png", "examples-reader.png"]
+
+
+def test_patches_of_one_precision_have_a_column_for_each_target(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    patches = [white_patch("zero", precision=8, target=0), white_patch("one", precision=8, target=1)]
+    report = evaluate(make_grid([reader()], patches), output=tmp_path)
+    sheets: list[Sheet] = []
+    monkeypatch.setattr(plots, "draw_sheet", lambda sheet, path: sheets.append(sheet) or path)
+    draw_pictures(report, [reader()], patches, coded_split(), folder=tmp_path)
+    classes = coded_split().classes
+    assert sheets[0].columns == (classes[0], classes[1])
+    assert len(sheets[0].rows) == 1
+    assert "made at 8 bit" in sheets[0].title
