@@ -203,11 +203,17 @@ def _attention_macs(found: dict[str, Tensor]) -> int:
 @contextmanager
 def _hooks(net: nn.Module, watch: _Watch) -> Generator[None]:
     was_training = {module: module.training for module in net.modules()}
+    trainable = [parameter for parameter in net.parameters() if parameter.requires_grad]
     net.eval()
+    # PyTorch's counter fails where a parameter is handed to a module and no gradient is recorded.
+    for parameter in trainable:
+        parameter.requires_grad_(False)
     handles = [handle for name, module in net.named_modules() for handle in _watch(name, module, watch)]
     try:
         yield
     finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
         for handle in handles:
             handle.remove()
         for module, training in was_training.items():
