@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import torch
 from timm.data import resolve_data_config
 from torch import nn
 
 from qadtr_brevitas.checkpoint import ModelInfo, read_float_weights, read_info
 from qadtr_brevitas.data.split import Progress, Split
 from qadtr_brevitas.errors import DataError
-from qadtr_brevitas.models.create import create_float_model, fixed_size_args, own_image_size
+from qadtr_brevitas.models.create import create_float_model, fixed_size_args, model_config, own_image_size
 from qadtr_brevitas.quant import ConversionReport, SwitchableModel, convert
 from qadtr_brevitas.recipe import DataSection, ModelSection, Recipe
 from qadtr_brevitas.weights import load_into, load_weights
@@ -80,6 +81,18 @@ def build_splits(section: DataSection, *, seed: int, progress: Progress | None =
         return Splits(train, None, test)
     val, train = train.divide(max(1, round(section.val_share * len(train))), seed=seed)
     return Splits(train, val, test)
+
+
+def no_images(section: ModelSection) -> Split:
+    """An empty split with the image size and the number of classes that a network is made for.
+
+    Raises:
+        UsageError, CheckpointError: as `build_model`.
+    """
+    size, _ = own_image_size(section.name, section.args)
+    classes = section.num_classes or model_config(section.name).get("num_classes", 1000)
+    labels = torch.empty(0, dtype=torch.int64)
+    return Split(torch.empty(0, 3, size, size, dtype=torch.uint8), labels, tuple(map(str, range(classes))))
 
 
 def build_model(section: ModelSection, *, num_classes: int, image_size: tuple[int, int]) -> nn.Module:

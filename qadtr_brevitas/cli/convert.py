@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,11 +26,13 @@ from qadtr_brevitas.errors import UsageError
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from qadtr_brevitas.data.split import Split
     from qadtr_brevitas.quant import ConversionReport
     from qadtr_brevitas.recipe import Recipe
 
 _NOT_HERE = ("seed", "train")
 _OWN_FOLDERS = ("last", "best")
+_FLOAT_NOTE = "stays float: "
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +96,7 @@ _calibration_options = option_block(
         "qadtr-brevitas convert resnet18 --pretrained --calibrate image-folder:photos --method percentile",
         "qadtr-brevitas convert runs/float --method minmax --samples 256 -o models/float_ptq",
         "qadtr-brevitas convert alexnet --calibrate image-folder:photos data.dataset.holdout=5 --dynamic",
-        "qadtr-brevitas convert cifar_vgg16 --calibrate digits quant.edge=same quant.precisions=[32,4] --dry-run",
+        "qadtr-brevitas convert deit_base_patch16_224 quant.edge=same quant.precisions=[32,4] --dry-run",
     ),
 )
 @click.argument("model")
@@ -117,11 +120,11 @@ def command(**options: Any) -> None:
     sections model, data and quant, for instance quant.edge=same; options are short for some of them.
     """
     given = _Given(**options)
-    recipe = _make_recipe(given)
+    recipe, has_data = _make_recipe(given)
     output = given.output or Path("models") / _plain_name(given.model)
     if output.exists() and not (given.overwrite or given.dry_run):
         raise UsageError(f"{output} is there already: choose another folder with -o, or replace it with --overwrite")
-    report = _convert(recipe, None if given.dry_run else output)
+    report = _convert(recipe, has_data, None if given.dry_run else output)
     emit(report.to_dict() | {"output": None if given.dry_run else str(output)}, _table(report))
     if given.dry_run:
         say("nothing written; without --dry-run the model is calibrated and saved")
@@ -129,8 +132,8 @@ def command(**options: Any) -> None:
         say(f"wrote {output}; next: qadtr-brevitas attack {output}")
 
 
-def _make_recipe(given: _Given) -> Recipe:
-    """The recipe that options, overrides and, for a MODEL directory, its config add up to."""
+def _make_recipe(given: _Given) -> tuple[Recipe, bool]:
+    """The recipe that options, overrides and, for a MODEL directory, its config add up to; and if it names its data."""
     from qadtr_brevitas.recipe import make_recipe
 
     keys = given.keys()
@@ -139,14 +142,16 @@ def _make_recipe(given: _Given) -> Recipe:
     fields: dict[str, Any] = {"seed": given.seed, "train": {"precision": {"schedule": "fixed", "choice": 32}}}
     for path, value in {**_model_keys(given), **keys}.items():
         _put(fields, path.split("."), value)
-    if "dataset" not in fields.get("data", {}) and not any(text.startswith("data.dataset") for text in given.overrides):
+    has_data = "data" in fields or any(text.startswith("data.dataset") for text in given.overrides)
+    if not has_data and not given.dry_run:
         raise UsageError(
-            "convert needs images to calibrate on: give --calibrate NAME[:ROOT], see `qadtr-brevitas list datasets`"
+            "convert needs images to calibrate on: give --calibrate NAME[:ROOT], see `qadtr-brevitas list datasets`, "
+            "or --dry-run, which only shows what would be done"
         )
     recipe = make_recipe(fields, given.overrides, source="convert")
     if given.percentile is not None and recipe.quant.calibration.method != "percentile":
         raise UsageError(f"--percentile {given.percentile:g} is for one method only: add --method percentile")
-    return recipe
+    return recipe, has_data
 
 
 def _check_overrides(overrides: tuple[str, ...], keys: dict[str, Any]) -> None:
@@ -193,24 +198,34 @@ def _plain_name(model: str) -> str:
     return path.parent.name if path.name in _OWN_FOLDERS else path.name
 
 
-def _convert(recipe: Recipe, output: Path | None) -> ConversionReport:
+def _convert(recipe: Recipe, has_data: bool, output: Path | None) -> ConversionReport:
     from dataclasses import replace
 
-    from qadtr_brevitas.build import build_split, build_switchable, fit_data
-    from qadtr_brevitas.calibration import DEFAULT_IMAGES, calibrate_on
+    from qadtr_brevitas.build import build_switchable, fit_data, no_images
+    from qadtr_brevitas.calibration import calibrate_on
     from qadtr_brevitas.checkpoint import save_model
 
+    if output is None and not has_data:
+        return build_switchable(recipe, no_images(recipe.model))[1]
     recipe = fit_data(recipe)
     section = recipe.quant.calibration
-    with progress("reading images") as report_reading:
-        limit = 1 if output is None else section.samples or DEFAULT_IMAGES
-        train = build_split(recipe.data, "train", seed=recipe.seed, limit=limit, progress=report_reading)
+    train = _load(recipe, only_size=output is None)
     model, report, info = build_switchable(recipe, train)
     if output is not None:
         with progress("calibrating") as report_batches:
             calibrate_on(model, train, section, seed=recipe.seed, progress=report_batches)
         save_model(output, model, replace(info, source="convert"))
     return report
+
+
+def _load(recipe: Recipe, *, only_size: bool) -> Split:
+    """The images to calibrate on, and no others; a single one where only their size and classes are asked for."""
+    from qadtr_brevitas.build import build_split
+    from qadtr_brevitas.calibration import DEFAULT_IMAGES
+
+    limit = 1 if only_size else recipe.quant.calibration.samples or DEFAULT_IMAGES
+    with progress("reading images") as report:
+        return build_split(recipe.data, "train", seed=recipe.seed, limit=limit, progress=report)
 
 
 def _table(report: ConversionReport) -> Table:
@@ -229,8 +244,18 @@ def _table(report: ConversionReport) -> Table:
 
 def _summary(report: ConversionReport) -> list[str]:
     """What is covered, how large the weights are, and what stays float for which reasons."""
-    macs = f"{report.quantized_macs / report.macs:.1%} of {report.macs / 1e6:,.1f} M MACs" if report.macs else "no MACs"
+    macs = f"{_percent(report.quantized_macs, report.macs)} of {report.macs / 1e6:,.1f} M multiply-accumulates (MACs)"
     sizes = ", ".join(f"{size / 1e6:.3g} MB at {precision}" for precision, size in report.sizes.items())
-    reasons = Counter(layer.note for layer in report.layers if not layer.quantized)
-    kept = [f"{count} x {note}" for note, count in reasons.most_common()]
-    return [f"quantized: {report.quantized_share:.1%} of the parameters, {macs}", f"weights: {sizes}", *kept]
+    reasons = Counter(layer.note.removeprefix(_FLOAT_NOTE) for layer in report.layers if not layer.quantized)
+    return [
+        "",
+        f"quantized: {_percent(report.quantized_share, 1)} of the parameters, {macs} of one image",
+        f"weights: {sizes}",
+        *(["not quantized:"] if reasons else []),
+        *(f"{count:5} x {note}" for note, count in reasons.most_common()),
+    ]
+
+
+def _percent(part: float, whole: float) -> str:
+    """In percent, rounded down, so that 100 % leaves nothing out."""
+    return f"{math.floor(1000 * part / whole) / 10 if whole else 0:.1f}%"

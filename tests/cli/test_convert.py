@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from qadtr_brevitas.checkpoint import load_model
-from qadtr_brevitas.cli.convert import _Given, _make_recipe, _plain_name, command
+from qadtr_brevitas.cli.convert import _Given, _make_recipe, _percent, _plain_name, command
 from qadtr_brevitas.cli.main import cli
 from qadtr_brevitas.cli.plugin_options import find_dataset
 from qadtr_brevitas.data.shapes import Shapes
@@ -36,7 +36,8 @@ def test_writes_a_calibrated_model_and_says_what_was_done(tmp_path: Path) -> Non
     assert result.exit_code == 0, result.output
     assert "stays float: a sum of quantized values" in result.stdout
     assert "residual stream, at least 8 bit" in result.stdout
-    assert re.search(r"quantized: \d+\.\d% of the parameters, \d+\.\d% of [\d.]+ M MACs", result.stdout)
+    assert re.search(r"quantized: \d+\.\d% of the parameters, \d+\.\d% of [\d.]+ M multiply-acc", result.stdout)
+    assert re.search(r"not quantized: *\n +\d+ x float, statistics per precision", result.stdout)
     assert re.search(r"weights: .* MB at 32, .* MB at 4", result.stdout)
     assert f"wrote {output}; next: qadtr-brevitas attack {output}" in result.stderr
     model, info = load_model(output)
@@ -62,6 +63,21 @@ def test_json_names_every_layer(tmp_path: Path) -> None:
     assert not (tmp_path / "model").exists()
 
 
+@pytest.mark.parametrize(("arguments", "outputs"), [([], 10), (["model.num_classes=7"], 7)])
+def test_a_dry_run_needs_no_data(arguments: list[str], outputs: int) -> None:
+    result = convert(*arguments, "--dry-run", "--json")
+    assert result.exit_code == 0, result.output
+    layers = {layer["name"]: layer for layer in json.loads(result.stdout)["layers"]}
+    assert layers["conv1"]["macs"] == 16 * 27 * 32 * 32
+    assert layers["linear"]["parameters"] == 65 * outputs
+
+
+@pytest.mark.parametrize(("part", "text"), [(0.99999, "99.9%"), (1.0, "100.0%"), (0.0, "0.0%")])
+def test_all_is_said_of_all_only(part: float, text: str) -> None:
+    assert _percent(part, 1.0) == text
+    assert _percent(part, 0) == "0.0%"
+
+
 def recipe_of(*arguments: str, model: str = "resnet18", data: str | None = "digits") -> Recipe:
     """What the command makes of its arguments."""
     given: list[dict[str, Any]] = []
@@ -69,7 +85,7 @@ def recipe_of(*arguments: str, model: str = "resnet18", data: str | None = "digi
     spy = copy(command)
     spy.callback = lambda **options: given.append(options)
     assert spy.main(words[1:], standalone_mode=False) in (None, 0)
-    return _make_recipe(_Given(**given[0]))
+    return _make_recipe(_Given(**given[0]))[0]
 
 
 def test_options_are_short_for_keys_of_the_recipe() -> None:
