@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,19 +18,17 @@ from qadtr_brevitas.cli.common import (
     seed_option,
     threads_option,
 )
+from qadtr_brevitas.cli.conversion_table import conversion_table
 from qadtr_brevitas.cli.plugin_options import read_choice
 from qadtr_brevitas.errors import UsageError
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from qadtr_brevitas.data.split import Split
     from qadtr_brevitas.quant import ConversionReport
     from qadtr_brevitas.recipe import Recipe
 
 _NOT_HERE = ("seed", "train")
 _OWN_FOLDERS = ("last", "best")
-_FLOAT_NOTE = "stays float: "
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +121,7 @@ def command(**options: Any) -> None:
     if output.exists() and not (given.overwrite or given.dry_run):
         raise UsageError(f"{output} is there already: choose another folder with -o, or replace it with --overwrite")
     report = _convert(recipe, has_data, None if given.dry_run else output)
-    emit(report.to_dict() | {"output": None if given.dry_run else str(output)}, _table(report))
+    emit(report.to_dict() | {"output": None if given.dry_run else str(output)}, conversion_table(report))
     if given.dry_run:
         say("nothing written; without --dry-run the model is calibrated and saved")
     else:
@@ -226,36 +222,3 @@ def _load(recipe: Recipe, *, only_size: bool) -> Split:
     limit = 1 if only_size else recipe.quant.calibration.samples or DEFAULT_IMAGES
     with progress("reading images") as report:
         return build_split(recipe.data, "train", seed=recipe.seed, limit=limit, progress=report)
-
-
-def _table(report: ConversionReport) -> Table:
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, caption_justify="left")
-    for column in ("layer", "type", "parameters", "MACs (M)", "how"):
-        table.add_column(column, justify="right" if column in ("parameters", "MACs (M)") else "left")
-    for layer in report.layers:
-        parameters = f"{layer.parameters:,}" if layer.parameters else ""
-        macs = f"{layer.macs / 1e6:,.2f}" if layer.macs else ""
-        table.add_row(layer.name, layer.type, parameters, macs, layer.note)
-    table.caption = "\n".join(_summary(report))
-    return table
-
-
-def _summary(report: ConversionReport) -> list[str]:
-    """What is covered, how large the weights are, and what stays float for which reasons."""
-    macs = f"{_percent(report.quantized_macs, report.macs)} of {report.macs / 1e6:,.1f} M multiply-accumulates (MACs)"
-    sizes = ", ".join(f"{size / 1e6:.3g} MB at {precision}" for precision, size in report.sizes.items())
-    reasons = Counter(layer.note.removeprefix(_FLOAT_NOTE) for layer in report.layers if not layer.quantized)
-    return [
-        "",
-        f"quantized: {_percent(report.quantized_share, 1)} of the parameters, {macs} of one image",
-        f"weights: {sizes}",
-        *(["not quantized:"] if reasons else []),
-        *(f"{count:5} x {note}" for note, count in reasons.most_common()),
-    ]
-
-
-def _percent(part: float, whole: float) -> str:
-    """In percent, rounded down, so that 100 % leaves nothing out."""
-    return f"{math.floor(1000 * part / whole) / 10 if whole else 0:.1f}%"

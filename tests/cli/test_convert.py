@@ -13,7 +13,8 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from qadtr_brevitas.checkpoint import load_model
-from qadtr_brevitas.cli.convert import _Given, _make_recipe, _percent, _plain_name, command
+from qadtr_brevitas.cli.conversion_table import percent
+from qadtr_brevitas.cli.convert import _Given, _make_recipe, _plain_name, command
 from qadtr_brevitas.cli.main import cli
 from qadtr_brevitas.cli.plugin_options import find_dataset
 from qadtr_brevitas.data.shapes import Shapes
@@ -74,8 +75,8 @@ def test_a_dry_run_needs_no_data(arguments: list[str], outputs: int) -> None:
 
 @pytest.mark.parametrize(("part", "text"), [(0.99999, "99.9%"), (1.0, "100.0%"), (0.0, "0.0%")])
 def test_all_is_said_of_all_only(part: float, text: str) -> None:
-    assert _percent(part, 1.0) == text
-    assert _percent(part, 0) == "0.0%"
+    assert percent(part, 1.0) == text
+    assert percent(part, 0) == "0.0%"
 
 
 def recipe_of(*arguments: str, model: str = "resnet18", data: str | None = "digits") -> Recipe:
