@@ -11,14 +11,17 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import subprocess
-import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from examples.timm_sweep.choose import all_modules, smallest_model
+from examples.timm_sweep.one import check_model
 from examples.timm_sweep.table import markdown
 
 
@@ -30,13 +33,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=Path("timm_sweep.jsonl"))
     parser.add_argument("--table", type=Path, default=Path("timm_sweep.md"))
     args = parser.parse_args(argv)
+    torch.set_num_threads(1)
     known = all_modules()
     if unknown := sorted(set(args.modules) - set(known)):
         parser.error(f"timm and torchvision have no module {', '.join(unknown)}")
     records = _read(args.results)
     wanted = args.modules or [module for module in known if module not in records]
+    tasks = [(module, records.get(module, {}).get("model"), args.timeout) for module in wanted]
     with ThreadPoolExecutor(args.jobs) as pool:
-        for record in pool.map(lambda module: _checked(module, records, args.timeout), wanted):
+        for record in pool.map(lambda task: _checked(*task), tasks):
             with args.results.open("a") as file:
                 file.write(json.dumps(record) + "\n")
             print(record["module"], record["model"], record["result"], record["reason"], flush=True)
@@ -51,23 +56,33 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
     return {record["module"]: record for record in map(json.loads, lines)}
 
 
-def _checked(module: str, records: dict[str, dict[str, Any]], timeout: float) -> dict[str, Any]:
-    # What takes longest is to find the smallest model, and that does not change.
-    model = records[module]["model"] if module in records else smallest_model(module)
-    return {"module": module, "model": model, **_run(model, timeout)}
-
-
-def _run(model: str, timeout: float) -> dict[str, Any]:
-    command = [sys.executable, "-m", "examples.timm_sweep.one", model]
+def _checked(module: str, model: str | None, timeout: float) -> dict[str, Any]:
+    """Checks a module's smallest model in a copy of this process, which has imported everything already."""
+    context = get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_send_result, args=(sender, module, model), daemon=True)
+    process.start()
+    sender.close()
+    record: dict[str, Any] = {"module": module, "model": model}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
-    except subprocess.TimeoutExpired:
-        return {"result": "failed", "reason": f"took more than {timeout:.0f} seconds"}
-    lines = done.stdout.splitlines()
-    if done.returncode or not lines:
-        last = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
-        return {"result": "failed", "reason": last[0]}
-    return json.loads(lines[-1])
+        while "result" not in record:
+            if not receiver.poll(timeout):
+                return {**record, "result": "failed", "reason": f"took more than {timeout:.0f} seconds"}
+            record |= receiver.recv()
+    except EOFError:
+        process.join()
+        return {**record, "result": "failed", "reason": f"the process ended with status {process.exitcode}"}
+    finally:
+        process.kill()
+        process.join()
+    return record
+
+
+def _send_result(sender: Connection, module: str, model: str | None) -> None:
+    # What may take longest is to find the smallest model.
+    model = model or smallest_model(module)
+    sender.send({"model": model})
+    sender.send(check_model(model))
 
 
 if __name__ == "__main__":

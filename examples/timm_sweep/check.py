@@ -64,32 +64,30 @@ def _check_levels(model: SwitchableModel, images: Tensor, bits: int) -> None:
     if not all(part.isfinite().all() for part in _tensors(logits)):
         raise WrongResult(f"the output at {bits} bit is not finite")
     modules = dict(model.named_modules())
-    for operand in seen:
-        if (limit := _limit(modules, operand, bits)) is not None:
-            _check_operand(operand, modules[operand.owner], bits, limit)
+    wrong = [(call, fault) for call in seen if (fault := _fault(call, modules[call.owner], bits))]
+    if wrong:
+        # A product that is the same for every image need not be computed, and may stay float.
+        with at_precision(model, bits):
+            _, others = seen_levels(model, images.flip(-1))
+        wrong = [(call, fault) for call, fault in wrong if call.operands is None or call not in others]
+    for call, fault in wrong[:1]:
+        raise WrongResult(f"at {bits} bit {call.kernel} in {call.owner.removeprefix('net.')} {fault}")
     with torch.no_grad():
         if not _same(frozen(images), logits):
             raise WrongResult(f"at {bits} bit the frozen network does not equal the switchable one")
 
 
-def _check_operand(operand: Seen, owner: nn.Module, bits: int, limit: int) -> None:
-    by_row = operand.operand == 1 and _has_rows(owner)
-    levels = operand.row_levels if by_row else operand.levels
-    if levels > limit or levels < 0:
-        what = "cannot be looked into" if levels < 0 else f"has {levels} levels or more"
-        raise WrongResult(
-            f"at {bits} bit operand {operand.operand} {operand.shape} of {operand.kernel} in "
-            f"{operand.owner.removeprefix('net.')} {what}"
-        )
-
-
-def _limit(modules: dict[str, nn.Module], operand: Seen, bits: int) -> int | None:
-    """How many levels an operand may have; None where both operands are constants."""
-    owner = modules[operand.owner]
+def _fault(call: Seen, owner: nn.Module, bits: int) -> str | None:
+    """What is wrong with the operands of a product, if anything is."""
+    if call.operands is None:
+        return "cannot be looked into"
     quantizers = [module for module in owner.modules() if isinstance(module, SwitchableQuant)]
-    if isinstance(owner, QuantizedProduct) and not quantizers:
-        return None
-    return 2 ** max(bits, *(quantizer.min_bits for quantizer in quantizers)) if quantizers else 2**bits
+    limit = 2 ** max([bits, *(quantizer.min_bits for quantizer in quantizers)])
+    for index, operand in enumerate(call.operands):
+        levels = operand.row_levels if index == 1 and _has_rows(owner) else operand.levels
+        if levels > limit:
+            return f"computes on operand {index} {operand.shape} of {levels} levels or more"
+    return None
 
 
 def _has_rows(owner: nn.Module) -> bool:

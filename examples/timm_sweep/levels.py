@@ -35,25 +35,35 @@ _ROWS = 64
 
 
 @dataclass(frozen=True)
+class Operand:
+    """What a kernel was given.
+
+    Args:
+        shape: of the tensor.
+        levels: how many distinct values it has, more than 257 counted as 257.
+        row_levels: the most that one output channel has, if it is a weight.
+        digest: equal for equal tensors.
+    """
+
+    shape: tuple[int, ...]
+    levels: int
+    row_levels: int
+    digest: float
+
+
+@dataclass(frozen=True)
 class Seen:
-    """An operand of a kernel.
+    """A call of a kernel.
 
     Args:
         owner: dotted name of the innermost module.
         kernel: its name.
-        operand: 0 or 1.
-        shape: the operand's.
-        levels: how many distinct values it has, more than 257 counted as 257; -1 for a kernel that cannot be looked
-            into.
-        row_levels: the most that one of its output channels has, if it is a weight.
+        operands: both; None for a kernel that cannot be looked into.
     """
 
     owner: str
     kernel: str
-    operand: int
-    shape: tuple[int, ...]
-    levels: int
-    row_levels: int
+    operands: tuple[Operand, Operand] | None
 
 
 class _Look(TorchDispatchMode):
@@ -65,26 +75,28 @@ class _Look(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
         if func in _KERNELS:
-            for index, position in enumerate(_KERNELS[func]):
-                x = args[position]
-                levels = count_levels(x)
-                rows = _rows(func, x) if index == 1 and levels > 4 else None
-                row_levels = levels if rows is None else int(_levels_of_rows(rows))
-                self.seen.append(Seen(self.owners[-1], name, index, tuple(x.shape), levels, row_levels))
+            first, second = (args[position] for position in _KERNELS[func])
+            self.seen.append(Seen(self.owners[-1], name, (_operand(first, None), _operand(second, func))))
         elif any(part in name for part in _CLOSED):
-            self.seen.append(Seen(self.owners[-1], name, 0, (), -1, -1))
+            self.seen.append(Seen(self.owners[-1], name, None))
         return func(*args, **(kwargs or {}))
 
 
+def _operand(x: Tensor, weight_of: Any) -> Operand:
+    levels = count_levels(x)
+    rows = levels if weight_of is None or levels <= 2 else _levels_of_rows(_rows(weight_of, x))
+    return Operand(tuple(x.shape), levels, rows, float(x.double().sum() + x.double().square().sum()))
+
+
 def seen_levels(model: nn.Module, images: Tensor) -> tuple[Tensor, list[Seen]]:
-    """Runs a model once and looks at every operand of every kernel that multiplies and accumulates.
+    """Runs a model once and looks at every call of a kernel that multiplies and accumulates.
 
     Args:
         model: any model, in eval mode.
         images: (N, C, H, W).
 
     Returns:
-        The model's output, and the operands in the order of use.
+        The model's output, and the calls in their order.
     """
     look = _Look()
     with _named(model, look.owners), torch.no_grad(), look:
@@ -129,12 +141,14 @@ def count_levels(x: Tensor, most: int = 257) -> int:
     return min(found, most)
 
 
-def _rows(func: Any, x: Tensor) -> Tensor:
+def _rows(kernel: Any, weight: Tensor) -> Tensor:
     """The second operand of a kernel with an output channel a row."""
-    rows = x if func is aten.convolution.default else x.transpose(-2, -1) if x.dim() > 1 else x[None]
-    return rows[:_ROWS].reshape(min(len(rows), _ROWS), -1)
+    if kernel is aten.convolution.default:
+        return weight.flatten(1)[:_ROWS]
+    columns = weight if weight.dim() > 1 else weight[:, None]
+    return columns.transpose(-2, -1).reshape(-1, columns.shape[-2])[:_ROWS]
 
 
-def _levels_of_rows(rows: Tensor) -> Tensor:
+def _levels_of_rows(rows: Tensor) -> int:
     values = rows.sort(1).values
-    return 1 + (values[:, 1:] != values[:, :-1]).sum(1).max()
+    return 1 + int((values[:, 1:] != values[:, :-1]).sum(1).max())

@@ -1,15 +1,11 @@
-"""Checks one model in a process of its own and prints what came out, as one line of JSON."""
+"""Checks one model and says what came out."""
 
 from __future__ import annotations
 
-import json
-import sys
 import time
 from collections.abc import Iterator
 from itertools import count
 from typing import Any
-
-import torch
 
 from examples.timm_sweep.check import WrongResult, check_conversion
 from examples.timm_sweep.choose import create, smallest_input
@@ -20,7 +16,7 @@ def check_model(name: str) -> dict[str, Any]:
     """Converts and checks a model at the smallest image size it takes.
 
     Returns:
-        What the results file keeps: result is "converts", "refused" (with an explanation) or "wrong".
+        What the results file keeps: result is "converts", "refused" (with an explanation), "wrong" or "failed".
     """
     size, args = smallest_input(name)
     seeds: Iterator[int] = count()
@@ -32,6 +28,8 @@ def check_model(name: str) -> dict[str, Any]:
         return {**facts, "result": "refused", "reason": str(error)}
     except WrongResult as error:
         return {**facts, "result": "wrong", "reason": str(error)}
+    except Exception as error:  # a crash of whatever kind is what the sweep is looking for
+        return {**facts, "result": "failed", "reason": f"{type(error).__name__}: {error}"}
     return {
         **facts,
         "result": "converts",
@@ -42,8 +40,3 @@ def check_model(name: str) -> dict[str, Any]:
         "quantized_macs": report.quantized_macs,
         "seconds": round(time.process_time() - start, 1),
     }
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    print(json.dumps(check_model(sys.argv[1])))
