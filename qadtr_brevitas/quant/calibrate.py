@@ -19,7 +19,7 @@ from qadtr_brevitas.quant.correct_biases import (
 )
 from qadtr_brevitas.quant.norm import copy_float_statistics
 from qadtr_brevitas.quant.observe import Activations
-from qadtr_brevitas.quant.quantizers import SwitchableQuant, SwitchableWeightQuant
+from qadtr_brevitas.quant.quantizers import SwitchableActQuant, SwitchableQuant, SwitchableWeightQuant
 from qadtr_brevitas.quant.ranges import Method, Sample, all_of, least_error, percentiles, some_of
 from qadtr_brevitas.quant.switch import observing
 
@@ -58,7 +58,9 @@ def calibrate(
     batches = batches if isinstance(batches, Sized) else list(batches)
     if len(batches) == 0:
         raise UsageError("no images to calibrate on: give at least one batch")
-    activations, weights = Activations(len(batches)), set[SwitchableQuant]()
+    quantizers = [module for module in model.modules() if isinstance(module, SwitchableActQuant) and module.thresholds]
+    activations = Activations(quantizers, len(batches), sampled=method != "minmax")
+    weights: set[SwitchableQuant] = set()
     passes = 1 + (len(corrected_precisions(model)) if bias_correction else 0)
     done = itertools.count(1)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -21,18 +21,23 @@ class Activations:
     """Collects what each activation quantizer would have to quantize, the same amount from each batch.
 
     Args:
+        quantizers: all there are.
         batches: how many batches there will be.
+        sampled: keep samples, and not only the largest magnitudes.
     """
 
-    def __init__(self, batches: int) -> None:
-        self._per_batch = -(-_SAMPLES // batches)
-        self._samples: dict[SwitchableQuant, list[Tensor]] = {}
+    def __init__(self, quantizers: Sequence[SwitchableQuant], batches: int, *, sampled: bool = True) -> None:
+        self._rows = {quantizer: row for row, quantizer in enumerate(quantizers)}
+        self._per_batch = max(1, _SAMPLES // batches) if sampled else 0
+        self._kept = dict.fromkeys(quantizers, 0)
+        self._calls = dict.fromkeys(quantizers, 0)
         self._largest: dict[SwitchableQuant, float] = {}
+        self._pool: Tensor | None = None
         self._rng = generator(0, "calibrate")
 
     def __iter__(self) -> Iterator[SwitchableQuant]:
         """The quantizers that saw anything."""
-        return iter(self._samples)
+        return iter(self._largest)
 
     def add(self, quantizer: SwitchableQuant, x: Tensor) -> None:
         """Takes values at random, or all where they are few, and notes the largest magnitude.
@@ -54,13 +59,35 @@ class Activations:
         highest = quantizer.max_threshold or math.inf
         largest = max(-max(low, lowest), min(high, highest), 0.0)
         self._largest[quantizer] = max(self._largest.get(quantizer, 0.0), largest)
-        values = x.reshape(-1)
-        if len(values) > self._per_batch:
-            indices = torch.randint(len(values), (self._per_batch,), generator=self._rng)
-            values = values.take(indices.to(x.device))
-        self._samples.setdefault(quantizer, []).append(values.float().clamp(lowest, highest))
+        if self._per_batch:
+            self._calls[quantizer] += 1
+            sample, slots = self._choose(quantizer, x.reshape(-1))
+            self._row(quantizer, x.device)[slots] = sample.float().clamp(lowest, highest)
+
+    def _row(self, quantizer: SwitchableQuant, device: torch.device) -> Tensor:
+        if self._pool is None:
+            # In one piece: many small ones between the large activations of a forward would keep the system's memory
+            # allocator from using the place of these again.
+            self._pool = torch.empty(len(self._rows), _SAMPLES, device=device)
+        return self._pool[self._rows[quantizer]]
+
+    def _choose(self, quantizer: SwitchableQuant, values: Tensor) -> tuple[Tensor, slice | Tensor]:
+        """A sample of the values, and where to keep it."""
+        kept, count = self._kept[quantizer], min(len(values), self._per_batch)
+        slots = slice(kept, kept + count)
+        if kept + count > _SAMPLES:
+            # A quantizer that is called in several places: each call so far is to have the same share.
+            count = kept // self._calls[quantizer]
+            slots = torch.randperm(kept, generator=self._rng)[:count].to(values.device)
+        else:
+            self._kept[quantizer] += count
+        if count < len(values):
+            values = values.take(torch.randint(len(values), (count,), generator=self._rng).to(values.device))
+        return values, slots
 
     def seen_by(self, quantizer: SwitchableQuant) -> Sample:
-        """What a quantizer saw, as one row."""
-        values = torch.cat(self._samples[quantizer])
-        return Sample(values[None], values.new_tensor([self._largest[quantizer]]))
+        """What a quantizer saw, as one row; without a sample, none of its values."""
+        largest = torch.tensor([self._largest[quantizer]])
+        if self._pool is None:
+            return Sample(torch.empty(1, 0), largest)
+        return Sample(self._pool[self._rows[quantizer]][None, : self._kept[quantizer]], largest.to(self._pool.device))

@@ -22,7 +22,8 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def test_few_values_are_all_kept() -> None:
-    quant, seen = quantizer(), Activations(2)
+    quant = quantizer()
+    seen = Activations([quant], 2)
     seen.add(quant, torch.tensor([[1.0, -2.0]]))
     seen.add(quant, torch.tensor([[-3.0, 0.5]]))
     sample = seen.seen_by(quant)
@@ -32,7 +33,8 @@ def test_few_values_are_all_kept() -> None:
 
 
 def test_of_many_values_each_batch_gives_the_same_share() -> None:
-    quant, seen = quantizer(), Activations(4)
+    quant = quantizer()
+    seen = Activations([quant], 4)
     for batch in range(4):
         seen.add(quant, torch.full((100, 3000), float(batch)))
     sample = seen.seen_by(quant).rows
@@ -40,10 +42,22 @@ def test_of_many_values_each_batch_gives_the_same_share() -> None:
     assert sample.unique(return_counts=True)[1].tolist() == [1 << 15] * 4
 
 
+def test_all_calls_of_a_shared_quantizer_have_the_same_share() -> None:
+    quant = quantizer()
+    seen = Activations([quant], 2)
+    for call in range(8):
+        seen.add(quant, torch.full((100, 3000), float(call)))
+    values, counts = seen.seen_by(quant).rows.unique(return_counts=True)
+    assert values.tolist() == list(range(8))
+    assert counts.sum() == 1 << 17
+    assert ((counts / (1 << 14) - 1).abs() < 0.05).all()
+
+
 def test_the_sample_serves_the_percentile_and_the_largest_is_exact() -> None:
     x = normal(2000, 1000)
     x[7, 7] = -50
-    quant, seen = quantizer(), Activations(1)
+    quant = quantizer()
+    seen = Activations([quant], 1)
     seen.add(quant, x)
     sample = seen.seen_by(quant)
     assert percentiles(sample.rows, 99.99).item() == pytest.approx(3.89, abs=0.2)
@@ -54,7 +68,8 @@ def test_values_are_drawn_at_random_but_always_the_same_ones() -> None:
     x = torch.arange(1_000_000.0)
     samples = []
     for _ in range(2):
-        quant, seen = quantizer(), Activations(1)
+        quant = quantizer()
+        seen = Activations([quant], 1)
         seen.add(quant, x)
         samples.append(seen.seen_by(quant).rows)
     assert torch.equal(*samples)
@@ -71,7 +86,8 @@ def test_values_are_drawn_at_random_but_always_the_same_ones() -> None:
 )
 def test_what_is_cut_off_anyway_does_not_count(settings: dict[str, object], kept: list[float], largest: float) -> None:
     x = torch.tensor([-20.0, 0.0, 5.0, 9.0])
-    quant, seen = quantizer(**settings), Activations(1)
+    quant = quantizer(**settings)
+    seen = Activations([quant], 1)
     seen.add(quant, x)
     sample = seen.seen_by(quant)
     assert (sample.rows[0].tolist(), sample.largest.item()) == (kept, largest)
@@ -80,5 +96,23 @@ def test_what_is_cut_off_anyway_does_not_count(settings: dict[str, object], kept
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 def test_values_that_are_not_finite_are_refused(bad: float) -> None:
+    quant = quantizer(signed=False)
     with pytest.raises(UsageError, match="not finite on the calibration images: check its weights"):
-        Activations(1).add(quantizer(signed=False), torch.tensor([1.0, bad]))
+        Activations([quant], 1).add(quant, torch.tensor([1.0, bad]))
+
+
+def test_quantizers_are_kept_apart() -> None:
+    quantizers = [quantizer(), quantizer(), quantizer()]
+    seen = Activations(quantizers, 1)
+    seen.add(quantizers[2], torch.tensor([3.0]))
+    seen.add(quantizers[0], torch.tensor([1.0, 1.5]))
+    assert [seen.seen_by(q).rows.tolist() for q in seen] == [[[3.0]], [[1.0, 1.5]]]
+    assert set(seen) == {quantizers[0], quantizers[2]}
+
+
+def test_without_samples_the_largest_is_still_known() -> None:
+    quant = quantizer()
+    seen = Activations([quant], 1, sampled=False)
+    seen.add(quant, torch.tensor([1.0, -4.0]))
+    assert seen.seen_by(quant).rows.numel() == 0
+    assert seen.seen_by(quant).largest.tolist() == [4.0]
