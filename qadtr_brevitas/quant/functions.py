@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from qadtr_brevitas.errors import UsageError
-from qadtr_brevitas.quant.products import Function, call_with, is_product, operands
+from qadtr_brevitas.quant.products import Function, call_with, is_product, opened, operands
 from qadtr_brevitas.quant.switch import Switch
 
 
@@ -134,7 +134,12 @@ class _Interception(TorchFunctionMode):
         self, func: Function, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         name, kwargs = getattr(func, "__name__", ""), kwargs or {}
-        if _hidden.depth or not is_product(name, args):
+        if _hidden.depth:
+            return func(*args, **kwargs)
+        if (inside := opened(func)) is not None:
+            with self:
+                return inside(*args, **kwargs)
+        if not is_product(name, args):
             return func(*args, **kwargs)
         product = next(self._products, None)
         if product is None or product.function != name:

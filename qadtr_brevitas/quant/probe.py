@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from qadtr_brevitas.errors import UsageError
-from qadtr_brevitas.quant.products import ATTENTION, is_product, operands
+from qadtr_brevitas.quant.products import ATTENTION, CLOSED, is_product, opened, operands
 from qadtr_brevitas.quant.provenance import IMAGE, Facts, Provenance, tensors_in
 
 ACTIVATIONS = (nn.ReLU, nn.ReLU6)
@@ -124,6 +124,11 @@ class _Watch(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         name, kwargs = getattr(func, "__name__", ""), kwargs or {}
+        if (inside := opened(func)) is not None:
+            with self:
+                return inside(*args, **kwargs)
+        if name in CLOSED:
+            self._refuse(name)
         facts = Facts(self.known, name, [*args, *kwargs.values()])
         before = self.counter.get_total_flops()
         y = func(*args, **kwargs)
@@ -136,6 +141,13 @@ class _Watch(TorchFunctionMode):
                     self.calls[origin].feeds_sum = True
         self.known.follow(facts, y)
         return y
+
+    def _refuse(self, name: str) -> NoReturn:
+        owner = self.frames[-1][0]
+        raise UsageError(
+            f"{owner or 'the network'} calls {name}, whose multiply-accumulates cannot be followed, and would stay "
+            "float; use layers of torch.nn without recurrence, or matmul"
+        )
 
     def _note_product(self, name: str, found: dict[str, Tensor], counted: int) -> None:
         self.seen_macs += counted
@@ -182,7 +194,8 @@ def probe(net: nn.Module, images: Tensor, *, nonnegative: bool = False) -> Probe
         nonnegative: the images are never negative, whichever they are.
 
     Raises:
-        UsageError: the network does not run on such images, or a module of it computes something else with each call.
+        UsageError: the network does not run on such images, a module of it computes something else with each call, or
+            multiplies in a function that cannot be followed.
     """
     watch = _Watch(Provenance(net, images, nonnegative_image=nonnegative), len(images))
     with _hooks(net, watch), torch.no_grad(), watch.counter, watch:

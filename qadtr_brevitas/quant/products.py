@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from types import FunctionType
 from typing import Any
 
 from torch import Tensor
+from torch.nn import functional as F
 
 # An operand: what it is called here, its position, and the name it has as a keyword argument.
 Place = tuple[str, int, str]
@@ -29,11 +32,30 @@ _PLACES: dict[str, tuple[Place, ...]] = {
 }
 # These have a weight of one output channel a row.
 ROWS_ARE_CHANNELS = ("linear", "conv1d", "conv2d", "conv3d")
+# These multiply and accumulate inside, where nothing can be quantized.
+_RECURRENT = ("gru", "lstm", "rnn_relu", "rnn_tanh")
+CLOSED = ("bilinear", "cdist", "dot", "vdot", *_RECURRENT, *(f"{name}_cell" for name in _RECURRENT))
+# Written in Python, of other functions; to be followed into.
+_COMPOSED: dict[Function, FunctionType] = {F.multi_head_attention_forward: F.multi_head_attention_forward}
 
 
 def is_product(name: str, args: Sequence[Any]) -> bool:
     """Whether a call of the function of this name multiplies and accumulates two operands or more."""
     return name in _PLACES or (name == _EINSUM and len(_einsum_operands(args)) > 1)
+
+
+@cache
+def opened(function: Function) -> Function | None:
+    """A function that computes the same and shows the functions that it calls, if it is made of some that matter.
+
+    PyTorch hands a mode such a function as a whole, and would do so again each time the mode called it. This copy has
+    no such check.
+    """
+    composed = _COMPOSED.get(function)
+    if composed is None:
+        return None
+    unchecked = {**composed.__globals__, "has_torch_function": lambda _: False}
+    return FunctionType(composed.__code__, unchecked, composed.__name__, composed.__defaults__, composed.__closure__)
 
 
 def operands(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -73,6 +73,9 @@ def converted(call: Call, module: nn.Module, plan: Plan) -> tuple[nn.Module | No
         return gate, "gate, unsigned, per tensor" + _at_least(min_bits)
     if type(module) in BATCH_NORMS:
         return _norm(module, plan)
+    if isinstance(module, nn.TransformerEncoderLayer):
+        # Left alone, it computes with the weights of its layers itself, past their quantizers.
+        return _with_products(call, module, plan), "has its layers run, not PyTorch's fused kernel, below 32 bit"
     if any(True for _ in module.children()):
         return None
     return None, _float_note(module)
