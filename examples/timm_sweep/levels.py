@@ -29,7 +29,7 @@ _KERNELS: Mapping[Any, tuple[int, int]] = {
     aten.convolution.default: (0, 1),
 }
 # Kernels in which a whole layer computes, so that what is multiplied inside cannot be seen.
-_CLOSED = ("attention", "rnn", "lstm", "gru", "mkldnn", "mha", "cdist", "_trilinear")
+_CLOSED = ("attention", "encoder", "rnn", "lstm", "gru", "mkldnn", "mha", "cdist", "_trilinear")
 # Rows of a weight that are looked at: all channels are quantized alike.
 _ROWS = 64
 
