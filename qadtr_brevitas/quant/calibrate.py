@@ -20,7 +20,7 @@ from qadtr_brevitas.quant.correct_biases import (
 from qadtr_brevitas.quant.norm import copy_float_statistics
 from qadtr_brevitas.quant.observe import Activations
 from qadtr_brevitas.quant.quantizers import SwitchableActQuant, SwitchableQuant, SwitchableWeightQuant
-from qadtr_brevitas.quant.ranges import Method, Sample, all_of, least_error, percentiles, some_of
+from qadtr_brevitas.quant.ranges import Method, Sample, all_of, least_error, percentiles, thinned
 from qadtr_brevitas.quant.switch import observing
 
 
@@ -102,13 +102,15 @@ def _check(method: str, percentile: float) -> None:
 def _set_weight_thresholds(quantizer: SwitchableQuant, weight: Tensor, method: Method, percentile: float) -> None:
     """Sets the thresholds of a weight quantizer, per output channel or one for all."""
     rows = weight.float().reshape(math.prod(quantizer.shape), -1)
-    _set_thresholds(quantizer, some_of(rows) if method == "mse" else all_of(rows), method, percentile)
+    _set_thresholds(quantizer, all_of(rows), method, percentile)
 
 
 def _set_thresholds(quantizer: SwitchableQuant, sample: Sample, method: Method, percentile: float) -> None:
     """Sets the thresholds of one quantizer at every bit-width."""
     reached = sample.largest
-    if method == "percentile":
+    if method == "mse":
+        sample = thinned(sample)
+    elif method == "percentile":
         clipped = percentiles(sample.rows, percentile)
         reached = torch.where(clipped > 0, clipped, reached)
     for name, parameter in quantizer.thresholds.items():

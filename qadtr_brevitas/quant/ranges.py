@@ -16,8 +16,8 @@ Method = Literal["mse", "minmax", "percentile"]
 # The search for the least error: thresholds a factor of sqrt(2) apart, then ever closer ones around the best of them.
 _COARSE = [2 ** (-step / 2) for step in range(10)]
 _FINE = [2**0.25, 2**0.125, 2**0.0625]
-# Of the weights of a channel the search looks at the largest, and at others at random.
-_TAIL, _OTHERS = 12, 244
+# The search for the least error looks at so many of the largest values, and at so many others at random.
+_PER_CHANNEL, _PER_TENSOR = (12, 244), (1 << 10, 1 << 14)
 # Values of a block of rows: it and two results stay in a core's L2 cache through all passes over them.
 _BLOCK = 1 << 17
 
@@ -60,24 +60,25 @@ def all_of(rows: Tensor) -> Sample:
     return Sample(rows, torch.maximum(rows.amax(1), -rows.amin(1)))
 
 
-def some_of(rows: Tensor) -> Sample:
+def thinned(sample: Sample) -> Sample:
     """The largest values of each row, and some of the others at random: both kinds of error can be told from them.
 
     Without the former the search would clip too much: at 8 bit, a single clipped value weighs as much as all rounding.
 
     Args:
-        rows: (rows, n).
+        sample: of values that all count once.
     """
-    everything, count = all_of(rows), rows.shape[1]
-    if count <= _TAIL + _OTHERS:
-        return everything
+    rows, count = sample.rows, sample.rows.shape[1]
+    # Few of each of many channels, more of the one row of activations, with their longer tails.
+    tail, others = _PER_CHANNEL if len(rows) > 1 else _PER_TENSOR
+    if count <= tail + others:
+        return sample
     # Evenly spread columns could all be the same corner of convolution kernels.
-    columns = torch.randperm(count, generator=generator(0, "weights"))[:_OTHERS].to(rows.device)
-    magnitudes, where = rows.abs().topk(_TAIL, dim=1)
-    others = rows[:, columns]
-    others.masked_fill_(others.abs() >= magnitudes[:, -1:], 0)
-    values = torch.cat((rows.gather(1, where), others), dim=1)
-    return Sample(values, everything.largest, _TAIL, count / _OTHERS)
+    columns = torch.randperm(count, generator=generator(0, "columns"))[:others].to(rows.device)
+    magnitudes, where = rows.abs().topk(tail, dim=1)
+    rest = rows[:, columns]
+    rest.masked_fill_(rest.abs() >= magnitudes[:, -1:], 0)
+    return Sample(torch.cat((rows.gather(1, where), rest), dim=1), sample.largest, tail, count / others)
 
 
 def least_error(sample: Sample, levels: tuple[int, int], steps: int, headroom: float) -> Tensor:
@@ -107,7 +108,7 @@ def _search(sample: Sample, levels: tuple[int, int], steps: int) -> Tensor:
     best, least = largest, torch.full_like(largest, torch.inf)
 
     def attempt(thresholds: Tensor) -> Tensor:
-        """Keeps the thresholds that are better; true where no smaller one can be."""
+        """Keeps the thresholds that are better, and gives the errors that rounding cannot explain."""
         nonlocal best, least
         step = thresholds / steps
         torch.mul(rows, step.reciprocal()[:, None], out=scaled)
@@ -119,11 +120,11 @@ def _search(sample: Sample, levels: tuple[int, int], steps: int) -> Tensor:
         found *= step
         better = found < least
         best, least = torch.where(better, thresholds, best), torch.where(better, found, least)
-        # What is clipped has at least the error that rounding cannot explain, and lower thresholds clip more.
-        return found - step * (count / 4) > least
+        return found - step * (count / 4)
 
     for share in _COARSE:
-        if attempt(largest * share).all():
+        # That is by clipping, and lower thresholds clip more.
+        if (attempt(largest * share) > least).all():
             break
     for factor in _FINE:
         center = best

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qadtr_brevitas.quant.ranges import Sample, all_of, least_error, percentiles, some_of
+from qadtr_brevitas.quant.ranges import Sample, all_of, least_error, percentiles, thinned
 
 BITS = (8, 5, 4, 2)
 
@@ -65,9 +65,18 @@ def test_search_finds_nearly_the_least_error(make: object, bits: int) -> None:
 @pytest.mark.parametrize("bits", BITS)
 def test_a_sample_that_keeps_the_largest_serves_as_well(make: object, bits: int) -> None:
     rows = make(40, 3000)
-    sample = some_of(rows)
+    sample = thinned(all_of(rows))
     assert sample.rows.shape[1] < 300
     assert excess(rows, sample, bits).mean() < 1.08
+
+
+@pytest.mark.parametrize("make", [normal, heavy_tailed, with_an_outlier])
+@pytest.mark.parametrize("bits", BITS)
+def test_so_does_a_sample_of_one_long_row(make: object, bits: int) -> None:
+    row = make(1, 1 << 17)
+    sample = thinned(all_of(row))
+    assert sample.rows.shape[1] < 20_000
+    assert excess(row, sample, bits) < 1.08
 
 
 def test_a_sample_without_the_largest_would_not() -> None:
@@ -78,7 +87,7 @@ def test_a_sample_without_the_largest_would_not() -> None:
 
 def test_few_values_are_all_looked_at() -> None:
     rows = normal(2, 256)
-    assert some_of(rows).rows is rows
+    assert thinned(all_of(rows)).rows is rows
 
 
 def test_rows_are_searched_one_by_one() -> None:
