@@ -12,16 +12,13 @@ import argparse
 import datetime
 import json
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from multiprocessing import get_context
-from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from examples.timm_sweep.choose import all_modules, smallest_model
-from examples.timm_sweep.one import check_model
+from examples.timm_sweep.choose import all_modules
+from examples.timm_sweep.one import check_module
+from examples.timm_sweep.processes import Record, run_all
 from examples.timm_sweep.table import markdown
 
 
@@ -33,56 +30,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=Path("timm_sweep.jsonl"))
     parser.add_argument("--table", type=Path, default=Path("timm_sweep.md"))
     args = parser.parse_args(argv)
-    torch.set_num_threads(1)
     known = all_modules()
     if unknown := sorted(set(args.modules) - set(known)):
         parser.error(f"timm and torchvision have no module {', '.join(unknown)}")
-    records = _read(args.results)
-    wanted = args.modules or [module for module in known if module not in records]
-    tasks = [(module, records.get(module, {}).get("model"), args.timeout) for module in wanted]
-    with ThreadPoolExecutor(args.jobs) as pool:
-        for record in pool.map(lambda task: _checked(*task), tasks):
-            with args.results.open("a") as file:
-                file.write(json.dumps(record) + "\n")
-            print(record["module"], record["model"], record["result"], record["reason"], flush=True)
-    records = _read(args.results)
-    args.table.write_text(markdown(list(records.values()), date=datetime.date.today().isoformat()))
+    torch.set_num_threads(1)
+    done = _read(args.results)
+    wanted = args.modules or [module for module in known if module not in done]
+    # To find the smallest model may take longest, and it does not change.
+    records = [{"module": module, "model": done.get(module, {}).get("model")} for module in wanted]
+    for record in run_all(check_module, records, jobs=args.jobs, timeout=args.timeout):
+        with args.results.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        print(record["module"], record["model"], record["result"], record["reason"], flush=True)
+    args.table.write_text(markdown(list(_read(args.results).values()), date=datetime.date.today().isoformat()))
     print(f"wrote {args.table}")
 
 
-def _read(path: Path) -> dict[str, dict[str, Any]]:
+def _read(path: Path) -> dict[str, Record]:
     """The last result of each module."""
     lines = path.read_text().splitlines() if path.exists() else []
     return {record["module"]: record for record in map(json.loads, lines)}
-
-
-def _checked(module: str, model: str | None, timeout: float) -> dict[str, Any]:
-    """Checks a module's smallest model in a copy of this process, which has imported everything already."""
-    context = get_context("fork")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_send_result, args=(sender, module, model), daemon=True)
-    process.start()
-    sender.close()
-    record: dict[str, Any] = {"module": module, "model": model}
-    try:
-        while "result" not in record:
-            if not receiver.poll(timeout):
-                return {**record, "result": "failed", "reason": f"took more than {timeout:.0f} seconds"}
-            record |= receiver.recv()
-    except EOFError:
-        process.join()
-        return {**record, "result": "failed", "reason": f"the process ended with status {process.exitcode}"}
-    finally:
-        process.kill()
-        process.join()
-    return record
-
-
-def _send_result(sender: Connection, module: str, model: str | None) -> None:
-    # What may take longest is to find the smallest model.
-    model = model or smallest_model(module)
-    sender.send({"model": model})
-    sender.send(check_model(model))
 
 
 if __name__ == "__main__":

@@ -44,6 +44,8 @@ def check_conversion(build: Callable[[], nn.Module], image_size: tuple[int, int]
     calibrate(model, [images], method="minmax")
     for bits in BITS:
         _check_levels(model, images, bits)
+    for bits in BITS:
+        _check_frozen(model, images, bits)
     _check_loading(build, model, report, images)
     _check_gradients(model, images)
     return report
@@ -60,7 +62,6 @@ def _check_float(net: nn.Module, model: SwitchableModel, images: Tensor) -> None
 def _check_levels(model: SwitchableModel, images: Tensor, bits: int) -> None:
     with at_precision(model, bits):
         logits, seen = seen_levels(model, images)
-        frozen = freeze(model, bits)
     if not all(part.isfinite().all() for part in _tensors(logits)):
         raise WrongResult(f"the output at {bits} bit is not finite")
     modules = dict(model.named_modules())
@@ -68,12 +69,16 @@ def _check_levels(model: SwitchableModel, images: Tensor, bits: int) -> None:
     if wrong:
         # A product that is the same for every image need not be computed, and may stay float.
         with at_precision(model, bits):
-            _, others = seen_levels(model, images.flip(-1))
+            _, others = seen_levels(model, 1 - images)
         wrong = [(call, fault) for call, fault in wrong if call.operands is None or call not in others]
     for call, fault in wrong[:1]:
         raise WrongResult(f"at {bits} bit {call.kernel} in {call.owner.removeprefix('net.')} {fault}")
-    with torch.no_grad():
-        if not _same(frozen(images), logits):
+
+
+@torch.no_grad()
+def _check_frozen(model: SwitchableModel, images: Tensor, bits: int) -> None:
+    with at_precision(model, bits):
+        if not _same(freeze(model, bits)(images), model(images)):
             raise WrongResult(f"at {bits} bit the frozen network does not equal the switchable one")
 
 

@@ -5,22 +5,36 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from itertools import count
-from typing import Any
 
 from examples.timm_sweep.check import WrongResult, check_conversion
-from examples.timm_sweep.choose import create, smallest_input
+from examples.timm_sweep.choose import create, smallest_input, smallest_model
+from examples.timm_sweep.processes import Record
 from qadtr_brevitas.errors import UsageError
 
 
-def check_model(name: str) -> dict[str, Any]:
+def check_module(record: Record) -> Iterator[Record]:
+    """Checks the smallest model of a module.
+
+    Args:
+        record: "module" is one of `all_modules()`; "model" is the name of its smallest, or None.
+
+    Yields:
+        The model's name, and what `check_model` gives.
+    """
+    model = record["model"] or smallest_model(record["module"])
+    yield {"model": model}
+    yield check_model(model)
+
+
+def check_model(name: str) -> Record:
     """Converts and checks a model at the smallest image size it takes.
 
     Returns:
         What the results file keeps: result is "converts", "refused" (with an explanation), "wrong" or "failed".
     """
     size, args = smallest_input(name)
-    seeds: Iterator[int] = count()
-    facts: dict[str, Any] = {"image_size": size[0], "args": args}
+    seeds = count()
+    facts: Record = {"image_size": size[0], "args": args}
     start = time.process_time()
     try:
         report = check_conversion(lambda: create(name, next(seeds), **args), size)
