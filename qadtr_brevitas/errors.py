@@ -29,6 +29,10 @@ class TrainingError(QadtrError):
     """Training that cannot go on, for instance because the loss is no longer finite."""
 
 
+class ExportError(QadtrError):
+    """A network that a format cannot hold, or an exported file that computes something else than the network."""
+
+
 @dataclass(frozen=True)
 class Problem:
     """One thing wrong in a recipe.

@@ -18,6 +18,7 @@ COMMANDS = {
     "train": ("qadtr_brevitas.cli.train", "Train a switchable quantized model as a recipe says."),
     "attack": ("qadtr_brevitas.cli.attack", "Make adversarial patches against a model."),
     "evaluate": ("qadtr_brevitas.cli.evaluate", "Score models under attack and write a report."),
+    "export": ("qadtr_brevitas.cli.export", "Write a model for FPGA and edge tools, proved equal."),
     "recipes": ("qadtr_brevitas.cli.recipes", "List, show, copy and check recipes."),
     "list": ("qadtr_brevitas.cli.list", "List models, attacks, data sets and other names."),
     "info": ("qadtr_brevitas.cli.info", "Say what a model, run, patch or report is."),
