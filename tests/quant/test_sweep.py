@@ -19,6 +19,7 @@ from timm.models.densenet import DenseNet
 from timm.models.inception_v3 import InceptionA
 from timm.models.mlp_mixer import MlpMixer
 from timm.models.mobilenetv3 import MobileNetV3
+from timm.models.nfnet import NfCfg, NormFreeNet
 from timm.models.regnet import RegNet, RegNetCfg
 from timm.models.resnetv2 import ResNetV2
 from timm.models.swin_transformer import SwinTransformer
@@ -74,17 +75,17 @@ def small_mobilenet() -> nn.Module:
 
 
 FAMILIES: dict[str, Callable[[], nn.Module]] = {
-    "resnet": named("test_resnet"),
+    "resnet": named("test_resnet", layers=(1, 1, 1, 1), channels=(8, 8, 8, 8)),
     "vgg": partial(VGG, [8, "M", 16, "M"], CLASSES, mlp_ratio=0.01),
     "densenet": partial(DenseNet, 8, (2, 1), CLASSES, bn_size=2),
     "inception_v3": Inception,
     "mobilenetv3": small_mobilenet,
     "tf_efficientnet": named("test_efficientnet", pad_type="same"),
     "regnet": partial(
-        RegNet, RegNetCfg(depth=6, w0=16, wa=16, wm=1.5, group_size=8, se_ratio=0.25), num_classes=CLASSES
+        RegNet, RegNetCfg(depth=4, w0=16, wa=8, wm=1.2, group_size=8, se_ratio=0.25), num_classes=CLASSES
     ),
-    "convnext": named("test_convnext"),
-    "nfnet": named("test_nfnet"),
+    "convnext": named("test_convnext", depths=(1, 1, 1, 1), dims=(8, 16, 16, 24)),
+    "nfnet": partial(NormFreeNet, NfCfg((1, 1, 0, 0), (16, 16, 16, 16), stem_chs=16), CLASSES),
     "resnetv2": partial(ResNetV2, [1, 1], (16, 32), CLASSES, norm_layer=partial(GroupNormAct, num_groups=8)),
     "vit": named("test_vit", img_size=32, depth=1),
     "vit_relpos": named("test_vit_relpos", img_size=32, depth=1),
@@ -93,7 +94,7 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "beit": partial(Beit, **ATTENTION, use_shared_rel_pos_bias=True),
     "mixer": partial(MlpMixer, **TOKENS, patch_size=8, num_blocks=1),
     "xcit": partial(Xcit, **ATTENTION, cls_attn_layers=1),
-    "mambaout": named("test_mambaout"),
+    "mambaout": named("test_mambaout", depths=(1, 1), dims=(16, 24)),
     "torch_transformer": Transformer,
 }
 
