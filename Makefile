@@ -11,9 +11,9 @@ INSTALLED := $(VENV)/.installed
 RUN := $(BIN)/qadtr-brevitas
 
 # More OpenMP threads than free cores slow small networks down by far.
-quickstart test bench: export OMP_NUM_THREADS ?= 1
+quickstart test bench sweep: export OMP_NUM_THREADS ?= 1
 
-.PHONY: help quickstart test lint types bench format clean
+.PHONY: help quickstart test lint types bench sweep format clean
 .DEFAULT_GOAL := help
 
 help: ## show this text
@@ -39,6 +39,9 @@ types: $(INSTALLED) ## check types, strictly
 bench: $(INSTALLED) ## measure speed and memory against the float model, stock Brevitas and ART
 	$(BIN)/python examples/benchmark.py --output bench.json
 	$(BIN)/python examples/benchmark_attacks.py --output bench_attacks.json
+
+sweep: $(INSTALLED) ## convert and check the smallest network of every timm module (about an hour on one core)
+	$(BIN)/python -m examples.timm_sweep --table docs/timm.md
 
 format: $(INSTALLED) ## put the code into shape
 	$(BIN)/ruff check --fix .
