@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from examples.timm_sweep.levels import Seen, seen_levels
 from qadtr_brevitas.quant import ConversionReport, SwitchableModel, at_precision, calibrate, convert, freeze
 from qadtr_brevitas.quant.functions import QuantizedProduct
-from qadtr_brevitas.quant.layers import SwitchableConv2d, SwitchableLinear
+from qadtr_brevitas.quant.layers import SwitchableConv2d, SwitchableLinear, SwitchableReLU
 from qadtr_brevitas.quant.products import ROWS_ARE_CHANNELS
 from qadtr_brevitas.quant.quantizers import SwitchableQuant
+from qadtr_brevitas.quant.switch import observing
 
 BITS = (8, 4, 2)
 
@@ -41,6 +42,7 @@ def check_conversion(build: Callable[[], nn.Module], image_size: tuple[int, int]
     images = torch.rand(2, model.mean.shape[1], *image_size, generator=torch.Generator().manual_seed(1))
     _check_float(net, model, images)
     del net
+    _check_signs(model, images)
     calibrate(model, [images], method="minmax")
     for bits in BITS:
         _check_levels(model, images, bits)
@@ -57,6 +59,19 @@ def _check_float(net: nn.Module, model: SwitchableModel, images: Tensor) -> None
     for name, candidate in (("converted", model), ("frozen", freeze(model, 32))):
         if not _same(candidate(images), expected):
             raise WrongResult(f"at 32 bit the {name} network does not equal the float one")
+
+
+def _check_signs(model: SwitchableModel, images: Tensor) -> None:
+    """What is quantized without a sign must have none, unless quantizing is the ReLU itself."""
+    relus = {module.act_quant.quantizer for module in model.modules() if isinstance(module, SwitchableReLU)}
+    names = {module: name for name, module in model.named_modules()}
+
+    def look(quantizer: SwitchableQuant, x: Tensor) -> None:
+        if not quantizer.signed and quantizer not in relus and x.min() < 0:
+            raise WrongResult(f"{names[quantizer].removeprefix('net.')} is unsigned and is given {x.min():.2g}")
+
+    with observing(model, look):
+        model(images)
 
 
 def _check_levels(model: SwitchableModel, images: Tensor, bits: int) -> None:

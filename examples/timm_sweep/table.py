@@ -26,6 +26,7 @@ on {date}, {versions}; seeds 0 and up, two images of noise, one thread.
 - at 8, 4 and 2 bit every operand of every convolution and matrix product that reaches PyTorch's kernels has at most
   256, 16 and 4 distinct values (a weight: in each output channel; first and last layer, and filters that are not
   learned: 256), unless the product is the same for every image;
+- what is quantized without a sign has no negative value;
 - at 8, 4 and 2 bit the frozen network gives bit for bit what the switchable one gives;
 - the conversion is the same for other random weights, and its state dict loads into it and gives the same logits;
 - in training, at 8, 4 and 2 bit, every parameter that has a gradient at 32 bit has one, every threshold in force has

@@ -139,6 +139,11 @@ BREAKS: dict[str, tuple[str, Any, str]] = {
         lambda quantizer, x: x,
         r"at 8 bit convolution in conv computes on operand 0 \(2, 3, 8, 8\) of 257 levels",
     ),
+    "signs": (
+        "qadtr_brevitas.quant.provenance.Facts.result_is_nonnegative",
+        True,
+        r"inner.input_quant.* is unsigned and is given -\d",
+    ),
     "gradients": (
         "qadtr_brevitas.quant.quantizers.quantize_weight",
         lambda w, scale, lo, hi: quantize_weight(w, scale, lo, hi).detach(),
