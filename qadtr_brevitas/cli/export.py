@@ -58,7 +58,13 @@ class _Options:
 @click.option(
     "--verify/--no-verify", default=True, show_default=True, help="Execute the file and compare it with the network."
 )
-@click.option("--images", type=click.IntRange(min=1), default=100, show_default=True, help="Test images to compare on.")
+@click.option(
+    "--images",
+    type=click.IntRange(min=1),
+    default=100,
+    show_default=True,
+    help="Test images to compare on, or all of fewer.",
+)
 @click.option(
     "--patches",
     multiple=True,

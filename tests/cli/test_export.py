@@ -1,0 +1,86 @@
+"""`qadtr-brevitas export`: one folder, or one clear error and none."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from qadtr_brevitas.attacks.lavan import Lavan
+from qadtr_brevitas.cli.main import cli
+from qadtr_brevitas.craft import craft
+from qadtr_brevitas.subjects import load_subjects
+from tests.evaluation_models import make_model_dir, train_split
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = make_model_dir(tmp_path_factory.mktemp("runs") / "net")
+    judge, rest = train_split().divide(30, seed=0)
+    search = Lavan(size=4, steps=1, batch_size=16)
+    (subject,) = load_subjects([path])
+    craft(subject, search, name="lavan", train=rest, held_out=judge, output=path / "patches", targets=[0])
+    return path
+
+
+def export(*arguments: object) -> Result:
+    return CliRunner().invoke(cli, ["export", *map(str, arguments)])
+
+
+def test_a_folder_with_the_file_and_its_proof(run: Path, tmp_path: Path) -> None:
+    result = export(run, "-p", 4, "-f", "qcdq", "--images", 10, "-o", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"model.onnx", "export-report.json"}
+    report = json.loads((tmp_path / "out" / "export-report.json").read_text())
+    # The patch made at 4 bit, and not the one made at 32.
+    assert [patch["name"] for patch in report["agreement"]["patches"]] == ["lavan-4x4-4bit-target0"]
+    assert report["agreement"]["images"] == 10
+    assert report["command"].startswith("qadtr-brevitas export")
+    assert "accuracy (%)" in result.stdout
+    assert "ASR of lavan-4x4-4bit-target0" in result.stdout
+    assert f"wrote {tmp_path / 'out'}" in result.stderr
+
+
+def test_json_and_no_verification(run: Path, tmp_path: Path) -> None:
+    result = export(run, "-p", "w4a4", "-f", "qcdq", "--no-verify", "-o", tmp_path / "out", "--json")
+    assert json.loads(result.stdout)["agreement"] is None
+    again = export(run, "-p", 4, "-f", "qcdq", "--no-verify", "-o", tmp_path / "out")
+    assert (again.exit_code, "is there already" in again.stderr) == (2, True)
+    assert export(run, "-p", 4, "-f", "qcdq", "--no-verify", "-o", tmp_path / "out", "--overwrite").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["-p", "8", "-f", "qcdq"], 2, "no precision 8: it was converted for 32, 4"),
+        (["-p", "32", "-f", "qcdq"], 2, "qcdq holds integers, and at 32 there are floats"),
+        (["-p", "four", "-f", "qcdq"], 2, "four"),
+        (["-p", "4", "-f", "onnx"], 2, "'onnx' is not one of 'qonnx', 'qcdq'"),
+        (["-p", "4", "-f", "qcdq", "--data", "digits"], 1, "data set digits has 10 classes"),
+        (["-p", "4", "-f", "qcdq", "--patches", "nowhere"], 2, "there are no patches at nowhere"),
+    ],
+)
+def test_bad_usage(run: Path, tmp_path: Path, arguments: list[str], code: int, words: str) -> None:
+    result = export(run, "-o", tmp_path / "out", *arguments)
+    assert result.exit_code == code, result.output
+    assert words in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_library_is_named(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    result = export(run, "-p", 4, "-f", "qcdq", "--images", 5, "-o", tmp_path / "out")
+    assert result.exit_code == 2
+    assert "exports need onnxruntime, which is not installed" in result.stderr
+    assert "pip install qadtr-brevitas[export]" in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_written(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    result = export(run, "-p", 4, "-f", "qcdq", "--no-verify", "-o", tmp_path / "file" / "out")
+    assert result.exit_code == 1
+    assert "cannot write" in result.stderr
