@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor, nn
 
 from qadtr_brevitas.errors import UsageError
 from qadtr_brevitas.precision import PrecisionLike
 from qadtr_brevitas.quant.norm import SwitchableBatchNorm, norms
-from qadtr_brevitas.quant.switch import at_precision, precisions_or_all
+from qadtr_brevitas.quant.switch import at_precision, evaluating, precisions_or_all
 
 
 def recalibrate_norms(
@@ -29,17 +28,14 @@ def recalibrate_norms(
         UsageError: no images, or a precision that is not allowed.
     """
     layers = norms(model)
-    was_training = model.training
-    model.eval()
     for precision in precisions_or_all(model, precisions):
-        with at_precision(model, precision), _averaging(layers) as count_batch, torch.no_grad():
+        with evaluating(model), at_precision(model, precision), _averaging(layers) as count_batch:
             count = 0
             for count, images in enumerate(batches, start=1):
                 count_batch(count)
                 model(images)
         if count == 0:
             raise UsageError("no images to measure norm statistics on: give at least one batch")
-    model.train(was_training)
 
 
 @contextmanager

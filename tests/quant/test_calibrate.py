@@ -12,7 +12,14 @@ from torch import Tensor, nn
 
 from qadtr_brevitas.errors import UsageError
 from qadtr_brevitas.precision import Precision
-from qadtr_brevitas.quant import SwitchableModel, calibrate, convert, get_precision, set_precision
+from qadtr_brevitas.quant import (
+    SwitchableModel,
+    calibrate,
+    convert,
+    get_precision,
+    recalibrate_norms,
+    set_precision,
+)
 from qadtr_brevitas.quant.fake_quantize import quantize_weight
 from qadtr_brevitas.quant.quantizers import (
     SwitchableActProxy,
@@ -180,9 +187,11 @@ def test_calibration_gives_every_precision_the_float_statistics(float_net: nn.Mo
 def test_precision_and_mode_are_as_before(model: SwitchableModel, images: Tensor) -> None:
     set_precision(model, 4)
     model.train()
-    calibrate(model, [images])
+    model.net.bn1.eval()
+    calibrate(model, [images], bias_correction=True)
+    recalibrate_norms(model, [images])
     assert get_precision(model) == Precision(4, 4)
-    assert all(m.training for m in model.modules())
+    assert [m for m in model.modules() if not m.training] == list(model.net.bn1.modules())
 
 
 def test_a_model_without_32_bit_calibrates(float_net: nn.Module, images: Tensor) -> None:
