@@ -18,10 +18,10 @@ from qadtr_brevitas.quant.correct_biases import (
     reset_bias_correction,
 )
 from qadtr_brevitas.quant.norm import copy_float_statistics
-from qadtr_brevitas.quant.observe import Activations
+from qadtr_brevitas.quant.observe import Observations
 from qadtr_brevitas.quant.quantizers import SwitchableActQuant, SwitchableQuant, SwitchableWeightQuant
 from qadtr_brevitas.quant.ranges import Method, Sample, all_of, least_error, percentiles, thinned
-from qadtr_brevitas.quant.switch import observing
+from qadtr_brevitas.quant.switch import Observer, observing
 
 
 def calibrate(
@@ -59,14 +59,42 @@ def calibrate(
     if len(batches) == 0:
         raise UsageError("no images to calibrate on: give at least one batch")
     quantizers = [module for module in model.modules() if isinstance(module, SwitchableActQuant) and module.thresholds]
-    activations = Activations(quantizers, len(batches), sampled=method != "minmax")
-    weights: set[SwitchableQuant] = set()
-    passes = 1 + (len(corrected_precisions(model)) if bias_correction else 0)
+    observed = Observations(quantizers, len(batches), sampled=method != "minmax")
+    count_batch = _counter(progress, len(batches) * (1 + bias_correction * len(corrected_precisions(model))))
+    reset_bias_correction(model)
+    observer = _observer(observed, method, percentile)
+    with observing(model, observer), output_means(model, enabled=bias_correction) as means:
+        for images in batches:
+            model(images)
+            count_batch()
+    for quantizer in observed:
+        _set_thresholds(quantizer, observed.seen_by(quantizer), method, percentile)
+    copy_float_statistics(model)
+    if bias_correction:
+        correct_biases(model, batches, means, count_batch)
+
+
+def _check(method: str, percentile: float) -> None:
+    if method not in get_args(Method):
+        raise UsageError(f"calibration method {method!r} is not known: choose mse, minmax or percentile")
+    if not 0 < percentile <= 100:
+        raise UsageError(f"percentile is {percentile}: it must be above 0 and at most 100, e.g. 99.99")
+
+
+def _counter(progress: Callable[[int, int], object] | None, total: int) -> Callable[[], None]:
+    """A function to call after each batch, which passes their number on."""
     done = itertools.count(1)
 
     def count_batch() -> None:
         if progress is not None:
-            progress(next(done), passes * len(batches))
+            progress(next(done), total)
+
+    return count_batch
+
+
+def _observer(observed: Observations, method: Method, percentile: float) -> Observer:
+    """Sets thresholds of weights where they are first seen, and collects what quantizers of activations see."""
+    weights: set[SwitchableQuant] = set()
 
     def observe(quantizer: SwitchableQuant, x: Tensor) -> None:
         if not quantizer.thresholds or quantizer in weights:
@@ -78,25 +106,9 @@ def calibrate(
                 _set_weight_thresholds(quantizer, x.detach(), method, percentile)
                 weights.add(quantizer)
             else:
-                activations.add(quantizer, x.detach())
+                observed.add(quantizer, x.detach())
 
-    reset_bias_correction(model)
-    with observing(model, observe), output_means(model, enabled=bias_correction) as means:
-        for images in batches:
-            model(images)
-            count_batch()
-    for quantizer in activations:
-        _set_thresholds(quantizer, activations.seen_by(quantizer), method, percentile)
-    copy_float_statistics(model)
-    if bias_correction:
-        correct_biases(model, batches, means, count_batch)
-
-
-def _check(method: str, percentile: float) -> None:
-    if method not in get_args(Method):
-        raise UsageError(f"calibration method {method!r} is not known: choose mse, minmax or percentile")
-    if not 0 < percentile <= 100:
-        raise UsageError(f"percentile is {percentile}: it must be above 0 and at most 100, e.g. 99.99")
+    return observe
 
 
 def _set_weight_thresholds(quantizer: SwitchableQuant, weight: Tensor, method: Method, percentile: float) -> None:

@@ -17,7 +17,7 @@ from qadtr_brevitas.seeding import generator
 _SAMPLES = 1 << 17
 
 
-class Activations:
+class Observations:
     """Collects what each activation quantizer would have to quantize, the same amount from each batch.
 
     Args:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from qadtr_brevitas.errors import UsageError
 from qadtr_brevitas.precision import parse_precisions
-from qadtr_brevitas.quant.observe import Activations
+from qadtr_brevitas.quant.observe import Observations
 from qadtr_brevitas.quant.quantizers import SwitchableActQuant
 from qadtr_brevitas.quant.ranges import percentiles
 from qadtr_brevitas.quant.switch import Switch
@@ -23,7 +23,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 def test_few_values_are_all_kept() -> None:
     quant = quantizer()
-    seen = Activations([quant], 2)
+    seen = Observations([quant], 2)
     seen.add(quant, torch.tensor([[1.0, -2.0]]))
     seen.add(quant, torch.tensor([[-3.0, 0.5]]))
     sample = seen.seen_by(quant)
@@ -34,7 +34,7 @@ def test_few_values_are_all_kept() -> None:
 
 def test_of_many_values_each_batch_gives_the_same_share() -> None:
     quant = quantizer()
-    seen = Activations([quant], 4)
+    seen = Observations([quant], 4)
     for batch in range(4):
         seen.add(quant, torch.full((100, 3000), float(batch)))
     sample = seen.seen_by(quant).rows
@@ -44,7 +44,7 @@ def test_of_many_values_each_batch_gives_the_same_share() -> None:
 
 def test_all_calls_of_a_shared_quantizer_have_the_same_share() -> None:
     quant = quantizer()
-    seen = Activations([quant], 2)
+    seen = Observations([quant], 2)
     for call in range(8):
         seen.add(quant, torch.full((100, 3000), float(call)))
     values, counts = seen.seen_by(quant).rows.unique(return_counts=True)
@@ -57,7 +57,7 @@ def test_the_sample_serves_the_percentile_and_the_largest_is_exact() -> None:
     x = normal(2000, 1000)
     x[7, 7] = -50
     quant = quantizer()
-    seen = Activations([quant], 1)
+    seen = Observations([quant], 1)
     seen.add(quant, x)
     sample = seen.seen_by(quant)
     assert percentiles(sample.rows, 99.99).item() == pytest.approx(3.89, abs=0.2)
@@ -69,7 +69,7 @@ def test_values_are_drawn_at_random_but_always_the_same_ones() -> None:
     samples = []
     for _ in range(2):
         quant = quantizer()
-        seen = Activations([quant], 1)
+        seen = Observations([quant], 1)
         seen.add(quant, x)
         samples.append(seen.seen_by(quant).rows)
     assert torch.equal(*samples)
@@ -87,7 +87,7 @@ def test_values_are_drawn_at_random_but_always_the_same_ones() -> None:
 def test_what_is_cut_off_anyway_does_not_count(settings: dict[str, object], kept: list[float], largest: float) -> None:
     x = torch.tensor([-20.0, 0.0, 5.0, 9.0])
     quant = quantizer(**settings)
-    seen = Activations([quant], 1)
+    seen = Observations([quant], 1)
     seen.add(quant, x)
     sample = seen.seen_by(quant)
     assert (sample.rows[0].tolist(), sample.largest.item()) == (kept, largest)
@@ -98,12 +98,12 @@ def test_what_is_cut_off_anyway_does_not_count(settings: dict[str, object], kept
 def test_values_that_are_not_finite_are_refused(bad: float) -> None:
     quant = quantizer(signed=False)
     with pytest.raises(UsageError, match="not finite on the calibration images: check its weights"):
-        Activations([quant], 1).add(quant, torch.tensor([1.0, bad]))
+        Observations([quant], 1).add(quant, torch.tensor([1.0, bad]))
 
 
 def test_quantizers_are_kept_apart() -> None:
     quantizers = [quantizer(), quantizer(), quantizer()]
-    seen = Activations(quantizers, 1)
+    seen = Observations(quantizers, 1)
     seen.add(quantizers[2], torch.tensor([3.0]))
     seen.add(quantizers[0], torch.tensor([1.0, 1.5]))
     assert [seen.seen_by(q).rows.tolist() for q in seen] == [[[3.0]], [[1.0, 1.5]]]
@@ -112,7 +112,7 @@ def test_quantizers_are_kept_apart() -> None:
 
 def test_without_samples_the_largest_is_still_known() -> None:
     quant = quantizer()
-    seen = Activations([quant], 1, sampled=False)
+    seen = Observations([quant], 1, sampled=False)
     seen.add(quant, torch.tensor([1.0, -4.0]))
     assert seen.seen_by(quant).rows.numel() == 0
     assert seen.seen_by(quant).largest.tolist() == [4.0]
