@@ -111,7 +111,7 @@ def _float_note(module: nn.Module) -> str:
         return f"stays float: {note}"
     if any(name.startswith("running_") for name, _ in module.named_buffers()):
         return f"stays float: no rule for {type(module).__name__}, whose statistics all precisions share"
-    return f"stays float: multiplies no two tensors of many values; {_NEXT}"
+    return f"stays float: computes no products; {_NEXT}"
 
 
 def _layer(product: Product, module: nn.Module, plan: Plan) -> nn.Module:
