@@ -7,6 +7,7 @@ from typing import Any
 import timm.layers
 from torch import nn
 
+from qadtr_brevitas.errors import UsageError
 from qadtr_brevitas.quant.functions import (
     ProductQuant,
     QuantizedAttention,
@@ -57,6 +58,9 @@ def converted(call: Call, module: nn.Module, plan: Plan) -> tuple[nn.Module | No
     Returns:
         The new module, the same one if it was changed in place, or None if it stays float, with a note that says how
         or why; None for a mere container, of which there is nothing to say.
+
+    Raises:
+        UsageError: it cannot be quantized as the plan wants.
     """
     if call.products:
         if all(plan.stays_float(product) for product in call.products):
@@ -135,6 +139,11 @@ def _layer_note(product: Product, plan: Plan) -> str:
 
 
 def _with_products(call: Call, module: nn.Module, plan: Plan) -> nn.Module:
+    if plan.activations == "dynamic" and isinstance(module, nn.MultiheadAttention):
+        raise UsageError(
+            f"{call.name or 'the network'} is a MultiheadAttention, in which each token holds all images: dynamic "
+            "quantizers could not measure a range for each; use activations='static', or timm's network of the kind"
+        )
     products = [_quantized_product(product, plan) for product in call.products]
     quantize_products(module, ProductQuant(products, plan.switch))
     return module

@@ -69,3 +69,9 @@ def test_multi_head_attention_is_followed_inside() -> None:
     ]
     assert names == [("embed", "conv2d"), *expected, ("head", "linear")]
     assert found.unseen_macs == 0
+
+
+def test_dynamic_ranges_need_images_apart() -> None:
+    net = Recurrent(nn.TransformerEncoderLayer(4, 2, 8))
+    with pytest.raises(UsageError, match="layer.self_attn is a MultiheadAttention, in which each token.*='static'"):
+        convert(net, image_size=(8, 8), activations="dynamic")
