@@ -73,5 +73,5 @@ def test_multi_head_attention_is_followed_inside() -> None:
 
 def test_dynamic_ranges_need_images_apart() -> None:
     net = Recurrent(nn.TransformerEncoderLayer(4, 2, 8))
-    with pytest.raises(UsageError, match="layer.self_attn is a MultiheadAttention, in which each token.*='static'"):
+    with pytest.raises(UsageError, match=r"layer.self_attn is a MultiheadAttention, in which each token.*='static'"):
         convert(net, image_size=(8, 8), activations="dynamic")
