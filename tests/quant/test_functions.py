@@ -234,3 +234,31 @@ def test_timm_attention_takes_the_fused_kernel_at_32_bit(monkeypatch: pytest.Mon
     monkeypatch.setattr(F, "scaled_dot_product_attention", count)
     model(torch.rand(1, 3, 32, 32))
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.ConvTranspose2d(3, 4, 2, stride=2), (2, 3, 8, 8)),
+        (nn.Conv1d(8, 4, 3), (6, 8, 8)),
+        (nn.Conv3d(1, 4, 3, padding=1), (2, 1, 3, 8, 8)),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_other_layers_of_torch(layer: nn.Module, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Unflatten(0, (2, 1)), nn.Flatten(0), nn.Unflatten(0, shape), layer, nn.Flatten(0))
+    net = nn.Sequential(net, nn.Unflatten(0, (2, -1)), nn.LazyLinear(5))
+    net(IMAGES)
+    model, report = convert(net.eval(), image_size=(8, 8), edge="same")
+    calibrate(model, [IMAGES])
+    assert report.quantized_macs == report.macs
+    with torch.no_grad():
+        exact, outputs = net(IMAGES), {}
+        for bits in (32, 8, 2):
+            with at_precision(model, bits):
+                outputs[bits] = model(IMAGES)
+            assert torch.equal(freeze(model, bits)(IMAGES), outputs[bits])
+    assert torch.equal(outputs[32], exact)
+    near, coarse = ((outputs[bits] - exact).abs().max() / exact.abs().max() for bits in (8, 2))
+    assert 0 < near < 0.05 < coarse
