@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("modules", nargs="*", metavar="MODULE", help="of timm; all that have no result yet by default")
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
-    parser.add_argument("--timeout", type=float, default=120, help="seconds for each model")
+    parser.add_argument("--timeout", type=float, default=600, help="seconds for each model")
     parser.add_argument("--results", type=Path, default=Path("timm_sweep.jsonl"))
     parser.add_argument("--table", type=Path, default=Path("timm_sweep.md"))
     args = parser.parse_args(argv)
