@@ -12,10 +12,11 @@ from qadtr_brevitas.files import read_json, recover_directory
 
 _LARGEST_HEADER = 100_000_000
 _NOT_SHOWN = ("classes",)
+_EXPORT_REPORT = "export-report.json"
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """Facts about a model directory, run directory, patch, report or weights file; `kind` says which it is.
+    """Facts about a model directory, run directory, patch, report, export or weights file; `kind` says which it is.
 
     Raises:
         UsageError: there is no such path, or it is none of these.
@@ -40,10 +41,12 @@ def _folder(path: Path) -> dict[str, Any]:
         return _run(path)
     if (path / "report.json").exists():
         return _report(path / "report.json")
+    if (path / _EXPORT_REPORT).exists():
+        return {"kind": "export", "path": str(path), **_mapping(path / _EXPORT_REPORT)}
     patches = [file for file in sorted(path.glob("*.safetensors")) if _header(file)[0].get("meta")]
     if patches:
         return {"kind": "folder of patches", "path": str(path), "patches": [file.name for file in patches]}
-    raise UsageError(f"{path} holds no model, run, patch or report; give the folder that a command named at its end")
+    raise UsageError(f"{path} holds no model, run, patch, report or export; give the folder that a command named at its end")
 
 
 def _model(path: Path) -> dict[str, Any]:

@@ -35,6 +35,17 @@ def test_a_model(tmp_path: Path) -> None:
     assert facts == {"kind": "model", "name": "toy", "num_classes": 2, "tensors": 2, "numbers": 10, "bytes": size}
 
 
+def test_an_export(tmp_path: Path) -> None:
+    write_json(tmp_path / "export-report.json", {"format": "qonnx", "precision": "4", "agreement": None})
+    assert describe(tmp_path) == {
+        "kind": "export",
+        "path": str(tmp_path),
+        "format": "qonnx",
+        "precision": "4",
+        "agreement": None,
+    }
+
+
 def test_a_run_and_its_last_whole_record(tmp_path: Path) -> None:
     facts = describe(run_directory(tmp_path / "run"))
     assert facts["kind"] == "run"
