@@ -131,7 +131,7 @@ def test_things_that_are_none_of_these(tmp_path: Path) -> None:
         (tmp_path / "missing", "there is no"),
         (tmp_path / "a.txt", "is not a model, run, patch or report"),
         (tmp_path / "a.json", "is not a report"),
-        (tmp_path, "holds no model, run, patch or report"),
+        (tmp_path, "holds no model, run, patch, report or export"),
     ]:
         with pytest.raises(UsageError, match=words):
             describe(path)
