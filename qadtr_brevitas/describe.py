@@ -46,7 +46,9 @@ def _folder(path: Path) -> dict[str, Any]:
     patches = [file for file in sorted(path.glob("*.safetensors")) if _header(file)[0].get("meta")]
     if patches:
         return {"kind": "folder of patches", "path": str(path), "patches": [file.name for file in patches]}
-    raise UsageError(f"{path} holds no model, run, patch, report or export; give the folder that a command named at its end")
+    raise UsageError(
+        f"{path} holds no model, run, patch, report or export; give the folder that a command named at its end"
+    )
 
 
 def _model(path: Path) -> dict[str, Any]:
