@@ -3,9 +3,10 @@
     make bench                                # or: python examples/benchmark_ptq.py --method percentile
 
 For each network, with random weights: (a) the processor seconds of `convert` and `calibrate` over those of as many
-float forwards, of one thread, so that other work on the machine counts as little as possible; (b) the highest memory
-of a process that makes the network, converts and calibrates it, over that of one that makes it and runs it on the
-same batches, both less what Python and the libraries take. Memory is read from /proc, so on Linux only.
+float forwards as they make, of one thread; each batch is run in float just before calibration takes it, so that other
+work on the machine slows both alike; (b) the highest memory of a process that makes the network, converts and
+calibrates it, over that of one that makes it and runs it on the same batches, both less what Python and the libraries
+take. Memory is read from /proc, so on Linux only.
 """
 
 from __future__ import annotations
@@ -15,11 +16,86 @@ import json
 import multiprocessing
 import platform
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+T = TypeVar("T")
 DEFAULT_MODELS = ("deit_base_patch16_224", "swin_small_patch4_window7_224")
+
+
+class Batches:
+    """Images in [0, 1], each batch run through a float network before it is handed out, if there is one.
+
+    Args:
+        size: channels, height and width.
+        images: how many in all.
+        batch_size: how many at once.
+        net: the float network.
+    """
+
+    def __init__(self, size: tuple[int, int, int], images: int, batch_size: int, net: nn.Module | None = None) -> None:
+        self.size, self.net, self.seconds = size, net, 0.0
+        self.counts = [min(batch_size, images - start) for start in range(0, images, batch_size)]
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        import torch
+
+        for count in self.counts:
+            batch = torch.rand(count, *self.size)
+            if self.net is not None:
+                start = time.process_time()
+                self.net(batch)
+                self.seconds += time.process_time() - start
+            yield batch
+
+
+def prepared(name: str) -> Any:
+    """The float network, with one thread and random weights."""
+    import timm
+    import torch
+
+    import qadtr_brevitas.models  # noqa: F401  (registers the CIFAR models with timm)
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    return timm.create_model(name).eval()
+
+
+def quantize(net: nn.Module, batches: Batches, method: str) -> None:
+    """Converts and calibrates as the command line does: the float network is not needed afterwards."""
+    from qadtr_brevitas.quant import calibrate, convert
+
+    model, _ = convert(net, in_place=True)
+    calibrate(model, batches, method=method)
+
+
+def seconds(name: str, method: str, images: int, batch_size: int) -> dict[str, float]:
+    """Processor seconds of float forwards, and of conversion and calibration on the same images."""
+    import copy
+
+    import torch
+
+    import qadtr_brevitas.quant  # noqa: F401  (so that loading Brevitas is not timed)
+
+    net = prepared(name)
+    size, twin = net.pretrained_cfg["input_size"], copy.deepcopy(net)
+    with torch.no_grad():
+        twin(torch.rand(1, *size))
+        # Conversion runs the network on two images.
+        list(probe := Batches(size, 2, 2, twin))
+        batches = Batches(size, images, batch_size, twin)
+        start = time.process_time()
+        quantize(net, batches, method)
+        spent = time.process_time() - start - batches.seconds
+    return {"float": probe.seconds + batches.seconds, "quantization": spent}
 
 
 def memory(key: str) -> int:
@@ -28,42 +104,44 @@ def memory(key: str) -> int:
     return int(lines[key].split()[0]) * 1024
 
 
-def run(name: str, method: str | None, images: int, batch_size: int) -> dict[str, float]:
-    """Runs a network on images, or converts and calibrates it on them if there is a method; seconds and peak bytes."""
-    import timm
+def peak_bytes(name: str, method: str | None, images: int, batch_size: int) -> int:
+    """Most memory beyond the libraries', of float forwards or, if there is a method, conversion and calibration."""
     import torch
 
-    import qadtr_brevitas.models  # noqa: F401  (registers the CIFAR models with timm)
-    from qadtr_brevitas.quant import calibrate, convert
+    import qadtr_brevitas.quant  # noqa: F401  (so that it counts as one of the libraries)
 
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
     libraries = memory("VmRSS")
-    net = timm.create_model(name).eval()
-    size = net.pretrained_cfg["input_size"]
-    batches = [torch.rand(min(batch_size, images - start), *size) for start in range(0, images, batch_size)]
+    net = prepared(name)
+    batches = Batches(net.pretrained_cfg["input_size"], images, batch_size)
     with torch.no_grad():
-        net(batches[0][:1])
-        start = time.process_time()
         if method is None:
             for batch in batches:
                 net(batch)
         else:
-            # As the command line does it: the float network is not needed any more.
-            model, _ = convert(net, in_place=True)
-            calibrate(model, batches, method=method)
-    return {"seconds": time.process_time() - start, "peak_bytes": memory("VmHWM") - libraries}
+            quantize(net, batches, method)
+    return memory("VmHWM") - libraries
 
 
-def measure(name: str, method: str, images: int, batch_size: int) -> dict[str, object]:
-    """Both ways, each in a process of its own, so that one's memory is not the other's."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as processes:
-        one = partial(run, name, images=images, batch_size=batch_size)
-        plain = processes.submit(one, None).result()
-        quantized = processes.submit(one, method).result()
-    ratios = {f"{key}_ratio": quantized[key] / plain[key] for key in plain}
-    return {"model": name, "float": plain, "quantization": quantized, **ratios}
+def apart(function: Callable[..., T], *arguments: object) -> T:
+    """Runs a function in a process of its own, so that its memory is nobody else's."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+        return process.submit(function, *arguments).result()
+
+
+def measure(name: str, method: str, images: int, batch_size: int) -> dict[str, Any]:
+    """Seconds, bytes and ratios for one network."""
+    times = apart(seconds, name, method, images, batch_size)
+    peaks = {
+        kind: apart(peak_bytes, name, how, images, batch_size)
+        for kind, how in (("float", None), ("quantization", method))
+    }
+    return {
+        "model": name,
+        "seconds": times,
+        "seconds_ratio": times["quantization"] / times["float"],
+        "peak_bytes": peaks,
+        "peak_ratio": peaks["quantization"] / peaks["float"],
+    }
 
 
 def main() -> None:
@@ -75,12 +153,12 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--output", type=Path, default=Path("bench_ptq.json"))
     arguments = parser.parse_args()
-    results: list[dict[str, object]] = []
+    results: list[dict[str, Any]] = []
     for name in arguments.models:
         result = measure(name, arguments.method, arguments.images, arguments.batch_size)
         print(
             f"{name}: {result['seconds_ratio']:.2f}x the time of float forwards, "
-            f"{result['peak_bytes_ratio']:.2f}x the memory ({arguments.method}, {arguments.images} images)"
+            f"{result['peak_ratio']:.2f}x the memory ({arguments.method}, {arguments.images} images)"
         )
         results.append(result)
     settings = {key: value for key, value in vars(arguments).items() if key not in ("models", "output")}

@@ -61,7 +61,7 @@ class Observations:
         self._largest[quantizer] = max(self._largest.get(quantizer, 0.0), largest)
         if self._per_batch:
             self._calls[quantizer] += 1
-            sample, slots = self._choose(quantizer, x.reshape(-1))
+            sample, slots = self._choose(quantizer, x)
             self._row(quantizer, x.device)[slots] = sample.float().clamp(lowest, highest)
 
     def _row(self, quantizer: SwitchableQuant, device: torch.device) -> Tensor:
@@ -71,19 +71,20 @@ class Observations:
             self._pool = torch.empty(len(self._rows), _SAMPLES, device=device)
         return self._pool[self._rows[quantizer]]
 
-    def _choose(self, quantizer: SwitchableQuant, values: Tensor) -> tuple[Tensor, slice | Tensor]:
+    def _choose(self, quantizer: SwitchableQuant, x: Tensor) -> tuple[Tensor, slice | Tensor]:
         """A sample of the values, and where to keep it."""
-        kept, count = self._kept[quantizer], min(len(values), self._per_batch)
+        kept, count = self._kept[quantizer], min(x.numel(), self._per_batch)
         slots = slice(kept, kept + count)
         if kept + count > _SAMPLES:
             # A quantizer that is called in several places: each call so far is to have the same share.
             count = kept // self._calls[quantizer]
-            slots = torch.randperm(kept, generator=self._rng)[:count].to(values.device)
+            slots = torch.randperm(kept, generator=self._rng)[:count].to(x.device)
         else:
             self._kept[quantizer] += count
-        if count < len(values):
-            values = values.take(torch.randint(len(values), (count,), generator=self._rng).to(values.device))
-        return values, slots
+        if count == x.numel():
+            return x.reshape(-1), slots
+        # Taken from x as it lies in memory, which may be in strides: flattened, it would be copied first.
+        return x.take(torch.randint(x.numel(), (count,), generator=self._rng).to(x.device)), slots
 
     def seen_by(self, quantizer: SwitchableQuant) -> Sample:
         """What a quantizer saw, as one row; without a sample, none of its values."""
