@@ -61,7 +61,7 @@ def _weights(seed: int) -> dict[str, Tensor]:
     net = create_float_model("cifar_resnet20", num_classes=CLASSES, args={})
     optimizer = torch.optim.Adam(net.parameters(), lr=3e-3)
     images, labels = train_split().batch(torch.arange(60))
-    for _ in range(12):
+    for _ in range(20):
         loss = cross_entropy(net((images - PIXELS[0]) / PIXELS[0]), labels)
         optimizer.zero_grad()
         loss.backward()
