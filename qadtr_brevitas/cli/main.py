@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import traceback
 from collections.abc import Sequence
@@ -108,6 +109,8 @@ def cli() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit code: 0 ok, 1 failure, 2 bad usage or an invalid recipe."""
+    # Brevitas looks for a compiler, and PyTorch says that there is no GPU for it.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     try:
         result = cli.main(arguments, prog_name="qadtr-brevitas", standalone_mode=False)
     except click.ClickException as error:
