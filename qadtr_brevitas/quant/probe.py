@@ -203,9 +203,18 @@ def probe(net: nn.Module, images: Tensor, *, nonnegative: bool = False) -> Probe
             net(images)
         except (RuntimeError, ValueError, AssertionError, TypeError, IndexError, KeyError) as error:
             size = "x".join(str(s) for s in images.shape[1:])
-            raise UsageError(f"{type(net).__name__} does not run on an image of {size}: {error}") from error
+            raise UsageError(
+                f"{type(net).__name__} does not run on an image of {size}: {error}{_own_size(net, images)}"
+            ) from error
     unseen = watch.counter.get_total_flops() // 2 - watch.seen_macs
     return Probe(watch.calls, watch.products, unseen // len(images))
+
+
+def _own_size(net: nn.Module, images: Tensor) -> str:
+    own = (getattr(net, "pretrained_cfg", None) or {}).get("input_size")
+    if own is None or tuple(own) == tuple(images.shape[1:]):
+        return ""
+    return f". It is made for images of {'x'.join(str(side) for side in own)}: use some of about that size"
 
 
 def _attention_macs(found: dict[str, Tensor]) -> int:

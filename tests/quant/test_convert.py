@@ -253,6 +253,12 @@ def test_a_network_that_does_not_run_is_refused() -> None:
         convert(nn.Sequential(nn.Conv2d(3, 4, 5), nn.Flatten()), image_size=(2, 2))
 
 
+def test_a_network_for_larger_images_says_so() -> None:
+    net = timm.create_model("inception_v3", num_classes=3)
+    with pytest.raises(UsageError, match=r"on an image of 3x32x32: .*made for images of 3x299x299: use some"):
+        convert(net, image_size=(32, 32))
+
+
 def test_impossible_precisions_are_refused() -> None:
     with pytest.raises(UsageError, match="w1a1 is not possible"):
         convert(Small(), [32, 1], image_size=(16, 16))
