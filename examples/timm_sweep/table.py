@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
+from itertools import compress
 from typing import Any
 
-_HEAD = """# Which networks of timm convert
+_HEAD = """# Which networks convert
 
 The smallest model (by parameters) of every module of timm, and of the modules of torchvision that define networks timm
 lacks, with random weights, at the smallest square image it takes. Made with
@@ -18,14 +19,14 @@ python -m examples.timm_sweep
 
 on {date}, {versions}; seeds 0 and up, two images of noise, one thread.
 
-**{converted} of {modules} modules convert fully ({share:.1%})**: {results}.
+{results}
 
 "Converts" means that all of this was checked:
 
 - at 32 bit the switchable network, and the frozen one, give bit for bit what the float network gives;
 - at 8, 4 and 2 bit every operand of every convolution and matrix product that reaches PyTorch's kernels has at most
-  256, 16 and 4 distinct values (a weight: in each output channel; first and last layer, and filters that are not
-  learned: 256), unless the product is the same for every image;
+  256, 16 and 4 distinct values (a weight: in each of its first 64 output channels; first and last layer, and filters
+  that are not learned: 256), unless the product is the same for every image;
 - what is quantized without a sign has no negative value;
 - at 8, 4 and 2 bit the frozen network gives bit for bit what the switchable one gives;
 - the conversion is the same for other random weights, and its state dict loads into it and gives the same logits;
@@ -48,17 +49,22 @@ def markdown(records: Sequence[Mapping[str, Any]], *, date: str) -> str:
         records: one for each module, as in the results file.
         date: year, month and day of the run.
     """
-    counts = Counter(record["result"] for record in records)
+    theirs = [record["module"].startswith("torchvision.") for record in records]
+    sources = {"timm": [not there for there in theirs], "torchvision": theirs}
     head = _HEAD.format(
         date=date,
         versions=", ".join(f"{name} {version(name)}" for name in ("timm", "torch", "torchvision", "brevitas")),
-        converted=counts["converts"],
-        modules=len(records),
-        share=counts["converts"] / len(records),
-        results=", ".join(f"{number} {result}" for result, number in counts.most_common()),
+        results="\n".join(_summary(name, list(compress(records, chosen))) for name, chosen in sources.items()),
     )
     rows = "".join(_row(record) for record in sorted(records, key=_order))
     return head + rows + _reasons([record for record in records if record["reason"]])
+
+
+def _summary(source: str, records: Sequence[Mapping[str, Any]]) -> str:
+    counts = Counter(record["result"] for record in records)
+    share = f" ({counts['converts'] / len(records):.1%})" if records else ""
+    others = "".join(f", {number} {result}" for result, number in counts.most_common() if result != "converts")
+    return f"- {source}: **{counts['converts']} of {len(records)} modules convert fully**{share}{others}"
 
 
 def _order(record: Mapping[str, Any]) -> tuple[bool, str]:

@@ -218,7 +218,7 @@ def test_the_table_gives_reasons() -> None:
     good |= {"macs": 2_000_000, "quantized_macs": 1_000_000, "parameters": 5_000, "quantized_share": 0.5}
     bad = {"module": "rnn", "model": "rnn_s", "image_size": 32, "result": "refused", "reason": "it is recurrent"}
     page = markdown([good, bad], date="2000-01-01")
-    assert "**1 of 2 modules convert fully (50.0%)**: 1 converts, 1 refused." in page
+    assert "- timm: **1 of 2 modules convert fully** (50.0%), 1 refused\n- torchvision: **0 of 0" in page
     assert "| vgg | `vgg11` | 64 | 2.0 | 50.0% | 5 | 50.0% | converts |" in page
     assert "| rnn | `rnn_s` | 32 |  |  |  |  | refused |" in page
     assert "- rnn (`rnn_s`), refused: it is recurrent" in page
