@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
-import qadtr_brevitas.models  # noqa: F401  (registers the CIFAR models with timm)
+from qadtr_brevitas.models.create import create_float_model
 from qadtr_brevitas.precision import DEFAULT_BITS
 from qadtr_brevitas.quant import SwitchableModel, calibrate, convert, frozen_weights, set_precision
 
@@ -43,12 +43,12 @@ Step = Callable[[], object]
 
 def float_model() -> nn.Module:
     """ResNet-20 as the same program makes it, with quantization off: the fair baseline."""
-    return Normalized(timm.create_model("cifar_resnet20"))
+    return Normalized(create_float_model("cifar_resnet20", num_classes=10))
 
 
 def stock_model() -> nn.Module:
     """ResNet-20 with Brevitas's own layers at 4 bit, as its documentation writes them."""
-    net = timm.create_model("cifar_resnet20")
+    net = create_float_model("cifar_resnet20", num_classes=10)
     for name, module in list(net.named_modules()):
         if isinstance(module, nn.Conv2d):
             quant = Int8WeightPerChannelFloat
@@ -63,7 +63,7 @@ def stock_model() -> nn.Module:
 
 def switchable_model(images: Tensor) -> SwitchableModel:
     """The converted and calibrated ResNet-20."""
-    model, _ = convert(timm.create_model("cifar_resnet20"), DEFAULT_BITS)
+    model, _ = convert(create_float_model("cifar_resnet20", num_classes=10), DEFAULT_BITS)
     calibrate(model, [images.cpu()])
     return model
 

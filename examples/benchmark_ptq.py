@@ -12,6 +12,7 @@ take. Memory is read from /proc, so on Linux only.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import multiprocessing
 import platform
@@ -59,14 +60,13 @@ class Batches:
 
 def prepared(name: str) -> Any:
     """The float network, with one thread and random weights."""
-    import timm
     import torch
 
-    import qadtr_brevitas.models  # noqa: F401  (registers the CIFAR models with timm)
+    from qadtr_brevitas.models.create import create_float_model
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    return timm.create_model(name).eval()
+    return create_float_model(name, num_classes=1000).eval()
 
 
 def quantize(net: nn.Module, batches: Batches, method: str) -> None:
@@ -77,14 +77,17 @@ def quantize(net: nn.Module, batches: Batches, method: str) -> None:
     calibrate(model, batches, method=method)
 
 
+def load_quantization() -> None:
+    importlib.import_module("qadtr_brevitas.quant")
+
+
 def seconds(name: str, method: str, images: int, batch_size: int) -> dict[str, float]:
     """Processor seconds of float forwards, and of conversion and calibration on the same images."""
     import copy
 
     import torch
 
-    import qadtr_brevitas.quant  # noqa: F401  (so that loading Brevitas is not timed)
-
+    load_quantization()  # so that loading Brevitas is not timed
     net = prepared(name)
     size, twin = net.pretrained_cfg["input_size"], copy.deepcopy(net)
     with torch.no_grad():
@@ -108,8 +111,7 @@ def peak_bytes(name: str, method: str | None, images: int, batch_size: int) -> i
     """Most memory beyond the libraries', of float forwards or, if there is a method, conversion and calibration."""
     import torch
 
-    import qadtr_brevitas.quant  # noqa: F401  (so that it counts as one of the libraries)
-
+    load_quantization()  # so that it counts as one of the libraries
     libraries = memory("VmRSS")
     net = prepared(name)
     batches = Batches(net.pretrained_cfg["input_size"], images, batch_size)

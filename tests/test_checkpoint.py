@@ -4,13 +4,12 @@ from pathlib import Path
 
 import pytest
 import safetensors.torch
-import timm
 import torch
 
-import qadtr_brevitas.models  # noqa: F401
 from qadtr_brevitas import checkpoint
 from qadtr_brevitas.checkpoint import ModelInfo, load_model, resolve_model_dir, save_model
 from qadtr_brevitas.errors import CheckpointError
+from qadtr_brevitas.models.create import create_float_model
 from qadtr_brevitas.quant import SwitchableModel, allowed_precisions, at_precision, calibrate, convert
 
 INFO = ModelInfo(
@@ -31,7 +30,7 @@ IMAGES = torch.rand(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 def model() -> SwitchableModel:
     """A model whose every state has been used: calibrated, trained a little, statistics of its own."""
     torch.manual_seed(0)
-    net = timm.create_model(INFO.name, num_classes=INFO.num_classes)
+    net = create_float_model(INFO.name, num_classes=INFO.num_classes)
     model, _ = convert(net, mean=INFO.mean, std=INFO.std, image_size=INFO.image_size, **INFO.quant)
     calibrate(model, [IMAGES])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)

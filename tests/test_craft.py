@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -152,7 +151,10 @@ def test_attack_without_a_target_makes_one_patch_a_precision(tmp_path: Path) -> 
 
 def test_progress_counts_all_patches(tmp_path: Path) -> None:
     seen: list[tuple[int, int, str]] = []
-    report: Callable[[int, int, str], None] = lambda *step: seen.append(step)  # noqa: E731
+
+    def report(done: int, total: int, note: str = "") -> None:
+        seen.append((done, total, note))
+
     make(tmp_path, precisions=[4], targets=[1, 2], progress=report)
     assert [done / total for done, total, _ in seen] == [0.25, 0.5, 0.75, 1.0]
     assert seen[0][2] == "4 bit, target1 half"

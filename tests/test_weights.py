@@ -2,12 +2,11 @@ import os
 from pathlib import Path
 
 import pytest
-import timm
 import torch
 from safetensors.torch import save_file
 
-import qadtr_brevitas.models  # noqa: F401
 from qadtr_brevitas.errors import CheckpointError
+from qadtr_brevitas.models.create import create_float_model
 from qadtr_brevitas.weights import load_into, load_weights
 
 
@@ -26,7 +25,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def weights() -> dict[str, torch.Tensor]:
-    return timm.create_model("cifar_resnet20").state_dict()
+    return create_float_model("cifar_resnet20", num_classes=10).state_dict()
 
 
 @pytest.mark.parametrize("name", ["a.safetensors", "a.pth", "a.pt", "a.th"])
@@ -96,7 +95,7 @@ def test_files_without_weights(stored: object, here: Path) -> None:
 
 def test_load_into_accepts_missing_counters_and_nothing_else() -> None:
     state = {key: value for key, value in weights().items() if not key.endswith("num_batches_tracked")}
-    model = timm.create_model("cifar_resnet20")
+    model = create_float_model("cifar_resnet20", num_classes=10)
     load_into(model, state, source="a.pth", name="cifar_resnet20")
     assert all(torch.equal(model.state_dict()[key], value) for key, value in state.items())
     del state["layer1.0.bn1.running_var"]
@@ -108,7 +107,7 @@ def test_load_into_accepts_missing_counters_and_nothing_else() -> None:
 
 
 def test_weights_of_another_network() -> None:
-    model = timm.create_model("cifar_resnet32")
+    model = create_float_model("cifar_resnet32", num_classes=10)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     with pytest.raises(CheckpointError) as caught:
         load_into(model, weights(), source="a.pth", name="cifar_resnet32")
@@ -121,10 +120,10 @@ def test_weights_of_another_network() -> None:
     with pytest.raises(
         CheckpointError, match=r"a.pth does not fit cifar_vgg16: they share 1 tensors, but differ in 180"
     ):
-        load_into(timm.create_model("cifar_vgg16"), weights(), source="a.pth", name="cifar_vgg16")
+        load_into(create_float_model("cifar_vgg16", num_classes=10), weights(), source="a.pth", name="cifar_vgg16")
 
 
 def test_weights_for_another_number_of_classes() -> None:
-    model = timm.create_model("cifar_resnet20", num_classes=7)
+    model = create_float_model("cifar_resnet20", num_classes=7)
     with pytest.raises(CheckpointError, match=r"a.pth has weights for 10 classes, but 7 are needed: use data with 10"):
         load_into(model, weights(), source="a.pth", name="cifar_resnet20")

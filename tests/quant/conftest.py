@@ -1,11 +1,10 @@
 """A float network with statistics that are not the identity, and its switchable twin."""
 
 import pytest
-import timm
 import torch
 from torch import nn
 
-import qadtr_brevitas.models  # noqa: F401  (registers the CIFAR models)
+from qadtr_brevitas.models.create import create_float_model
 from qadtr_brevitas.quant import SwitchableModel, calibrate, convert
 
 SIZE = (16, 16)
@@ -27,7 +26,7 @@ def randomize_norms(net: nn.Module) -> nn.Module:
 def float_net() -> nn.Module:
     """ResNet-20 in eval mode; do not change it."""
     torch.manual_seed(0)
-    return randomize_norms(timm.create_model("cifar_resnet20")).eval()
+    return randomize_norms(create_float_model("cifar_resnet20", num_classes=10)).eval()
 
 
 @pytest.fixture(scope="session")
