@@ -83,26 +83,24 @@ def brevitas_twin(module: nn.Module, conv: Any, linear: Any, **quantizers: Any) 
     return twin
 
 
-class SwitchableIdentity(QuantIdentity):
+class _ShortWayOfActivations:
+    """What quantizers of activations share."""
+
+    export_mode: bool
+    act_quant: SwitchableActProxy
+
+    def forward(self, input: Any) -> Any:  # named as in Brevitas
+        if self.export_mode or isinstance(input, QuantTensor):
+            return super().forward(input)  # pyright: ignore[reportAttributeAccessIssue, reportUnknownVariableType]
+        return self.act_quant.quantize(input)
+
+
+class SwitchableIdentity(_ShortWayOfActivations, QuantIdentity):  # pyright: ignore[reportIncompatibleVariableOverride]
     """QuantIdentity with a switchable quantizer, of activations or of a weight that is computed in the forward."""
 
-    act_quant: SwitchableActProxy
 
-    def forward(self, input: Any) -> Any:
-        if self.export_mode or isinstance(input, QuantTensor):
-            return super().forward(input)
-        return self.act_quant.quantize(input)
-
-
-class SwitchableReLU(QuantReLU):
+class SwitchableReLU(_ShortWayOfActivations, QuantReLU):  # pyright: ignore[reportIncompatibleVariableOverride]
     """QuantReLU with a switchable quantizer, which is the ReLU below 32 bit."""
-
-    act_quant: SwitchableActProxy
-
-    def forward(self, input: Any) -> Any:
-        if self.export_mode or isinstance(input, QuantTensor):
-            return super().forward(input)
-        return self.act_quant.quantize(input)
 
 
 class SwitchableReLU6(SwitchableReLU):
