@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from qadtr_brevitas.files import write_atomically
+from qadtr_brevitas.drawing import COLORS, new_figure, save_figure, tidy
 from qadtr_brevitas.metrics import Mean
 from qadtr_brevitas.report import PatchFacts, Report
 from qadtr_brevitas.report.views import FLOAT, View, attacked_precisions, families
@@ -16,13 +16,9 @@ from qadtr_brevitas.sources import sorted_accesses
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
     from torch import Tensor
 
-# Okabe and Ito's colors, which color-blind readers tell apart.
-_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _VERDICTS = {"right": "#00704F", "target": "#C00000", "wrong": "#B35900"}
-_DPI = 150
 _INCHES_PER_TILE = 1.15
 _PANELS_ACROSS = 3
 _EOT = "made on a mean over precisions"
@@ -68,7 +64,7 @@ def draw_asr(report: Report, path: Path) -> Path:
     columns = attacked_precisions(report)
     across = min(_PANELS_ACROSS, len(shown))
     down = math.ceil(len(shown) / across)
-    figure = _figure(width=max(8.0, 5.6 * across), height=0.6 + 4.2 * down)
+    figure = new_figure(width=max(8.0, 5.6 * across), height=0.6 + 4.2 * down)
     grid = figure.subplots(down, across, squeeze=False, sharey=True)
     panels = list(grid.flat)[: len(shown)]
     for axes in list(grid.flat)[len(shown) :]:
@@ -83,7 +79,7 @@ def draw_asr(report: Report, path: Path) -> Path:
         del styles[_EOT]
     for axes, family in zip(panels, shown, strict=True):
         for number, model in enumerate(report.models):
-            view, color = View(report, model, family), _COLORS[number % len(_COLORS)]
+            view, color = View(report, model, family), COLORS[number % len(COLORS)]
             curves = {
                 "white-box": [view.white_box(p) for p in columns],
                 "made at 32 bit": [view.made_at(p, FLOAT) for p in columns],
@@ -100,13 +96,13 @@ def draw_asr(report: Report, path: Path) -> Path:
     for axes in grid[:, 0]:
         axes.set_ylabel("attack success rate (%)")
     models = [
-        Line2D([], [], color=_COLORS[number % len(_COLORS)], linewidth=4, label=model.name)
+        Line2D([], [], color=COLORS[number % len(COLORS)], linewidth=4, label=model.name)
         for number, model in enumerate(report.models)
     ]
     kinds = [Line2D([], [], color="#444444", label=kind, **style) for kind, style in styles.items()]
     figure.legend(handles=[*models, *kinds], loc="outside lower center", ncols=min(5, len(models) + 3), frameon=False)
     figure.suptitle(f"ASR against precision, {report.data.images} images, 95 % intervals", fontsize=11)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def draw_patches(report: Report, textures: dict[str, Tensor], path: Path) -> Path:
@@ -154,7 +150,7 @@ def draw_sheet(sheet: Sheet, path: Path) -> Path:
     captioned = any(tile and tile.caption for _, tiles in sheet.rows for tile in tiles)
     tall = _INCHES_PER_TILE + (0.15 if captioned else 0.05)
     label = 0.09 * max(len(line) for text, _ in sheet.rows for line in text.split("\n"))
-    figure = _figure(width=max(4.5, label + _INCHES_PER_TILE * across), height=0.9 + tall * down)
+    figure = new_figure(width=max(4.5, label + _INCHES_PER_TILE * across), height=0.9 + tall * down)
     grid = figure.subplots(down, across, squeeze=False)
     for axes in grid.flat:
         axes.set_axis_off()
@@ -174,7 +170,7 @@ def draw_sheet(sheet: Sheet, path: Path) -> Path:
     figure.suptitle(sheet.title, fontsize=11)
     if sheet.note:
         figure.supxlabel(sheet.note, fontsize=8)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def _frame(axes: Axes) -> None:
@@ -184,21 +180,6 @@ def _frame(axes: Axes) -> None:
     axes.set_yticks([])
     for spine in axes.spines.values():
         spine.set(color="#999999", linewidth=0.6)
-
-
-def _figure(*, width: float, height: float) -> Figure:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    # No pyplot: it would pick a window system and keep every figure alive.
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _save(figure: Figure, path: Path) -> Path:
-    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=_DPI, format="png", facecolor="white"))
-    return path
 
 
 def _curve(axes: Axes, means: Sequence[Mean | None], *, color: str, shift: float, style: dict[str, Any]) -> None:
@@ -217,10 +198,7 @@ def _precision_axis(axes: Axes, columns: Sequence[str]) -> None:
     axes.set_xlim(-0.5, len(columns) - 0.5)
     axes.set_ylim(-2, 102)
     axes.set_xlabel("precision attacked (bit)")
-    axes.grid(axis="y", color="#DDDDDD", linewidth=0.8)
-    axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+    tidy(axes)
 
 
 def _aim(patch: PatchFacts, report: Report) -> str:
