@@ -112,7 +112,18 @@ REGULARIZERS = Registry(
     },
 )
 
+ANALYSES = Registry(
+    "analysis",
+    {
+        "gradients": (
+            "qadtr_brevitas.analyze.gradients:Gradients",
+            "do gradients at few bits point where those at 32 bit do (Figure 4)",
+        ),
+    },
+)
+
 REGISTRIES = {
+    "analyses": ANALYSES,
     "attacks": ATTACKS,
     "datasets": DATASETS,
     "schedules": SCHEDULES,

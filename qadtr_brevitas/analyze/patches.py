@@ -1,0 +1,87 @@
+"""The patches an analysis looks at: finished ones, or some made at the highest precision of each model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from qadtr_brevitas.analyze.base import Context
+from qadtr_brevitas.craft import craft
+from qadtr_brevitas.data.split import Split
+from qadtr_brevitas.errors import UsageError
+from qadtr_brevitas.recipe.slots import slot_name
+from qadtr_brevitas.subjects import PATCH_FOLDER, Contender, Subject, load_patches, unique_names
+
+_MOST_TRAIN, _MOST_HELD_OUT = 10_000, 1_000
+
+
+def float_patches(
+    context: Context,
+    subject: Subject,
+    attacks: Sequence[Any],
+    *,
+    finished: Sequence[str],
+    targets: Sequence[int] | None,
+) -> list[Contender]:
+    """Patches made at the highest precision of a model, 32 bit where it has it.
+
+    Args:
+        context: of the analysis; patches are made in its output folder, and kept.
+        subject: the model.
+        attacks: patch attacks, each made on the model's training images unless there are finished patches.
+        finished: patch files and folders to take patches from instead, whatever model they were made on.
+        targets: classes to aim at; None for the first three.
+
+    Raises:
+        UsageError: an attack that makes no patch, finished patches none of which was made at that precision, or no
+            training images to make any on.
+    """
+    reference = str(context.precisions(subject)[0])
+    if finished:
+        found = load_patches([Path(place) for place in finished])
+        wanted = [c for c in found if c.facts.source is None or c.facts.source.precision == reference]
+        if not wanted:
+            raise UsageError(
+                f"none of the patches in {', '.join(finished)} was made at {reference} bit, which the other precisions "
+                f"are compared with: make some with `qadtr-brevitas attack MODEL_DIR --precision {reference}`"
+            )
+        return wanted
+    folder = context.output / PATCH_FOLDER / subject.name.replace("/", "-")
+    paths = [path for attack in attacks for path in _make(context, subject, attack, folder, reference, targets)]
+    # Named after their model too, because several models have patches of one name.
+    return [
+        Contender(f"{subject.name} {name}", contender.patch, contender.file)
+        for name, contender in zip(unique_names(paths), load_patches(paths), strict=True)
+    ]
+
+
+def _make(
+    context: Context, subject: Subject, attack: Any, folder: Path, precision: str, targets: Sequence[int] | None
+) -> list[Path]:
+    name = slot_name(attack)
+    if not hasattr(attack, "fit"):
+        raise UsageError(f"{name} makes no patch: choose an attack that does, for instance attack=lavan")
+    held_out, train = _divide(context.data.train(), seed=context.seed)
+    made = craft(
+        subject,
+        attack,
+        name=name,
+        train=train,
+        held_out=held_out,
+        output=folder,
+        precisions=[precision],
+        targets=targets,
+        data={"name": context.data.name, "settings": dict(context.data.settings)},
+        seed=context.seed,
+        batch_size=context.batch_size,
+        device=context.device,
+        progress=context.progress,
+    )
+    return [patch.path for patch in made]
+
+
+def _divide(split: Split, *, seed: int) -> tuple[Split, Split]:
+    """Images to choose patches on and to make them on, as many as `attack` takes."""
+    judge, rest = split.divide(min(_MOST_HELD_OUT, max(1, len(split) // 5)), seed=seed)
+    return judge, rest.balanced(min(_MOST_TRAIN, len(rest)), seed=seed)
