@@ -62,19 +62,17 @@ class SwitchableBatchNorm(BatchNorm):
         self.train(norm.training)
         self.float_class = type(norm)
         self.switch = switch
-        self.own_affine = own_affine
         if isinstance(norm, BatchNormAct2d):
             self.add_module("drop", norm.drop)  # pyright: ignore[reportArgumentType]
             self.add_module("act", norm.act)  # pyright: ignore[reportArgumentType]
-        self.branches = nn.ModuleDict()
-        for precision in switch.allowed:
-            self.add_branch(precision)
-
-    def add_branch(self, precision: Precision) -> None:
-        """Adds a precision, starting from the 32-bit statistics; 32 bit itself needs no branch."""
-        if not precision.is_float and str(precision) not in self.branches:
-            assert self.running_mean is not None
-            self.branches[str(precision)] = NormBranch(self, own_affine=self.own_affine).to(self.running_mean.device)
+        assert self.running_mean is not None
+        self.branches = nn.ModuleDict(
+            {
+                str(precision): NormBranch(self, own_affine=own_affine).to(self.running_mean.device)
+                for precision in switch.allowed
+                if not precision.is_float
+            }
+        )
 
     def branch(self, precision: Precision) -> SwitchableBatchNorm | NormBranch:
         """Where the statistics of a precision live: the module itself for 32 bit."""

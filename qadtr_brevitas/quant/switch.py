@@ -48,11 +48,6 @@ class Switch:
             raise UsageError(f"this model has no precision {wanted}: it was converted for {names}")
         self.precision = wanted
 
-    def allow(self, precision: Precision) -> None:
-        """Adds an allowed precision (its quantizers and norm statistics must exist)."""
-        if precision not in self.allowed:
-            self.allowed = (*self.allowed, precision)
-
 
 def switch_of(model: nn.Module) -> Switch:
     """The switch of a switchable model, also through wrappers such as DistributedDataParallel.

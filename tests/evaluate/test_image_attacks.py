@@ -15,6 +15,7 @@ from qadtr_brevitas.errors import UsageError
 from qadtr_brevitas.evaluate import NamedAttack, evaluate
 from qadtr_brevitas.evaluate.image_attacks import SourcedAttack
 from qadtr_brevitas.evaluate.plan import read_means
+from qadtr_brevitas.precision import parse_precisions
 from qadtr_brevitas.report import AttackCell, Report
 from qadtr_brevitas.sources import parse_access
 from qadtr_brevitas.subjects import Subject
@@ -76,7 +77,7 @@ def test_transfer_says_what_is_moved(tmp_path: Path, transfer: str, expected: se
 
 def with_float() -> Subject:
     subject = reader()
-    subject.model.switch.allow(parse_access("32")[0])
+    subject.model.switch.allowed = parse_precisions((8, 4, 32))
     return subject
 
 
