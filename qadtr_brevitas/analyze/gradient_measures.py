@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qadtr_brevitas.precision import Precision
-from qadtr_brevitas.sources import logits_at
+from qadtr_brevitas.sources import logits_at, parse_access
 
 _NORMAL = 1.96
 
@@ -46,7 +46,7 @@ def input_gradients(
         labels: (N,).
         batch_size: images in one pass.
     """
-    logits = logits_at(model, (precision,))
+    logits = logits_at(model, parse_access(precision))
     parts: list[Tensor] = []
     for some, truth in zip(images.split(batch_size), labels.split(batch_size), strict=True):
         inputs = some.detach().clone().requires_grad_(True)

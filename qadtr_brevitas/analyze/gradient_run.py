@@ -20,6 +20,7 @@ from qadtr_brevitas.plots import Sheet, Tile, draw_sheet
 from qadtr_brevitas.precision import Precision
 from qadtr_brevitas.predict import placements
 from qadtr_brevitas.recipe.slots import slot_name
+from qadtr_brevitas.sources import parse_access
 from qadtr_brevitas.subjects import Contender, Subject
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ def _scenes(
     name = contender_family(patches)
     yield _Scene(name, patched, {"patch": covered, "image": whole, "zeros around the patch": covered})
     pixel = NamedAttack(slot_name(analysis.pixel), analysis.pixel)
-    made = SourcedAttack(pixel, subject, (reference,)).images(
+    made = SourcedAttack(pixel, subject, parse_access(reference)).images(
         images, labels, seed=context.seed, chunk=range(len(images))
     )
     yield _Scene(pixel.family, made, {"patch": covered, "image": whole})
