@@ -18,8 +18,8 @@ from qadtr_brevitas.metrics import Share, score
 from qadtr_brevitas.precision import PrecisionLike
 from qadtr_brevitas.predict import predict
 from qadtr_brevitas.quant import allowed_precisions, frozen_weights, precisions_or_all
-from qadtr_brevitas.seeding import derive_seed
-from qadtr_brevitas.sources import Access, access_name, logits_at, parse_access
+from qadtr_brevitas.seeding import derive_seed, generator
+from qadtr_brevitas.sources import Access, check_differentiable, logits_at, parse_access
 from qadtr_brevitas.subjects import Subject
 
 DEFAULT_TARGETS = 3
@@ -35,7 +35,7 @@ class Crafted:
 
     Args:
         path: its file.
-        source: precisions it was made at; on the mean of their logits where there are several.
+        source: the precision it was made at, or several together.
         target: class it aims at; None for an untargeted one.
         held_out: its ASR on the held-out images. They chose the patch, so this is a first look and no result.
         kept: True if it was there already.
@@ -73,8 +73,8 @@ def craft(
         train: images to make patches on.
         held_out: images to choose and to score them on; none of `train`, and none of the test split.
         output: folder for the patches.
-        precisions: precisions to attack, `8+4+2` for the mean of the logits over several; None for each that the model
-            allows.
+        precisions: precisions to attack, `8+4+2` for the mean of the logits over several, `random(8+4+2)` for one drawn
+            anew for each image of each step; None for each that the model allows.
         targets: classes to aim at, None among them for an untargeted patch; None for the first three.
         data: name and settings of the data set, kept with each patch.
         seed: the same seed gives the same patches.
@@ -83,8 +83,8 @@ def craft(
         progress: told after each optimizer step.
 
     Raises:
-        UsageError: a precision the model does not allow, a target that is no class, a patch that does not fit on the
-            images, or a file of the same name that was made otherwise.
+        UsageError: a precision the model does not allow, a vote, a target that is no class, a patch that does not fit
+            on the images, or a file of the same name that was made otherwise.
         DataError: the model is for other images or another number of classes.
         CheckpointError: a patch cannot be written, or one that is there cannot be read.
     """
@@ -98,7 +98,7 @@ def craft(
     subject.model.to(device).eval()
     with frozen_weights(subject.model):
         for number, (source, aimed, target) in enumerate(work):
-            bar = progress and _Bar(progress, number, len(work), f"{access_name(source)} bit, {_aim(target)}")
+            bar = progress and _Bar(progress, number, len(work), f"{source} bit, {_aim(target)}")
             finished.append(shared.make(aimed, source, target, bar))
             if progress:
                 progress(number + 1, len(work), "")
@@ -138,7 +138,7 @@ class _Shared:
         height, width = attack.mask(self.train.image_size).shape
         path = self.output / f"{self.name}-{height}x{width}-{_bits(source)}-{_aim(target)}.safetensors"
         made_of = fingerprint_facts(
-            [self.subject.fingerprint, self.name, asdict(attack), access_name(source), self.images, self.seed]
+            [self.subject.fingerprint, self.name, asdict(attack), str(source), self.images, self.seed]
         )
         if path.exists():
             found = Patch.load(path)
@@ -148,7 +148,8 @@ class _Shared:
                     "choose another folder with --output, or move it away"
                 )
             return Crafted(path, source, target, Share(*found.meta["held_out"]), kept=True)
-        model = logits_at(self.subject.model, source)
+        draws = generator(self.seed, "craft draws", str(source), _aim(target))
+        model = logits_at(self.subject.model, source, draws=draws)
         patch = self._fit(model, attack, source, target, bar)
         share = self._score(model, patch, target)
         facts = {"made_of": made_of, "held_out": [share.count, share.n]}
@@ -159,7 +160,7 @@ class _Shared:
         images, labels = self.train.images.to(self.device), self.train.labels.to(self.device)
         judge = self.held_out.images.to(self.device), self.held_out.labels.to(self.device)
         # A stream for each patch: they must not share the luck of one start.
-        seed = derive_seed(self.seed, "craft", access_name(source), _aim(target))
+        seed = derive_seed(self.seed, "craft", str(source), _aim(target))
         return attack.fit(model, images, labels, held_out=judge, seed=seed, progress=bar)
 
     def _score(self, model: Model, patch: Patch, target: int | None) -> Share:
@@ -172,7 +173,7 @@ class _Shared:
         return {
             "model": self.subject.name,
             "fingerprint": self.subject.fingerprint,
-            "precision": access_name(source),
+            "precision": str(source),
             "data": self.data,
             "train_images": len(self.train),
             "held_out_images": len(self.held_out),
@@ -181,9 +182,11 @@ class _Shared:
 
 def _sources(subject: Subject, precisions: Sequence[PrecisionLike | Access] | None) -> list[Access]:
     if precisions is None:
-        return [(precision,) for precision in allowed_precisions(subject.model)]
+        return [Access((precision,)) for precision in allowed_precisions(subject.model)]
     sources = list(dict.fromkeys(map(parse_access, precisions)))
-    precisions_or_all(subject.model, [precision for source in sources for precision in source])
+    for source in sources:
+        check_differentiable(source)
+    precisions_or_all(subject.model, [precision for source in sources for precision in source.precisions])
     return sources
 
 
@@ -208,4 +211,4 @@ def _aim(target: int | None) -> str:
 
 
 def _bits(source: Access) -> str:
-    return access_name(source) + ("bit" if all(precision.is_tied for precision in source) else "")
+    return str(source) + ("bit" if all(precision.is_tied for precision in source.precisions) else "")

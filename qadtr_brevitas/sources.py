@@ -1,68 +1,165 @@
-"""What an attack sees of a switchable model: its logits at one precision, or their mean over several (EOT)."""
+"""How a switchable model is run: at one precision, or at several together.
+
+A single precision is written `4`. Several are run as their mean, `8+4+2`, which is what an attack looks at to allow for
+all of them (EOT); as a random draw for each image, `random(8+4+2)`, which is the random precision inference (RPI) of
+DWQ (Fu et al. 2021); or as a majority vote, `vote(8+4+2)`, which is the ensemble of EMPIR (Sen et al. 2020).
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, TypeAlias, cast
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, TypeAlias, cast
 
+from qadtr_brevitas.errors import UsageError
 from qadtr_brevitas.precision import Precision, PrecisionLike, parse_precisions
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
-Access: TypeAlias = tuple[Precision, ...]
-"""The precisions an attack averages over, from many bits to few; usually one."""
+Together: TypeAlias = Literal["mean", "random", "vote"]
+"""The mean of the logits, one precision drawn for each image, or the class that most precisions see."""
+
+_ORDER: tuple[Together, ...] = ("vote", "random", "mean")
+_CALL = re.compile(r"(random|vote)\((.*)\)", flags=re.DOTALL)
+# Commas that are not inside parentheses.
+_COMMA = re.compile(r",(?![^(]*\))")
 
 
-def parse_access(value: PrecisionLike | Sequence[Precision]) -> Access:
-    """Reads one precision, or several as "8+4+2" or a sequence of precisions.
+@dataclass(frozen=True)
+class Access:
+    """One precision, or several that are run together.
+
+    Args:
+        precisions: from many bits to few; usually one.
+        together: what is made of several.
+    """
+
+    precisions: tuple[Precision, ...]
+    together: Together = "mean"
+
+    @property
+    def is_single(self) -> bool:
+        """True for one precision, which needs nothing to be made of it."""
+        return len(self.precisions) == 1
+
+    @property
+    def is_random(self) -> bool:
+        """True where the same images may get other logits each time."""
+        return self.together == "random" and not self.is_single
+
+    def __str__(self) -> str:
+        names = "+".join(map(str, self.precisions))
+        return names if self.together == "mean" or self.is_single else f"{self.together}({names})"
+
+
+def parse_access(value: PrecisionLike | Access | Sequence[Precision]) -> Access:
+    """Reads one precision, or several as "8+4+2", "random(8+4+2)", "vote(8+4+2)" or (their mean) a sequence.
 
     Raises:
         UsageError: a precision that cannot be read or is not possible.
     """
+    if isinstance(value, Access):
+        return value
+    together: Together = "mean"
     if isinstance(value, (tuple, list)) and value and all(isinstance(part, Precision) for part in value):
         parts: Sequence[PrecisionLike] = cast("Sequence[Precision]", value)
+    elif isinstance(value, str):
+        call = _CALL.fullmatch(value.strip())
+        if call:
+            together = cast("Together", call[1])
+        # Inside parentheses a comma is as good as a plus.
+        parts = re.split(r"[+,]", call[2]) if call else value.split("+")
     else:
-        parts = value.split("+") if isinstance(value, str) else [cast("PrecisionLike", value)]
-    return tuple(sorted(parse_precisions(parts), reverse=True))
+        parts = [cast("PrecisionLike", value)]
+    precisions = tuple(sorted(parse_precisions(parts), reverse=True))
+    return Access(precisions, together if len(precisions) > 1 else "mean")
 
 
-def access_name(precisions: Sequence[Precision]) -> str:
-    """How precisions are written, in files and tables: `4`, `w4a8`, `8+4+2`; `parse_access` reads it."""
-    return "+".join(map(str, parse_access(precisions)))
+def parse_accesses(text: str) -> tuple[Access, ...]:
+    """Reads several with commas between them, as "8,4,random(8+4)"; repeats are dropped.
+
+    Raises:
+        UsageError: one that cannot be read or is not possible.
+    """
+    return tuple(dict.fromkeys(map(parse_access, _COMMA.split(text))))
+
+
+def access_name(value: Access | Sequence[Precision]) -> str:
+    """How it is written, in files and tables: `4`, `w4a8`, `8+4+2`, `random(8+4+2)`; `parse_access` reads it."""
+    return str(parse_access(value))
+
+
+def check_differentiable(access: Access) -> None:
+    """Refuses what an attack cannot follow the gradient of.
+
+    Raises:
+        UsageError: it is a vote.
+    """
+    if access.together == "vote":
+        mean = Access(access.precisions)
+        raise UsageError(f"{access} has no gradient to follow: attack the mean instead, {mean}, which breaks votes too")
 
 
 def sorted_accesses(names: Iterable[str]) -> list[str]:
-    """Names of precisions and of means over them: from many bits to few, the means last."""
+    """Names: single precisions from many bits to few, then means, random draws and votes."""
     found = {name: parse_access(name) for name in names}
-    return sorted(found, key=lambda name: (len(found[name]) == 1, found[name]), reverse=True)
+    return sorted(
+        found,
+        key=lambda name: (found[name].is_single, _ORDER.index(found[name].together), found[name].precisions),
+        reverse=True,
+    )
 
 
-def logits_at(model: nn.Module, precisions: Sequence[Precision]) -> Callable[[Tensor], Tensor]:
-    """A model as an attack sees it, whatever precision is in force outside.
+def logits_at(
+    model: nn.Module, access: Access | Sequence[Precision], *, draws: torch.Generator | None = None
+) -> Callable[[Tensor], Tensor]:
+    """A model as it is run, whatever precision is in force outside.
 
-    Several precisions give the mean of their logits: the expectation over a precision that the defender draws at
-    random (EOT). Gradients flow to the images.
+    Gradients flow to the images, but not through a vote.
 
     Args:
         model: a switchable model in eval mode; put it in `frozen_weights` first.
-        precisions: at least one.
+        access: the precision, or those that are run together.
+        draws: where random precisions come from; None for torch's own stream.
 
     Returns:
-        Images (N, 3, H, W) in [0, 1] to logits (N, classes).
+        Images (N, 3, H, W) in [0, 1] to logits (N, classes); of a vote, to numbers of votes, where more bits weigh a
+        little more, which decides ties.
 
     Raises:
         UsageError: the model does not have one of the precisions.
     """
     from qadtr_brevitas.quant import at_precision, precisions_or_all
 
-    wanted = precisions_or_all(model, precisions)
+    access = parse_access(access)
+    wanted = precisions_or_all(model, access.precisions)
 
-    def logits(images: Tensor) -> Tensor:
-        outputs: list[Tensor] = []
-        for precision in wanted:
-            with at_precision(model, precision):
-                outputs.append(model(images))
+    def at(precision: Precision, images: Tensor) -> Tensor:
+        with at_precision(model, precision):
+            return model(images)
+
+    def mean(images: Tensor) -> Tensor:
+        outputs = [at(precision, images) for precision in wanted]
         return outputs[0] if len(outputs) == 1 else sum(outputs[1:], outputs[0]) / len(outputs)
 
-    return logits
+    def drawn(images: Tensor) -> Tensor:
+        import torch
+
+        chosen = torch.randint(len(wanted), (len(images),), generator=draws).to(images.device)
+        places = [(chosen == number).nonzero().squeeze(1) for number in range(len(wanted))]
+        parts = [at(precision, images[place]) for precision, place in zip(wanted, places, strict=True) if len(place)]
+        return torch.cat(parts)[torch.cat(places).argsort()]
+
+    def votes(images: Tensor) -> Tensor:
+        from torch.nn.functional import one_hot
+
+        outputs = [at(precision, images) for precision in wanted]
+        ballots = [one_hot(logits.argmax(dim=1), logits.shape[1]).to(logits.dtype) for logits in outputs]
+        # The fractions are less than a vote all together: they decide between equal numbers only.
+        weighted = [(1 + 0.5 ** (rank + 1)) * ballot for rank, ballot in enumerate(ballots)]
+        return sum(weighted[1:], weighted[0])
+
+    return {"mean": mean, "random": drawn, "vote": votes}[access.together]

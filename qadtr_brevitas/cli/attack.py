@@ -12,7 +12,7 @@ from qadtr_brevitas.cli.plugin_options import dataset_settings, find_dataset, lo
 from qadtr_brevitas.errors import UsageError, suggest
 from qadtr_brevitas.recipe.slots import slot_name
 from qadtr_brevitas.registry import ATTACKS
-from qadtr_brevitas.sources import access_name, parse_access
+from qadtr_brevitas.sources import parse_accesses
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -69,7 +69,7 @@ def command(
     the attack's, for instance size, steps or lr.
     """
     plugin = _make_attack(attack, overrides)
-    wanted = [parse_access(word) for word in precisions.split(",")] if precisions else None
+    wanted = parse_accesses(precisions) if precisions else None
     dataset = find_dataset([model_dir], data)
     output = output or model_dir / "patches"
 
@@ -153,7 +153,7 @@ def _print(crafted: Sequence[Crafted], classes: Sequence[str]) -> None:
     data = [
         {
             "file": str(patch.path),
-            "precision": access_name(patch.source),
+            "precision": str(patch.source),
             "target": patch.target,
             "held_out_asr": patch.held_out.value,
             "n": patch.held_out.n,
@@ -165,7 +165,7 @@ def _print(crafted: Sequence[Crafted], classes: Sequence[str]) -> None:
 
 
 def _table(crafted: Sequence[Crafted], classes: Sequence[str]) -> Table:
-    from qadtr_brevitas.report.layout import EMPTY, Table
+    from qadtr_brevitas.report.layout import EMPTY, Table, bits
 
     sources = list(dict.fromkeys(patch.source for patch in crafted))
     cells = {(patch.target, patch.source): patch.held_out for patch in crafted}
@@ -176,7 +176,7 @@ def _table(crafted: Sequence[Crafted], classes: Sequence[str]) -> Table:
         rows.append(("any wrong class" if target is None else classes[target], *words))
     return Table(
         "ASR on n held-out images, in percent",
-        ("target", *(f"{access_name(source)} bit" for source in sources)),
+        ("target", *(bits(str(source)) for source in sources)),
         tuple(rows),
         ("These images chose the patches: the figures to report are those of `qadtr-brevitas evaluate`.",),
     )

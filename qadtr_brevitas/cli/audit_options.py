@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from qadtr_brevitas.audit import AuditReport
     from qadtr_brevitas.cli.evaluate_options import Options
     from qadtr_brevitas.evaluate import Grid
+    from qadtr_brevitas.precision import Precision
     from qadtr_brevitas.subjects import Subject
 
 audit_options = option_block(
@@ -69,6 +70,7 @@ def run_audits(grid: Grid, given: Options, *, output: Path, device: torch.device
     from qadtr_brevitas.audit import audit
     from qadtr_brevitas.subjects import load_subjects
 
+    precisions = _single(grid)
     twin = load_subjects([given.twin], device=device)[0] if given.twin else None
     ablations = load_subjects(given.ablations, device=device)
     audits: list[AuditReport] = []
@@ -79,7 +81,7 @@ def run_audits(grid: Grid, given: Options, *, output: Path, device: torch.device
                 audit(
                     subject,
                     grid.split,
-                    precisions=grid.precisions,
+                    precisions=precisions,
                     twin=twin,
                     surrogates=_others([*grid.subjects, *grid.surrogates], known),
                     ablations=ablations,
@@ -93,6 +95,18 @@ def run_audits(grid: Grid, given: Options, *, output: Path, device: torch.device
                 )
             )
     return audits
+
+
+def _single(grid: Grid) -> list[Precision] | None:
+    """The precisions to audit: each by itself, because several together are attacked through each of them."""
+    from qadtr_brevitas.sources import parse_access
+
+    if grid.precisions is None:
+        return None
+    found = [access.precisions[0] for access in map(parse_access, grid.precisions) if access.is_single]
+    if not found:
+        raise UsageError("--audit looks at one precision at a time: add one to --precision, for instance 8")
+    return found
 
 
 def _others(subjects: Sequence[Subject], known: Sequence[Subject]) -> list[Subject]:

@@ -13,9 +13,9 @@ from qadtr_brevitas.cli.evaluate_options import Options, check_clean, move_optio
 from qadtr_brevitas.cli.plugin_options import dataset_settings, find_dataset, load_split, make_from_slot
 from qadtr_brevitas.cli.recorded import RecordedCommand, command_line
 from qadtr_brevitas.errors import UsageError
-from qadtr_brevitas.precision import parse_precisions
 from qadtr_brevitas.recipe.slots import slot_name
 from qadtr_brevitas.registry import ATTACKS
+from qadtr_brevitas.sources import parse_accesses
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from qadtr_brevitas.audit import AuditReport
     from qadtr_brevitas.evaluate import CellStore, Grid
     from qadtr_brevitas.evaluate.share import Share
-    from qadtr_brevitas.precision import Precision
     from qadtr_brevitas.report import Report
+    from qadtr_brevitas.sources import Access
     from qadtr_brevitas.subjects import Contender
 
 
@@ -67,7 +67,7 @@ def command(**options: Any) -> None:
     check_audit_options(given)
     check_clean(given)
     plugins = [make_from_slot(ATTACKS, text, option="--attack") for text in given.attacks]
-    wanted = parse_precisions(given.precisions.split(",")) if given.precisions else None
+    wanted = parse_accesses(given.precisions) if given.precisions else None
     dataset = find_dataset(given.model_dirs, given.data)
 
     from qadtr_brevitas.device import resolve_device
@@ -96,7 +96,7 @@ def command(**options: Any) -> None:
 
 
 def _plan(
-    given: Options, plugins: Sequence[Any], wanted: Sequence[Precision] | None, dataset: Any, *, device: torch.device
+    given: Options, plugins: Sequence[Any], wanted: Sequence[Access] | None, dataset: Any, *, device: torch.device
 ) -> tuple[Grid, list[Contender]]:
     """What to evaluate, and the patches as they were made."""
     from qadtr_brevitas.evaluate import Grid, NamedAttack

@@ -111,7 +111,11 @@ plan_options = option_block(
         metavar="8+4+2",
         help="Make each --attack on the mean of the logits over these precisions too; repeat for more.",
     ),
-    click.option("--precision", "precisions", help="Precisions to attack, as 32,8,4.  [default: all a model has]"),
+    click.option(
+        "--precision",
+        "precisions",
+        help="What to score, as 32,8,4,random(8+4),vote(8+4+2).  [default: each precision a model has]",
+    ),
     click.option(
         "--transfer",
         type=click.Choice(["all", "float", "none"]),

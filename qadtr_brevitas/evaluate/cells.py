@@ -25,10 +25,10 @@ class CellKey:
 
     Args:
         model: fingerprint of the model.
-        precision: precision of the model.
+        precision: precision of the model, or several together.
         data: fingerprint of the images.
         patch: fingerprint of the patch; None for clean images.
-        seed: seed of the placements; None for clean images, which depend on no seed.
+        seed: seed of placements and random precisions; None for clean images that depend on neither.
     """
 
     model: str

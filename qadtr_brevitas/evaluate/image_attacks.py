@@ -16,7 +16,7 @@ from qadtr_brevitas.errors import UsageError
 from qadtr_brevitas.fingerprints import fingerprint_facts
 from qadtr_brevitas.report import ImageAttackFacts, SourceFacts
 from qadtr_brevitas.seeding import derive_seed, generator
-from qadtr_brevitas.sources import Access, access_name, logits_at
+from qadtr_brevitas.sources import Access, logits_at
 from qadtr_brevitas.subjects import Subject
 
 _TOLERANCE = 1e-5
@@ -76,17 +76,17 @@ class SourcedAttack:
     Args:
         attack: the attack.
         subject: the model it is made on.
-        precisions: the precisions it is made at; on the mean of their logits where there are several.
+        access: the precision it is made at, or those that it looks at together.
     """
 
     attack: NamedAttack
     subject: Subject
-    precisions: Access
+    access: Access
 
     @cached_property
     def facts(self) -> ImageAttackFacts:
         """The attack's entry in the report."""
-        access, target = access_name(self.precisions), self.attack.target
+        access, target = str(self.access), self.attack.target
         aim = "" if target is None else f" to class {target}"
         return ImageAttackFacts(
             name=f"{self.attack.family}{aim} on {self.subject.name} at {access}",
@@ -117,12 +117,12 @@ class SourcedAttack:
             UsageError: the attack gave something else.
         """
         keys = ("image attack", self.attack.fingerprint, chunk.start, chunk.stop)
-        precision = self.precisions[0] if len(self.precisions) == 1 else None
+        precision = self.access.precisions[0] if self.access.is_single else None
         # Attacks from libraries draw from the global generators, which no one else may notice.
         with torch.random.fork_rng(_cuda_devices(images)):
             torch.manual_seed(derive_seed(seed, *keys, "global"))
             found = self.attack.plugin.run(
-                logits_at(self.subject.model, self.precisions),
+                logits_at(self.subject.model, self.access, draws=generator(seed, *keys, "precisions")),
                 images,
                 labels,
                 generator=generator(seed, *keys),

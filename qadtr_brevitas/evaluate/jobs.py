@@ -8,13 +8,16 @@ from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
 import torch
+from torch import Tensor
 
 from qadtr_brevitas.data.split import Split
 from qadtr_brevitas.evaluate.cells import CellKey, CellStore, ChunkKey
 from qadtr_brevitas.evaluate.image_attacks import SourcedAttack
-from qadtr_brevitas.precision import Precision
 from qadtr_brevitas.predict import predict
-from qadtr_brevitas.quant import at_precision, frozen_weights
+from qadtr_brevitas.quant import frozen_weights
+from qadtr_brevitas.report.layout import bits
+from qadtr_brevitas.seeding import generator
+from qadtr_brevitas.sources import Access, logits_at
 from qadtr_brevitas.subjects import Contender, Subject
 
 Progress: TypeAlias = Callable[[int, int, str], object]
@@ -23,18 +26,23 @@ Progress: TypeAlias = Callable[[int, int, str], object]
 
 @dataclass(frozen=True)
 class Victim:
-    """A model at a precision, as it is scored."""
+    """A model at a precision, or at several together, as it is scored."""
 
     subject: Subject
-    precision: Precision
+    precision: Access
 
     @property
     def name(self) -> str:
         """What a cell calls it: content, not the name of a folder."""
         return f"{self.subject.fingerprint}@{self.precision}"
 
+    def logits(self, seed: int, *keys: int | str) -> Callable[[Tensor], Tensor]:
+        """The model as it answers; random precisions depend on the seed and on what the forwards are for."""
+        draws = generator(seed, "inference", *keys) if self.precision.is_random else None
+        return logits_at(self.subject.model, self.precision, draws=draws)
+
     def __str__(self) -> str:
-        return f"{self.subject.name} at {self.precision} bit"
+        return f"{self.subject.name} at {bits(str(self.precision))}"
 
 
 @dataclass(frozen=True)
@@ -90,7 +98,7 @@ class PatchJob:
         """What its predictions depend on."""
         where = self.victim.subject.fingerprint, str(self.victim.precision), self.bench.data
         if self.contender is None:
-            return CellKey(*where)
+            return CellKey(*where, seed=self.bench.seed if self.victim.precision.is_random else None)
         return CellKey(*where, self.contender.facts.fingerprint, self.bench.seed)
 
     def subjects(self) -> Sequence[Subject]:
@@ -103,16 +111,14 @@ class PatchJob:
 
     def compute(self, store: CellStore, device: torch.device) -> None:
         """Predicts and keeps."""
-        model = self.victim.subject.model
-        with at_precision(model, self.victim.precision):
-            predictions = predict(
-                model,
-                self.bench.split,
-                patch=self.contender.patch if self.contender else None,
-                seed=self.bench.seed,
-                batch_size=self.bench.batch_size,
-                device=device,
-            )
+        predictions = predict(
+            self.victim.logits(self.bench.seed, self.contender.facts.fingerprint if self.contender else "clean"),
+            self.bench.split,
+            patch=self.contender.patch if self.contender else None,
+            seed=self.bench.seed,
+            batch_size=self.bench.batch_size,
+            device=device,
+        )
         store.write(self.key, predictions)
 
 
@@ -158,8 +164,8 @@ class ChunkJob:
         # Not inference_mode: Brevitas's quantizers fail on its tensors.
         with torch.no_grad():
             for victim in self.victims:
-                with at_precision(victim.subject.model, victim.precision):
-                    predictions[victim.name] = victim.subject.model(adversarial).argmax(dim=1).cpu()
+                logits = victim.logits(self.bench.seed, self.attack.facts.name, self.chunk.start)
+                predictions[victim.name] = logits(adversarial).argmax(dim=1).cpu()
         store.write_chunk(self.key, predictions)
 
 

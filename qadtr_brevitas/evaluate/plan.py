@@ -14,18 +14,18 @@ from qadtr_brevitas.errors import UsageError
 from qadtr_brevitas.evaluate.image_attacks import NamedAttack, SourcedAttack
 from qadtr_brevitas.evaluate.jobs import Bench, ChunkJob, Job, PatchJob, Victim
 from qadtr_brevitas.fingerprints import fingerprint_tensors
-from qadtr_brevitas.precision import FLOAT_BITS, Precision, PrecisionLike, parse_precisions
+from qadtr_brevitas.precision import FLOAT_BITS, Precision, PrecisionLike
 from qadtr_brevitas.predict import placements
 from qadtr_brevitas.quant import allowed_precisions, precisions_or_all
 from qadtr_brevitas.report import DataFacts, SourceFacts, Threat
 from qadtr_brevitas.seeding import generator
-from qadtr_brevitas.sources import Access, access_name, parse_access
+from qadtr_brevitas.sources import Access, check_differentiable, parse_access
 from qadtr_brevitas.subjects import Contender, Subject
 
 Transfer: TypeAlias = Literal["all", "float", "none"]
 """What is moved to models and precisions it was not made on: everything, what was made at 32 bit, or nothing."""
 
-_FLOAT = Precision(FLOAT_BITS, FLOAT_BITS)
+_FLOAT = Access((Precision(FLOAT_BITS, FLOAT_BITS),))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +43,9 @@ class Grid:
         available: how many images the whole test split has; None if `split` is all of it.
         attacks: attacks on each image by itself, made on every model at every precision.
         surrogates: models that attacks are made on as well, but that are not scored.
-        eot: means over precisions that attacks are made on as well.
-        precisions: precisions to score; None for all that a model allows.
+        eot: several precisions together that attacks are made on as well.
+        precisions: precisions to score, or several together; None for each that a model allows. Where several are
+            scored together, attacks are made on their mean.
         transfer: what to move to other models and precisions; white-box, EOT and control cells are always scored.
         seed: seed of the placements, the controls and the attacks.
         batch_size: images in one forward pass. Attacks take the images in chunks of this size, each with a random
@@ -65,7 +66,7 @@ class Grid:
     attacks: Sequence[NamedAttack] = ()
     surrogates: Sequence[Subject] = ()
     eot: Sequence[Access] = ()
-    precisions: Sequence[PrecisionLike] | None = None
+    precisions: Sequence[PrecisionLike | Access] | None = None
     transfer: Transfer = "all"
     seed: int = 0
     batch_size: int = 256
@@ -125,9 +126,13 @@ class Grid:
                     found += [(raid, victims)] if victims else []
         return tuple(found)
 
-    def precisions_of(self, subject: Subject) -> tuple[Precision, ...]:
-        """The precisions a model is scored at."""
-        return precisions_or_all(subject.model, self.precisions)
+    def precisions_of(self, subject: Subject) -> tuple[Access, ...]:
+        """The precisions, and several together, that a model is scored at."""
+        wanted = allowed_precisions(subject.model) if self.precisions is None else self.precisions
+        found = tuple(dict.fromkeys(map(parse_access, wanted)))
+        for access in found:
+            precisions_or_all(subject.model, access.precisions)
+        return found
 
     def contenders_of(self, victim: Victim) -> list[Contender]:
         """The patches that are put before a victim."""
@@ -154,28 +159,32 @@ class Grid:
         return list(dict.fromkeys(alike))
 
     def _sources(self, subject: Subject) -> list[Access]:
-        """The precisions, and means over them, that attacks on a model are made at."""
+        """The precisions, and several together, that attacks on a model are made at."""
+        allowed = allowed_precisions(subject.model)
         if subject in self.subjects:
-            wanted = self.precisions_of(subject)
+            scored = self.precisions_of(subject)
         else:
-            allowed = allowed_precisions(subject.model)
-            wanted = tuple(p for p in allowed if p in parse_precisions(self.precisions or allowed))
-        if self.transfer == "float" and _FLOAT in allowed_precisions(subject.model):
-            wanted = tuple(dict.fromkeys((*wanted, _FLOAT)))
-        for mean in self.eot:
-            precisions_or_all(subject.model, mean)
-        return [*((precision,) for precision in wanted), *self.eot]
+            given = map(parse_access, self.precisions or allowed)
+            scored = tuple(access for access in given if set(access.precisions) <= set(allowed))
+        # A vote has no gradient, and that of a random draw is noise: their mean is the attack that breaks both.
+        wanted = [access if access.is_single else Access(access.precisions) for access in scored]
+        if self.transfer == "float" and _FLOAT.precisions[0] in allowed:
+            wanted.append(_FLOAT)
+        for access in self.eot:
+            precisions_or_all(subject.model, access.precisions)
+        return list(dict.fromkeys((*wanted, *self.eot)))
 
     def _is_wanted(self, source: SourceFacts | None, victim: Victim) -> bool:
         if self.transfer == "all" or threat(source, victim) != "transfer":
             return True
-        return self.transfer == "float" and source is not None and parse_access(source.precision) == (_FLOAT,)
+        return self.transfer == "float" and source is not None and parse_access(source.precision) == _FLOAT
 
     def _check_patch(self, contender: Contender) -> None:
         source = contender.facts.source
         try:
             placements(contender.patch, 1, self.split.image_size, seed=self.seed)
-            parse_access(source.precision if source else _FLOAT)
+            if source is not None:
+                parse_access(source.precision)
         except UsageError as error:
             raise UsageError(f"patch {contender.name!r}: {error}") from error
         cure = "choose the data set it was made on with --data"
@@ -191,9 +200,9 @@ def threat(source: SourceFacts | None, victim: Victim) -> Threat:
     """What an attack made on a source knows of a victim; controls are not asked about."""
     if source is None or source.fingerprint != victim.subject.fingerprint:
         return "transfer"
-    if source.precision == str(victim.precision):
-        return "white-box"
-    return "eot" if len(parse_access(source.precision)) > 1 else "transfer"
+    if not parse_access(source.precision).is_single:
+        return "eot"
+    return "white-box" if source.precision == str(victim.precision) else "transfer"
 
 
 def controls(patches: Sequence[Contender], *, seed: int) -> list[Contender]:
@@ -213,10 +222,10 @@ def controls(patches: Sequence[Contender], *, seed: int) -> list[Contender]:
 
 
 def read_means(texts: Sequence[str], attacks: Sequence[NamedAttack]) -> tuple[Access, ...]:
-    """Means over precisions, as 8+4+2, that attacks are to be made on.
+    """Several precisions together, as 8+4+2 or random(8+4+2), that attacks are to be made on.
 
     Raises:
-        UsageError: one that cannot be read or is of a single precision, or no attacks to make on it.
+        UsageError: one that cannot be read, is of a single precision or has no gradient, or no attacks to make on it.
     """
     if texts and not attacks:
         raise UsageError(
@@ -225,11 +234,11 @@ def read_means(texts: Sequence[str], attacks: Sequence[NamedAttack]) -> tuple[Ac
         )
     means = tuple(dict.fromkeys(map(parse_access, texts)))
     for mean in means:
-        if len(mean) == 1:
+        if mean.is_single:
             raise UsageError(
-                f"--eot {access_name(mean)} is no mean: give several precisions, as 8+4+2; single ones are attacked "
-                "anyway"
+                f"--eot {mean} is no mean: give several precisions, as 8+4+2; single ones are attacked anyway"
             )
+        check_differentiable(mean)
     return means
 
 

@@ -122,6 +122,25 @@ def test_means_have_several_precisions_and_an_attack() -> None:
         read_means(["8"], [WHITEN])
     with pytest.raises(UsageError, match=r"--eot 8\+4 says what an --attack is made on"):
         read_means(["8+4"], [])
+    with pytest.raises(UsageError, match=r"vote\(8\+4\) has no gradient to follow"):
+        read_means(["vote(8+4)"], [WHITEN])
+
+
+def test_random_and_voting_networks_are_attacked_through_their_mean(tmp_path: Path) -> None:
+    victims = [parse_access(name) for name in ("random(8+4)", "vote(8+4)", "8")]
+    report = run(tmp_path, [reader(model=Reader(fooled_at=(4,)))], precisions=victims)
+    assert report.models[0].precisions == ("random(8+4)", "vote(8+4)", "8")
+    assert [facts.source.precision for facts in report.attacks] == ["8+4", "8"]
+    # Where the precisions disagree, their mean sees the first of two classes: a quarter of the images are attacked.
+    robust = {(c.attack, c.precision): (c.threat, c.robust_accuracy.count) for c in report.cells}
+    threat, count = robust["whiten on reader at 8+4", "random(8+4)"]
+    assert threat == "eot"
+    assert 0 < count < 40
+    assert robust["whiten on reader at 8+4", "vote(8+4)"] == ("eot", 40)
+    again = run(tmp_path / "again", [reader(model=Reader(fooled_at=(4,)))], precisions=victims)
+    assert [c.robust_accuracy for c in again.cells] == [c.robust_accuracy for c in report.cells]
+    others = [run(tmp_path, [reader(model=Reader(fooled_at=(4,)))], precisions=victims, seed=seed) for seed in range(4)]
+    assert len({other.cells[0].robust_accuracy.count for other in others}) > 1
 
 
 def test_mean_over_a_precision_that_is_not_there_is_refused(tmp_path: Path) -> None:
