@@ -16,7 +16,7 @@ from qadtr_brevitas.quant.conversion_report import ConversionReport, LayerReport
 from qadtr_brevitas.quant.correct_biases import add_bias_correction
 from qadtr_brevitas.quant.model import SwitchableModel
 from qadtr_brevitas.quant.norm import BATCH_NORMS
-from qadtr_brevitas.quant.plan import Activations, Edge, Norm, Plan, Residual, mark_edges
+from qadtr_brevitas.quant.plan import Activations, Edge, Norm, Plan, Residual, Target, mark_edges
 from qadtr_brevitas.quant.probe import Call, Probe, probe
 from qadtr_brevitas.quant.rules import converted
 from qadtr_brevitas.quant.switch import Switch
@@ -35,6 +35,7 @@ def convert(
     narrow_range: bool = True,
     per_channel: bool = True,
     activations: Activations = "static",
+    target: Target | None = None,
     bias_correction: bool = False,
     in_place: bool = False,
 ) -> tuple[SwitchableModel, ConversionReport]:
@@ -61,6 +62,9 @@ def convert(
         narrow_range: symmetric weight levels (ternary at 2 bit); otherwise one more level below.
         per_channel: a weight threshold per output channel, or one for all.
         activations: thresholds of activations that are calibrated or learned, or ranges measured on every image.
+        target: the compiler that a frozen copy must be acceptable to. Both want one signed quantizer for the two sides
+            of every sum of activations; hls4ml also wants steps that are powers of two, and linear layers with one
+            weight threshold for all channels.
         bias_correction: give each layer a correction of its bias per precision, which is 0 until `calibrate()` sets it.
         in_place: make the switchable model of the float network's own modules, which saves a copy of its weights; it
             cannot be used afterwards.
@@ -69,16 +73,18 @@ def convert(
         The switchable model, on the device of the float one, and what was done to every layer.
 
     Raises:
-        UsageError: a precision that is not possible, nothing to quantize, or a network that does not run, or computes
-            products in a way that cannot be followed.
+        UsageError: a precision that is not possible, nothing to quantize, a network that does not run, or computes
+            products in a way that cannot be followed, or something that the target has no room for.
     """
     net = model if in_place else copy.deepcopy(model)
     training = model.training
     switch = Switch(parse_precisions(precisions))
     config = _image_config(net, mean, std, image_size)
     device = next((p.device for p in net.parameters()), torch.device("cpu"))
-    found = probe(net, _noise(config).to(device), nonnegative=not any(config["mean"]))
+    found = probe(net, _noise(config).to(device), nonnegative=not any(config["mean"]), sums=target is not None)
     _check_products(net, found)
+    if target is not None:
+        _check_target(target, found, edge, activations)
     mark_edges(net, found)
     plan = Plan(
         switch=switch,
@@ -88,6 +94,7 @@ def convert(
         narrow_range=narrow_range,
         per_channel=per_channel,
         activations=activations,
+        target=target,
         probe=found,
     )
     modules = dict(net.named_modules())
@@ -134,6 +141,19 @@ def _check_products(net: nn.Module, found: Probe) -> None:
         raise UsageError(
             f"{kind} has nothing to quantize: no convolution, linear layer or matrix product runs on an image"
         )
+
+
+def _check_target(target: Target, found: Probe, edge: Edge, activations: Activations) -> None:
+    for name, given in (("edge", edge), ("activations", activations)):
+        if given in ("float", "dynamic"):
+            raise UsageError(f"{name}={given!r} is not possible with target={target!r}, which computes with integers")
+    for product in found.products:
+        if product.name not in ("conv2d", "linear") and not product.is_constant:
+            owner = product.owner or "the network"
+            raise UsageError(
+                f"{target} computes convolutions of images and linear layers only, and {owner} computes "
+                f"{product.name}: convert it without target, or choose a convolutional network"
+            )
 
 
 def _convert_called(net: nn.Module, modules: dict[str, nn.Module], plan: Plan) -> Iterator[LayerReport]:

@@ -90,7 +90,7 @@ def freeze(model: SwitchableModel, precision: PrecisionLike) -> FrozenModel:
 def _hide_layers(net: nn.Module) -> None:
     outer = [module for module in net.modules() if isinstance(module, QuantizedFunctions)]
     for layer in {layer for module in outer for layer in module.modules()}:
-        if isinstance(layer, QuantConv2d | QuantLinear):
+        if isinstance(layer, QuantConv2d | QuantLinear | QuantReLU | QuantIdentity):
             hide_products(layer)
 
 

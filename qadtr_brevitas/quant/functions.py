@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from qadtr_brevitas.errors import UsageError
-from qadtr_brevitas.quant.products import Function, call_with, is_product, opened, operands
+from qadtr_brevitas.quant.products import SUM, Function, call_with, is_product, is_sum, opened, operands
 from qadtr_brevitas.quant.switch import Switch
 
 
@@ -47,6 +47,24 @@ class QuantizedProduct(nn.Module):
 
     def extra_repr(self) -> str:
         return self.function
+
+
+class QuantizedSum(QuantizedProduct):
+    """A sum of two tensors on the levels of one quantizer, so that hardware adds integers.
+
+    Args:
+        quantizer: a module for both; None where the sum is left as it is.
+    """
+
+    def __init__(self, quantizer: nn.Module | None) -> None:
+        super().__init__(SUM, {} if quantizer is None else {"both": quantizer})
+
+    def quantized(self, label: str, x: Tensor) -> Tensor:
+        return super().quantized("both", x)
+
+    def forward(self, function: Function, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        # In place, it would change what the quantizer keeps for its gradient.
+        return super().forward(torch.add if self.operands else function, args, kwargs)
 
 
 class QuantizedAttention(QuantizedProduct):
@@ -96,6 +114,7 @@ class ProductQuant(nn.ModuleList):
     def __init__(self, products: Iterable[QuantizedProduct], switch: Switch | None) -> None:
         super().__init__(products)
         self.switch = switch
+        self.has_sums = any(isinstance(product, QuantizedSum) for product in self)
 
     @property
     def is_active(self) -> bool:
@@ -126,9 +145,10 @@ def hidden_products() -> Generator[None]:
 class _Interception(TorchFunctionMode):
     """Hands each product of a forward, in order, to the module that quantizes its operands."""
 
-    def __init__(self, products: Iterator[QuantizedProduct]) -> None:
+    def __init__(self, products: Iterator[QuantizedProduct], *, sums: bool) -> None:
         super().__init__()
         self._products = products
+        self._sums = sums
 
     def __torch_function__(
         self, func: Function, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -139,7 +159,9 @@ class _Interception(TorchFunctionMode):
         if (inside := opened(func)) is not None:
             with self:
                 return inside(*args, **kwargs)
-        if not is_product(name, args):
+        if self._sums and is_sum(name, args, kwargs):
+            name = SUM
+        elif not is_product(name, args):
             return func(*args, **kwargs)
         product = next(self._products, None)
         if product is None or product.function != name:
@@ -159,7 +181,8 @@ class QuantizedFunctions(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not self.product_quant.is_active:
             return super().forward(*args, **kwargs)
-        with _Interception(iter(self.product_quant)):  # pyright: ignore[reportArgumentType]
+        products = iter(self.product_quant)
+        with _Interception(products, sums=self.product_quant.has_sums):  # pyright: ignore[reportArgumentType]
             return super().forward(*args, **kwargs)
 
 

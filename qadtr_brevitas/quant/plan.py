@@ -18,6 +18,7 @@ Edge = Literal["8bit", "same", "float"]
 Residual = Literal["8bit", "same"]
 Norm = Literal["statistics", "switchable"]
 Activations = Literal["static", "dynamic"]
+Target = Literal["finn", "hls4ml"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +27,7 @@ class Plan:
 
     Args:
         switch: the model's switch.
-        edge, residual, norm, narrow_range, per_channel, activations: as in `convert()`.
+        edge, residual, norm, narrow_range, per_channel, activations, target: as in `convert()`.
         probe: what the network does.
     """
 
@@ -37,15 +38,24 @@ class Plan:
     narrow_range: bool
     per_channel: bool
     activations: Activations
+    target: Target | None
     probe: Probe
 
     def min_bits(self, product: Product) -> int:
         """Least bit-width of the operands of a product, below 32."""
-        return EDGE_BITS if product.edge and self.edge == "8bit" else MIN_BITS
+        setting = self.residual if product.is_sum else self.edge if product.edge else "same"
+        return EDGE_BITS if setting == "8bit" else MIN_BITS
 
     def stays_float(self, product: Product) -> bool:
         """Whether a product is left as it is."""
+        if product.is_sum:
+            return any(operand.fixed for operand in product.operands)
         return product.is_constant or (product.edge and self.edge == "float")
+
+    def is_per_channel(self, layer: nn.Module) -> bool:
+        """Whether each output channel of a layer has a threshold of its own."""
+        # hls4ml refuses scales per channel in linear layers.
+        return self.per_channel and not (self.target == "hls4ml" and isinstance(layer, nn.Linear))
 
     def is_wide_stream(self, name: str | None) -> bool:
         """Whether what an activation module of this name gives keeps 8 bit, for a later layer to quantize further."""
@@ -58,15 +68,25 @@ class Plan:
     def activation(self, *, signed: bool, min_bits: int, max_threshold: float | None = None) -> Any:
         """Injector of a quantizer of activations."""
         bits = tuple(p.act for p in self.switch.allowed if p.act != FLOAT_BITS)
-        settings = {"dynamic": True} if self.activations == "dynamic" else {}
         return act_injector(
-            self.switch, bits=bits, min_bits=min_bits, signed=signed, max_threshold=max_threshold, **settings
+            self.switch,
+            bits=bits,
+            min_bits=min_bits,
+            signed=signed,
+            max_threshold=max_threshold,
+            power_of_two=self._power_of_two,
+            dynamic=self.activations == "dynamic",
         )
 
     def weight(self, shape: tuple[int, ...], *, min_bits: int) -> Any:
         """Injector of a quantizer of a layer's weight, whose thresholds have this shape."""
         return weight_injector(
-            self.switch, bits=self._weight_bits(), min_bits=min_bits, narrow_range=self.narrow_range, shape=shape
+            self.switch,
+            bits=self._weight_bits(),
+            min_bits=min_bits,
+            narrow_range=self.narrow_range,
+            shape=shape,
+            power_of_two=self._power_of_two,
         )
 
     def computed_weight(self, shape: tuple[int, ...], *, min_bits: int) -> Any:
@@ -79,7 +99,13 @@ class Plan:
             signed=True,
             narrow_range=self.narrow_range,
             shape=shape,
+            power_of_two=self._power_of_two,
         )
+
+    @property
+    def _power_of_two(self) -> bool:
+        # hls4ml computes in fixed point, in which only steps of this kind are exact.
+        return self.target == "hls4ml"
 
     def _weight_bits(self) -> tuple[int, ...]:
         return tuple(p.weight for p in self.switch.allowed if p.weight != FLOAT_BITS)

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from qadtr_brevitas.errors import UsageError
-from qadtr_brevitas.quant.products import ATTENTION, CLOSED, is_product, opened, operands
+from qadtr_brevitas.quant.products import ATTENTION, CLOSED, SUM, is_product, is_sum, opened, operands
 from qadtr_brevitas.quant.provenance import IMAGE, Facts, Provenance, tensors_in
 
 ACTIVATIONS = (nn.ReLU, nn.ReLU6)
@@ -51,7 +51,7 @@ class Operand:
 
 @dataclass
 class Product:
-    """A call of a function that multiplies and accumulates, by a module's own forward.
+    """A call of a function that multiplies and accumulates, or of a sum that counts as one, by a module's own forward.
 
     Args:
         owner: dotted name of the module, "" for the network itself.
@@ -66,6 +66,11 @@ class Product:
     operands: list[Operand]
     macs: int = 0
     edge: bool = False
+
+    @property
+    def is_sum(self) -> bool:
+        """Whether it only adds."""
+        return self.name == SUM
 
     @property
     def is_constant(self) -> bool:
@@ -97,7 +102,7 @@ class Probe:
 
     Args:
         calls: every module that was called, by name, in order of first use.
-        products: every product, in order of first use.
+        products: every product, in order of first use; sums are only in the calls.
         unseen_macs: multiply-accumulates, for one image, of functions that are not known here.
     """
 
@@ -109,10 +114,11 @@ class Probe:
 class _Watch(TorchFunctionMode):
     """Follows tensors through functions, and notes the products of each module."""
 
-    def __init__(self, known: Provenance, images: int) -> None:
+    def __init__(self, known: Provenance, images: int, *, sums: bool) -> None:
         super().__init__()
         self.known = known
         self.images = images
+        self.sums = sums
         self.calls: dict[str, Call] = {}
         self.products: list[Product] = []
         self.seen_macs = 0
@@ -133,6 +139,8 @@ class _Watch(TorchFunctionMode):
         before = self.counter.get_total_flops()
         y = func(*args, **kwargs)
         counted = (self.counter.get_total_flops() - before) // 2
+        if self.sums and is_sum(name, args, kwargs):
+            self._note_product(SUM, operands(SUM, args, kwargs), 0)
         if is_product(name, args):
             self._note_product(name, operands(name, args, kwargs), counted)
         elif facts.result_needs_quantizing and any(True for _ in tensors_in([y])):
@@ -158,7 +166,8 @@ class _Watch(TorchFunctionMode):
         counter[name] += 1
         if index == len(call.products):
             call.products.append(Product(owner, name, parts))
-            self.products.append(call.products[index])
+            if name != SUM:
+                self.products.append(call.products[index])
         product = call.products[index]
         if product.name != name or len(product.operands) != len(parts):
             raise UsageError(f"{owner or 'the network'} computes something else each time it is called")
@@ -185,19 +194,20 @@ class _Watch(TorchFunctionMode):
             self.known.mark(y, name)
 
 
-def probe(net: nn.Module, images: Tensor, *, nonnegative: bool = False) -> Probe:
+def probe(net: nn.Module, images: Tensor, *, nonnegative: bool = False, sums: bool = False) -> Probe:
     """Runs the network once in eval mode and records every module that is called and every product.
 
     Args:
         net: a float network; its state is left as it was.
         images: (N, C, H, W), normalized.
         nonnegative: the images are never negative, whichever they are.
+        sums: note sums of two tensors as products as well.
 
     Raises:
         UsageError: the network does not run on such images, a module of it computes something else with each call, or
             multiplies in a function that cannot be followed.
     """
-    watch = _Watch(Provenance(net, images, nonnegative_image=nonnegative), len(images))
+    watch = _Watch(Provenance(net, images, nonnegative_image=nonnegative), len(images), sums=sums)
     with _hooks(net, watch), torch.no_grad(), watch.counter, watch:
         try:
             net(images)

@@ -1,4 +1,4 @@
-"""The functions that multiply and accumulate, and where their operands stand in a call."""
+"""The functions that multiply and accumulate, and where their operands stand in a call; and sums, where they count."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ Place = tuple[str, int, str]
 Function = Callable[..., Any]
 
 ATTENTION = "scaled_dot_product_attention"
+SUM = "add"
 _EINSUM = "einsum"
 _LAYER: tuple[Place, ...] = (("input", 0, "input"), ("weight", 1, "weight"))
+_SUMMANDS: tuple[Place, ...] = (("left", 0, "input"), ("right", 1, "other"))
 _PLACES: dict[str, tuple[Place, ...]] = {
     **dict.fromkeys(("linear", "conv1d", "conv2d", "conv3d"), _LAYER),
     **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _LAYER),
@@ -44,6 +46,12 @@ def is_product(name: str, args: Sequence[Any]) -> bool:
     return name in _PLACES or (name == _EINSUM and len(_einsum_operands(args)) > 1)
 
 
+def is_sum(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call of the function of this name adds two tensors, in place or not."""
+    summands = [*args, *(kwargs[key] for key in ("other",) if key in kwargs)]
+    return name in (SUM, "add_") and len(summands) == 2 and all(isinstance(x, Tensor) for x in summands)
+
+
 @cache
 def opened(function: Function) -> Function | None:
     """A function that computes the same and shows the functions that it calls, if it is made of some that matter.
@@ -62,7 +70,8 @@ def operands(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[
     """The operands of a call by what they are called here, in the order of the call."""
     if name == _EINSUM:
         return {f"operand{index}": operand for index, operand in enumerate(_einsum_operands(args))}
-    return {label: args[at] if at < len(args) else kwargs[keyword] for label, at, keyword in _PLACES[name]}
+    places = _SUMMANDS if name == SUM else _PLACES[name]
+    return {label: args[at] if at < len(args) else kwargs[keyword] for label, at, keyword in places}
 
 
 def call_with(
@@ -72,7 +81,7 @@ def call_with(
     if name == _EINSUM:
         return function(args[0], *new.values(), **kwargs)
     positional, named = list(args), dict(kwargs)
-    for label, at, keyword in _PLACES[name]:
+    for label, at, keyword in _SUMMANDS if name == SUM else _PLACES[name]:
         if at < len(positional):
             positional[at] = new[label]
         else:

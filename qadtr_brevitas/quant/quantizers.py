@@ -43,6 +43,7 @@ class SwitchableQuant(nn.Module):
         narrow_range: leave out the lowest level, so that signed levels are symmetric (2 bit: -1, 0, 1).
         shape: shape of a threshold, e.g. (out, 1, 1, 1) for one per output channel.
         max_threshold: thresholds above are taken as this (6 for ReLU6).
+        power_of_two: take the nearest power of two for the step (below `max_threshold`, if there is one).
     """
 
     dynamic = False
@@ -57,6 +58,7 @@ class SwitchableQuant(nn.Module):
         narrow_range: bool,
         shape: tuple[int, ...],
         max_threshold: float | None,
+        power_of_two: bool = False,
     ) -> None:
         super().__init__()
         self.switch = switch
@@ -65,6 +67,7 @@ class SwitchableQuant(nn.Module):
         self.narrow_range = narrow_range
         self.shape = shape
         self.max_threshold = max_threshold
+        self.power_of_two = power_of_two
         held = sorted({max(b, min_bits) for b in bits})
         learned = [] if self.dynamic else held
         self.thresholds = nn.ParameterDict({str(b): nn.Parameter(torch.ones(shape)) for b in learned})
@@ -110,7 +113,17 @@ class SwitchableQuant(nn.Module):
 
     def threshold(self, bits: int) -> Tensor:
         """The threshold at a bit-width, positive."""
-        return self.thresholds[str(bits)].abs().clamp(_SMALLEST_THRESHOLD, self.max_threshold)
+        threshold = self.thresholds[str(bits)].abs().clamp(_SMALLEST_THRESHOLD, self.max_threshold)
+        return self._to_power_of_two(threshold, self.steps_per_threshold(bits)) if self.power_of_two else threshold
+
+    def _to_power_of_two(self, threshold: Tensor, steps: int) -> Tensor:
+        """The nearest threshold whose step is a power of two; its gradient is that of a factor."""
+        with torch.no_grad():
+            exponent = (threshold / steps).log2().round()
+            if self.max_threshold is not None:
+                exponent = exponent.clamp(max=math.floor(math.log2(self.max_threshold / steps)))
+            nearest = exponent.exp2() * steps
+        return nearest * (threshold / threshold.detach())
 
     def scale(self, bits: int) -> Tensor:
         """The step at a bit-width, positive, in the shape of the threshold."""
@@ -294,6 +307,7 @@ class _WeightInjector(_Injector):
     tensor_quant = SwitchableWeightQuant
     signed = True
     max_threshold = None
+    power_of_two = False
 
 
 class _ActInjector(_Injector):
@@ -301,6 +315,7 @@ class _ActInjector(_Injector):
     tensor_quant = SwitchableActQuant
     narrow_range = False
     max_threshold = None
+    power_of_two = False
     shape = ()
 
 

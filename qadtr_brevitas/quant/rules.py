@@ -12,6 +12,7 @@ from qadtr_brevitas.quant.functions import (
     ProductQuant,
     QuantizedAttention,
     QuantizedProduct,
+    QuantizedSum,
     hide_products,
     quantize_products,
 )
@@ -63,13 +64,13 @@ def converted(call: Call, module: nn.Module, plan: Plan) -> tuple[nn.Module | No
         UsageError: it cannot be quantized as the plan wants.
     """
     if call.products:
-        if all(plan.stays_float(product) for product in call.products):
+        if all(plan.stays_float(product) and not product.is_sum for product in call.products):
             hide_products(module)
             return None, _left_float(call.products)
         if type(module) in _PLAIN_LAYERS:
-            return _layer(call.products[0], module, plan), _layer_note(call.products[0], plan)
+            return _layer(call.products[0], module, plan), _layer_note(call.products[0], module, plan)
         return _with_products(call, module, plan), "; ".join(_product_note(p, plan) for p in call.products)
-    if isinstance(module, nn.ReLU | nn.ReLU6) and type(module) in (nn.ReLU, nn.ReLU6):
+    if type(module) in (nn.ReLU, nn.ReLU6):
         return _activation(call, module, plan)
     if type(module) in _GATES:
         min_bits = EDGE_BITS if plan.residual == "8bit" else 0
@@ -86,6 +87,8 @@ def converted(call: Call, module: nn.Module, plan: Plan) -> tuple[nn.Module | No
 
 
 def _left_float(products: list[Product]) -> str:
+    if products[0].is_sum:
+        return "stays float: adds something that is the same for every image"
     if all(product.is_constant for product in products):
         return "stays float: the same for every image, and so a constant"
     return "stays float: first or last layer with edge=float"
@@ -121,7 +124,7 @@ def _float_note(module: nn.Module) -> str:
 def _layer(product: Product, module: nn.Module, plan: Plan) -> nn.Module:
     assert isinstance(module, nn.Conv2d | nn.Linear)
     min_bits = plan.min_bits(product)
-    shape = (module.weight.shape[0] if plan.per_channel else 1, *(1,) * (module.weight.dim() - 1))
+    shape = (module.weight.shape[0] if plan.is_per_channel(module) else 1, *(1,) * (module.weight.dim() - 1))
     read, _ = product.operands
     input_quant = None
     if not plan.is_quantized(read):
@@ -130,8 +133,8 @@ def _layer(product: Product, module: nn.Module, plan: Plan) -> nn.Module:
     return brevitas_twin(module, SwitchableConv2d, SwitchableLinear, weight_quant=weight_quant, input_quant=input_quant)
 
 
-def _layer_note(product: Product, plan: Plan) -> str:
-    note = f"weights {'per channel' if plan.per_channel else 'per tensor'}"
+def _layer_note(product: Product, module: nn.Module, plan: Plan) -> str:
+    note = f"weights {'per channel' if plan.is_per_channel(module) else 'per tensor'}"
     read, _ = product.operands
     if not plan.is_quantized(read):
         note += f", own {'unsigned' if read.nonnegative else 'signed'} input quantizer"
@@ -151,6 +154,10 @@ def _with_products(call: Call, module: nn.Module, plan: Plan) -> nn.Module:
 
 def _quantized_product(product: Product, plan: Plan) -> QuantizedProduct:
     kind = QuantizedAttention if product.name == ATTENTION else QuantizedProduct
+    if product.is_sum:
+        is_float = plan.stays_float(product)
+        quant = None if is_float else plan.activation(signed=True, min_bits=plan.min_bits(product))
+        return QuantizedSum(None if quant is None else SwitchableIdentity(quant))
     if plan.stays_float(product):
         return QuantizedProduct(product.name, {})
     quantizers: dict[str, nn.Module] = {}
@@ -184,6 +191,8 @@ def _is_per_channel(product: Product, plan: Plan) -> bool:
 def _product_note(product: Product, plan: Plan) -> str:
     if plan.stays_float(product):
         return f"{product.name} {_left_float([product])}"
+    if product.is_sum:
+        return f"both sides of a sum by one signed quantizer{_at_least(plan.min_bits(product))}"
     parts = [_operand_note(operand, product, plan) for operand in product.operands]
     if product.name == ATTENTION:
         parts.insert(2, "unsigned probabilities")
