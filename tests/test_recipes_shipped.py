@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 
 from qadtr_brevitas.recipe import load_recipe
-from qadtr_brevitas.recipe_files import recipe_description, shipped_recipes
+from qadtr_brevitas.recipe_files import recipe_description, shipped_defenses, shipped_recipes
 
 SHIPPED = list(shipped_recipes().values())
+DEFENSES = list(shipped_defenses().values())
+BACKBONES = ["digits_qat", "cifar10_resnet20_qat", "cifar10_vit_qat", "imagenet_resnet34_qat"]
 
 
 @pytest.mark.parametrize("recipe", SHIPPED, ids=lambda path: path.stem)
@@ -36,6 +38,35 @@ def test_its_header_describes_it_and_gives_the_command(recipe: Path) -> None:
     assert any(command.search(line) for line in header), "give the command"
 
 
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_every_defense_can_be_added_to_every_kind_of_network(backbone: str) -> None:
+    plain = load_recipe(backbone)
+    for defense in DEFENSES:
+        defended = load_recipe(f"{backbone}+{defense.stem}")
+        assert defended != plain
+        # The same budget for every defense.
+        assert (defended.model, defended.data) == (plain.model, plain.data)
+        assert (defended.train.epochs, defended.train.optimizer) == (plain.train.epochs, plain.train.optimizer)
+
+
+@pytest.mark.parametrize("defense", DEFENSES, ids=lambda path: path.stem)
+def test_a_defense_says_what_it_is_and_how_it_is_added(defense: Path) -> None:
+    assert 10 < len(recipe_description(defense)) < 115
+    assert f"qadtr-brevitas train cifar10_resnet20_qat+{defense.stem}\n" in defense.read_text(encoding="utf-8")
+
+
+def test_an_ablation_lacks_one_part() -> None:
+    full = load_recipe("cifar10_resnet20_qat+qadtr").model_dump(mode="json")["train"]
+
+    def differing(defense: str) -> set[str]:
+        other = load_recipe(f"cifar10_resnet20_qat+{defense}").model_dump(mode="json")["train"]
+        return {key for key in full if full[key] != other[key]}
+
+    assert differing("qadtr_no_aqapa") == differing("qadtr_pbat_patches") == {"attack"}
+    assert differing("qadtr_no_dbwt") == {"precision"}
+    assert differing("qadtr_no_gir") == {"gradient"}
+
+
 def test_the_quickstart_has_its_recipes() -> None:
     assert {"digits_qat", "digits_qadtr"} <= set(shipped_recipes())
 
@@ -48,5 +79,6 @@ def test_all_are_in_the_wheel(repository: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     assert {f"qadtr_brevitas/recipes/{path.name}" for path in SHIPPED} <= names
+    assert {f"qadtr_brevitas/recipes/defenses/{path.name}" for path in DEFENSES} <= names
     assert {"qadtr_brevitas/__main__.py", "qadtr_brevitas/cli/main.py"} <= names
     assert not [name for name in names if name.startswith(("tests", "recipes", "bench"))]

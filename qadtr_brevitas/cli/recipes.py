@@ -30,12 +30,15 @@ def command() -> None:
 @click.argument("pattern", default="*", metavar="[GLOB]")
 @output_options
 def list_(pattern: str) -> None:
-    """List the recipes that ship with the package."""
+    """List the recipes that ship with the package, and the defenses that change them, as in digits_qat+pbat."""
     from fnmatch import fnmatch
 
     from rich.table import Table
 
-    found = {name: path for name, path in recipe_files.shipped_recipes().items() if fnmatch(name, pattern)}
+    shipped = recipe_files.shipped_recipes() | {
+        f"RECIPE+{name}": path for name, path in recipe_files.shipped_defenses().items()
+    }
+    found = {name: path for name, path in shipped.items() if fnmatch(name, pattern)}
     table = Table(box=None, pad_edge=False, show_header=False)
     rows = [{"name": name, "description": recipe_files.recipe_description(path)} for name, path in found.items()]
     for row in rows:
@@ -47,6 +50,7 @@ def list_(pattern: str) -> None:
 @command.command(
     epilog=examples(
         "qadtr-brevitas recipes show digits_qadtr",
+        "qadtr-brevitas recipes show cifar10_resnet20_qat+pbat quant.precisions=[8]",
         "qadtr-brevitas recipes show --keys digits_qadtr train.epochs=3",
     )
 )
@@ -55,16 +59,15 @@ def list_(pattern: str) -> None:
 @click.option("--keys", is_flag=True, help="Write out every key, with its value and what it is.")
 @output_options
 def show(recipe: str, overrides: tuple[str, ...], keys: bool) -> None:
-    """Print a recipe: as it was written or, with --keys, --json or overrides, as it is understood."""
-    path = recipe_files.find_recipe(recipe)
-    text = path.read_text(encoding="utf-8", errors="replace").rstrip("\n")
+    """Print a recipe: as it was written or, with --keys, --json, a defense or overrides, as it is understood."""
     from qadtr_brevitas.cli.common import wants_json
 
-    if not (keys or overrides or wants_json()):
-        return emit(None, text)
+    if not (keys or overrides or wants_json() or len(recipe_files.split_name(recipe)) > 1):
+        path = recipe_files.find_recipe(recipe)
+        return emit(None, path.read_text(encoding="utf-8", errors="replace").rstrip("\n"))
     from qadtr_brevitas.recipe import load_recipe
 
-    loaded = load_recipe(path, overrides)
+    loaded = load_recipe(recipe, overrides)
     emit(loaded.model_dump(mode="json"), loaded.dump_yaml(describe=True).rstrip("\n"))
 
 
@@ -88,7 +91,9 @@ def validate(recipe: str, overrides: tuple[str, ...]) -> None:
     """Check a recipe, with overrides as `train` takes them; every mistake is listed at once, with its line."""
     from qadtr_brevitas.recipe import load_recipe
 
-    path = recipe_files.find_recipe(recipe)
-    load_recipe(path, overrides)
-    emit({"recipe": str(path), "valid": True})
+    load_recipe(recipe, overrides)
+    # Of several parts together there is no single file.
+    parts = recipe_files.split_name(recipe)
+    path = str(recipe_files.find_recipe(recipe)) if len(parts) == 1 else recipe
+    emit({"recipe": path, "valid": True})
     say(f"{path} is valid; next: qadtr-brevitas train {' '.join((recipe, *overrides))} -o DIR")

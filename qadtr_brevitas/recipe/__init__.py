@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from qadtr_brevitas.errors import Problem, RecipeError
+from qadtr_brevitas.recipe.layers import read_layers
 from qadtr_brevitas.recipe.overrides import apply_override
 from qadtr_brevitas.recipe.problems import dotted, explain
 from qadtr_brevitas.recipe.sections import (
@@ -21,8 +22,8 @@ from qadtr_brevitas.recipe.sections import (
     TrainSection,
 )
 from qadtr_brevitas.recipe.slots import slot_name
-from qadtr_brevitas.recipe.source import Node, parse, read_source
-from qadtr_brevitas.recipe_files import find_recipe
+from qadtr_brevitas.recipe.source import Node, parse
+from qadtr_brevitas.recipe_files import find_recipe, split_name
 
 __all__ = [
     "CalibrationSection",
@@ -43,15 +44,16 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Reads and checks a recipe.
 
     Args:
-        source: a file, or the name of a shipped recipe.
+        source: a file, the name of a shipped recipe, or RECIPE+DEFENSE, the name of a shipped defense that changes it.
         overrides: `key.sub=value` texts, as on the command line; a value of null takes the key out.
 
     Raises:
-        UsageError: there is no such recipe, or the file is no mapping.
+        UsageError: there is no such recipe or defense, or the file is no mapping.
         RecipeError: something is wrong in it; the error lists everything that is, each with its place.
     """
-    path = find_recipe(source)
-    return _checked(read_source(path), overrides, source=str(path))
+    parts = split_name(source)
+    place = str(find_recipe(source)) if len(parts) == 1 else str(source)
+    return _checked(read_layers(source), overrides, source=place)
 
 
 def make_recipe(fields: Mapping[str, Any], overrides: Sequence[str] = (), *, source: str) -> Recipe:

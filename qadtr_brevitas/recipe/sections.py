@@ -155,7 +155,7 @@ class Recipe(Section):
 
 
 def _with_choices(data: dict[str, Any]) -> dict[str, Any]:
-    """A schedule that names no choices has all that the model is quantized for."""
+    """A schedule that names no choices has all that the model is quantized for; a fixed one, if that is only one."""
     quant, train = data.get("quant", {}), data.get("train", {})
     slot = train.get("precision", "uniform") if isinstance(train, dict) else None
     fields = {"schedule": slot} if isinstance(slot, str) else slot
@@ -163,13 +163,16 @@ def _with_choices(data: dict[str, Any]) -> dict[str, Any]:
         return data
     try:
         schedule = SCHEDULES.load(str(fields.get("schedule", fields.get("name"))))
-        parse_precisions(quant["precisions"])
+        precisions = parse_precisions(quant["precisions"])
     # What is wrong is told where it is wrong, not twice.
     except (QadtrError, TypeError):
         return data
-    if "choices" in fields or "choices" not in fields_of(schedule):
-        return data
-    return {**data, "train": {**train, "precision": {**fields, "choices": quant["precisions"]}}}
+    known = fields_of(schedule)
+    if "choices" in known and "choices" not in fields:
+        fields = {**fields, "choices": quant["precisions"]}
+    if "choice" in known and "choice" not in fields and len(precisions) == 1:
+        fields = {**fields, "choice": precisions[0]}
+    return {**data, "train": {**train, "precision": fields}}
 
 
 def _precision_problems(recipe: Recipe) -> list[tuple[tuple[str, ...], str]]:
