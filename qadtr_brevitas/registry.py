@@ -115,10 +115,11 @@ REGULARIZERS = Registry(
 ANALYSES = Registry(
     "analysis",
     {
-        "gradients": (
-            "qadtr_brevitas.analyze.gradients:Gradients",
-            "do gradients at few bits point where those at 32 bit do (Figure 4)",
-        ),
+        "features": ("qadtr_brevitas.analyze.features:Features", "feature maps, clean and patched (Figure 3)"),
+        "gradients": ("qadtr_brevitas.analyze.gradients:Gradients", "gradients at each precision compared (Figure 4)"),
+        "pixel": ("qadtr_brevitas.analyze.pixel:Pixel", "accuracy against eps under pixel attacks (Figure 1)"),
+        "size": ("qadtr_brevitas.analyze.size:Size", "ASR by patch size (Table 21)"),
+        "spatial": ("qadtr_brevitas.analyze.spatial:Spatial", "ASR of patches shifted and turned (Table 20)"),
     },
 )
 

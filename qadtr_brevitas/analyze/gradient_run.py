@@ -13,15 +13,14 @@ from qadtr_brevitas.analyze.base import Context, Findings, Picture, Record
 from qadtr_brevitas.analyze.charts import Curve, Point, draw_curves
 from qadtr_brevitas.analyze.gradient_measures import Average, cosines, input_gradients, squared_errors
 from qadtr_brevitas.analyze.heat import heat
-from qadtr_brevitas.analyze.patches import float_patches
+from qadtr_brevitas.analyze.patches import float_patches, put_on
 from qadtr_brevitas.analyze.tables import by_precision, decimals
 from qadtr_brevitas.evaluate.image_attacks import NamedAttack, SourcedAttack
 from qadtr_brevitas.plots import Sheet, Tile, draw_sheet
 from qadtr_brevitas.precision import Precision
-from qadtr_brevitas.predict import placements
 from qadtr_brevitas.recipe.slots import slot_name
 from qadtr_brevitas.sources import parse_access
-from qadtr_brevitas.subjects import Contender, Subject
+from qadtr_brevitas.subjects import Subject
 
 if TYPE_CHECKING:
     from qadtr_brevitas.analyze.gradients import Gradients
@@ -84,35 +83,22 @@ def run(analysis: Gradients, context: Context) -> Findings:
 def _scenes(
     analysis: Gradients, context: Context, subject: Subject, reference: Precision, images: Tensor, labels: Tensor
 ) -> Iterator[_Scene]:
-    """The images under each attack; several patches take turns, so that every image counts once."""
+    """The images under each attack."""
     patches = float_patches(context, subject, [analysis.attack], finished=analysis.patches, targets=analysis.targets)
-    patched, covered = images.clone(), torch.zeros_like(images[:, :1], dtype=torch.bool)
-    for turn, contender in enumerate(patches):
-        mine = torch.arange(turn, len(images), len(patches))
-        patched[mine], covered[mine] = _patched(contender, images, mine, seed=context.seed)
+    patched, covered = put_on(patches, images, seed=context.seed)
     whole = torch.ones_like(covered)
-    name = contender_family(patches)
+    name = ", ".join(dict.fromkeys(patch.facts.family for patch in patches))
     yield _Scene(name, patched, {"patch": covered, "image": whole, "zeros around the patch": covered})
     pixel = NamedAttack(slot_name(analysis.pixel), analysis.pixel)
-    made = SourcedAttack(pixel, subject, parse_access(reference)).images(
-        images, labels, seed=context.seed, chunk=range(len(images))
+    source = SourcedAttack(pixel, subject, parse_access(reference))
+    parts = torch.arange(len(images)).split(context.batch_size)
+    made = torch.cat(
+        [
+            source.images(images[part], labels[part], seed=context.seed, chunk=range(int(part[0]), int(part[-1]) + 1))
+            for part in parts
+        ]
     )
     yield _Scene(pixel.family, made, {"patch": covered, "image": whole})
-
-
-def contender_family(patches: Sequence[Contender]) -> str:
-    """How tables call patches that are looked at together."""
-    return ", ".join(dict.fromkeys(contender.facts.family for contender in patches))
-
-
-def _patched(contender: Contender, images: Tensor, mine: Tensor, *, seed: int) -> tuple[Tensor, Tensor]:
-    size = images.shape[-2], images.shape[-1]
-    corners = placements(contender.patch, len(images), size, seed=seed)[mine].to(images.device)
-    patch = contender.patch.to(images.device)
-    stamp = patch.texture.new_ones(patch.texture.shape)
-    blank = torch.zeros_like(images[mine])
-    covered = type(patch)(texture=stamp, mask=patch.mask).apply(blank, corners=corners)[:, :1] > 0
-    return patch.apply(images[mine], corners=corners), covered
 
 
 def _records(

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from qadtr_brevitas.analyze.base import Context
 from qadtr_brevitas.craft import craft
 from qadtr_brevitas.data.split import Split
 from qadtr_brevitas.errors import UsageError
+from qadtr_brevitas.predict import placements
 from qadtr_brevitas.recipe.slots import slot_name
 from qadtr_brevitas.subjects import PATCH_FOLDER, Contender, Subject, load_patches, unique_names
 
@@ -54,6 +59,28 @@ def float_patches(
         Contender(f"{subject.name} {name}", contender.patch, contender.file)
         for name, contender in zip(unique_names(paths), load_patches(paths), strict=True)
     ]
+
+
+def put_on(patches: Sequence[Contender], images: Tensor, *, seed: int) -> tuple[Tensor, Tensor]:
+    """Patched images (N, 3, H, W) and the pixels that are covered, boolean (N, 1, H, W).
+
+    Several patches take turns, so that every image counts once.
+
+    Args:
+        patches: at least one.
+        images: (N, 3, H, W) in [0, 1].
+        seed: of the placements.
+    """
+    patched, covered = images.clone(), torch.zeros_like(images[:, :1], dtype=torch.bool)
+    for turn, contender in enumerate(patches):
+        mine = torch.arange(turn, len(images), len(patches))
+        size = images.shape[-2], images.shape[-1]
+        corners = placements(contender.patch, len(images), size, seed=seed)[mine].to(images.device)
+        patch = contender.patch.to(images.device)
+        stamp = replace(patch, texture=torch.ones_like(patch.texture))
+        patched[mine] = patch.apply(images[mine], corners=corners)
+        covered[mine] = stamp.apply(torch.zeros_like(images[mine]), corners=corners)[:, :1] > 0
+    return patched, covered
 
 
 def _make(

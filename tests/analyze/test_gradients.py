@@ -1,18 +1,22 @@
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
+from qadtr_brevitas.analyze import AnalysisData
+from qadtr_brevitas.analyze.document import read_analysis
 from qadtr_brevitas.analyze.gradient_measures import Average, cosines, input_gradients, squared_errors
 from qadtr_brevitas.analyze.gradients import Gradients
 from qadtr_brevitas.attacks.pixel import Fgsm, Pgd
-from qadtr_brevitas.errors import UsageError
+from qadtr_brevitas.errors import CheckpointError, UsageError
 from qadtr_brevitas.precision import Precision
 from qadtr_brevitas.quant import at_precision
+from qadtr_brevitas.subjects import Subject
 from tests.analyze.support import LAVAN, analyze, make_subjects, shapes, values
 from tests.evaluation_models import make_switchable
 
@@ -66,67 +70,95 @@ def test_gradients_do_not_depend_on_the_batch_and_are_those_of_the_loss() -> Non
     torch.testing.assert_close(whole[:1], one.grad, rtol=1e-3, atol=1e-6)
 
 
-def test_files_hold_every_number(tmp_path: Path) -> None:
-    report = analyze(FAST, make_subjects(tmp_path, count=2), tmp_path / "out")
+@pytest.fixture(scope="module")
+def subjects(tmp_path_factory: pytest.TempPathFactory) -> list[Subject]:
+    return make_subjects(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module")
+def folder(subjects: list[Subject], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("gradients")
+    analyze(FAST, subjects, folder)
+    return folder
+
+
+def test_files_hold_every_number(folder: Path) -> None:
+    report = read_analysis(folder)
     # Cosine, mse and its share: three regions of the patch, two of the pixel attack.
-    assert len(report.records) == 2 * 3 * (3 + 2)
-    with (tmp_path / "out" / "records.csv").open(newline="") as file:
+    assert len(report.records) == 3 * (3 + 2)
+    with (folder / "records.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))
     assert [line["what"] for line in lines] == [record.what for record in report.records]
     assert {line["region"] for line in lines} == {"patch", "image", "zeros around the patch"}
     for picture in report.pictures:
-        with Image.open(tmp_path / "out" / picture.file) as image:
+        with Image.open(folder / picture.file) as image:
             assert image.width > 500
     assert [table.title for table in report.tables] == [f"Gradients: {x}" for x in ("cosine", "mse", "relative mse")]
 
 
-def test_zeros_around_the_patch_leave_the_angle_and_make_the_error_small(tmp_path: Path) -> None:
-    report = analyze(FAST, make_subjects(tmp_path), tmp_path / "out")
-    patch, zeros = (
-        values(report, "mse", region=name, attack="lavan 4x4")[0] for name in ("patch", "zeros around the patch")
-    )
-    assert patch.value
-    assert zeros.value == pytest.approx(patch.value * 4 * 4 / (16 * 16))
-    angles = [
-        values(report, "cosine", region=name, attack="lavan 4x4")[0].value
-        for name in ("patch", "zeros around the patch")
-    ]
-    assert angles[0] == angles[1]
-    assert angles[0] is not None
-    assert -1 <= angles[0] <= 1
+def test_zeros_around_the_patch_leave_the_angle_and_make_the_error_small(folder: Path) -> None:
+    report = read_analysis(folder)
+
+    def both(what: str) -> list[float | None]:
+        regions = ("patch", "zeros around the patch")
+        return [values(report, what, region=region, attack="lavan 4x4")[0].value for region in regions]
+
+    patch, zeros = both("mse")
+    assert patch
+    assert zeros == pytest.approx(patch * 4 * 4 / (16 * 16))
+    angle, same = both("cosine")
+    assert angle is not None
+    assert angle == same
+    assert -1 <= angle <= 1
 
 
-def test_finished_patches_are_taken_and_what_is_there_is_kept(tmp_path: Path) -> None:
-    subjects = make_subjects(tmp_path)
-    first = analyze(FAST, subjects, tmp_path / "out")
-    made = tmp_path / "out" / "patches" / "net0"
-    stamp = (tmp_path / "out" / "analysis.json").stat().st_mtime_ns
-    assert analyze(FAST, subjects, tmp_path / "out") == first
-    assert (tmp_path / "out" / "analysis.json").stat().st_mtime_ns == stamp
-    given = Gradients(patches=(str(made),), pixel=Fgsm(), images=9)
-    again = analyze(given, subjects, tmp_path / "again")
-    assert not (tmp_path / "again" / "patches").exists()
-    cosine = [values(report, "cosine", region="patch", attack="lavan 4x4")[0].value for report in (first, again)]
+def test_what_is_there_is_kept(folder: Path, subjects: list[Subject]) -> None:
+    before = (folder / "analysis.json").stat().st_mtime_ns
+    assert analyze(FAST, subjects, folder) == read_analysis(folder)
+    assert (folder / "analysis.json").stat().st_mtime_ns == before
+
+
+def test_finished_patches_are_taken_and_a_lost_picture_is_drawn_again(
+    folder: Path, subjects: list[Subject], tmp_path: Path
+) -> None:
+    given = Gradients(patches=(str(folder / "patches" / "net0"),), pixel=Fgsm(), images=9)
+    found = analyze(given, subjects, tmp_path)
+    assert not (tmp_path / "patches").exists()
+    reports = (read_analysis(folder), found)
+    cosine = [values(report, "cosine", region="patch", attack="lavan 4x4")[0].value for report in reports]
     assert cosine[0] == cosine[1]
+    (tmp_path / "cosine.png").unlink()
+    analyze(given, subjects, tmp_path)
+    assert (tmp_path / "cosine.png").is_file()
 
 
-def test_a_lost_picture_is_drawn_again(tmp_path: Path) -> None:
-    subjects = make_subjects(tmp_path)
-    analyze(FAST, subjects, tmp_path / "out")
-    (tmp_path / "out" / "cosine.png").unlink()
-    analyze(FAST, subjects, tmp_path / "out")
-    assert (tmp_path / "out" / "cosine.png").is_file()
-
-
-def test_patches_of_another_precision_are_refused(tmp_path: Path) -> None:
-    subjects = make_subjects(tmp_path, precisions=(32, 4))
-    low = make_subjects(tmp_path / "low", precisions=(4,))
-    analyze(FAST, subjects, tmp_path / "out")
-    given = Gradients(patches=(str(tmp_path / "out" / "patches" / "net0"),), pixel=Fgsm(), images=3)
+def test_patches_of_another_precision_are_refused(folder: Path, tmp_path: Path) -> None:
+    given = Gradients(patches=(str(folder / "patches" / "net0"),), pixel=Fgsm(), images=3)
     with pytest.raises(UsageError, match=r"none of the patches in .*net0 was made at 4 bit.*--precision 4"):
-        analyze(given, low, tmp_path / "other")
+        analyze(given, make_subjects(tmp_path, precisions=(4,)), tmp_path / "other")
 
 
-def test_an_attack_without_a_patch_is_refused(tmp_path: Path) -> None:
+def test_an_attack_without_a_patch_is_refused(subjects: list[Subject], tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="pgd makes no patch: choose an attack that does"):
-        analyze(Gradients(attack=Pgd(steps=1)), make_subjects(tmp_path), tmp_path / "out")
+        analyze(Gradients(attack=Pgd(steps=1)), subjects, tmp_path)
+
+
+def test_without_training_images_patches_have_to_be_given(subjects: list[Subject], tmp_path: Path) -> None:
+    data = AnalysisData("shapes", shapes().test)
+    with pytest.raises(UsageError, match=r"no training images to make patches on: .*patches="):
+        analyze(FAST, subjects, tmp_path, data)
+
+
+def test_an_analysis_needs_a_model(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="an analysis needs a model"):
+        analyze(FAST, [], tmp_path)
+
+
+def test_damaged_and_missing_and_newer_files_are_told(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no analysis at .*: make one with `qadtr-brevitas analyze`"):
+        read_analysis(tmp_path)
+    content = json.loads((folder / "analysis.json").read_text())
+    for change, message in (({"schema_version": 99}, "schema version 99"), ({"records": 3}, "is damaged")):
+        (tmp_path / "analysis.json").write_text(json.dumps({**content, **change}))
+        with pytest.raises(CheckpointError, match=message):
+            read_analysis(tmp_path)

@@ -1,0 +1,48 @@
+"""Records as curves: one for each model and precision, along one facet."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from qadtr_brevitas.analyze.base import Record
+from qadtr_brevitas.analyze.charts import Curve, Point, draw_curves
+from qadtr_brevitas.report.layout import bits
+
+
+def draw_records(
+    shown: Sequence[Record], path: Path, *, along: str, x_label: str, y_label: str, title: str = ""
+) -> Path:
+    """Draws shares in percent; records with the same place on the same curve are drawn once.
+
+    Args:
+        shown: what to draw.
+        path: the PNG to write.
+        along: the facet along the horizontal axis, in the order of the records.
+        x_label: what it is.
+        y_label: what the values are.
+        title: above the picture.
+
+    Raises:
+        CheckpointError: the file cannot be written.
+    """
+    places = list(dict.fromkeys(record.facets[along] for record in shown))
+    curves: dict[str, list[Point | None]] = {}
+    for record in shown:
+        points = curves.setdefault(f"{record.model} at {bits(record.precision)}", [None] * len(places))
+        if record.value is not None:
+            points[places.index(record.facets[along])] = Point(record.value, record.low, record.high)
+    return draw_curves(
+        [Curve(label, points) for label, points in curves.items()],
+        list(map(_word, places)),
+        path,
+        x_label=x_label,
+        y_label=y_label,
+        title=title,
+        percent=True,
+    )
+
+
+def _word(place: Any) -> str:
+    return f"{place:g}" if isinstance(place, float) else str(place)
