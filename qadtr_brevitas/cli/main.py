@@ -19,6 +19,7 @@ COMMANDS = {
     "train": ("qadtr_brevitas.cli.train", "Train a switchable quantized model as a recipe says."),
     "attack": ("qadtr_brevitas.cli.attack", "Make adversarial patches against a model."),
     "evaluate": ("qadtr_brevitas.cli.evaluate", "Score models under attack and write a report."),
+    "analyze": ("qadtr_brevitas.cli.analyze", "Look into why attacks move between precisions."),
     "export": ("qadtr_brevitas.cli.export", "Write a model for FPGA and edge tools, proved equal."),
     "recipes": ("qadtr_brevitas.cli.recipes", "List, show, copy and check recipes."),
     "list": ("qadtr_brevitas.cli.list", "List models, attacks, data sets and other names."),

@@ -1,0 +1,110 @@
+"""`qadtr-brevitas analyze ANALYSIS MODEL_DIR... [key=value ...]`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from qadtr_brevitas.cli.common import emit, examples, progress, say, work_options
+from qadtr_brevitas.cli.plugin_options import dataset_settings, find_dataset, load_split, make_plugin
+from qadtr_brevitas.cli.recorded import RecordedCommand, command_line
+from qadtr_brevitas.errors import UsageError
+from qadtr_brevitas.recipe.slots import slot_name
+from qadtr_brevitas.registry import ANALYSES
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from qadtr_brevitas.analyze import AnalysisData
+    from qadtr_brevitas.analyze.document import AnalysisReport
+
+
+@click.command(
+    "analyze",
+    cls=RecordedCommand,
+    epilog=examples(
+        "qadtr-brevitas analyze gradients runs/qat",
+        "qadtr-brevitas analyze features runs/qat layers='[conv1, layer2.0.conv1]'",
+        "qadtr-brevitas analyze spatial runs/qat attack='{name: lavan, size: 6}' shifts='[2, 8, 18]'",
+        "qadtr-brevitas analyze size runs/qat runs/qadtr sizes='[6, 8]' --images 1000",
+        "qadtr-brevitas analyze pixel runs/qat attacks='[fgsm, pgd, autoattack]' eps='[0, 0.015, 0.03]'",
+    ),
+)
+@click.argument("analysis", metavar="|".join(ANALYSES.names()))
+@click.argument("arguments", nargs=-1, required=True, metavar="MODEL_DIR... [key=value ...]")
+@click.option("--images", type=click.IntRange(min=1), help="Use only so many test images, balanced over classes.")
+@click.option("--batch-size", "-b", type=click.IntRange(min=1), default=256, show_default=True, help="Images at once.")
+@work_options(data="the one the models were trained on", output="MODEL_DIR/analysis/ANALYSIS")
+def command(
+    analysis: str,
+    arguments: tuple[str, ...],
+    images: int | None,
+    batch_size: int,
+    data: str | None,
+    output: Path | None,
+    device: str,
+    seed: int,
+) -> None:
+    """Look into why attacks move between precisions, as numbers and pictures.
+
+    Patches that are not given are made on the training images, at 32 bit where the model has it, and kept in the output
+    folder, as are the finished parts of long evaluations: called again, the command goes on where it stopped.
+    The keys of key=value are those of the analysis; `list analyses` says what each one is.
+    """
+    paths, settings = _divide(arguments)
+    plugin = make_plugin(ANALYSES, analysis, settings)
+    dataset = find_dataset(paths, data)
+    output = output or paths[0] / "analysis" / analysis
+
+    from qadtr_brevitas.analyze import run_analysis
+    from qadtr_brevitas.analyze.document import read_analysis
+    from qadtr_brevitas.device import resolve_device
+    from qadtr_brevitas.subjects import load_subjects
+
+    where = resolve_device(device)
+    models = load_subjects(paths, device=where)
+    with progress(f"analyzing {analysis}") as report_progress:
+        file = run_analysis(
+            plugin,
+            models,
+            _read_data(dataset, images, seed=seed),
+            output,
+            seed=seed,
+            progress=report_progress,
+            device=where,
+            batch_size=batch_size,
+            command=command_line(),
+        )
+    report = read_analysis(file)
+    _print(report)
+    written = [file.name, "records.csv", *(picture.file for picture in report.pictures)]
+    say(f"wrote {', '.join(written)} to {output}")
+    say(f"next: qadtr-brevitas report {output} -o report.html")
+
+
+def _divide(arguments: Sequence[str]) -> tuple[list[Path], list[str]]:
+    """Folders, and settings of the analysis; what exists is a folder whatever it is called."""
+    paths = [Path(word) for word in arguments if "=" not in word or Path(word).exists()]
+    if not paths:
+        raise UsageError("no model is given: name one or more model or run directories before the settings")
+    return paths, [word for word in arguments if Path(word) not in paths]
+
+
+def _read_data(dataset: Any, images: int | None, *, seed: int) -> AnalysisData:
+    from qadtr_brevitas.analyze import AnalysisData
+
+    test = load_split(dataset, "test", limit=images, seed=seed)
+    if images is not None:
+        # Refuses more images than there are.
+        test = test.balanced(images, seed=seed)
+    return AnalysisData(slot_name(dataset), test, dataset_settings(dataset), lambda: dataset.load("train"))
+
+
+def _print(report: AnalysisReport) -> None:
+    from rich.console import Group
+
+    from qadtr_brevitas.report.files import rich_table
+
+    emit(report.model_dump(mode="json"), Group(*(rich_table(table.table()) for table in report.tables)))
