@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeAlias, cast, get_args
+from typing import Any, TypeAlias, cast, get_args, get_origin
 
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
@@ -139,7 +139,13 @@ def _trim(item: ErrorDetails, owner: Any, data: Any) -> Location:
 
 
 def _owner(owner: Any, place: Location) -> Any:
+    is_key = False
     for part in place:
+        if is_key:
+            # A key of one's own choice, in a mapping of sections.
+            is_key = False
+            continue
         field = fields_of(owner).get(str(part))
         owner = section_in(field.annotation) if field else None
+        is_key = field is not None and get_origin(field.annotation) is dict
     return owner

@@ -23,12 +23,14 @@ class Node:
         line: 1-based line of its key in the file, None for one given on the command line.
         scalar: the value, where it is neither a mapping nor a list.
         children: its members by key, or by index where `is_list`.
+        takes_out: a null that takes out what a lower layer says.
     """
 
     line: int | None
     scalar: Any = None
     children: dict[int | str, Node] | None = None
     is_list: bool = False
+    takes_out: bool = False
 
     def plain(self) -> Any:
         """The value as dicts, lists and scalars."""
