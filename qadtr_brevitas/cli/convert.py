@@ -45,6 +45,7 @@ class _Given:
     samples: int | None
     bias_correction: bool
     dynamic: bool
+    target: Literal["finn", "hls4ml"] | None
     output: Path | None
     overwrite: bool
     dry_run: bool
@@ -62,6 +63,7 @@ class _Given:
             f"{calibration}.samples": self.samples,
             f"{calibration}.bias_correction": self.bias_correction or None,
             "quant.activations": "dynamic" if self.dynamic else None,
+            "quant.target": self.target,
         }
         return {path: value for path, value in options.items() if value is not None}
 
@@ -92,6 +94,7 @@ _calibration_options = option_block(
         "qadtr-brevitas convert resnet18 --pretrained --calibrate image-folder:photos --method percentile",
         "qadtr-brevitas convert runs/float --method minmax --samples 256 -o models/float_ptq",
         "qadtr-brevitas convert alexnet --calibrate image-folder:photos data.dataset.holdout=5 --dynamic",
+        "qadtr-brevitas convert runs/float --target finn -o models/float_finn",
         "qadtr-brevitas convert deit_base_patch16_224 quant.edge=same quant.precisions=[32,4] --dry-run",
     ),
 )
@@ -100,6 +103,9 @@ _calibration_options = option_block(
 @click.option("--checkpoint", help="Float weights: .safetensors, .pth, or a run or model directory.")
 @click.option("--pretrained", is_flag=True, help="Load the weights that timm or torchvision knows for the name.")
 @_calibration_options
+@click.option(
+    "--target", type=click.Choice(["finn", "hls4ml"]), help="Place quantizers so that this compiler accepts the export."
+)
 @click.option("--output", "-o", type=click.Path(path_type=Path), help="Model directory.  [default: models/MODEL]")
 @click.option("--overwrite", is_flag=True, help="Replace a model directory that is there.")
 @click.option("--dry-run", is_flag=True, help="Only show what would be done to each layer; write nothing.")

@@ -84,6 +84,9 @@ class QuantSection(Section):
     activations: Literal["static", "dynamic"] = Field(
         default="static", description="activation ranges: calibrated and learned, or each image's own at run time"
     )
+    target: Literal["finn", "hls4ml"] | None = Field(
+        default=None, description="place quantizers so that this FPGA compiler accepts the export"
+    )
     calibration: CalibrationSection = Field(default_factory=CalibrationSection, description="first quantizer ranges")
 
 
