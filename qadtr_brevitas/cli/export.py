@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qadtr_brevitas.cli.common import emit, examples, output_options, progress, say, seed_option, threads_option
+from qadtr_brevitas.cli.export_tables import export_tables
 from qadtr_brevitas.cli.plugin_options import find_dataset, load_split
 from qadtr_brevitas.cli.recorded import RecordedCommand, command_line
 from qadtr_brevitas.errors import UsageError
@@ -17,9 +18,8 @@ from qadtr_brevitas.precision import Precision
 if TYPE_CHECKING:
     from qadtr_brevitas.attacks.patch import Patch
     from qadtr_brevitas.export import ExportReport
-    from qadtr_brevitas.report.layout import Table
 
-_FORMATS = ("qonnx", "qcdq")
+_FORMATS = ("qonnx", "qcdq", "finn", "hls4ml")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,7 @@ class _Options:
     """The command line, as click read it."""
 
     model_dir: Path
-    precision: str
+    precisions: tuple[str, ...]
     form: str
     output: Path | None
     overwrite: bool
@@ -35,6 +35,9 @@ class _Options:
     images: int
     patches: tuple[Path, ...]
     tolerance: float
+    estimate: bool
+    board: str
+    fps: int
     data: str | None
     seed: int
 
@@ -46,13 +49,25 @@ class _Options:
         "qadtr-brevitas export runs/qadtr --precision 4 --format qonnx",
         "qadtr-brevitas export models/resnet18 -p w8a8 -f qcdq --images 1000 -o exports/resnet18",
         "qadtr-brevitas export runs/qadtr -p 4 -f qcdq --patches runs/qat/patches",
+        "qadtr-brevitas export models/resnet20_finn -p 4 -p 2 -f finn --estimate",
     ),
 )
 @click.argument("model_dir", type=click.Path(path_type=Path))
-@click.option("--precision", "-p", required=True, metavar="w4a4|4", help="Precision to export, one the model has.")
+@click.option(
+    "--precision",
+    "-p",
+    "precisions",
+    required=True,
+    multiple=True,
+    metavar="w4a4|4",
+    help="Precision to export, one the model has; give it again for more.",
+)
 @click.option("--format", "-f", "form", type=click.Choice(_FORMATS), required=True, help="What to write.")
 @click.option(
-    "--output", "-o", type=click.Path(path_type=Path), help="Folder.  [default: exports/MODEL-PRECISION-FORMAT]"
+    "--output",
+    "-o",
+    type=click.Path(path_type=Path),
+    help="Folder; with several precisions, of one for each.  [default: exports/MODEL-PRECISION-FORMAT]",
 )
 @click.option("--overwrite", is_flag=True, help="Replace a folder that is there.")
 @click.option(
@@ -78,6 +93,11 @@ class _Options:
     show_default=True,
     help="Largest difference of the median image's logits, in shares of the largest logit.",
 )
+@click.option("--estimate", is_flag=True, help="finn: show look-up tables, memory, multipliers and images per second.")
+@click.option("--board", default="Pynq-Z1", show_default=True, help="finn: board to build for.")
+@click.option(
+    "--fps", type=click.IntRange(min=1), default=100, show_default=True, help="finn: images per second to fold for."
+)
 @click.option("--data", help="Data set as NAME[:ROOT].  [default: the one the model was trained on]")
 @seed_option()
 @threads_option
@@ -85,18 +105,15 @@ class _Options:
 def command(**options: Any) -> None:
     """Write a model at one precision as a file for other tools, and prove that it computes the same.
 
-    qonnx holds any bit-widths, for FPGA compilers; qcdq is standard ONNX for onnxruntime, up to 8 bit. The file is
-    executed on test images and under the model's patches; one that computes something else is not kept.
+    qonnx holds any bit-widths, as Brevitas writes them; qcdq is standard ONNX for onnxruntime, up to 8 bit. finn and
+    hls4ml are folders to build with these FPGA compilers, for models made by `convert --target`. The file is executed
+    on test images and under the model's patches; one that computes something else is not kept.
     """
     given = _Options(**options)
-    wanted = Precision.parse(given.precision)
-    name = given.model_dir.resolve().name
-    output = given.output or Path("exports") / f"{name}-{str(wanted).replace('32', 'float')}-{given.form}"
-    if output.exists() and not given.overwrite:
-        raise UsageError(f"{output} is there already: choose another folder with -o, or replace it with --overwrite")
+    outputs = _outputs(given)
     dataset = find_dataset([given.model_dir], given.data) if given.verify else None
 
-    from qadtr_brevitas.export import FORMATS, export
+    from qadtr_brevitas.export import FORMATS, Build, export
     from qadtr_brevitas.subjects import load_subjects
 
     (subject,) = load_subjects([given.model_dir])
@@ -104,21 +121,46 @@ def command(**options: Any) -> None:
     if dataset is not None:
         split = load_split(dataset, "test", limit=given.images, seed=given.seed)
         subject.check_data(split, data=given.data or "of the model")
-    with progress("verifying") as report_progress:
-        report = export(
-            subject,
-            wanted,
-            FORMATS[given.form],
-            output,
-            split=split,
-            patches=_patches(given, wanted) if given.verify else [],
-            tolerance=given.tolerance,
-            seed=given.seed,
-            command=command_line(),
-            progress=report_progress,
-        )
-    emit(report.to_dict() | {"output": str(output)}, _text(report))
-    say(f"wrote {output}; the network is {output / 'model.onnx'}")
+    reports: list[ExportReport] = []
+    for wanted, output in outputs.items():
+        with progress(f"verifying {wanted}") as report_progress:
+            report = export(
+                subject,
+                wanted,
+                FORMATS[given.form],
+                output,
+                split=split,
+                patches=_patches(given, wanted) if given.verify else [],
+                tolerance=given.tolerance,
+                build=Build(board=given.board, fps=given.fps),
+                with_estimate=given.estimate,
+                seed=given.seed,
+                command=command_line(),
+                progress=report_progress,
+            )
+        reports.append(report)
+        say(f"wrote {output}; the network is {output / 'model.onnx'}")
+    found = [
+        report.to_dict() | {"output": str(output)} for report, output in zip(reports, outputs.values(), strict=True)
+    ]
+    emit(found[0] if len(found) == 1 else found, export_tables(reports))
+
+
+def _outputs(given: _Options) -> dict[Precision, Path]:
+    """The folder for each precision."""
+    wanted = list(dict.fromkeys(map(Precision.parse, given.precisions)))
+    name = given.model_dir.resolve().name
+    outputs: dict[Precision, Path] = {}
+    for precision in wanted:
+        bits = str(precision).replace("32", "float")
+        one = given.output if len(wanted) == 1 or given.output is None else given.output / bits
+        outputs[precision] = one or Path("exports") / f"{name}-{bits}-{given.form}"
+    for output in outputs.values():
+        if output.exists() and not given.overwrite:
+            raise UsageError(
+                f"{output} is there already: choose another folder with -o, or replace it with --overwrite"
+            )
+    return outputs
 
 
 def _patches(given: _Options, precision: Precision) -> list[tuple[str, Patch]]:
@@ -129,32 +171,3 @@ def _patches(given: _Options, precision: Precision) -> list[tuple[str, Patch]]:
         return [(contender.name, contender.patch) for contender in load_patches(given.patches)]
     found = load_patches([own]) if any(own.glob("*.safetensors")) else []
     return [(c.name, c.patch) for c in found if str(c.patch.meta.get("precision")) == str(precision)]
-
-
-def _text(report: ExportReport) -> Any:
-    from rich.console import Group
-    from rich.text import Text
-
-    from qadtr_brevitas.report.files import rich_table
-
-    size = f"{report.format} at {report.precision}: {report.bytes / 1e6:.3g} MB"
-    if report.agreement is None:
-        return Text(f"{size}, not verified")
-    return Group(Text(size), rich_table(_agreement(report)))
-
-
-def _agreement(report: ExportReport) -> Table:
-    from qadtr_brevitas.report.layout import Table
-
-    found = report.agreement
-    assert found is not None
-    rows = [
-        ("accuracy (%)", f"{100 * found.accuracy:.1f}", f"{100 * found.exported_accuracy:.1f}"),
-        *((f"ASR of {p.name} (%)", f"{100 * p.asr:.1f}", f"{100 * p.exported_asr:.1f}") for p in found.patches),
-    ]
-    notes = (
-        f"{found.images} test images, the same class for {found.same_class:.1%}. Largest difference of two logits: "
-        f"{found.median_difference:.2g} in the median image, {found.max_difference:.2g} in any; the largest logit is "
-        f"{found.largest_logit:.3g}.",
-    )
-    return Table("Exported file against PyTorch", ("", "PyTorch", "exported"), tuple(rows), notes)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from qadtr_brevitas.errors import ExportError
+from qadtr_brevitas.export.fpga_rules import problems
 from qadtr_brevitas.export.libraries import library
+from qadtr_brevitas.export.rewrite import PIXELS, rewrite
+from qadtr_brevitas.export.shortcuts import replace_shortcuts
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -25,6 +30,7 @@ _OPSET = 17
 
 Classifier = Callable[[Tensor], Tensor]
 """Images (N, 3, H, W) in [0, 1] to logits (N, classes)."""
+Compiler = Literal["finn", "hls4ml"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,8 @@ class Format:
         max_bits: the most bits a weight or activation may have.
         write: writes the frozen model, traced on one image, to a file.
         load: gives what the file computes.
+        takes_bytes: it takes pixels as bytes, so images are rounded to these before anything is compared.
+        compiler: the FPGA compiler that it is for; what this needs besides is written beside the file.
     """
 
     name: str
@@ -44,16 +52,52 @@ class Format:
     max_bits: int
     write: Callable[[nn.Module, Tensor, Path], None]
     load: Callable[[Path], Classifier]
+    takes_bytes: bool = False
+    compiler: Compiler | None = None
 
 
 def _write_qonnx(frozen: nn.Module, image: Tensor, path: Path) -> None:
     """QONNX as Brevitas exports it, with the graph cleaned by qonnx."""
-    wrapper, cleanup = library("qonnx.core.modelwrapper"), library("qonnx.util.cleanup")
     with _exporting():
-        library("brevitas.export").export_qonnx(frozen, args=image, export_path=str(path), **_tracing())
-        cleaned = cleanup.cleanup_model(wrapper.ModelWrapper(str(path)))
-    cleaned.model.ir_version = min(cleaned.model.ir_version, _IR_VERSION)
-    cleaned.save(str(path))
+        model = _export_qonnx(frozen, image, path)
+        _save(library("qonnx.util.cleanup").cleanup_model(model), path)
+
+
+def _write_finn(frozen: nn.Module, image: Tensor, path: Path) -> None:
+    _write_for_fpga(frozen, image, path, "finn")
+
+
+def _write_hls4ml(frozen: nn.Module, image: Tensor, path: Path) -> None:
+    _write_for_fpga(frozen, image, path, "hls4ml")
+
+
+def _write_for_fpga(frozen: nn.Module, image: Tensor, path: Path, compiler: Compiler) -> None:
+    """QONNX in the words that a compiler knows.
+
+    Raises:
+        ExportError: it would refuse the network, or compute something else.
+    """
+    fold, infer = library("qonnx.transformation.fold_constants"), library("qonnx.transformation.infer_shapes")
+    frozen = copy.deepcopy(frozen)
+    replace_shortcuts(frozen, image)
+    with _exporting():
+        # As cleanup does, but for the names, which say what layer a node is from.
+        model = _export_qonnx(frozen, image, path).transform(infer.InferShapes())
+        model = model.transform(fold.FoldConstants(exclude_op_types=["Quant"]))
+        if found := problems(model, power_of_two=compiler == "hls4ml"):
+            raise ExportError(f"{compiler} cannot take this network. " + ". ".join(found))
+        rewrite(model, image_bytes=compiler == "finn")
+        _save(library("qonnx.util.cleanup").cleanup_model(model), path)
+
+
+def _export_qonnx(frozen: nn.Module, image: Tensor, path: Path) -> Any:
+    library("brevitas.export").export_qonnx(frozen, args=image, export_path=str(path), **_tracing())
+    return library("qonnx.core.modelwrapper").ModelWrapper(str(path))
+
+
+def _save(model: Any, path: Path) -> None:
+    model.model.ir_version = min(model.model.ir_version, _IR_VERSION)
+    model.save(str(path))
 
 
 def _write_qcdq(frozen: nn.Module, image: Tensor, path: Path) -> None:
@@ -117,6 +161,12 @@ def _load_qonnx(path: Path) -> Classifier:
     return classify
 
 
+def _load_finn(path: Path) -> Classifier:
+    """The file takes bytes, which arithmetic in floats holds exactly."""
+    classify = _load_qonnx(path)
+    return lambda images: classify((images * PIXELS).round())
+
+
 def _one_by_one(run: Callable[[Any], Any]) -> Classifier:
     """A file that was traced on one image takes one image at a time."""
 
@@ -130,7 +180,9 @@ def _one_by_one(run: Callable[[Any], Any]) -> Classifier:
 FORMATS = {
     form.name: form
     for form in (
-        Format("qonnx", "arbitrary bit-widths, for FPGA compilers", 32, _write_qonnx, _load_qonnx),
+        Format("qonnx", "arbitrary bit-widths, as Brevitas writes them", 32, _write_qonnx, _load_qonnx),
         Format("qcdq", "standard ONNX for onnxruntime, up to 8 bit", 8, _write_qcdq, _load_onnxruntime),
+        Format("finn", "a folder to build with FINN", 8, _write_finn, _load_finn, takes_bytes=True, compiler="finn"),
+        Format("hls4ml", "a folder to build with hls4ml", 8, _write_hls4ml, _load_qonnx, compiler="hls4ml"),
     )
 }

@@ -13,6 +13,7 @@ from qadtr_brevitas.attacks.patch import Patch
 from qadtr_brevitas.data.split import Split
 from qadtr_brevitas.errors import ExportError
 from qadtr_brevitas.export.formats import Classifier
+from qadtr_brevitas.export.rewrite import PIXELS
 from qadtr_brevitas.metrics import accuracy, score
 from qadtr_brevitas.predict import placements
 
@@ -69,6 +70,7 @@ def compare(
     split: Split,
     patches: Sequence[tuple[str, Patch]] = (),
     *,
+    as_bytes: bool = False,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Agreement:
@@ -79,10 +81,12 @@ def compare(
         exported: what executes the file.
         split: the images, all of which are used.
         patches: names and patches; they lie where an evaluation with the same seed puts them.
+        as_bytes: round pixels to bytes before either sees them, as where the file takes nothing else.
         seed: seed of the places.
         progress: is told (images done, images in all).
     """
-    pair = _Pair(network, exported, split, total=len(split) * (1 + len(patches)), progress=progress)
+    total = len(split) * (1 + len(patches))
+    pair = _Pair(network, exported, split, as_bytes=as_bytes, total=total, progress=progress)
     own, other = pair.logits(None, seed)
     differences = (own - other).abs().amax(1)
     clean, exported_clean = own.argmax(1), other.argmax(1)
@@ -142,9 +146,16 @@ class _Pair:
     """Both classifiers on the same images."""
 
     def __init__(
-        self, network: Classifier, exported: Classifier, split: Split, *, total: int, progress: Progress | None
+        self,
+        network: Classifier,
+        exported: Classifier,
+        split: Split,
+        *,
+        as_bytes: bool,
+        total: int,
+        progress: Progress | None,
     ) -> None:
-        self.network, self.exported, self.split = network, exported, split
+        self.network, self.exported, self.split, self.as_bytes = network, exported, split, as_bytes
         self.done, self.total, self.progress = 0, total, progress
 
     def logits(self, patch: Patch | None, seed: int) -> tuple[Tensor, Tensor]:
@@ -155,6 +166,8 @@ class _Pair:
             images, _ = self.split.batch(index)
             if patch is not None and corners is not None:
                 images = patch.apply(images, corners=corners[index])
+            if self.as_bytes:
+                images = (images * PIXELS).round() / PIXELS
             with torch.no_grad():
                 found.append((self.network(images), self.exported(images)))
             self.done += len(images)

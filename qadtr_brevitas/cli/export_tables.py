@@ -1,0 +1,100 @@
+"""What `export` prints: agreement, hardware cost, and both side by side where there are several precisions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qadtr_brevitas.export import ExportReport
+    from qadtr_brevitas.report.layout import Table
+
+_RESOURCES = (("lut", "LUT"), ("bram_18k", "BRAM 18k"), ("uram", "URAM"), ("dsp", "DSP"))
+
+
+def export_tables(reports: Sequence[ExportReport]) -> Any:
+    """All that is to be said of the exports of one model."""
+    from rich.console import Group
+
+    parts = [part for report in reports for part in _parts(report)]
+    if len(reports) > 1:
+        parts.append(_rich(_side_by_side(reports)))
+    return Group(*parts)
+
+
+def _rich(table: Table) -> Any:
+    from qadtr_brevitas.report.files import rich_table
+
+    return rich_table(table)
+
+
+def _parts(report: ExportReport) -> Iterator[Any]:
+    from rich.text import Text
+
+    size = f"{report.format} at {report.precision}: {report.bytes / 1e6:.3g} MB"
+    yield Text(size if report.agreement else f"{size}, not verified")
+    if report.agreement is not None:
+        yield _rich(_agreement(report))
+    if report.estimate is not None:
+        yield _rich(_costs(report))
+
+
+def _agreement(report: ExportReport) -> Table:
+    from qadtr_brevitas.report.layout import Table
+
+    found = report.agreement
+    assert found is not None
+    rows = [
+        ("accuracy (%)", f"{100 * found.accuracy:.1f}", f"{100 * found.exported_accuracy:.1f}"),
+        *((f"ASR of {p.name} (%)", f"{100 * p.asr:.1f}", f"{100 * p.exported_asr:.1f}") for p in found.patches),
+    ]
+    notes = [
+        f"{found.images} test images, the same class for {found.same_class:.1%}. Largest difference of two logits: "
+        f"{found.median_difference:.2g} in the median image, {found.max_difference:.2g} in any; the largest logit is "
+        f"{found.largest_logit:.3g}."
+    ]
+    if (ties := report.ties) is not None:
+        notes.append(
+            f"FINN rounds ties up: {ties.ties} of {ties.values} values lie halfway between two levels; "
+            f"{ties.same_class:.1%} of the images keep their class, and no logit changes by more than "
+            f"{ties.max_difference:.2g}."
+        )
+    return Table("Exported file against PyTorch", ("", "PyTorch", "exported"), tuple(rows), tuple(notes))
+
+
+def _costs(report: ExportReport) -> Table:
+    from qadtr_brevitas.report.layout import Table
+
+    found = report.estimate
+    assert found is not None
+    rows = [
+        (layer.name, *(f"{getattr(layer, key):g}" for key, _ in _RESOURCES), f"{layer.cycles}")
+        for layer in found.layers
+    ]
+    total = ("total", *(f"{found.total(key):g}" for key, _ in _RESOURCES), "")
+    note = (
+        f"FINN's estimates without synthesis: {found.fps:.0f} images/s and {found.latency_ns / 1e6:.2f} ms from image "
+        f"to logits at {1e3 / found.clock_ns:.0f} MHz; the layer with the most cycles sets the pace."
+    )
+    header = ("layer", *(name for _, name in _RESOURCES), "cycles")
+    return Table(f"Cost of {report.precision} on an FPGA", header, (*rows, total), (note,))
+
+
+def _side_by_side(reports: Sequence[ExportReport]) -> Table:
+    from qadtr_brevitas.report.layout import Table
+
+    costs = any(report.estimate is not None for report in reports)
+    header = ("precision", "accuracy (%)", "mean ASR (%)", "MB")
+    header = (*header, *(name for _, name in _RESOURCES), "images/s") if costs else header
+    return Table("Precisions side by side", header, tuple(_row(report, costs=costs) for report in reports), ())
+
+
+def _row(report: ExportReport, *, costs: bool) -> tuple[str, ...]:
+    agreement, estimate = report.agreement, report.estimate
+    patches = () if agreement is None else agreement.patches
+    asr = f"{100 * sum(p.exported_asr for p in patches) / len(patches):.1f}" if patches else "-"
+    accuracy = "-" if agreement is None else f"{100 * agreement.exported_accuracy:.1f}"
+    row = (report.precision, accuracy, asr, f"{report.bytes / 1e6:.3g}")
+    if not costs or estimate is None:
+        return row
+    return (*row, *(f"{estimate.total(key):g}" for key, _ in _RESOURCES), f"{estimate.fps:.0f}")

@@ -1,0 +1,1 @@
+"""Scripts for the compilers' own Python environments, which have nothing of this package."""
