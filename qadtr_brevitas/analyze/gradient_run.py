@@ -38,6 +38,7 @@ class _Scene:
     """Attacked images, and the pixels to compare gradients on."""
 
     attack: str
+    kind: str
     images: Tensor
     regions: dict[str, Tensor]
 
@@ -88,7 +89,7 @@ def _scenes(
     patched, covered = put_on(patches, images, seed=context.seed)
     whole = torch.ones_like(covered)
     name = ", ".join(dict.fromkeys(patch.facts.family for patch in patches))
-    yield _Scene(name, patched, {"patch": covered, "image": whole, "zeros around the patch": covered})
+    yield _Scene(name, "patch", patched, {"patch": covered, "image": whole, "zeros around the patch": covered})
     pixel = NamedAttack(slot_name(analysis.pixel), analysis.pixel)
     source = SourcedAttack(pixel, subject, parse_access(reference))
     parts = torch.arange(len(images)).split(context.batch_size)
@@ -98,7 +99,7 @@ def _scenes(
             for part in parts
         ]
     )
-    yield _Scene(pixel.family, made, {"patch": covered, "image": whole})
+    yield _Scene(pixel.family, "pixel", made, {"patch": covered, "image": whole})
 
 
 def _records(
@@ -107,7 +108,7 @@ def _records(
     reference = found[precisions[0]]
     for precision in precisions[1:]:
         for region, pixels in scene.regions.items():
-            facets = {"attack": scene.attack, "region": region}
+            facets = {"attack": scene.attack, "kind": scene.kind, "region": region}
             errors, share = squared_errors(found[precision], reference, pixels)
             if region == "zeros around the patch":
                 # The same errors over all pixels of the image.

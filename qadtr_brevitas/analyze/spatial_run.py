@@ -35,7 +35,7 @@ def run(analysis: Spatial, context: Context) -> Findings:
         found,
         "asr",
         write=percents,
-        facets=("scored",),
+        facets=("attack", "scored"),
         notes=(f"In percent; patches made at the highest precision. {ASR_NOTE}", MEAN_NOTE),
     )
     return Findings(
@@ -53,7 +53,9 @@ def _moved(cell: AttackCell, facts: PatchFacts | ImageAttackFacts) -> Mapping[st
     if not isinstance(facts, PatchFacts) or facts.control:
         return None
     variant = facts.variant
-    return {"scored": _RANDOM} if variant is None else {"scored": _words(variant), **_move(variant)}
+    if variant is None:
+        return {"attack": facts.attack, "scored": _RANDOM}
+    return {"attack": facts.attack, "scored": _words(variant), **_move(variant)}
 
 
 def _words(variant: VariantFacts) -> str:

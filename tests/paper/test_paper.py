@@ -56,7 +56,7 @@ def test_values_are_found_by_what_they_are_of() -> None:
     assert value("table02", subject="VGG-19", attack="gap", precision="4") == pytest.approx(0.487)
     assert value("table06", source="VGG-16", subject="ResNet56", precision="8") == pytest.approx(0.7893)
     assert value("table20", shift="18", degrees="0", precision="5") == pytest.approx(0.7904)
-    assert value("figure04", kind="pixel", precision="2") == 0.0791
+    assert value("figure04", kind="pixel", region="image", precision="2") == 0.0791
 
 
 def test_a_table_names_itself_and_its_subjects() -> None:
