@@ -20,6 +20,8 @@ COMMANDS = {
     "attack": ("qadtr_brevitas.cli.attack", "Make adversarial patches against a model."),
     "evaluate": ("qadtr_brevitas.cli.evaluate", "Score models under attack and write a report."),
     "analyze": ("qadtr_brevitas.cli.analyze", "Look into why attacks move between precisions."),
+    "report": ("qadtr_brevitas.cli.report", "Show results as one HTML page, beside the paper's."),
+    "study": ("qadtr_brevitas.cli.study", "Carry out a whole comparison: train, attack, evaluate, report."),
     "export": ("qadtr_brevitas.cli.export", "Write a model for FPGA and edge tools, proved equal."),
     "recipes": ("qadtr_brevitas.cli.recipes", "List, show, copy and check recipes."),
     "list": ("qadtr_brevitas.cli.list", "List models, attacks, data sets and other names."),

@@ -1,0 +1,40 @@
+"""`qadtr-brevitas report DIR... -o report.html`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from qadtr_brevitas.cli.common import emit, examples, output_options, say
+from qadtr_brevitas.cli.recorded import RecordedCommand, command_line
+
+
+@click.command(
+    "report",
+    cls=RecordedCommand,
+    epilog=examples(
+        "qadtr-brevitas report runs/report -o report.html",
+        "qadtr-brevitas report studies/table11 studies/table13 --title 'QADT-R on CIFAR-10' -o results.html",
+    ),
+)
+@click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="DIR...")
+@click.option("--title", default="QADT-R: measurements", show_default=True, help="Title of the page.")
+@click.option(
+    "--output", "-o", type=click.Path(path_type=Path), default="report.html", show_default=True, help="HTML file."
+)
+@output_options
+def command(folders: tuple[Path, ...], title: str, output: Path) -> None:
+    """Show evaluations, analyses and studies as one page, beside the figures of the paper.
+
+    The page is one file with its pictures inside. What an audit says stands above the tables it concerns, and every
+    figure says how it was made. The same tables are written as Markdown and CSV beside it.
+    """
+    from qadtr_brevitas.page import build_page, check_path, read_parts, write_page
+
+    check_path(output)
+    page = build_page(read_parts(folders), title=title, command=command_line())
+    written = write_page(page, output)
+    emit({"files": [str(path) for path in written], "sections": [section.title for section in page.sections]})
+    say(f"wrote {', '.join(map(str, written))}")
+    say(f"next: open {output} in a browser")

@@ -1,0 +1,75 @@
+"""The curves of a page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from qadtr_brevitas.analyze.charts import Curve, Point, draw_curves
+from qadtr_brevitas.metrics import Mean
+from qadtr_brevitas.page.blocks import Image
+from qadtr_brevitas.page.compare import Comparison, Ours, facet_word
+from qadtr_brevitas.page.measures import AT_FLOAT
+from qadtr_brevitas.report import Report
+from qadtr_brevitas.report.views import FLOAT, View, attacked_precisions, sources
+
+_PERCENT = {"asr": "attack success rate (%)", "accuracy": "accuracy (%)", "clean accuracy": "clean accuracy (%)"}
+
+
+def family_curves(report: Report, family: str) -> Image:
+    """ASR of one kind of attack on every model against precision."""
+    columns = attacked_precisions(report)
+    curves: list[Curve] = []
+    for number, model in enumerate(report.models):
+        view = View(report, model, family)
+        curves.append(Curve(f"{model.name}, white-box", [_point(view.white_box(p)) for p in columns], number))
+        for fingerprint, source in sources(report, family).items():
+            own = fingerprint == model.fingerprint
+            # What was made at 32 bit is white-box there.
+            moved = [None if own and p == FLOAT else _point(view.made_at(p, FLOAT, fingerprint)) for p in columns]
+            made = f"made at {FLOAT} bit" + ("" if own else f" on {source}")
+            curves.append(Curve(f"{model.name}, {made}", moved, number))
+        noise = [_point(view.control(p)) for p in columns]
+        curves.append(Curve(f"{model.name}, random patch", noise, number, dashed=True))
+    shown = [curve for curve in curves if any(curve.points)]
+    png = _draw(shown, columns, "precision attacked (bit)", _PERCENT["asr"], percent=True)
+    return Image(png, f"ASR of {family} against precision on {report.data.images} images, with 95 % Wilson intervals.")
+
+
+def comparison_curves(comparison: Comparison) -> Image | None:
+    """The paper's figures (dashed) and ours against precision; None where columns are not precisions."""
+    table = comparison.table
+    if any(list(column) != ["precision"] for column in table.columns):
+        return None
+    # White-box figures where there are any: they say what an attacker can reach.
+    way, ours = max(comparison.ours.items(), key=lambda item: (_count(item[1]), item[0] != AT_FLOAT))
+    curves: list[Curve] = []
+    for number, ((facets, numbers), found) in enumerate(zip(table.rows, ours, strict=True)):
+        if any(found):
+            name = ", ".join(filter(None, (facet_word(*facet) for facet in facets.items()))) or "as made"
+            points = [our and Point(our.value, *(our.interval or (None, None))) for our in found]
+            curves.append(Curve(f"{name}, here", points, number))
+            quoted = [None if value is None else Point(value) for value in numbers]
+            curves.append(Curve(f"{name}, paper", quoted, number, dashed=True))
+    percent = table.unit == "percent"
+    columns = [column["precision"] for column in table.columns]
+    label = _PERCENT.get(table.what, table.what)
+    png = _draw(curves, columns, "precision (bit)", label, percent=percent)
+    made = f", {way}" if table.what == "asr" else ""
+    return Image(png, f"{table.number} of the paper (dashed) and our figures{made}, with 95 % intervals.")
+
+
+def _count(rows: Sequence[Sequence[Ours | None]]) -> int:
+    return sum(our is not None for row in rows for our in row)
+
+
+def _point(mean: Mean | None) -> Point | None:
+    return mean and Point(mean.value, *mean.interval)
+
+
+def _draw(curves: Sequence[Curve], places: Sequence[str], x_label: str, y_label: str, *, percent: bool) -> bytes:
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "curves.png"
+        draw_curves(curves, places, path, x_label=x_label, y_label=y_label, percent=percent)
+        return path.read_bytes()

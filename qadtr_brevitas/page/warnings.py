@@ -1,0 +1,41 @@
+"""What an audit says against figures, put where the figures are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from qadtr_brevitas.audit.finding import AuditReport
+from qadtr_brevitas.page.parts import ReportPart
+from qadtr_brevitas.report.layout import bits
+
+NO_AUDIT = "No audit was run on {models}: a low ASR may be an attack that failed, which evaluate --audit would tell."
+
+
+def audit_warnings(parts: Sequence[ReportPart], models: Iterable[str]) -> tuple[str, ...]:
+    """One sentence for each check that warns about a model, and one for the models that were not checked.
+
+    Args:
+        parts: evaluations, some with audits.
+        models: names of the models whose figures are shown.
+    """
+    shown = list(dict.fromkeys(models))
+    prints = {model.fingerprint: model.name for part in parts for model in part.report.models}
+    audits: dict[str, AuditReport] = {}
+    for part in parts:
+        for audit in part.audits:
+            name = prints.get(audit.fingerprint or "", audit.model)
+            if name in shown:
+                audits.setdefault(name, audit)
+    found = [sentence for name, audit in audits.items() for sentence in _sentences(name, audit)]
+    if missing := [name for name in shown if name not in audits]:
+        found.append(NO_AUDIT.format(models=", ".join(missing)))
+    return tuple(found)
+
+
+def _sentences(name: str, audit: AuditReport) -> list[str]:
+    return [
+        f"{name}{'' if part.precision is None else f' at {bits(part.precision)}'}: {finding.id} {finding.title}: "
+        f"{finding.meaning}"
+        for part in audit.precisions
+        for finding in part.warnings
+    ]
