@@ -85,7 +85,10 @@ def _write_for_fpga(frozen: nn.Module, image: Tensor, path: Path, compiler: Comp
         model = _export_qonnx(frozen, image, path).transform(infer.InferShapes())
         model = model.transform(fold.FoldConstants(exclude_op_types=["Quant"]))
         if found := problems(model, power_of_two=compiler == "hls4ml"):
-            raise ExportError(f"{compiler} cannot take this network. " + ". ".join(found))
+            raise ExportError(
+                f"{compiler} cannot take this network. {'. '.join(found)}. Sums and steps come right with "
+                f"`qadtr-brevitas convert MODEL --target {compiler}`, or training with quant.target={compiler}"
+            )
         rewrite(model, image_bytes=compiler == "finn")
         _save(library("qonnx.util.cleanup").cleanup_model(model), path)
 

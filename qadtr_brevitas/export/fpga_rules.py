@@ -109,9 +109,9 @@ def _elementwise(model: Any, node: Any) -> Iterator[str]:
         return
     quants = [_quant_behind(model, name) for name in node.input]
     if any(quant is None for quant in quants):
-        yield "adds activations that are not quantized: convert with --target"
+        yield "adds activations that are not quantized"
     elif len({_facts(model, quant) for quant in quants}) > 1:
-        yield "adds activations on different levels: convert with --target"
+        yield "adds activations on different levels"
 
 
 def _facts(model: Any, quant: Any) -> tuple[float, ...]:
@@ -129,7 +129,7 @@ def _quant_behind(model: Any, name: str) -> Any:
 def _scales(model: Any) -> Iterator[tuple[str, str]]:
     for quant in nodes_of(model, "Quant"):
         if (np.frexp(scale_of(model, quant))[0] != 0.5).any():
-            yield layer_of(quant), "steps that are no powers of two: convert with --target hls4ml"
+            yield layer_of(quant), "steps that are no powers of two"
     for pool in nodes_of(model, *_POOLS):
         height, width = attribute(pool, "kernel_shape") or model.get_tensor_shape(pool.input[0])[2:]
         if np.frexp(height * width)[0] != 0.5:
