@@ -33,6 +33,10 @@ class ExportError(QadtrError):
     """A network that a format cannot hold, or an exported file that computes something else than the network."""
 
 
+class StudyError(QadtrError):
+    """A study of which parts could not be made."""
+
+
 @dataclass(frozen=True)
 class Problem:
     """One thing wrong in a recipe.

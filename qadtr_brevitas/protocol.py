@@ -1,0 +1,124 @@
+"""The unseen-patch protocol: one fixed set of patches that differ, each in one way, from those a defense trained on.
+
+Defenses train on 8x8 squares at random places of 32x32 images, against the true class. What the paper calls unseen are
+"different patch structures, scales, and quantization parameters" (section 4.2.2), which it does not list; here these
+are, for a patch attack with a given budget of steps:
+
+| name | differs in |
+|---|---|
+| `6x6`, `10x10`, `12x12` | size |
+| `disc` | shape, at the same number of pixels |
+| `dpr` | shape that is searched, at the same number of pixels |
+| `other-target` | target classes |
+| `gap` | family: made for turns, scales and shifts |
+| `left-out-bits` | made at a bit-width that was left out of training |
+
+Sizes are for images of 32 pixels and grow with the image. Each is reported by itself, and their mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from pydantic import TypeAdapter
+
+from qadtr_brevitas.errors import UsageError
+from qadtr_brevitas.precision import MAX_BITS, Precision
+from qadtr_brevitas.recipe.slots import Slot, slot_name
+from qadtr_brevitas.registry import ATTACKS
+
+SIDE, SEEN_SIZE = 32, 8
+SIZES = (6, 10, 12)
+LEFT_OUT_BITS = (3, 6, 7, *range(9, MAX_BITS + 1), 4, 5, 8, 2)
+"""Bit-widths in the order in which they are tried for one that was left out of training."""
+
+_SHAPE = ("size", "np", "shape")
+_FAMILY = {"lavan": "gap", "gap": "lavan", "dpr": "gap"}
+_PATCH: TypeAdapter[Any] = TypeAdapter(Annotated[Any, Slot(ATTACKS)])
+
+
+@dataclass(frozen=True)
+class UnseenPatch:
+    """One kind of patch of the protocol.
+
+    Args:
+        name: what tables call it.
+        attack: the attack that makes it.
+        other_targets: whether it aims at other classes than the attack it was derived from.
+        left_out_bits: whether it is made at a bit-width that was left out of training.
+    """
+
+    name: str
+    attack: Any
+    other_targets: bool = False
+    left_out_bits: bool = False
+
+
+def unseen_patches(seen: Any, image_side: int) -> list[UnseenPatch]:
+    """The protocol, with the budget of a given attack.
+
+    Args:
+        seen: a universal patch attack: what it does not say about size and shape (steps, step rule...) is kept.
+        image_side: height of the images in pixels.
+
+    Raises:
+        UsageError: the attack makes no universal patches, or is one that the protocol knows no other family for.
+    """
+    name = slot_name(seen)
+    if name not in _FAMILY:
+        raise UsageError(f"the unseen-patch protocol starts from one of {', '.join(_FAMILY)}, not from {name}")
+    budget = _changed_fields(seen)
+
+    def attack(kind: str, **fields: Any) -> Any:
+        known = ATTACKS.load(kind).__dataclass_fields__
+        kept = {key: value for key, value in budget.items() if key in known}
+        return _PATCH.validate_python({"name": kind, **kept, **fields})
+
+    def scaled(size: int) -> int:
+        return max(1, round(size * image_side / SIDE))
+
+    square = {"size": scaled(SEEN_SIZE), "shape": "square"}
+    share = (scaled(SEEN_SIZE) / image_side) ** 2
+    family = _FAMILY[name]
+    return [
+        *(UnseenPatch(f"{size}x{size}", attack(name, size=scaled(size), shape="square")) for size in SIZES),
+        UnseenPatch("disc", attack(name, np=share, shape="disc")),
+        UnseenPatch("dpr", attack("dpr", **square)),
+        UnseenPatch("other-target", attack(name, **square), other_targets=True),
+        UnseenPatch(family, attack(family, **square)),
+        UnseenPatch("left-out-bits", attack(name, **square), left_out_bits=True),
+    ]
+
+
+def other_targets(targets: Sequence[int | None], classes: int) -> tuple[int | None, ...]:
+    """As many classes as were aimed at, none of them among those; fewer where there are not so many.
+
+    Raises:
+        UsageError: every class was aimed at.
+    """
+    known = [target for target in targets if target is not None]
+    others = tuple(number for number in range(classes) if number not in known)[: max(1, len(known))]
+    if not others:
+        raise UsageError(f"all {classes} classes are aimed at already: leave some for the patches with other targets")
+    return others
+
+
+def left_out_bits(trained: Collection[Precision]) -> Precision:
+    """A bit-width that was left out of training: 3, or the next that is free.
+
+    Raises:
+        UsageError: the network was trained at every bit-width there is.
+    """
+    for bits in LEFT_OUT_BITS:
+        if (precision := Precision(bits, bits)) not in trained:
+            return precision
+    raise UsageError("the network was trained at every bit-width: there is none that was left out")
+
+
+def _changed_fields(attack: Any) -> dict[str, Any]:
+    """What the attack says that is not its default, but for size, shape and target."""
+    adapter: TypeAdapter[Any] = TypeAdapter(type(attack))
+    own, defaults = adapter.dump_python(attack, mode="json"), adapter.dump_python(type(attack)(), mode="json")
+    return {key: value for key, value in own.items() if value != defaults[key] and key not in (*_SHAPE, "target")}

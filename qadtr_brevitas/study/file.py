@@ -1,0 +1,154 @@
+"""Reading and checking a study: its base, its scale, and what is changed on the command line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from qadtr_brevitas.errors import Problem, RecipeError, UsageError, suggest
+from qadtr_brevitas.recipe.layers import merge, read_layers, without_taken_out
+from qadtr_brevitas.recipe.problems import dotted, explain
+from qadtr_brevitas.recipe.source import Node, YamlError, parse
+from qadtr_brevitas.recipe_files import recipe_folder
+from qadtr_brevitas.study.sections import Study, StudyModel
+
+SCALES, SCALE_NAMES = "scales", ("smoke", "small", "full")
+OWN = "own"
+
+
+def shipped_studies() -> dict[str, Path]:
+    """Name to file of every study that ships, sorted by name."""
+    return {path.stem: path for path in sorted((recipe_folder() / "studies").glob("*.yaml"))}
+
+
+def find_study(source: str | Path) -> Path:
+    """Finds a study by path or, failing that, by the name of a shipped one, with or without .yaml.
+
+    Raises:
+        UsageError: there is neither; the nearest shipped names are offered.
+    """
+    path, shipped = Path(source), shipped_studies()
+    if path.is_file():
+        return path
+    name = str(source).removesuffix(".yaml")
+    if name in shipped:
+        return shipped[name]
+    raise UsageError(f"there is no study {str(source)!r}: {suggest(path.stem, shipped)}")
+
+
+def load_study(source: str | Path, overrides: Sequence[str] = (), *, scale: str = "small") -> Study:
+    """Reads and checks a study.
+
+    Args:
+        source: a file, or the name of a shipped study.
+        overrides: `key.sub=value` texts, as on the command line; a value of null takes the key out.
+        scale: which of its scales; what it says changes the rest of the file.
+
+    Raises:
+        UsageError: there is no such study or scale, or the file is no mapping.
+        RecipeError: something is wrong in it; the error lists everything that is, each with its place.
+    """
+    root = without_taken_out(_at_scale(read_layers(source, find=find_study), scale, source=str(source)))
+    problems = [problem for text in overrides if (problem := _override(root, text))]
+    data = root.plain()
+    try:
+        study = Study.model_validate(data)
+    except ValidationError as error:
+        problems += [Problem(dotted(p), text, root.line_of(p)) for p, text in explain(error, Study, data)]
+    else:
+        problems += [Problem(dotted(p), text, root.line_of(p)) for p, text in _unknown_names(study)]
+        if not problems:
+            return study
+    raise RecipeError(str(find_study(source)), sorted(problems, key=lambda problem: problem.line or 0))
+
+
+def dump_json(study: Study) -> str:
+    """The study with every key written out, as JSON, which is YAML as well."""
+    return json.dumps(study.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n"
+
+
+def _at_scale(root: Node, scale: str, *, source: str) -> Node:
+    assert root.children is not None
+    scales = root.children.pop(SCALES, None)
+    known = dict(scales.children or {}) if scales else {}
+    if scale in known:
+        changes = known[scale]
+        return merge(root, changes) if changes.children is not None else root
+    if known or scale not in SCALE_NAMES:
+        raise UsageError(f"study {source} has no scale {scale!r}: {suggest(scale, map(str, known))}")
+    return root
+
+
+def _override(root: Node, text: str) -> Problem | None:
+    """Puts `key.sub=value` into the tree in place."""
+    path, equals, value = text.partition("=")
+    if not equals or not path.strip():
+        return Problem(text, "is no override: write key=value, for instance budget.images=100")
+    try:
+        found = parse(value, line=None)
+    except YamlError as error:
+        return Problem(path, f"the value {value!r} is not YAML: {error.reason}")
+    node = root
+    *parents, last = path.strip().split(".")
+    for part in parents:
+        assert node.children is not None
+        node = node.children.setdefault(part, Node(None, children={}))
+        if node.children is None or node.is_list:
+            return Problem(path, f"{part} is a single value or a list, it has no keys")
+    assert node.children is not None
+    if found.children is None and found.scalar is None:
+        node.children.pop(last, None)
+    else:
+        node.children[last] = found
+    return None
+
+
+def _unknown_names(study: Study) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Places of a study that name a model or an attack that it does not have."""
+    for name, model in study.models.items():
+        if model.start is not None:
+            yield from _check(("models", name, "start"), [model.start], study.models)
+        if model.path is None and (model.recipe or study.recipe) is None:
+            yield ("models", name), "needs a recipe of its own, as the study names none"
+    if study.start is not None:
+        yield from _check(("start",), [study.start], study.models)
+    for name, attack in study.attacks.items():
+        yield from _check(("attacks", name, "made_on"), attack.made_on, {**study.models, OWN: None})
+    for name, evaluation in study.evaluations.items():
+        yield from _check(("evaluations", name, "attacks"), evaluation.attacks, study.attacks)
+        yield from _check(("evaluations", name, "models"), evaluation.models, study.models)
+        first = study.attacks.get(evaluation.attacks[0]) if evaluation.attacks else None
+        if evaluation.protocol and (first is None or first.is_per_image):
+            yield ("evaluations", name, "attacks"), "a protocol starts from the first attack, which must make patches"
+    for name, analysis in study.analyses.items():
+        yield from _check(("analyses", name, "models"), analysis.models, study.models)
+    yield from _circles(study)
+
+
+def _check(place: tuple[str, ...], names: Sequence[str], known: object) -> Iterator[tuple[tuple[str, ...], str]]:
+    choices = list(known) if isinstance(known, dict) else []
+    for name in names:
+        if name not in choices:
+            yield place, f"there is no {name!r} in this study: {suggest(name, choices)}"
+
+
+def _circles(study: Study) -> Iterator[tuple[tuple[str, ...], str]]:
+    for name in study.models:
+        seen, at = {name}, start_of(study, name)
+        while at is not None and at in study.models:
+            if at in seen:
+                yield ("models", name, "start"), "starts from itself: leave out one start"
+                break
+            seen.add(at)
+            at = start_of(study, at)
+
+
+def start_of(study: Study, name: str) -> str | None:
+    """The model that a model starts from: its own, or the study's unless it is that itself."""
+    model: StudyModel = study.models[name]
+    if model.path is not None:
+        return None
+    return model.start or (study.start if study.start != name else None)

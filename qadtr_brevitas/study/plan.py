@@ -1,0 +1,279 @@
+"""From a study to its parts, each after those it needs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from qadtr_brevitas.errors import UsageError
+from qadtr_brevitas.evaluate import NamedAttack
+from qadtr_brevitas.fingerprints import fingerprint_facts
+from qadtr_brevitas.protocol import SEEN_SIZE, SIDE, UnseenPatch, left_out_bits, unseen_patches
+from qadtr_brevitas.recipe.slots import slot_name
+from qadtr_brevitas.sources import Access
+from qadtr_brevitas.study.attacks import AnalysisPart, PatchPart, ReportPart
+from qadtr_brevitas.study.file import OWN
+from qadtr_brevitas.study.models import FinishedModel, ModelPart, WiderModel
+from qadtr_brevitas.study.nets import Net, make_nets
+from qadtr_brevitas.study.parts import Part
+from qadtr_brevitas.study.sections import Study, StudyAttack, StudyEvaluation
+from qadtr_brevitas.study.workshop import settings_of
+
+REPORTS, ANALYSES = "reports", "analyses"
+_SHORT, _WIDENED_ON = 12, 512
+
+_Part = TypeVar("_Part", bound=Part)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One network under one evaluation, as tables show it.
+
+    Args:
+        net: the network.
+        evaluation: name of the evaluation.
+        part: what makes its report.
+    """
+
+    net: Net
+    evaluation: str
+    part: ReportPart
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything a study has to make.
+
+    Args:
+        parts: each after those it needs.
+        rows: networks under evaluations, in the order of the study.
+        analyses: the parts that are analyses.
+    """
+
+    parts: Sequence[Part]
+    rows: Sequence[Row]
+    analyses: Sequence[AnalysisPart]
+
+
+def make_plan(study: Study, *, work: Path, output: Path) -> Plan:
+    """The parts of a study; nothing is made yet, and nothing is read but the recipes and finished models it names.
+
+    Args:
+        study: the study.
+        work: folder of what studies share.
+        output: folder of this study.
+
+    Raises:
+        UsageError, RecipeError: a recipe that is not there or is wrong, or a network without a precision to score.
+        CheckpointError: a finished model that is not there.
+    """
+    study = study.model_copy(update={"attacks": {name: _hurried(study, spec) for name, spec in study.attacks.items()}})
+    planner = _Planner(study, work, output, make_nets(study))
+    rows = list(planner.rows())
+    analyses = list(planner.analyses())
+    return Plan(tuple(planner.parts.values()), rows, analyses)
+
+
+@dataclass(frozen=True)
+class _Planner:
+    study: Study
+    work: Path
+    output: Path
+    nets: dict[str, Net]
+    parts: dict[str, Part] = field(default_factory=dict)
+
+    def rows(self) -> Iterator[Row]:
+        for name, evaluation in self.study.evaluations.items():
+            for net in self._nets_of(evaluation.models):
+                yield Row(net, name, self._report(net, name, evaluation))
+
+    def analyses(self) -> Iterator[AnalysisPart]:
+        for name, section in self.study.analyses.items():
+            nets = self._nets_of(section.models)
+            models = tuple((net.name, net.folder(self.work)) for net in nets)
+            made_of = [slot_name(section.analysis), settings_of(section.analysis), [n for n, _ in models], self._budget]
+            yield self._add(
+                AnalysisPart(
+                    f"analysis {name}",
+                    self.output / ANALYSES / name,
+                    made_of,
+                    tuple(map(self._model, nets)),
+                    section.analysis,
+                    models,
+                    self.study.budget,
+                )
+            )
+
+    @property
+    def _budget(self) -> dict[str, Any]:
+        return self.study.budget.model_dump(mode="json")
+
+    def _add(self, part: _Part) -> _Part:
+        return self.parts.setdefault(part.key, part)  # pyright: ignore[reportReturnType]
+
+    def _nets_of(self, models: Sequence[str]) -> list[Net]:
+        """The networks of the models named, or of all that are scored."""
+        wanted = models or [name for name, model in self.study.models.items() if model.scored]
+        return [net for name in wanted for net in self.nets.values() if net.model == name]
+
+    def _model(self, net: Net) -> Part:
+        folder = net.folder(self.work)
+        if net.recipe is None:
+            return self._add(FinishedModel(f"model {net.name}", folder, net.key, ()))
+        needs = (self._model(net.start),) if net.start else ()
+        verb = "train" if net.section.train else "convert"
+        return self._add(ModelPart(f"{verb} {net.name}", folder, net.key, needs, net))
+
+    def _wider(self, net: Net) -> WiderModel:
+        """The network at a bit-width that was left out of its training."""
+        precision, folder = left_out_bits(net.precisions), net.folder(self.work)
+        budget, model = self.study.budget, self._model(net)
+        images = min(budget.patch_images, _WIDENED_ON)
+        made_of = [str(precision), images, budget.seed]
+        name = f"at-{precision}-{model.key[:_SHORT]}-{fingerprint_facts(made_of)[:_SHORT]}"
+        return self._add(
+            WiderModel(
+                f"calibrate {net.name} at {precision} bit",
+                self.work / "models" / name,
+                made_of,
+                (model,),
+                folder,
+                precision,
+                images,
+                budget.seed,
+            )
+        )
+
+    def _report(self, net: Net, name: str, evaluation: StudyEvaluation) -> ReportPart:
+        scored = net.scored(self.study)
+        if not scored:
+            have = ", ".join(map(str, net.precisions))
+            raise UsageError(f"model {net.model} of the study has none of the precisions to score: it has {have}")
+        specs = {attack: self.study.attacks[attack] for attack in evaluation.attacks}
+        patches = [part for label, spec in specs.items() for part in self._patches(net, label, spec)]
+        if evaluation.protocol:
+            patches = list(self._unseen(net, specs[evaluation.attacks[0]]))
+        image = {label: spec for label, spec in specs.items() if spec.is_per_image}
+        others = {other.name: other for spec in image.values() for other in self._sources(net, spec) if other != net}
+        row = net.name if len(self.study.evaluations) == 1 else f"{net.name} {name}"
+        attacks = tuple(attack for spec in image.values() for attack in _image_attacks(spec))
+        made_of = [row, list(map(str, scored)), evaluation.model_dump(mode="json"), self._budget]
+        return self._add(
+            ReportPart(
+                f"evaluate {row}",
+                self.output / REPORTS / row.replace(" ", "-"),
+                [made_of, [part.label for part in patches], [attack.fingerprint for attack in attacks]],
+                (self._model(net), *patches, *map(self._model, others.values())),
+                row,
+                net.folder(self.work),
+                scored,
+                evaluation,
+                tuple(patches),
+                attacks,
+                tuple((other.name, other.folder(self.work)) for other in others.values()),
+                self.study.budget,
+            )
+        )
+
+    def _sources(self, net: Net, spec: StudyAttack) -> list[Net]:
+        """The networks an attack is made on: of several seeds the one that the victim has."""
+        found: list[Net] = []
+        for name in spec.made_on or (OWN,):
+            nets = [net] if name == OWN else self._nets_of([name])
+            alike = [other for other in nets if other.seed == net.seed]
+            found += alike or nets[:1]
+        return list(dict.fromkeys(found))
+
+    def _patches(self, net: Net, label: str, spec: StudyAttack) -> Iterator[PatchPart]:
+        if spec.is_per_image:
+            return
+        for source in self._sources(net, spec):
+            part = self._model(source)
+            for access in _accesses(spec, source, self.study):
+                yield self._patch(label, source.name, part, spec.attack, access, spec.aims)
+
+    def _unseen(self, net: Net, spec: StudyAttack) -> Iterator[PatchPart]:
+        """The protocol's patches, made where the seen ones are made."""
+        size = getattr(spec.attack, "size", None)
+        side = size * SIDE // SEEN_SIZE if isinstance(size, int) else SIDE
+        for unseen in unseen_patches(spec.attack, side):
+            if not unseen.left_out_bits:
+                for access in _accesses(spec, net, self.study):
+                    yield self._unseen_patch(unseen, net.name, self._model(net), access, spec)
+                continue
+            wider = self._wider(net)
+            yield self._unseen_patch(unseen, net.name, wider, Access((wider.precision,)), spec)
+
+    def _unseen_patch(
+        self, unseen: UnseenPatch, source: str, model: Part, access: Access, spec: StudyAttack
+    ) -> PatchPart:
+        return self._patch(
+            f"unseen {unseen.name}",
+            source,
+            model,
+            unseen.attack,
+            access,
+            spec.aims,
+            elsewhere=unseen.other_targets,
+        )
+
+    def _patch(
+        self,
+        label: str,
+        source: str,
+        model: Part,
+        attack: Any,
+        access: Access,
+        targets: tuple[int | None, ...],
+        *,
+        elsewhere: bool = False,
+    ) -> PatchPart:
+        budget, name = self.study.budget, slot_name(attack)
+        images = [budget.patch_images, budget.held_out, budget.seed]
+        made_of = [name, settings_of(attack), str(access), targets, elsewhere, images]
+        folder = f"{model.key[:_SHORT]}-{name}-{fingerprint_facts(made_of)[:_SHORT]}"
+        return self._add(
+            PatchPart(
+                f"make patches: {label} on {source} at {access}",
+                self.work / "patches" / folder,
+                made_of,
+                (model,),
+                label,
+                source,
+                model.folder,
+                attack,
+                access,
+                targets,
+                elsewhere,
+                budget,
+            )
+        )
+
+
+def _hurried(study: Study, spec: StudyAttack) -> StudyAttack:
+    """The attack with the number of steps that the budget allows."""
+    if study.budget.steps is None or not hasattr(spec.attack, "steps"):
+        return spec
+    return spec.model_copy(update={"attack": replace(spec.attack, steps=study.budget.steps)})
+
+
+def _accesses(spec: StudyAttack, source: Net, study: Study) -> list[Access]:
+    """What an attack is made at on a network; its highest precision where it has none of those asked for."""
+    # Neither votes nor random draws have a gradient worth following: their mean has.
+    wanted = spec.made_at or [
+        access if access.is_single else Access(access.precisions) for access in source.scored(study)
+    ]
+    found = [access for access in wanted if set(access.precisions) <= set(source.precisions)]
+    return list(dict.fromkeys(found)) or [Access((max(source.precisions),))]
+
+
+def _image_attacks(spec: StudyAttack) -> Iterator[NamedAttack]:
+    """An attack on each image, for every class it aims at where it aims at classes."""
+    name = slot_name(spec.attack)
+    if not hasattr(spec.attack, "target"):
+        yield NamedAttack(name, spec.attack)
+        return
+    for target in spec.aims:
+        yield NamedAttack(name, replace(spec.attack, target=target))
