@@ -13,7 +13,7 @@ RUN := $(BIN)/qadtr-brevitas
 # More OpenMP threads than free cores slow small networks down by far.
 quickstart test bench sweep: export OMP_NUM_THREADS ?= 1
 
-.PHONY: help quickstart test lint types bench sweep format clean
+.PHONY: help quickstart test compilers lint types bench sweep format clean
 .DEFAULT_GOAL := help
 
 help: ## show this text
@@ -28,6 +28,8 @@ quickstart: $(INSTALLED) ## train, attack and compare two small networks, no dow
 
 test: $(INSTALLED) ## run the tests; PYTEST_ARGS adds options
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+compilers: .venv-finn/.installed .venv-hls4ml/.installed ## install FINN and hls4ml, for estimates and their tests (1.1 GB)
 
 lint: $(INSTALLED) ## check style and formatting
 	$(BIN)/ruff check .
@@ -49,7 +51,7 @@ format: $(INSTALLED) ## put the code into shape
 	$(BIN)/ruff format .
 
 clean: ## remove the environment, caches and build outputs; keeps runs
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-finn .venv-hls4ml build dist .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # pip knows dependency groups from 25.1 on.
@@ -58,4 +60,16 @@ $(INSTALLED): pyproject.toml
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
 	$(BIN)/python -m pip install --quiet $(TORCH)
 	$(BIN)/python -m pip install --quiet --editable . --group dev
+	touch $@
+
+# The compilers pin versions of their own, and need neither torch nor this package.
+.venv-finn/.installed: requirements/finn.txt requirements/finn-own.txt
+	$(PYTHON) -m venv .venv-finn
+	.venv-finn/bin/python -m pip install --quiet -r requirements/finn.txt
+	.venv-finn/bin/python -m pip install --quiet --no-deps -r requirements/finn-own.txt
+	touch $@
+
+.venv-hls4ml/.installed: requirements/hls4ml.txt
+	$(PYTHON) -m venv .venv-hls4ml
+	.venv-hls4ml/bin/python -m pip install --quiet -r requirements/hls4ml.txt
 	touch $@
