@@ -77,7 +77,8 @@ def test_both_sides_of_a_sum_are_on_the_levels_of_one_signed_quantizer(bits: int
                 assert (levels - levels.round()).abs().max() < 1e-4
                 assert -(2 ** (width - 1)) <= levels.min().round()
                 assert levels.max().round() <= 2 ** (width - 1) - 1
-                assert levels.round().unique().numel() > 1
+            # One side may be all 0, where the other is much larger and levels are few.
+            assert (left + right).unique().numel() > 2
 
 
 def test_without_a_target_no_sum_is_touched() -> None:
