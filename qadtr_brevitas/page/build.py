@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -11,11 +12,13 @@ from qadtr_brevitas.audit.tables import audit_tables
 from qadtr_brevitas.page.blocks import Block, Image, Page, Section
 from qadtr_brevitas.page.charts import comparison_curves, family_curves
 from qadtr_brevitas.page.compare import Comparison, compare, comparison_table
-from qadtr_brevitas.page.measures import analysis_measures, study_measures
+from qadtr_brevitas.page.measures import Names, analysis_measures, study_measures
+from qadtr_brevitas.page.merge import merge_reports
 from qadtr_brevitas.page.parts import AnalysisPart, Part, ReportPart, StudyPart
 from qadtr_brevitas.page.provenance import analysis_facts, report_facts, study_facts
 from qadtr_brevitas.page.warnings import audit_warnings
 from qadtr_brevitas.paper import paper_table
+from qadtr_brevitas.report import Report
 from qadtr_brevitas.report.tables import tables, terminal_tables
 from qadtr_brevitas.report.views import attacked_precisions, families
 
@@ -57,22 +60,33 @@ def _study(part: StudyPart) -> Iterator[Section]:
         f"{part.facts.title} ({part.facts.scale})",
         study_facts(part.facts),
         tuple(_study_comparison(part)),
-        remarks=_study_remarks(part),
+        remarks=paper_table(part.facts.paper).notes if part.facts.paper else (),
     )
-    for report in part.reports:
-        note = " (unseen patches)" if part.is_unseen(report) else ""
-        yield _report(report, level=3, note=note)
+    for evaluation, reports in _by_evaluation(part).items():
+        yield _evaluation(evaluation, reports)
     for analysis in part.analyses:
         yield _analysis(analysis, level=3, compared=part.facts.paper)
+
+
+def _by_evaluation(part: StudyPart) -> dict[str, list[ReportPart]]:
+    """The reports that belong side by side: a study has one for each model."""
+    found: dict[str, list[ReportPart]] = {}
+    for report in part.reports:
+        rows = [part.facts.rows[model.name] for model in report.report.models if model.name in part.facts.rows]
+        found.setdefault(rows[0].evaluation if rows else "", []).append(report)
+    return found
 
 
 def _study_comparison(part: StudyPart) -> Iterator[Block]:
     if part.facts.paper is None:
         return
-    rows = part.facts.rows
+    rows, table = part.facts.rows, paper_table(part.facts.paper)
     at = {model: row.precision for model, row in rows.items() if row.precision is not None}
-    comparison = compare(paper_table(part.facts.paper), study_measures(part), at)
-    warnings = audit_warnings(part.reports, [model for model, row in rows.items() if row.paper]) if part.reports else ()
+    comparison = compare(table, study_measures(part), at)
+    attacked = table.what in ("asr", "accuracy") and part.reports
+    measured = {model.name for report in part.reports for model in report.report.models}
+    shown = [model for model, row in rows.items() if row.paper and model in measured]
+    warnings = audit_warnings(part.reports, shown) if attacked else ()
     yield from _comparison(comparison, warnings, _row_notes(part))
 
 
@@ -88,31 +102,27 @@ def _row_notes(part: StudyPart) -> list[str]:
     return [f"Here: {'; '.join(sorted(data))}.", *([f"{'; '.join(rows)}."] if rows else []), rule]
 
 
-def _study_remarks(part: StudyPart) -> tuple[str, ...]:
-    if part.facts.paper is None:
-        return ()
-    return paper_table(part.facts.paper).notes
-
-
 def _comparison(comparison: Comparison, warnings: Sequence[str], notes: Sequence[str]) -> Iterator[Block]:
     if not comparison.is_empty:
         yield Block(comparison_table(comparison, notes=notes), comparison_curves(comparison), tuple(warnings))
 
 
-def _report(part: ReportPart, *, level: int, note: str = "") -> Section:
-    report = part.report
-    warnings = audit_warnings([part], [model.name for model in report.models]) if families(report) else ()
-    return Section(
-        f"Evaluation {part.folder.name}{note}",
-        report_facts(report),
-        (*_report_tables(part, warnings), *_report_pictures(part)),
-        level=level,
-    )
+def _report(part: ReportPart, *, level: int) -> Section:
+    blocks = (*_report_tables(part.report, [part]), *_report_pictures(part))
+    return Section(f"Evaluation {part.folder.name}", report_facts(part.report), blocks, level=level)
 
 
-def _report_tables(part: ReportPart, warnings: tuple[str, ...]) -> Iterator[Block]:
+def _evaluation(name: str, parts: Sequence[ReportPart]) -> Section:
+    """All models of a study under the same attacks, side by side."""
+    report = merge_reports([part.report for part in parts])
+    pictures = [replace(block, folded=True) for part in parts for block in _report_pictures(part)]
+    title = f"Evaluation {name}" if name else f"Evaluation {parts[0].folder.name}"
+    return Section(title, report_facts(report), (*_report_tables(report, parts), *pictures), level=3)
+
+
+def _report_tables(report: Report, parts: Sequence[ReportPart]) -> Iterator[Block]:
     """The tables to read first, then curves, then the rest on demand."""
-    report = part.report
+    warnings = audit_warnings(parts, [model.name for model in report.models]) if families(report) else ()
     first = terminal_tables(report)
     for table in first:
         # Without attacks of one's own there is nothing white-box to show.
@@ -125,7 +135,8 @@ def _report_tables(part: ReportPart, warnings: tuple[str, ...]) -> Iterator[Bloc
     for table in tables(report):
         if table.rows and table.title not in titles:
             yield Block(table, folded=True, warnings=warnings)
-    for number, table in enumerate(audit_tables(part.audits) if part.audits else ()):
+    audits = [audit for part in parts for audit in part.audits]
+    for number, table in enumerate(audit_tables(audits) if audits else ()):
         yield Block(table, folded=number > 0)
 
 
@@ -143,9 +154,9 @@ def _analysis(part: AnalysisPart, *, level: int, compared: str | None = None) ->
     paper = _PAPER_OF.get(report.analysis)
     if paper is not None and paper != compared:
         table = paper_table(paper)
-        names = {model.name: model.name for model in report.models}
-        comparison = compare(table, list(analysis_measures(part, names)))
-        blocks += _comparison(comparison, (), [f"Here: {', '.join(names)}.", *table.notes])
+        comparison = compare(table, list(analysis_measures(part, Names({}, {}))))
+        models = ", ".join(model.name for model in report.models)
+        blocks += _comparison(comparison, (), [f"Here: {models}.", *table.notes])
     blocks += [Block(table.table()) for table in report.tables]
     blocks += [Block(image=_image(part.folder / picture.file, picture.caption)) for picture in report.pictures]
     return Section(f"Analysis {report.analysis}: {report.title}", analysis_facts(report), tuple(blocks), level=level)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -14,6 +14,7 @@ from qadtr_brevitas.page.measures import AT_FLOAT
 from qadtr_brevitas.report import Report
 from qadtr_brevitas.report.views import FLOAT, View, attacked_precisions, sources
 
+_MOST_MODELS = 3
 _PERCENT = {"asr": "attack success rate (%)", "accuracy": "accuracy (%)", "clean accuracy": "clean accuracy (%)"}
 
 
@@ -22,19 +23,23 @@ def family_curves(report: Report, family: str) -> Image:
     columns = attacked_precisions(report)
     curves: list[Curve] = []
     for number, model in enumerate(report.models):
-        view = View(report, model, family)
-        curves.append(Curve(f"{model.name}, white-box", [_point(view.white_box(p)) for p in columns], number))
-        for fingerprint, source in sources(report, family).items():
-            own = fingerprint == model.fingerprint
-            # What was made at 32 bit is white-box there.
-            moved = [None if own and p == FLOAT else _point(view.made_at(p, FLOAT, fingerprint)) for p in columns]
-            made = f"made at {FLOAT} bit" + ("" if own else f" on {source}")
-            curves.append(Curve(f"{model.name}, {made}", moved, number))
-        noise = [_point(view.control(p)) for p in columns]
-        curves.append(Curve(f"{model.name}, random patch", noise, number, dashed=True))
-    shown = [curve for curve in curves if any(curve.points)]
-    png = _draw(shown, columns, "precision attacked (bit)", _PERCENT["asr"], percent=True)
+        own = [curve for curve in _model_curves(View(report, model, family), number, columns) if any(curve.points)]
+        # More than a few curves of each of many models are no picture any more.
+        curves += own[:1] if len(report.models) > _MOST_MODELS else own
+    png = _draw(curves, columns, "precision attacked (bit)", _PERCENT["asr"], percent=True)
     return Image(png, f"ASR of {family} against precision on {report.data.images} images, with 95 % Wilson intervals.")
+
+
+def _model_curves(view: View, number: int, columns: Sequence[str]) -> Iterator[Curve]:
+    """White-box first, then what was made at 32 bit, on each network, then noise."""
+    name = view.model.name
+    yield Curve(f"{name}, white-box", [_point(view.white_box(p)) for p in columns], number)
+    for fingerprint, source in sources(view.report, view.family).items():
+        own = fingerprint == view.model.fingerprint
+        # What was made at 32 bit is white-box there.
+        moved = [None if own and p == FLOAT else _point(view.made_at(p, FLOAT, fingerprint)) for p in columns]
+        yield Curve(f"{name}, made at {FLOAT} bit" + ("" if own else f" on {source}"), moved, number)
+    yield Curve(f"{name}, random patch", [_point(view.control(p)) for p in columns], number, dashed=True)
 
 
 def comparison_curves(comparison: Comparison) -> Image | None:

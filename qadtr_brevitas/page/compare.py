@@ -88,8 +88,10 @@ def _find(
     found = [measure for measure in measures if way in (*measure.made, _AS_SAID) and _fits(measure, wanted)]
     if "attack" not in wanted and any(measure.facets.get("attack") == _ATTACK for measure in found):
         found = [measure for measure in found if measure.facets.get("attack") == _ATTACK]
-    if way == AT_FLOAT and any(measure.facets.get("from") == "itself" for measure in found) and "source" not in wanted:
-        found = [measure for measure in found if measure.facets.get("from") == "itself"]
+    own = [measure for measure in found if measure.facets.get("from") == "itself"]
+    # Unseen patches are made on other networks too, to be at a precision that was left out.
+    if own and "source" not in wanted and wanted.get("patches") != UNSEEN:
+        found = own
     if "precision" not in wanted:
         found = [measure for measure in found if measure.facets["precision"] == _precision(found, wanted, at)]
     return _average(found)
@@ -103,7 +105,17 @@ def _fits(measure: Measure, wanted: Mapping[str, str]) -> bool:
     free = {"patches"}
     # Other attacks are among the unseen patches.
     free |= {"attack"} if wanted.get("patches") == UNSEEN else set()
-    return all(facets.get(name) == value for name, value in wanted.items() if name not in free)
+    return all(_same(facets.get(name), value) for name, value in wanted.items() if name not in free)
+
+
+def _same(one: str | None, other: str) -> bool:
+    """True for words that differ in spelling only, such as ResNet20 and ResNet-20."""
+    return one is not None and (one == other or _plain(one) == _plain(other))
+
+
+def _plain(word: str) -> str:
+    # Numbers keep their points.
+    return word if word.replace(".", "").isdigit() else "".join(filter(str.isalnum, word.lower()))
 
 
 def _precision(found: Iterable[Measure], wanted: Mapping[str, str], at: Mapping[str, str]) -> str | None:

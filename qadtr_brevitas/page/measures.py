@@ -8,9 +8,10 @@ from typing import Any
 
 from qadtr_brevitas.metrics import Share
 from qadtr_brevitas.page.parts import AnalysisPart, StudyPart
+from qadtr_brevitas.page.study import StudyRow
 from qadtr_brevitas.paper import SUBJECT
 from qadtr_brevitas.precision import FLOAT_BITS
-from qadtr_brevitas.report import AttackCell, ImageAttackFacts, PatchFacts, Report
+from qadtr_brevitas.report import AttackCell, ImageAttackFacts, ModelFacts, PatchFacts, Report, SourceFacts
 
 WHITE_BOX, AT_FLOAT = "white-box", f"made at {FLOAT_BITS} bit"
 SEEN, UNSEEN = "seen", "unseen"
@@ -40,63 +41,82 @@ class Measure:
     n: int | None = None
 
 
-def study_measures(part: StudyPart) -> list[Measure]:
-    """All figures of a study; the subject is what the paper calls a model."""
-    found: list[Measure] = []
-    for report in part.reports:
-        patches = UNSEEN if part.is_unseen(report) else SEEN
-        found += report_measures(report.report, _names(part), patches)
-    for analysis in part.analyses:
-        found += analysis_measures(analysis, _names(part))
-    return found
-
-
-def _names(part: StudyPart) -> dict[str, str]:
-    return {model: row.paper or row.label for model, row in part.facts.rows.items()}
-
-
-def report_measures(report: Report, names: Mapping[str, str], patches: str) -> Iterator[Measure]:
-    """The figures of an evaluation.
+@dataclass(frozen=True)
+class Names:
+    """What models stand for.
 
     Args:
-        report: the evaluation.
-        names: what the paper calls its models.
-        patches: `seen` or `unseen`.
+        rows: by the name of the model in its report.
+        prints: name of the model by its fingerprint, for the models that attacks were made on.
     """
+
+    rows: Mapping[str, StudyRow]
+    prints: Mapping[str, str]
+
+    def facets(self, model: str) -> dict[str, str]:
+        """What is said of every figure of a model."""
+        return {SUBJECT: self.subject(model), "model": model}
+
+    def subject(self, model: str) -> str:
+        """What the paper calls a model; its name where it has none there."""
+        return self.rows[model].subject if model in self.rows else model
+
+    def source(self, source: SourceFacts) -> str:
+        """What the paper calls the model that an attack was made on."""
+        return self.subject(self.prints.get(source.fingerprint, source.name))
+
+    def patches(self, model: str) -> str:
+        """Whether the patches that a model meets are like those of training."""
+        return UNSEEN if model in self.rows and self.rows[model].is_unseen else SEEN
+
+
+def study_measures(part: StudyPart) -> list[Measure]:
+    """All figures of a study."""
+    prints = {model.fingerprint: model.name for report in part.reports for model in report.report.models}
+    names = Names(part.facts.rows, prints)
+    found = [measure for report in part.reports for measure in report_measures(report.report, names)]
+    return [*found, *(measure for analysis in part.analyses for measure in analysis_measures(analysis, names))]
+
+
+def report_measures(report: Report, names: Names) -> Iterator[Measure]:
+    """The figures of an evaluation."""
     for cell in report.clean:
-        facets = {SUBJECT: names.get(cell.model, cell.model), "model": cell.model, "precision": cell.precision}
+        facets = {**names.facets(cell.model), "precision": cell.precision}
         for what, more in (("clean accuracy", {}), ("accuracy", {"eps": "0"})):
             yield _measure(what, [WHITE_BOX, AT_FLOAT], {**facets, **more}, cell.accuracy.share)
     by_name = report.attack_facts()
-    own = {model.name: model.fingerprint for model in report.models}
+    models = {model.name: model for model in report.models}
     for cell in report.cells:
-        facts = by_name[cell.attack]
+        facts, model = by_name[cell.attack], models[cell.model]
         if cell.threat == "control":
             continue
         facets = {
-            SUBJECT: names.get(cell.model, cell.model),
-            "model": cell.model,
+            **names.facets(cell.model),
             "precision": cell.precision,
             "attack": facts.attack,
-            **_source(cell, facts, names, own),
-            **(_patch(facts, report, patches) if isinstance(facts, PatchFacts) else _pixel(facts)),
+            **_source(cell, facts, model, names),
+            **(_patch(facts, report, names.patches(cell.model)) if isinstance(facts, PatchFacts) else _pixel(facts)),
         }
-        made = [WHITE_BOX] if cell.threat == "white-box" else []
-        made += [AT_FLOAT] if facts.source and facts.source.precision == _FLOAT else []
+        made = _made(cell, facts, model)
         yield _measure("asr", made, facets, cell.asr.share)
         yield _measure("accuracy", made, facets, cell.robust_accuracy.share)
 
 
-def _source(
-    cell: AttackCell, facts: PatchFacts | ImageAttackFacts, names: Mapping[str, str], own: Mapping[str, str]
-) -> dict[str, str]:
+def _made(cell: AttackCell, facts: PatchFacts | ImageAttackFacts, model: ModelFacts) -> list[str]:
+    if facts.source and facts.source.precision not in (_FLOAT, *model.precisions):
+        # At a precision that was left out, which is never the one attacked.
+        return [WHITE_BOX, AT_FLOAT]
+    at_float = facts.source is not None and facts.source.precision == _FLOAT
+    return [*([WHITE_BOX] if cell.threat == "white-box" else []), *([AT_FLOAT] if at_float else [])]
+
+
+def _source(cell: AttackCell, facts: PatchFacts | ImageAttackFacts, model: ModelFacts, names: Names) -> dict[str, str]:
     source = facts.source
     if source is None:
         return {}
-    at = source.precision
-    same = source.fingerprint == own[cell.model]
+    same, at = source.fingerprint == model.fingerprint, source.precision
     return {
-        "source": names.get(source.name, source.name),
+        "source": names.source(source),
         "from": "itself" if same else "another model",
         "made_at": "same" if same and at == cell.precision else at,
     }
@@ -119,13 +139,13 @@ def _measure(what: str, made: list[str], facets: Mapping[str, str], share: Share
     return Measure(what, frozenset(made), facets, share.value, share, share.interval, share.n)
 
 
-def analysis_measures(part: AnalysisPart, names: Mapping[str, str]) -> Iterator[Measure]:
+def analysis_measures(part: AnalysisPart, names: Names) -> Iterator[Measure]:
     """The figures of an analysis."""
     for record in part.report.records:
         facets = {
             name: f"{value:g}" if isinstance(value, float) else str(value) for name, value in record.facets.items()
         }
-        facets |= {SUBJECT: names.get(record.model, record.model), "model": record.model, "precision": record.precision}
+        facets |= {**names.facets(record.model), "precision": record.precision}
         made = [WHITE_BOX, AT_FLOAT] if record.precision == _FLOAT else [AT_FLOAT]
         if facets.get("made") == "on the precision attacked":
             made = [WHITE_BOX]

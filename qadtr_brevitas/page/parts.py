@@ -54,10 +54,6 @@ class StudyPart:
     reports: tuple[ReportPart, ...]
     analyses: tuple[AnalysisPart, ...]
 
-    def is_unseen(self, part: ReportPart) -> bool:
-        """True for evaluations whose patches are unlike those of training."""
-        return part.folder in {self.folder / name for name in self.facts.unseen}
-
 
 Part: TypeAlias = ReportPart | AnalysisPart | StudyPart
 

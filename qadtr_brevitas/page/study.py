@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -11,6 +12,9 @@ from qadtr_brevitas.paper import paper_table
 
 STUDY_FILE = "study.json"
 
+_UNSEEN = "unseen"
+_BRACKETS = re.compile(r"\s*(\[[^]]*\]|\([^)]*\))")
+
 
 class _Part(BaseModel):
     # A study holds more than a page shows.
@@ -18,24 +22,35 @@ class _Part(BaseModel):
 
 
 class StudyRow(_Part):
-    """What a model stands for.
+    """What a model of the reports stands for.
 
-    `paper` is its name in the paper's table, null where it has none there; `seed` the seed it was trained with;
-    `precision` the one to compare where the paper's table names none.
+    `paper` is its row or column in the paper's table, null where it has none there; `seed` the seed it was trained
+    with; `evaluation` the one it is of, in a study with several; `precision` the one to compare where the paper's table
+    names none.
     """
 
     label: str
     paper: str | None = None
     seed: int | None = None
+    evaluation: str = ""
     precision: str | None = None
+
+    @property
+    def is_unseen(self) -> bool:
+        """True where its patches are unlike those of training."""
+        return _UNSEEN in f"{self.evaluation} {self.paper}".lower()
+
+    @property
+    def subject(self) -> str:
+        """What the paper calls it, without what is said in brackets: PBAT for `PBAT [30]` and `PBAT (Unseen patch)`."""
+        return _BRACKETS.sub("", self.paper or self.label).strip()
 
 
 class StudyFacts(_Part):
     """What a page reads of study.json.
 
-    `paper` names a table or figure; `reports` and `analyses` are folders, relative to that of the study; `unseen` those
-    of the reports whose patches are unlike those of training; `rows` says of each model, by its name in the reports,
-    what it stands for.
+    `paper` names a table or figure; `reports` and `analyses` are folders, relative to that of the study; `rows` says of
+    each model, by its name in the reports, what it stands for.
     """
 
     title: str
@@ -44,7 +59,6 @@ class StudyFacts(_Part):
     command: str
     versions: dict[str, str]
     reports: tuple[str, ...] = ()
-    unseen: tuple[str, ...] = ()
     analyses: tuple[str, ...] = ()
     rows: dict[str, StudyRow] = {}
 

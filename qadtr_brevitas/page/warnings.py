@@ -18,16 +18,18 @@ def audit_warnings(parts: Sequence[ReportPart], models: Iterable[str]) -> tuple[
         parts: evaluations, some with audits.
         models: names of the models whose figures are shown.
     """
-    shown = list(dict.fromkeys(models))
-    prints = {model.fingerprint: model.name for part in parts for model in part.report.models}
-    audits: dict[str, AuditReport] = {}
-    for part in parts:
-        for audit in part.audits:
-            name = prints.get(audit.fingerprint or "", audit.model)
-            if name in shown:
-                audits.setdefault(name, audit)
-    found = [sentence for name, audit in audits.items() for sentence in _sentences(name, audit)]
-    if missing := [name for name in shown if name not in audits]:
+    # By weights: in a study one model has a name in each evaluation, and is audited once.
+    weights = {model.name: model.fingerprint for part in parts for model in part.report.models}
+    shown = {name: weights[name] for name in models}
+    audits = {audit.fingerprint: audit for part in parts for audit in part.audits}
+    names = {fingerprint: name for name, fingerprint in reversed(shown.items())}
+    found = [
+        sentence
+        for fingerprint, name in reversed(names.items())
+        if fingerprint in audits
+        for sentence in _sentences(name, audits[fingerprint])
+    ]
+    if missing := [name for name, fingerprint in shown.items() if fingerprint not in audits]:
         found.append(NO_AUDIT.format(models=", ".join(missing)))
     return tuple(found)
 

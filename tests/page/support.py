@@ -57,12 +57,30 @@ def make_study(folder: Path, **changes: Any) -> Path:
         "versions": {"torch": "2"},
         "reports": ["seen"],
         "rows": {
-            "a": {"label": "PBAT", "paper": "PBAT", "seed": 0},
-            "b": {"label": "QADT-R", "paper": "QADT-R", "seed": 0},
+            "a": {"label": "PBAT", "paper": "PBAT [30]", "seed": 0},
+            "b": {"label": "QADT-R", "paper": "QADT-R (Ours)", "seed": 0, "model": "more than a page reads"},
         },
         "analyses": [],
         **changes,
     }
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "study.json").write_text(json.dumps(content))
+    return folder
+
+
+def make_whole_study(folder: Path) -> Path:
+    """A study as `study` writes it: a report for each model and evaluation."""
+    rows = {
+        f"{model} {evaluation}": {
+            "label": f"{label} ({evaluation})",
+            "paper": f"{label} {suffix}",
+            "seed": 0,
+            "evaluation": evaluation,
+        }
+        for evaluation, suffix in (("seen", "[30]"), ("unseen", "(Unseen patch)"))
+        for model, label in (("a", "PBAT"), ("b", "QADT-R"))
+    }
+    make_study(folder, rows=rows, reports=[name.replace(" ", "-") for name in rows])
+    for name in rows:
+        make_report(folder / name.replace(" ", "-"), names=(name,))
     return folder

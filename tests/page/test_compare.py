@@ -9,6 +9,7 @@ from qadtr_brevitas.page import read_parts
 from qadtr_brevitas.page.compare import Comparison, Ours, compare, comparison_table
 from qadtr_brevitas.page.measures import AT_FLOAT, WHITE_BOX, Measure, study_measures
 from qadtr_brevitas.page.parts import StudyPart
+from qadtr_brevitas.page.study import StudyRow
 from qadtr_brevitas.paper import paper_table
 from tests.page.support import make_report, make_study
 
@@ -124,6 +125,26 @@ def test_moved_between_networks() -> None:
     assert ours
     assert ours.value == 0.3
     assert at(comparison, AT_FLOAT, 3) is None
+
+
+@pytest.mark.parametrize("name", ["PBAT [30]", "PBAT (Unseen patch)", "PBAT (Unseen)", "PBAT"])
+def test_rows_are_named_as_printed(name: str) -> None:
+    row = StudyRow(label="x", paper=name)
+    assert (row.subject, row.is_unseen) == ("PBAT", "Unseen" in name)
+
+
+def test_an_evaluation_of_unseen_patches_says_so_where_the_row_does_not() -> None:
+    assert StudyRow(label="x", paper="QADT-R Full", evaluation="unseen").is_unseen
+
+
+def test_spelling_of_networks_does_not_matter_and_numbers_do() -> None:
+    found = measure(Share(3, 10), subject="ResNet-56", source="Resnet20", made=(AT_FLOAT,), **{"from": "another model"})
+    ours = at(compare(paper_table("table06"), [found]), AT_FLOAT, 0)
+    assert ours
+    assert ours.value == 0.3
+    eps = {"what": "accuracy", "attack": "pgd", "subject": "QAT"}
+    comparison = compare(paper_table("table07"), [measure(Share(3, 10), eps="0.015", **eps)])
+    assert [at(comparison, WHITE_BOX, row) is not None for row in range(3)] == [False, True, False]
 
 
 def test_nothing_measured_is_empty() -> None:

@@ -14,7 +14,7 @@ from qadtr_brevitas.errors import UsageError
 from qadtr_brevitas.page import build_page, read_parts, write_page
 from qadtr_brevitas.page.html import html
 from qadtr_brevitas.page.text import markdown, page_csv
-from tests.page.support import make_audit, make_report, make_study
+from tests.page.support import make_audit, make_whole_study
 
 
 class Reader(HTMLParser):
@@ -42,10 +42,8 @@ class Reader(HTMLParser):
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = make_study(tmp_path_factory.mktemp("study"), reports=["seen", "unseen"], unseen=["unseen"])
-    make_report(folder / "seen")
-    make_report(folder / "unseen", seed=1)
-    make_audit(folder / "seen", model="b", fingerprint="b-weights")
+    folder = make_whole_study(tmp_path_factory.mktemp("study"))
+    make_audit(folder / "b-seen", model="b seen", fingerprint="b seen-weights")
     return folder
 
 
@@ -67,9 +65,9 @@ def test_the_page_is_whole_and_needs_nothing_else(page: str) -> None:
 
 def test_warnings_of_the_audit_stand_above_the_tables_they_concern(page: str) -> None:
     compared = page.index("Table 11 of the paper")
-    warning = page.index("b at 4 bit: G5 Black box: a black box breaks more: gradients are masked.")
+    warning = page.index("b seen at 4 bit: G5 Black box: a black box breaks more: gradients are masked.")
     assert warning < compared
-    assert "No audit was run on a: a low ASR may be an attack that failed" in page[:compared]
+    assert "No audit was run on a seen, a unseen, b unseen: a low ASR may be an attack that failed" in page[:compared]
 
 
 def test_every_table_and_picture_says_how_it_was_made(page: str) -> None:
@@ -90,18 +88,26 @@ def test_what_the_paper_leaves_open_is_told(page: str) -> None:
 
 
 def test_unseen_patches_are_told_apart(page: str) -> None:
-    assert "Evaluation unseen (unseen patches)" in page
+    assert "<h3>Evaluation unseen</h3>" in page
     assert "PBAT, unseen patches" in page
 
 
+def test_models_of_one_evaluation_stand_in_one_table(page: str) -> None:
+    table = page[page.index("<h4>lavan 2x2: clean accuracy and ASR at each precision") :]
+    body = table[: table.index("</table>")]
+    assert "a seen" in body
+    assert "b seen" in body
+    assert "unseen" not in body
+
+
 def test_markdown_has_the_same_tables_and_links_pictures_of_folders(study: Path, tmp_path: Path) -> None:
-    (study / "seen" / "patches.png").write_bytes(b"png")
+    (study / "a-seen" / "patches.png").write_bytes(b"png")
     text = markdown(build_page(read_parts([study]), title="Results"), tmp_path)
-    (study / "seen" / "patches.png").unlink()
+    (study / "a-seen" / "patches.png").unlink()
     assert "#### Table 11 of the paper" in text
-    assert "> Audit: b at 4 bit: G5" in text
+    assert "> Audit: b seen at 4 bit: G5" in text
     (link,) = re.findall(r"!\[The patches\.\]\((.*)\)", text)
-    assert (tmp_path / link).resolve() == (study / "seen" / "patches.png").resolve()
+    assert (tmp_path / link).resolve() == (study / "a-seen" / "patches.png").resolve()
 
 
 def test_csv_has_every_cell_with_its_row_and_column(study: Path) -> None:
@@ -125,7 +131,7 @@ def report(*arguments: object) -> Result:
 
 
 def test_the_command_writes_three_files_and_names_them(study: Path, tmp_path: Path) -> None:
-    result = report(study, study / "seen", "-o", tmp_path / "page.html", "--title", "Mine")
+    result = report(study, study / "a-seen", "-o", tmp_path / "page.html", "--title", "Mine")
     assert result.exit_code == 0, result.output
     assert sorted(path.name for path in tmp_path.iterdir()) == ["page.csv", "page.html", "page.md"]
     assert f"next: open {tmp_path / 'page.html'} in a browser" in result.stderr
