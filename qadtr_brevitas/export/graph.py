@@ -56,4 +56,5 @@ def layer_of(node: Any) -> str:
             parts[-1] = part
         else:
             parts.append(part)
-    return ".".join(parts[1:] if parts[:1] == ["net"] else parts) or "the network itself"
+    # The frozen model calls the network so.
+    return ".".join(parts).removeprefix("net").removeprefix(".") or "the network itself"
