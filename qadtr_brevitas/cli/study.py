@@ -135,11 +135,11 @@ def _report(study: Study, plan: Plan, output: Path, *, scale: str) -> None:
     from rich.console import Group
 
     from qadtr_brevitas.report.files import rich_table
-    from qadtr_brevitas.study.summary import STUDY_FILE, summary_tables, write_study
+    from qadtr_brevitas.study.summary import PAGE_FILE, STUDY_FILE, summary_tables, write_study
 
     written = write_study(study, plan, output, scale=scale, command=command_line())
     emit(
         {"output": str(output), "study": str(output / STUDY_FILE)}, Group(*map(rich_table, summary_tables(study, plan)))
     )
     say(f"wrote {', '.join(path.name for path in written)} to {output}, with a report for each network in reports/")
-    say(f"next: qadtr-brevitas report {output} -o {output / 'report.html'}")
+    say(f"open {output / PAGE_FILE} in a browser; next: qadtr-brevitas report {output} OTHER_STUDY -o report.html")

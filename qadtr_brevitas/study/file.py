@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -16,7 +17,7 @@ from qadtr_brevitas.recipe_files import recipe_folder
 from qadtr_brevitas.study.sections import Study, StudyModel
 
 SCALES, SCALE_NAMES = "scales", ("smoke", "small", "full")
-OWN = "own"
+OWN, SET = "own", "set"
 
 
 def shipped_studies() -> dict[str, Path]:
@@ -75,11 +76,20 @@ def _at_scale(root: Node, scale: str, *, source: str) -> Node:
     scales = root.children.pop(SCALES, None)
     known = dict(scales.children or {}) if scales else {}
     if scale in known:
-        changes = known[scale]
-        return merge(root, changes) if changes.children is not None else root
+        return merge(root, _taking_out(known[scale])) if known[scale].children is not None else root
     if known or scale not in SCALE_NAMES:
         raise UsageError(f"study {source} has no scale {scale!r}: {suggest(scale, map(str, known))}")
     return root
+
+
+def _taking_out(node: Node) -> Node:
+    """The tree with nulls that take out what may be there; in `set` they are values that recipes get."""
+    if node.children is None or node.is_list:
+        return replace(node, takes_out=node.children is None and node.scalar is None)
+    children = {
+        key: child if key == SET and child.children else _taking_out(child) for key, child in node.children.items()
+    }
+    return replace(node, children=children)
 
 
 def _override(root: Node, text: str) -> Problem | None:

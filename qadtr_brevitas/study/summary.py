@@ -12,6 +12,7 @@ from typing import Any
 
 from qadtr_brevitas.files import write_atomically, write_json
 from qadtr_brevitas.metrics import Share
+from qadtr_brevitas.page import build_page, read_parts, write_page
 from qadtr_brevitas.report import Rate, Report, read_report, versions
 from qadtr_brevitas.report.files import markdown_table
 from qadtr_brevitas.report.layout import EMPTY, Table, bits
@@ -22,6 +23,7 @@ from qadtr_brevitas.study.plan import Plan, Row
 from qadtr_brevitas.study.sections import Study
 
 STUDY_FILE, PLAN_FILE, SUMMARY_FILE, FIGURES_FILE = "study.json", "study.yaml", "study.md", "figures.csv"
+PAGE_FILE = "report.html"
 CLEAN, UNSEEN, MEAN_UNSEEN = "clean accuracy", "unseen ", "unseen, mean of all kinds"
 _HEAD = (
     "model",
@@ -74,7 +76,7 @@ class Figure:
 
 
 def write_study(study: Study, plan: Plan, folder: Path, *, scale: str, command: str) -> list[Path]:
-    """Writes study.json, study.yaml, study.md and figures.csv, of reports that are all there.
+    """Writes study.json, study.yaml, study.md, figures.csv and the page, of reports that are all there.
 
     Args:
         study: the study.
@@ -95,7 +97,8 @@ def write_study(study: Study, plan: Plan, folder: Path, *, scale: str, command: 
     }
     for name, text in texts.items():
         write_atomically(folder / name, lambda path, text=text: path.write_text(text, encoding="utf-8"))
-    return [folder / STUDY_FILE, *(folder / name for name in texts)]
+    page = build_page(read_parts([folder]), title=study.title, command=command)
+    return [folder / STUDY_FILE, *(folder / name for name in texts), *write_page(page, folder / PAGE_FILE)]
 
 
 def summary_tables(study: Study, plan: Plan) -> list[Table]:
@@ -129,6 +132,7 @@ def _row(study: Study, row: Row) -> dict[str, Any]:
         "seed": row.net.seed,
         "model": row.net.model,
         "evaluation": row.evaluation,
+        "precision": str(row.part.scored[0]) if len(row.part.scored) == 1 else None,
     }
 
 

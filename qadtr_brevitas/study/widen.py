@@ -15,6 +15,7 @@ from qadtr_brevitas.models.create import create_float_model
 from qadtr_brevitas.precision import FLOAT_BITS, Precision
 from qadtr_brevitas.quant import SwitchableModel, allowed_precisions, convert, recalibrate_norms
 from qadtr_brevitas.recipe import CalibrationSection
+from qadtr_brevitas.seeding import generator
 
 _FLOAT = Precision(FLOAT_BITS, FLOAT_BITS)
 
@@ -29,8 +30,8 @@ def widen(source: Path, target: Path, precision: Precision, images: Split, *, se
         source: a model or run directory.
         target: the model directory to write.
         precision: the one to add; 32 bit, which calibration looks at, is added with it.
-        images: training images to look at, in random order.
-        seed: decides which of them ranges are calibrated on, where there are many.
+        images: training images to look at.
+        seed: decides their order, and which of them ranges are calibrated on where there are many.
 
     Raises:
         CheckpointError: no model is there, or the new one cannot be written.
@@ -45,6 +46,8 @@ def widen(source: Path, target: Path, precision: Precision, images: Split, *, se
     own = model.state_dict()
     wider.load_state_dict(own, strict=False)
     section = CalibrationSection()
+    # In random order: norm statistics measured on batches sorted by class are wrong.
+    images = images.subset(torch.randperm(len(images), generator=generator(seed, "widen")))
     batches = CalibrationBatches(images, torch.device("cpu"))
     if _FLOAT not in trained:
         # Training at other precisions left the statistics of 32 bit where they were.
