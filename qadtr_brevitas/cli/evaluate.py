@@ -9,7 +9,15 @@ import click
 
 from qadtr_brevitas.cli.audit_options import audit_options, check_audit_options, run_audits
 from qadtr_brevitas.cli.common import be_quiet, emit, examples, progress, say, work_options
-from qadtr_brevitas.cli.evaluate_options import Options, check_clean, move_options, plan_options, work_division
+from qadtr_brevitas.cli.evaluate_options import (
+    Options,
+    certify_options,
+    check_certify,
+    check_clean,
+    move_options,
+    plan_options,
+    work_division,
+)
 from qadtr_brevitas.cli.plugin_options import dataset_settings, find_dataset, load_split, make_from_slot
 from qadtr_brevitas.cli.recorded import RecordedCommand, command_line
 from qadtr_brevitas.errors import UsageError
@@ -41,6 +49,7 @@ if TYPE_CHECKING:
         "qadtr-brevitas evaluate runs/qadtr --patches runs/qat/patches --precision 8,4 --images 1000",
         "qadtr-brevitas evaluate runs/qadtr --attack pgd --attack '{name: pgd, eps: 0.03, steps: 20}' --eot 8+4+2",
         "qadtr-brevitas evaluate runs/qadtr --audit --twin runs/qat",
+        "qadtr-brevitas evaluate runs/qadtr --clean --certify 8 --images 500",
         "qadtr-brevitas evaluate runs/qadtr --at 2,2 --shift 6,12,18 --rotate 15,45",
         "torchrun --standalone --nproc-per-node 2 -m qadtr_brevitas evaluate runs/qat runs/qadtr",
     ),
@@ -51,6 +60,7 @@ if TYPE_CHECKING:
 @click.option("--images", type=click.IntRange(min=1), help="Use only so many test images, balanced over classes.")
 @click.option("--batch-size", "-b", type=click.IntRange(min=1), default=256, show_default=True, help="Images at once.")
 @audit_options
+@certify_options
 @work_division
 @work_options(data="the one the models were trained on", output="MODEL_DIR/evaluation")
 def command(**options: Any) -> None:
@@ -66,6 +76,7 @@ def command(**options: Any) -> None:
     # Checked before anything heavy is imported.
     check_audit_options(given)
     check_clean(given)
+    check_certify(given)
     plugins = [make_from_slot(ATTACKS, text, option="--attack") for text in given.attacks]
     wanted = parse_accesses(given.precisions) if given.precisions else None
     dataset = find_dataset(given.model_dirs, given.data)
@@ -99,7 +110,9 @@ def _plan(
     given: Options, plugins: Sequence[Any], wanted: Sequence[Access] | None, dataset: Any, *, device: torch.device
 ) -> tuple[Grid, list[Contender]]:
     """What to evaluate, and the patches as they were made."""
+    from qadtr_brevitas.certify import MASKS_PER_SIDE
     from qadtr_brevitas.evaluate import Grid, NamedAttack
+    from qadtr_brevitas.evaluate.certification import Certification
     from qadtr_brevitas.evaluate.plan import read_means
     from qadtr_brevitas.evaluate.variants import Moves
     from qadtr_brevitas.subjects import load_patches, load_subjects
@@ -125,6 +138,7 @@ def _plan(
         eot=means,
         precisions=wanted,
         transfer=given.transfer,
+        certifications=[Certification(size, given.certify_masks or MASKS_PER_SIDE) for size in given.certify or ()],
         seed=given.seed,
         batch_size=given.batch_size,
     )
@@ -139,7 +153,7 @@ def _patch_places(given: Options) -> Sequence[Path]:
         return given.patches
     own = [path / PATCH_FOLDER for path in given.model_dirs]
     surrogates = [path / PATCH_FOLDER for path in given.surrogates]
-    needed = [] if given.attacks or given.audit else own
+    needed = [] if given.attacks or given.audit or given.certify else own
     return [folder for folder in (*own, *surrogates) if folder in needed or any(folder.glob("*.safetensors"))]
 
 

@@ -28,6 +28,8 @@ class Options:
     at: tuple[int, int] | None
     shifts: tuple[int, ...] | None
     degrees: tuple[float, ...] | None
+    certify: tuple[int, ...] | None
+    certify_masks: int | None
     images: int | None
     batch_size: int
     shard: str | None
@@ -52,6 +54,16 @@ def check_clean(given: Options) -> None:
     attacking = {"--patches": given.patches, "--attack": given.attacks, "--audit": given.audit}
     if given.clean and (also := [name for name, value in attacking.items() if value]):
         raise UsageError(f"--clean measures accuracy without an attack: leave out {also[0]}, or --clean")
+
+
+def check_certify(given: Options) -> None:
+    """Refuses a number of masks where nothing is certified.
+
+    Raises:
+        UsageError: --certify-masks without --certify.
+    """
+    if given.certify_masks is not None and not given.certify:
+        raise UsageError("--certify-masks is for --certify: add it, for instance --certify 8, or leave the masks out")
 
 
 class Numbers(click.ParamType[tuple[int | float, ...]]):
@@ -145,6 +157,21 @@ move_options = option_block(
         metavar="DEG[,DEG...]",
         type=Numbers(float, "angles other than 0, such as 15,45"),
         help="Score each patch turned by so many degrees too.",
+    ),
+)
+
+certify_options = option_block(
+    click.option(
+        "--certify",
+        metavar="SIDE[,SIDE...]",
+        type=Numbers(int, "sides of patches in pixels, at least 1, such as 6,8", least=1),
+        help="Prove which predictions no patch of this side can change (PatchCleanser); with 6 masks along a side, up "
+        "to 666 forward passes of each image.",
+    ),
+    click.option(
+        "--certify-masks",
+        type=click.IntRange(min=2),
+        help="Masks along each side of an image for --certify; more prove more and take longer.  [default: 6]",
     ),
 )
 

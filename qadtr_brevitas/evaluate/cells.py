@@ -61,7 +61,30 @@ class ChunkKey:
     stop: int
 
 
-_Key: TypeAlias = CellKey | ChunkKey
+@dataclass(frozen=True)
+class CertifyKey:
+    """What the proofs for one chunk of images depend on, by content; the cell holds the outcomes by name.
+
+    Args:
+        model: fingerprint of the model.
+        precision: precision of the model, or several together.
+        data: fingerprint of all images.
+        size: side of the patch in pixels.
+        masks: masks along each side of an image.
+        start: first image of the chunk.
+        stop: the image after its last.
+    """
+
+    model: str
+    precision: str
+    data: str
+    size: int
+    masks: int
+    start: int
+    stop: int
+
+
+_Key: TypeAlias = CellKey | ChunkKey | CertifyKey
 
 
 @dataclass(frozen=True)
@@ -101,8 +124,8 @@ class CellStore:
         """
         self._save(key, predictions.tolist())
 
-    def read_chunk(self, key: ChunkKey) -> dict[str, Tensor]:
-        """(stop - start,) int64 predicted classes of each victim a finished chunk has them of, by the victim's name."""
+    def read_chunk(self, key: ChunkKey | CertifyKey) -> dict[str, Tensor]:
+        """(stop - start,) int64 classes a finished chunk holds, by the names of victims or outcomes."""
         found: dict[str, Tensor] = {}
         for content in self._contents(key):
             if isinstance(content, dict):
@@ -111,8 +134,8 @@ class CellStore:
                         found.setdefault(victim, predictions)
         return found
 
-    def write_chunk(self, key: ChunkKey, predictions: Mapping[str, Tensor]) -> None:
-        """Keeps the predicted classes of a chunk's victims.
+    def write_chunk(self, key: ChunkKey | CertifyKey, predictions: Mapping[str, Tensor]) -> None:
+        """Keeps the classes of a chunk, by the names of victims or outcomes.
 
         Raises:
             CheckpointError: the cell cannot be written.

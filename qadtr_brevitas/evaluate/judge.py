@@ -17,6 +17,7 @@ from qadtr_brevitas.evaluate.plan import Grid, threat
 from qadtr_brevitas.metrics import Share, accuracy, score
 from qadtr_brevitas.report import (
     AttackCell,
+    CertifiedCell,
     CleanCell,
     ModelFacts,
     Rate,
@@ -44,11 +45,13 @@ def make_report(grid: Grid, store: CellStore, *, device: str, command: str = "")
     clean: list[CleanCell] = []
     cells: list[AttackCell] = []
     worst: list[WorstCase] = []
+    certified: list[CertifiedCell] = []
     for victim in grid.victims:
         outcome = reader.outcome(victim)
         clean.append(outcome.clean_cell())
         cells += outcome.cells()
         worst += outcome.worst_cases()
+        certified += reader.certified(victim)
     return Report(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         command=command,
@@ -62,6 +65,7 @@ def make_report(grid: Grid, store: CellStore, *, device: str, command: str = "")
         clean=tuple(clean),
         cells=tuple(cells),
         worst_case=tuple(worst),
+        certified=tuple(certified),
     )
 
 
@@ -129,6 +133,23 @@ class _Reader:
     def outcome(self, victim: Victim) -> _Outcome:
         results = [self._patch_result(victim, contender) for contender in self.grid.contenders_of(victim)]
         return _Outcome(victim, self.grid.split.labels, self._patched(victim, None), [*results, *self._raided(victim)])
+
+    def certified(self, victim: Victim) -> Iterator[CertifiedCell]:
+        """What is proved of the victim's predictions."""
+        for certification in self.grid.certifications:
+            found = [job.read(self.store) for job in self.grid.certify_jobs(victim, certification)]
+            whole = [outcome for outcome in found if outcome is not None]
+            assert len(whole) == len(found), f"{certification} of {victim} is reported before it is computed"
+            labels, masks = self.grid.split.labels, certification.covering(self.grid.split.image_size)
+            defended, proved = (torch.cat([getattr(part, name) for part in whole]) for name in ("defended", "proved"))
+            yield CertifiedCell(
+                model=victim.subject.name,
+                precision=str(victim.precision),
+                size=certification.size,
+                masks=len(masks),
+                clean_accuracy=Rate.of(accuracy(defended, labels)),
+                certified_accuracy=Rate.of(accuracy(proved, labels)),
+            )
 
     def _patch_result(self, victim: Victim, contender: Contender) -> _Result:
         return _Result(

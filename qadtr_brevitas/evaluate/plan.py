@@ -11,6 +11,7 @@ import torch
 
 from qadtr_brevitas.data.split import Split
 from qadtr_brevitas.errors import UsageError
+from qadtr_brevitas.evaluate.certification import Certification, CertifyJob
 from qadtr_brevitas.evaluate.image_attacks import NamedAttack, SourcedAttack
 from qadtr_brevitas.evaluate.jobs import Bench, ChunkJob, Job, PatchJob, Victim
 from qadtr_brevitas.fingerprints import fingerprint_tensors
@@ -47,13 +48,15 @@ class Grid:
         precisions: precisions to score, or several together; None for each that a model allows. Where several are
             scored together, attacks are made on their mean.
         transfer: what to move to other models and precisions; white-box, EOT and control cells are always scored.
+        certifications: patches that models are certified against, at every precision.
         seed: seed of the placements, the controls and the attacks.
         batch_size: images in one forward pass. Attacks take the images in chunks of this size, each with a random
             stream of its own: another size gives other attacks.
 
     Raises:
-        UsageError: a precision that a model does not allow, a patch that does not fit the images, a target that is no
-            class, two models, patches or attacks of one name, or surrogates from which nothing may be transferred.
+        UsageError: a precision that a model does not allow, a patch that does not fit the images, a certification of
+            random precisions, a target that is no class, two models, patches or attacks of one name, or surrogates from
+            which nothing may be transferred.
         DataError: a model is for other images or another number of classes.
     """
 
@@ -68,6 +71,7 @@ class Grid:
     eot: Sequence[Access] = ()
     precisions: Sequence[PrecisionLike | Access] | None = None
     transfer: Transfer = "all"
+    certifications: Sequence[Certification] = ()
     seed: int = 0
     batch_size: int = 256
 
@@ -83,6 +87,7 @@ class Grid:
         for attack in self.attacks:
             self._check_target(f"attack {attack.name}", attack.target, "choose one of its classes as target")
         _check_names("attacks", [attack.facts.name for attack, _ in self.raids], cure="give each attack once")
+        self._check_certifications()
 
     @cached_property
     def data(self) -> DataFacts:
@@ -144,7 +149,12 @@ class Grid:
         attacked = [
             ChunkJob(self.bench, attack, victims, chunk) for attack, victims in self.raids for chunk in self.chunks()
         ]
-        return [*patched, *attacked]
+        certified = [job for v in self.victims for c in self.certifications for job in self.certify_jobs(v, c)]
+        return [*patched, *attacked, *certified]
+
+    def certify_jobs(self, victim: Victim, certification: Certification) -> list[CertifyJob]:
+        """The cells of one certification of one victim."""
+        return [CertifyJob(self.bench, victim, certification, chunk) for chunk in self.chunks()]
 
     def chunks(self) -> Iterator[range]:
         """The test images in the portions that per-image attacks take them in."""
@@ -189,6 +199,16 @@ class Grid:
             raise UsageError(f"patch {contender.name!r}: {error}") from error
         cure = "choose the data set it was made on with --data"
         self._check_target(f"patch {contender.name!r}", contender.facts.target, cure)
+
+    def _check_certifications(self) -> None:
+        for certification in self.certifications:
+            certification.covering(self.split.image_size)
+        for victim in self.victims:
+            if self.certifications and victim.precision.is_random:
+                raise UsageError(
+                    f"{victim} answers differently each time, so that nothing can be proved: leave out --certify, or "
+                    f"score {', '.join(map(str, victim.precision.precisions))} each by itself"
+                )
 
     def _check_target(self, what: str, target: int | None, cure: str) -> None:
         classes = len(self.split.classes)

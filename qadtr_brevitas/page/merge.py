@@ -24,7 +24,7 @@ def merge_reports(reports: Sequence[Report]) -> Report:
             "attacks": tuple(facts for facts in known.values() if isinstance(facts, ImageAttackFacts)),
             **{
                 name: tuple(cell for report in renamed for cell in getattr(report, name))
-                for name in ("clean", "cells", "worst_case")
+                for name in ("clean", "cells", "worst_case", "certified")
             },
         }
     )

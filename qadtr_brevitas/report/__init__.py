@@ -3,6 +3,7 @@
 from qadtr_brevitas.report.schema import REPORT_FILE as REPORT_FILE
 from qadtr_brevitas.report.schema import SCHEMA_VERSION as SCHEMA_VERSION
 from qadtr_brevitas.report.schema import AttackCell as AttackCell
+from qadtr_brevitas.report.schema import CertifiedCell as CertifiedCell
 from qadtr_brevitas.report.schema import CleanCell as CleanCell
 from qadtr_brevitas.report.schema import DataFacts as DataFacts
 from qadtr_brevitas.report.schema import ImageAttackFacts as ImageAttackFacts

@@ -20,26 +20,35 @@ if TYPE_CHECKING:
 MARKDOWN_FILE = "report.md"
 CSV_FILE = "cells.csv"
 WORST_CASE_FILE = "worst_case.csv"
+CERTIFIED_FILE = "certified.csv"
 
 _RATE = ("count", "n", "value", "low", "high")
 
 
 def write_report(report: Report, folder: Path, *, pictures: Sequence[Path] = ()) -> list[Path]:
-    """Writes report.json, report.md, cells.csv and worst_case.csv and returns their paths.
+    """Writes report.json, report.md, cells.csv, worst_case.csv and, of certifications, certified.csv.
 
     Args:
         report: what to write.
         folder: where to; made if it is missing.
         pictures: PNG files in the same folder for report.md to show.
 
+    Returns:
+        The paths.
+
     Raises:
         CheckpointError: a file cannot be written.
     """
+    texts = {
+        MARKDOWN_FILE: markdown(report, pictures=[picture.name for picture in pictures]),
+        CSV_FILE: cells_csv(report),
+        WORST_CASE_FILE: worst_case_csv(report),
+        **({CERTIFIED_FILE: certified_csv(report)} if report.certified else {}),
+    }
     write_json(folder / REPORT_FILE, report.model_dump(mode="json"))
-    _write_text(folder / MARKDOWN_FILE, markdown(report, pictures=[picture.name for picture in pictures]))
-    _write_text(folder / CSV_FILE, cells_csv(report))
-    _write_text(folder / WORST_CASE_FILE, worst_case_csv(report))
-    return [folder / name for name in (REPORT_FILE, MARKDOWN_FILE, CSV_FILE, WORST_CASE_FILE)]
+    for name, text in texts.items():
+        _write_text(folder / name, text)
+    return [folder / name for name in (REPORT_FILE, *texts)]
 
 
 def markdown(report: Report, *, pictures: Sequence[str] = ()) -> str:
@@ -105,6 +114,17 @@ def worst_case_csv(report: Report) -> str:
     for case in report.worst_case:
         rate = [getattr(case.robust_accuracy, part) for part in _RATE]
         lines.append([case.model, case.precision, case.scope, case.attacks, case.mean, *rate])
+    return _csv(lines)
+
+
+def certified_csv(report: Report) -> str:
+    """One line for each model, precision and certification; shares are between 0 and 1."""
+    names = ("clean_accuracy", "certified_accuracy")
+    facts = ("model", "precision", "method", "size", "masks")
+    lines: list[list[object]] = [[*facts, *(f"{name}_{part}" for name in names for part in _RATE)]]
+    for cell in report.certified:
+        figures = [getattr(getattr(cell, name), part) for name in names for part in _RATE]
+        lines.append([*(getattr(cell, fact) for fact in facts), *figures])
     return _csv(lines)
 
 

@@ -14,7 +14,9 @@ from qadtr_brevitas.errors import CheckpointError
 from qadtr_brevitas.files import read_json
 from qadtr_brevitas.metrics import Score, Share
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
+# Reports of version 2 have no certifications, and nothing else is different.
+_READABLE = (2, 3)
 REPORT_FILE = "report.json"
 
 Threat = Literal["white-box", "eot", "transfer", "control"]
@@ -205,6 +207,23 @@ class WorstCase(_Part):
     robust_accuracy: Rate
 
 
+class CertifiedCell(_Part):
+    """What double masking (PatchCleanser) predicts and proves for one model at one precision.
+
+    `size` is the side of the patch in pixels, `masks` the number of masks. `clean_accuracy` is that of the defended
+    prediction on clean images; `certified_accuracy` counts the images whose defended prediction is right whatever one
+    such patch shows and wherever it lies.
+    """
+
+    model: str
+    precision: str
+    method: Literal["double masking"] = "double masking"
+    size: int
+    masks: int
+    clean_accuracy: Rate
+    certified_accuracy: Rate
+
+
 class Report(_Part):
     """Everything one evaluation found, and everything needed to redo it."""
 
@@ -221,6 +240,7 @@ class Report(_Part):
     clean: tuple[CleanCell, ...]
     cells: tuple[AttackCell, ...]
     worst_case: tuple[WorstCase, ...]
+    certified: tuple[CertifiedCell, ...] = ()
 
     def patch(self, name: str) -> PatchFacts:
         """The patch of that name."""
@@ -243,13 +263,13 @@ def read_report(path: Path) -> Report:
     content = read_json(file)
     found = content.get("schema_version") if isinstance(content, dict) else None
     try:
-        if found == SCHEMA_VERSION:
+        if found in _READABLE:
             return Report.model_validate_json(file.read_bytes())
     except ValidationError as error:
         raise CheckpointError(f"{file} is damaged: make it anew with `qadtr-brevitas evaluate`") from error
     raise CheckpointError(
-        f"{file} has report schema version {found}, this release reads {SCHEMA_VERSION}: make it anew with "
-        "`qadtr-brevitas evaluate` (cells that are finished are not computed again)"
+        f"{file} has report schema version {found}, this release reads {_READABLE[0]} to {_READABLE[-1]}: make it "
+        "anew with `qadtr-brevitas evaluate` (cells that are finished are not computed again)"
     )
 
 

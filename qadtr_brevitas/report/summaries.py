@@ -25,7 +25,8 @@ WORST_NOTE = (
 def summary_tables(report: Report) -> list[Table]:
     """What compares models: what attacks do at each precision, and what all of them together leave."""
     found = [summary_table(report, family) for family in families(report)]
-    return [*found, worst_case_table(report)] if report.worst_case else found
+    found += [worst_case_table(report)] if report.worst_case else []
+    return [*found, certified_table(report)] if report.certified else found
 
 
 def summary_table(report: Report, family: str) -> Table:
@@ -79,6 +80,18 @@ def worst_case_table(report: Report) -> Table:
         _model_blocks(report, "", _worst_case),
         (f"In percent of n = {report.data.images} test images.", WORST_NOTE),
         labels=2,
+    )
+
+
+def certified_table(report: Report) -> Table:
+    """What is proved at each precision, beside what the defense costs."""
+    notes = (
+        f"In percent of n = {report.data.images} test images.",
+        "Certified: images whose prediction under double masking (PatchCleanser, Xiang et al. 2022) is right whatever "
+        "one square patch of the size shows and wherever it lies; defended: right under double masking, no patch.",
+    )
+    return Table(
+        "Certified accuracy against one patch", _header(report), _model_blocks(report, "", _certified), notes, labels=2
     )
 
 
@@ -150,6 +163,19 @@ def _worst_case(view: View, columns: Sequence[str]) -> Rows:
     # Without transfers the same figures would stand there twice.
     if [case and case.attacks for case in own] != [case and case.attacks for case in everything]:
         rows |= _worst_case_rows("with transfers", everything)
+    return rows
+
+
+def _certified(view: View, columns: Sequence[str]) -> Rows:
+    rows = {"clean accuracy": [percent(view.clean(p)) for p in columns]}
+    mine = [cell for cell in view.report.certified if cell.model == view.model.name]
+    for size, masks in dict.fromkeys((cell.size, cell.masks) for cell in mine):
+        found = {cell.precision: cell for cell in mine if (cell.size, cell.masks) == (size, masks)}
+        rates = [found[p].certified_accuracy if p in found else None for p in columns]
+        name = f"{size}x{size}, {masks} masks"
+        rows[f"{name}: defended"] = [percent(found[p].clean_accuracy) if p in found else EMPTY for p in columns]
+        rows[f"{name}: certified"] = [percent(rate) for rate in rates]
+        rows[f"{name}: 95 % interval"] = [percent_range((rate.low, rate.high)) if rate else EMPTY for rate in rates]
     return rows
 
 

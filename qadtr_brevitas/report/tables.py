@@ -7,6 +7,7 @@ from qadtr_brevitas.report.matrices import model_matrix, precision_matrices, siz
 from qadtr_brevitas.report.schema import Report
 from qadtr_brevitas.report.summaries import (
     attacks_table,
+    certified_table,
     clean_table,
     summary_table,
     white_box_table,
@@ -34,6 +35,7 @@ def _comparison(report: Report) -> list[Table]:
     found = [attacks_table(report)] if len(families(report)) > 1 else []
     found += [summary_table(report, family) for family in families(report)]
     found += [worst_case_table(report)] if report.worst_case else []
+    found += [certified_table(report)] if report.certified else []
     for family in families(report):
         found += model_matrix(report, family)
     found += size_tables(report)

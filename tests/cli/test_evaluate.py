@@ -304,3 +304,15 @@ def test_help() -> None:
     assert result.exit_code == 0
     for words in ("--patches", "--images", "Examples:", "MODEL_DIR..."):
         assert words in result.output
+
+
+def test_certification_needs_no_patches_and_its_masks_need_a_certification(tmp_path: Path) -> None:
+    model = make_model_dir(tmp_path / "model", precisions=(4,))
+    result = evaluate(model, "--certify", "4", "--certify-masks", 2, "--images", 6, "-o", tmp_path / "out", "--json")
+    assert result.exit_code == 0, result.output
+    (cell,) = json.loads(result.stdout)["certified"]
+    assert (cell["size"], cell["masks"], cell["certified_accuracy"]["n"]) == (4, 4, 6)
+    assert cell["certified_accuracy"]["count"] <= cell["clean_accuracy"]["count"]
+    refused = evaluate(model, "--certify-masks", 2)
+    assert refused.exit_code == 2
+    assert "--certify-masks is for --certify: add it, for instance --certify 8" in refused.stderr

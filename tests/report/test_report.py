@@ -59,6 +59,7 @@ SCHEMA: dict[str, Any] = {
         "clean_accuracy",
         "robust_accuracy",
     },
+    "certified": None,
     "worst_case": {"model", "precision", "scope", "attacks", "mean", "robust_accuracy"},
 }
 
@@ -75,7 +76,7 @@ def test_schema_is_stable(tmp_path: Path) -> None:
     report = small_report(tmp_path)
     write_report(report, tmp_path)
     content = json.loads((tmp_path / "report.json").read_text())
-    assert SCHEMA_VERSION == content["schema_version"] == 2
+    assert SCHEMA_VERSION == content["schema_version"] == 3
     assert set(content) == set(SCHEMA)
     for key, expected in SCHEMA.items():
         part = content[key]
@@ -91,12 +92,22 @@ def test_report_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert read_report(tmp_path) == read_report(tmp_path / "report.json") == report
 
 
+def test_report_without_certifications_is_read_as_one_of_the_version_before(tmp_path: Path) -> None:
+    report = small_report(tmp_path)
+    write_report(report, tmp_path)
+    content = json.loads((tmp_path / "report.json").read_text())
+    del content["certified"]
+    (tmp_path / "report.json").write_text(json.dumps({**content, "schema_version": 2}))
+    assert read_report(tmp_path).cells == report.cells
+
+
 def test_missing_or_foreign_report_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no report at .*make one with `qadtr-brevitas evaluate`"):
         read_report(tmp_path)
     (tmp_path / "report.json").write_text('{"schema_version": 99}')
     with pytest.raises(
-        CheckpointError, match="has report schema version 99, this release reads 2: make it anew with `qadtr-brevitas"
+        CheckpointError,
+        match="has report schema version 99, this release reads 2 to 3: make it anew with `qadtr-brevitas",
     ):
         read_report(tmp_path)
     write_report(small_report(tmp_path), tmp_path)
