@@ -15,7 +15,7 @@ from typing import Any
 
 from qadtr_brevitas.errors import ExportError, UsageError
 from qadtr_brevitas.export.folder import CLOCK_NS
-from qadtr_brevitas.export.formats import Compiler
+from qadtr_brevitas.export.rewrite import Compiler
 from qadtr_brevitas.files import write_json
 
 VARIABLES: dict[Compiler, str] = {"finn": "QADTR_BREVITAS_FINN", "hls4ml": "QADTR_BREVITAS_HLS4ML"}

@@ -20,13 +20,14 @@ from qadtr_brevitas.files import write_json
 
 CLOCK_NS = 10.0
 HLS4ML_SCRIPT = Path(__file__).parent / "compilers" / "hls4ml_build.py"
-_RESNET = "finn.builder.custom_step_library.resnet."
-_PLAIN = ("step_streamline", "step_convert_to_hw")
+_LIBRARY = "finn.builder.custom_step_library."
+# The second one is there for the thresholds of pixels, which it cuts to what a byte can be.
+_PLAIN = ("step_streamline", f"{_LIBRARY}mobilenet.step_mobilenet_lower_convs", "step_convert_to_hw")
 _RESIDUAL = (
-    f"{_RESNET}step_resnet_tidy",
-    f"{_RESNET}step_resnet_streamline",
+    f"{_LIBRARY}resnet.step_resnet_tidy",
+    f"{_LIBRARY}resnet.step_resnet_streamline",
     "step_convert_to_hw",
-    f"{_RESNET}step_resnet_convert_to_hw",
+    f"{_LIBRARY}resnet.step_resnet_convert_to_hw",
 )
 _BEFORE = ("step_qonnx_to_finn", "step_tidy_up")
 _AFTER = (

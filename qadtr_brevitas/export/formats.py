@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from qadtr_brevitas.errors import ExportError
 from qadtr_brevitas.export.fpga_rules import problems
 from qadtr_brevitas.export.libraries import library
-from qadtr_brevitas.export.rewrite import PIXELS, rewrite
+from qadtr_brevitas.export.rewrite import PIXELS, Compiler, rewrite
 from qadtr_brevitas.export.shortcuts import replace_shortcuts
 
 if TYPE_CHECKING:
@@ -30,7 +30,6 @@ _OPSET = 17
 
 Classifier = Callable[[Tensor], Tensor]
 """Images (N, 3, H, W) in [0, 1] to logits (N, classes)."""
-Compiler = Literal["finn", "hls4ml"]
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ def _write_for_fpga(frozen: nn.Module, image: Tensor, path: Path, compiler: Comp
                 f"{compiler} cannot take this network. {'. '.join(found)}. Sums and steps come right with "
                 f"`qadtr-brevitas convert MODEL --target {compiler}`, or training with quant.target={compiler}"
             )
-        rewrite(model, image_bytes=compiler == "finn")
+        rewrite(model, compiler=compiler)
         _save(library("qonnx.util.cleanup").cleanup_model(model), path)
 
 

@@ -8,27 +8,31 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from qadtr_brevitas.export.graph import attribute, nodes_of
 from qadtr_brevitas.export.libraries import library
 
+Compiler = Literal["finn", "hls4ml"]
 PIXELS = 255.0
 
 
-def rewrite(model: Any, *, image_bytes: bool) -> None:
+def rewrite(model: Any, *, compiler: Compiler) -> None:
     """Changes a qonnx ModelWrapper in place.
 
     Args:
-        model: cleaned, with all shapes.
-        image_bytes: take pixels as bytes, 0 to 255, instead of numbers from 0 to 1.
+        model: with all shapes, and constants folded.
+        compiler: FINN is given pixels as bytes, 0 to 255; hls4ml the normalization of pixels as a BatchNorm.
     """
-    for change in (_split_pools, _replace_global_pools, _replace_average_pools, _rectify_unsigned):
+    changes = (_split_pools, _replace_global_pools, _replace_average_pools, _quantize_before_flatten, _rectify_unsigned)
+    for change in changes:
         change(model)
-    if image_bytes:
+    if compiler == "finn":
         _take_bytes(model)
+    else:
+        _normalize_as_batch_norm(model)
     model.graph.node.sort(key=_order(model))
 
 
@@ -89,6 +93,18 @@ def _quant_domain(model: Any) -> str:
     return next((node.domain for node in nodes_of(model, "Quant")), "qonnx.custom_op.general")
 
 
+def _quantize_before_flatten(model: Any) -> None:
+    """Has the compilers find a Flatten where they look for it, in front of a linear layer."""
+    for flatten in nodes_of(model, "Flatten", "Reshape"):
+        readers = model.find_consumers(flatten.output[0])
+        if len(readers) != 1 or readers[0].op_type != "Quant" or model.get_initializer(flatten.input[0]) is not None:
+            continue
+        (quant,) = readers
+        quantized = _tensor(model, model.get_tensor_shape(flatten.input[0]))
+        quant.input[0], flatten.input[0] = flatten.input[0], quantized
+        flatten.output[0], quant.output[0] = quant.output[0], quantized
+
+
 def _rectify_unsigned(model: Any) -> None:
     for quant in nodes_of(model, "Quant"):
         producer = model.find_producer(quant.input[0])
@@ -108,6 +124,20 @@ def _take_bytes(model: Any) -> None:
     largest = _tensor(model, [], np.array(PIXELS))
     model.graph.node.append(_node("Div", [given, largest], scaled))
     model.set_tensor_datatype(given, library("qonnx.core.datatype").DataType["UINT8"])
+
+
+def _normalize_as_batch_norm(model: Any) -> None:
+    """What is done to pixels, (x - mean) / std, as one node that hls4ml can turn to channels last."""
+    (subtract,) = model.find_consumers(model.graph.input[0].name)
+    (divide,) = model.find_consumers(subtract.output[0])
+    assert (subtract.op_type, divide.op_type) == ("Sub", "Div")
+    mean, std = (model.get_initializer(node.input[1]).reshape(-1) for node in (subtract, divide))
+    values = (np.ones_like(mean), np.zeros_like(mean), mean, std**2)
+    inputs = [subtract.input[0], *(_tensor(model, value.shape, value) for value in values)]
+    norm = _node("BatchNormalization", inputs, divide.output[0], epsilon=0.0)
+    model.graph.node.remove(subtract)
+    model.graph.node.remove(divide)
+    model.graph.node.append(norm)
 
 
 def _tensor(model: Any, shape: Sequence[int], value: Any = None) -> str:
