@@ -7,8 +7,8 @@ are, for a patch attack with a given budget of steps:
 | name | differs in |
 |---|---|
 | `6x6`, `10x10`, `12x12` | size |
-| `disc` | shape, at the same number of pixels |
-| `dpr` | shape that is searched, at the same number of pixels |
+| `disc` | shape, at about the same number of pixels |
+| `dpr` | shape, which is searched, at no more pixels |
 | `other-target` | target classes |
 | `gap` | family: made for turns, scales and shifts |
 | `left-out-bits` | made at a bit-width that was left out of training |
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from math import pi, sqrt
 from typing import Annotated, Any
 
 from pydantic import TypeAdapter
@@ -80,11 +81,11 @@ def unseen_patches(seen: Any, image_side: int) -> list[UnseenPatch]:
         return max(1, round(size * image_side / SIDE))
 
     square = {"size": scaled(SEEN_SIZE), "shape": "square"}
-    share = (scaled(SEEN_SIZE) / image_side) ** 2
+    diameter = round(scaled(SEEN_SIZE) * 2 / sqrt(pi))
     family = _FAMILY[name]
     return [
         *(UnseenPatch(f"{size}x{size}", attack(name, size=scaled(size), shape="square")) for size in SIZES),
-        UnseenPatch("disc", attack(name, np=share, shape="disc")),
+        UnseenPatch("disc", attack(name, size=diameter, shape="disc")),
         UnseenPatch("dpr", attack("dpr", **square)),
         UnseenPatch("other-target", attack(name, **square), other_targets=True),
         UnseenPatch(family, attack(family, **square)),

@@ -1,0 +1,167 @@
+"""Carrying out: each part once, after what it needs, whatever fails or is stopped, by one process or several."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Thread
+from typing import ClassVar
+
+import pytest
+
+from qadtr_brevitas.errors import DataError, StudyError
+from qadtr_brevitas.evaluate.share import Share
+from qadtr_brevitas.study.claims import Claims
+from qadtr_brevitas.study.parts import Part, Progress
+from qadtr_brevitas.study.plan import Plan
+from qadtr_brevitas.study.run import carry_out
+from qadtr_brevitas.study.summary import write_study as write_summary
+from qadtr_brevitas.study.workshop import Workshop
+from tests.study.support import planned, run, write_study
+
+
+@dataclass(frozen=True)
+class Note(Part):
+    """Writes a word; `log` has them in the order in which they were made."""
+
+    log: ClassVar[list[str]] = []
+    broken: ClassVar[set[str]] = set()
+
+    def work(self, workshop: Workshop, progress: Progress) -> None:
+        if self.name in self.broken:
+            raise DataError("no images")
+        self.log.append(self.name)
+        progress(1, 1, "")
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Plan:
+    Note.log.clear()
+    Note.broken.clear()
+    first = Note("first", tmp_path / "first", [1], ())
+    second = Note("second", tmp_path / "second", [2], ())
+    third = Note("third", tmp_path / "third", [3], (first, second))
+    fourth = Note("fourth", tmp_path / "fourth", [4], (second,))
+    return Plan((first, second, third, fourth), (), ())
+
+
+def carry(plan: Plan, folder: Path, **options: object) -> list[str]:
+    claims = Claims(folder / "claims")
+    return carry_out(plan, Workshop(folder, "cpu"), claims, look_every=0.01, **options).made
+
+
+def test_parts_are_made_once_after_what_they_need(plan: Plan, tmp_path: Path) -> None:
+    assert carry(plan, tmp_path) == Note.log == ["first", "second", "third", "fourth"]
+    assert carry(plan, tmp_path) == []
+
+
+def test_a_share_begins_elsewhere_and_still_makes_everything(plan: Plan, tmp_path: Path) -> None:
+    assert carry(plan, tmp_path, share=Share(2, 2)) == ["second", "fourth", "first", "third"]
+
+
+def test_a_note_of_something_else_does_not_count(plan: Plan, tmp_path: Path) -> None:
+    carry(plan, tmp_path)
+    part = plan.parts[0]
+    part.note.write_text(json.dumps({"key": "another"}))
+    assert not part.is_made()
+    part.note.write_text("half a no")
+    assert carry(plan, tmp_path) == ["first"]
+
+
+def test_a_failed_part_does_not_keep_others_from_being_made(plan: Plan, tmp_path: Path) -> None:
+    Note.broken.add("first")
+    with pytest.raises(StudyError, match=r"(?s)2 of 4 parts of the study could not be made.*first: no images"):
+        carry(plan, tmp_path)
+    assert Note.log == ["second", "fourth"]
+    Note.broken.clear()
+    assert carry(plan, tmp_path) == ["first", "third"]
+
+
+def test_two_processes_make_nothing_twice(plan: Plan, tmp_path: Path) -> None:
+    said: list[str] = []
+    with Claims(tmp_path / "claims").claim(plan.parts[0].key, "first"):
+        other = Thread(target=carry, args=(plan, tmp_path), kwargs={"say": said.append})
+        other.start()
+        while not any(text.startswith("waiting for first (process") for text in said):
+            assert other.is_alive()
+        assert Note.log == ["second", "fourth"]
+    other.join()
+    assert Note.log == ["second", "fourth", "first", "third"]
+
+
+def test_a_whole_study(tmp_path: Path) -> None:
+    file = write_study(tmp_path)
+    study, plan, work = planned(file)
+    made = run(file).made
+    assert [name.split(":")[0] for name in made if "model" not in name][:2] == ["train plain", "make patches"]
+    assert sorted(path.name for path in (work / "runs").iterdir()) == sorted(
+        part.folder.name for part in plan.parts if part.name in ("train plain", "train fixed-4")
+    )
+    written = write_summary(study, plan, tmp_path / "out", scale="small", command="qadtr-brevitas study x")
+    assert all(path.is_file() for path in written)
+    facts = json.loads((tmp_path / "out" / "study.json").read_text())
+    assert facts["reports"] == ["reports/plain", "reports/fixed-4", "reports/ptq"]
+    assert facts["rows"]["fixed-4"] == {
+        "label": "Fixed",
+        "paper": None,
+        "seed": 0,
+        "model": "fixed",
+        "evaluation": "main",
+        "precision": "4",
+    }
+    figures = (tmp_path / "out" / "figures.csv").read_text().splitlines()
+    assert figures[0].startswith("model,label,evaluation,seed,precision,what,threat,made_on,made_at")
+    whats = {line.split(",")[5] for line in figures[1:]}
+    assert whats >= {"clean accuracy", '"lavan', "random patch"}
+    assert run(file).made == []
+
+
+def test_another_study_uses_what_is_there(tmp_path: Path) -> None:
+    run(write_study(tmp_path), scale="smoke")
+    (tmp_path / "second").mkdir()
+    other = write_study(tmp_path / "second")
+    (tmp_path / "second" / "tiny.yaml").unlink()
+    other.write_text(other.read_text().replace("second/tiny.yaml", "tiny.yaml"))
+    made = run(other, work=tmp_path / "work").made
+    assert made == [
+        "evaluate plain",
+        "evaluate fixed-4",
+        "convert ptq",
+        "make patches: lavan on ptq at 32",
+        "make patches: lavan on ptq at 4",
+        "evaluate ptq",
+    ]
+
+
+def test_a_study_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from qadtr_brevitas.study import attacks
+
+    file = write_study(tmp_path)
+    real = attacks.compute
+
+    def stopped(jobs: list, *args: object, **options: object) -> None:
+        real(jobs[:3], *args, **options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(attacks, "compute", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run(file, scale="smoke")
+    _, plan, work = planned(file, scale="smoke")
+    assert len(list((work / "cells").iterdir())) == 3
+    kept = {path: path.stat().st_mtime_ns for path in work.rglob("*.safetensors")}
+    monkeypatch.setattr(attacks, "compute", real)
+    assert run(file, scale="smoke").made[0] == "evaluate plain"
+    assert all(path.stat().st_mtime_ns == time for path, time in kept.items())
+    assert all(part.is_made() for part in plan.parts)
+
+
+def test_a_run_of_another_version_is_told_and_kept(tmp_path: Path) -> None:
+    file = write_study(tmp_path)
+    _, plan, _ = planned(file, scale="smoke")
+    folder = plan.parts[0].folder
+    folder.mkdir(parents=True)
+    (folder / "recipe.yaml").write_text("seed: 7\n")
+    with pytest.raises(StudyError, match=r"train plain: .* holds a run of another recipe, which differs in"):
+        run(file, scale="smoke")
+    assert (folder / "recipe.yaml").read_text() == "seed: 7\n"
