@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from qadtr_brevitas.attacks.patch import Patch
     from qadtr_brevitas.export import ExportReport
 
-_FORMATS = ("qonnx", "qcdq", "finn", "hls4ml")
+_FORMATS = ("qonnx", "qcdq", "ort", "finn", "hls4ml")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,9 +105,10 @@ class _Options:
 def command(**options: Any) -> None:
     """Write a model at one precision as a file for other tools, and prove that it computes the same.
 
-    qonnx holds any bit-widths, as Brevitas writes them; qcdq is standard ONNX for onnxruntime, up to 8 bit. finn and
-    hls4ml are folders to build with these FPGA compilers, for models made by `convert --target`. The file is executed
-    on test images and under the model's patches; one that computes something else is not kept.
+    qonnx holds any bit-widths, as Brevitas writes them; qcdq is standard ONNX, up to 8 bit, and ort the same with
+    BatchNorms merged, which onnxruntime runs in integers. finn and hls4ml are folders to build with these FPGA
+    compilers, for models made by `convert --target`. The file is executed on test images and under the model's patches;
+    one that computes something else is not kept.
     """
     given = _Options(**options)
     outputs = _outputs(given)
