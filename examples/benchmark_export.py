@@ -1,0 +1,172 @@
+"""What does an exported network cost on a CPU? onnxruntime in integers against float ONNX and PyTorch, in one run.
+
+    make bench                                # or: python examples/benchmark_export.py --images 320
+
+For each network, converted for FPGA compilers (their shared quantizers at sums let onnxruntime add integers too) and
+calibrated at 8 bit: processor seconds for a batch of one thread, the least of several rounds in which all forms take
+turns, so that other work on the machine slows them alike; bytes of the file; and how many images get the right class,
+or, for a network with random weights, the class that the quantized network in PyTorch gives.
+
+ResNet-20 has its published weights where QADTR_BREVITAS_DATA names a folder with CIFAR-10 and them; EfficientNet-Lite0
+has random weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from qadtr_brevitas.quant import SwitchableModel
+
+CHECKPOINT = "resnet20_cifar10.safetensors"
+DEFAULT_MODELS = ("cifar_resnet20", "efficientnet_lite0")
+BITS = 8
+
+
+@dataclass(frozen=True)
+class Case:
+    """A float network with what it is to be run on: images (N, C, H, W) in [0, 1], and labels if it knows any."""
+
+    name: str
+    net: nn.Module
+    images: Tensor
+    labels: Tensor | None
+
+
+def make_case(name: str, images: int) -> Case:
+    """The network with published weights and CIFAR-10, where these are, or with random weights and noise."""
+    import torch
+
+    from qadtr_brevitas.models.create import create_float_model, own_image_size
+    from qadtr_brevitas.registry import DATASETS
+    from qadtr_brevitas.weights import load_into, load_weights
+
+    torch.manual_seed(0)
+    checkpoint = Path(os.environ.get("QADTR_BREVITAS_DATA", ".")) / CHECKPOINT
+    net = create_float_model(name, num_classes=10, args={}).eval()
+    if name == "cifar_resnet20" and checkpoint.is_file():
+        load_into(net, load_weights(checkpoint), source=str(checkpoint), name=name)
+        split = DATASETS.load("cifar10")().load("test", limit=images, seed=0)
+        batch, labels = split.batch(torch.arange(len(split)))
+        return Case(name, net, batch, labels)
+    size, _ = own_image_size(name, {})
+    return Case(name, net, torch.randint(256, (images, 3, size, size)) / 255, None)
+
+
+def make_quantized(case: Case, batch_size: int) -> SwitchableModel:
+    """The network at 32 and 8 bit, calibrated on the first images."""
+    from qadtr_brevitas.quant import calibrate, convert
+
+    model, _ = convert(case.net, [32, BITS], image_size=tuple(case.images.shape[2:]), target="finn")
+    calibrate(model, [case.images[:batch_size]])
+    return model.eval()
+
+
+def session(path: Path) -> Callable[[Tensor], Tensor]:
+    """The file in onnxruntime, with all optimizations and one thread."""
+    import onnxruntime
+    import torch
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    made = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    name = made.get_inputs()[0].name
+    return lambda images: torch.from_numpy(made.run(None, {name: images.numpy()})[0])
+
+
+def make_forms(
+    model: SwitchableModel, batch: Tensor, folder: Path
+) -> dict[str, tuple[Callable[[Tensor], Tensor], int]]:
+    """Each form of the network by its name: what runs it, and the bytes of its file or weights."""
+    import warnings
+
+    import torch
+
+    from qadtr_brevitas.export import FORMATS
+    from qadtr_brevitas.quant import freeze
+
+    floats, quantized = freeze(model, 32), freeze(model, BITS)
+    for form in ("qcdq", "ort"):
+        FORMATS[form].write(quantized, batch, folder / f"{form}.onnx")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(floats, (batch,), str(folder / "float.onnx"), dynamo=False, opset_version=17)
+    bytes_of = {path.stem: path.stat().st_size for path in folder.glob("*.onnx")}
+    return {
+        "PyTorch, float": (floats, bytes_of["float"]),
+        f"PyTorch, Brevitas at {BITS} bit": (quantized, bytes_of["float"]),
+        "onnxruntime, float": (session(folder / "float.onnx"), bytes_of["float"]),
+        "onnxruntime, qcdq": (session(folder / "qcdq.onnx"), bytes_of["qcdq"]),
+        "onnxruntime, ort": (session(folder / "ort.onnx"), bytes_of["ort"]),
+    }
+
+
+def measure(name: str, images: int, batch_size: int, rounds: int) -> dict[str, Any]:
+    """Time, size and accuracy of every form of one network."""
+    import torch
+
+    torch.set_num_threads(1)
+    case = make_case(name, images)
+    model = make_quantized(case, batch_size)
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        forms = make_forms(model, case.images[:batch_size], Path(folder))
+        seconds = {form: float("inf") for form in forms}
+        for _ in range(rounds):
+            for form, (run, _) in forms.items():
+                start = time.process_time()
+                run(case.images[:batch_size])
+                seconds[form] = min(seconds[form], time.process_time() - start)
+        classes = {
+            form: torch.cat([run(batch).argmax(1) for batch in case.images.split(batch_size)])
+            for form, (run, _) in forms.items()
+        }
+    right = classes[f"PyTorch, Brevitas at {BITS} bit"] if case.labels is None else case.labels
+    rows = {
+        form: {
+            "milliseconds": 1e3 * seconds[form],
+            "bytes": size,
+            "right": float((classes[form] == right).float().mean()),
+        }
+        for form, (_, size) in forms.items()
+    }
+    return {"model": name, "labels": case.labels is not None, "forms": rows}
+
+
+def main() -> None:
+    """Measures, prints and writes the figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", default=DEFAULT_MODELS, help="timm names")
+    parser.add_argument("--images", type=int, default=320, help="a multiple of the batch size")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--output", type=Path, default=Path("bench_export.json"))
+    arguments = parser.parse_args()
+    if arguments.images % arguments.batch_size:
+        parser.error(f"--images must be a multiple of --batch-size, got {arguments.images}, {arguments.batch_size}")
+    results: list[dict[str, Any]] = []
+    for name in arguments.models:
+        result = measure(name, arguments.images, arguments.batch_size, arguments.rounds)
+        print(f"{name}, {arguments.batch_size} images, one thread:")
+        what = "accuracy" if result["labels"] else "same class"
+        for form, row in result["forms"].items():
+            print(f"  {form:28} {row['milliseconds']:8.1f} ms {row['bytes'] / 1e6:7.2f} MB  {what} {row['right']:.1%}")
+        results.append(result)
+    settings = {key: value for key, value in vars(arguments).items() if key not in ("models", "output")}
+    document = {**settings, "bits": BITS, "results": results, "machine": platform.processor(), "threads": 1}
+    arguments.output.write_text(json.dumps(document, indent=2) + "\n")
+    print(f"written to {arguments.output}")
+
+
+if __name__ == "__main__":
+    main()
