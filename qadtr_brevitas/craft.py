@@ -35,6 +35,7 @@ class Crafted:
 
     Args:
         path: its file.
+        kind: attack and size.
         source: the precision it was made at, or several together.
         target: class it aims at; None for an untargeted one.
         held_out: its ASR on the held-out images. They chose the patch, so this is a first look and no result.
@@ -42,6 +43,7 @@ class Crafted:
     """
 
     path: Path
+    kind: str
     source: Access
     target: int | None
     held_out: Share
@@ -136,7 +138,8 @@ class _Shared:
     def make(self, attack: Any, source: Access, target: int | None, bar: _Bar | None) -> Crafted:
         """One patch, made or found."""
         height, width = attack.mask(self.train.image_size).shape
-        path = self.output / f"{self.name}-{height}x{width}-{_bits(source)}-{_aim(target)}.safetensors"
+        kind = f"{self.name}-{height}x{width}"
+        path = self.output / f"{kind}-{_bits(source)}-{_aim(target)}.safetensors"
         made_of = fingerprint_facts(
             [self.subject.fingerprint, self.name, asdict(attack), str(source), self.images, self.seed]
         )
@@ -147,14 +150,14 @@ class _Shared:
                     f"{path} is there already, made from another model, images, seed or settings: "
                     "choose another folder with --output, or move it away"
                 )
-            return Crafted(path, source, target, Share(*found.meta["held_out"]), kept=True)
+            return Crafted(path, kind, source, target, Share(*found.meta["held_out"]), kept=True)
         draws = generator(self.seed, "craft draws", str(source), _aim(target))
         model = logits_at(self.subject.model, source, draws=draws)
         patch = self._fit(model, attack, source, target, bar)
         share = self._score(model, patch, target)
         facts = {"made_of": made_of, "held_out": [share.count, share.n]}
         patch.with_meta(**self._source(source), **facts).save(path)
-        return Crafted(path, source, target, share, kept=False)
+        return Crafted(path, kind, source, target, share, kept=False)
 
     def _fit(self, model: Model, attack: Any, source: Access, target: int | None, bar: _Bar | None) -> Patch:
         images, labels = self.train.images.to(self.device), self.train.labels.to(self.device)

@@ -32,6 +32,7 @@ LAYERS = (
         "sources",
         "subjects",
         "weights",
+        "widen",
     },
     {
         "analyze",
@@ -44,6 +45,7 @@ LAYERS = (
         "plots",
         "study",
         "train",
+        "unseen",
     },
     {"cli", "__main__"},
 )

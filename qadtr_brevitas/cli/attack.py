@@ -31,6 +31,7 @@ _HELD_OUT = 1_000
         "qadtr-brevitas attack runs/qadtr",
         "qadtr-brevitas attack runs/qadtr size=6 steps=1000 --precision 32,4 --target all",
         "qadtr-brevitas attack models/resnet20 --data cifar10:data --target none",
+        "qadtr-brevitas attack runs/qadtr size=8 --protocol unseen",
     ),
 )
 @click.argument("model_dir", type=click.Path(path_type=Path))
@@ -48,7 +49,12 @@ _HELD_OUT = 1_000
     "--train-images", type=click.IntRange(min=1), help=f"Images to make patches on.  [default: {_TRAIN_IMAGES}]"
 )
 @click.option("--held-out", type=click.IntRange(min=1), help=f"Images to choose patches on.  [default: {_HELD_OUT}]")
-@work_options(data="the one the model was trained on", output="MODEL_DIR/patches")
+@click.option(
+    "--protocol",
+    type=click.Choice(["unseen"]),
+    help="Make patches unlike those of training instead: other sizes, shapes, targets, family and bit-width.",
+)
+@work_options(data="the one the model was trained on", output="MODEL_DIR/patches, or patches/PROTOCOL in it")
 def command(
     model_dir: Path,
     overrides: tuple[str, ...],
@@ -57,6 +63,7 @@ def command(
     targets: str | None,
     train_images: int | None,
     held_out: int | None,
+    protocol: str | None,
     data: str | None,
     output: Path | None,
     device: str,
@@ -71,33 +78,36 @@ def command(
     plugin = _make_attack(attack, overrides)
     wanted = parse_accesses(precisions) if precisions else None
     dataset = find_dataset([model_dir], data)
-    output = output or model_dir / "patches"
+    default = model_dir / "patches"
+    output = output or (default / protocol if protocol else default)
 
-    from qadtr_brevitas.craft import craft
+    from qadtr_brevitas.craft import DEFAULT_TARGETS, craft
     from qadtr_brevitas.device import resolve_device
     from qadtr_brevitas.subjects import load_subjects
+    from qadtr_brevitas.unseen import craft_unseen
 
     where = resolve_device(device)
     subject = load_subjects([model_dir], device=where)[0]
     train, judge = _divide(load_split(dataset, "train"), train_images, held_out, seed=seed)
+    aims = _read_targets(targets, train.classes)
+    work: dict[str, Any] = {
+        "train": train,
+        "held_out": judge,
+        "output": output,
+        "precisions": wanted,
+        "data": {"name": slot_name(dataset), "settings": dataset_settings(dataset)},
+        "seed": seed,
+        "device": where,
+    }
     with progress("making patches") as report:
-        crafted = craft(
-            subject,
-            plugin,
-            name=attack,
-            train=train,
-            held_out=judge,
-            output=output,
-            precisions=wanted,
-            targets=_read_targets(targets, train.classes),
-            data={"name": slot_name(dataset), "settings": dataset_settings(dataset)},
-            seed=seed,
-            device=where,
-            progress=report,
-        )
+        if protocol:
+            first = list(range(min(DEFAULT_TARGETS, len(train.classes) - 1)))
+            crafted = craft_unseen(subject, plugin, targets=aims or first, progress=report, **work)
+        else:
+            crafted = craft(subject, plugin, name=attack, targets=aims, progress=report, **work)
     _print(crafted, train.classes)
     kept = sum(patch.kept for patch in crafted)
-    chosen = "" if output == model_dir / "patches" else f" --patches {output}"
+    chosen = "" if output == default else f" --patches {output}"
     say(f"wrote {len(crafted) - kept} patches to {output}" + (f", {kept} were there already" if kept else ""))
     say(f"next: qadtr-brevitas evaluate {model_dir}{chosen}")
 
@@ -153,6 +163,7 @@ def _print(crafted: Sequence[Crafted], classes: Sequence[str]) -> None:
     data = [
         {
             "file": str(patch.path),
+            "kind": patch.kind,
             "precision": str(patch.source),
             "target": patch.target,
             "held_out_asr": patch.held_out.value,
@@ -168,15 +179,17 @@ def _table(crafted: Sequence[Crafted], classes: Sequence[str]) -> Table:
     from qadtr_brevitas.report.layout import EMPTY, Table, bits
 
     sources = list(dict.fromkeys(patch.source for patch in crafted))
-    cells = {(patch.target, patch.source): patch.held_out for patch in crafted}
+    cells = {(patch.kind, patch.target, patch.source): patch.held_out for patch in crafted}
     rows: list[tuple[str, ...]] = []
-    for target in dict.fromkeys(patch.target for patch in crafted):
-        shares = [cells[target, source] for source in sources]
-        words = [EMPTY if share.value is None else f"{100 * share.value:.1f} (n={share.n})" for share in shares]
-        rows.append(("any wrong class" if target is None else classes[target], *words))
+    for kind, target in dict.fromkeys((patch.kind, patch.target) for patch in crafted):
+        shares = [cells.get((kind, target, source)) for source in sources]
+        words = [
+            f"{100 * share.value:.1f} (n={share.n})" if share and share.value is not None else EMPTY for share in shares
+        ]
+        rows.append((kind, "any wrong class" if target is None else classes[target], *words))
     return Table(
         "ASR on n held-out images, in percent",
-        ("target", *(bits(str(source)) for source in sources)),
+        ("patch", "target", *(bits(str(source)) for source in sources)),
         tuple(rows),
         ("These images chose the patches: the figures to report are those of `qadtr-brevitas evaluate`.",),
     )

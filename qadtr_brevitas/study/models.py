@@ -79,7 +79,7 @@ class WiderModel(Part):
 
     def work(self, workshop: Workshop, progress: Progress) -> None:
         """Calibrates it."""
-        from qadtr_brevitas.study.widen import widen
+        from qadtr_brevitas.widen import widen
 
         images = workshop.images(self.source, "train", limit=self.images, seed=self.seed)
         widen(self.source, self.folder, self.precision, images, seed=self.seed)

@@ -15,6 +15,7 @@ from qadtr_brevitas.data.split import Split
 from qadtr_brevitas.device import resolve_device
 from qadtr_brevitas.errors import UsageError
 from qadtr_brevitas.fingerprints import fingerprint_facts
+from qadtr_brevitas.recipe import load_recipe
 from qadtr_brevitas.recipe.slots import Slot, slot_name
 from qadtr_brevitas.registry import DATASETS
 from qadtr_brevitas.study.sections import Budget
@@ -22,6 +23,8 @@ from qadtr_brevitas.subjects import Subject, load_subjects
 
 _DATASET: TypeAdapter[Any] = TypeAdapter(Annotated[Any, Slot(DATASETS)])
 _MOST_KEPT = 8
+# Runs of earlier releases say in their recipe only what they were made on.
+RECIPE_FILE = "recipe.yaml"
 
 _Item = TypeVar("_Item")
 
@@ -59,6 +62,8 @@ class Workshop:
             UsageError: the model does not say.
         """
         made_on = read_info(folder).data
+        if made_on is None and (folder / RECIPE_FILE).is_file():
+            return load_recipe(folder / RECIPE_FILE).data.dataset
         if made_on is None:
             raise UsageError(
                 f"the model in {folder} does not say which data set it was made on: make it anew with `qadtr-brevitas "

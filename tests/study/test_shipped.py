@@ -20,7 +20,7 @@ TABLES = [number for number in range(2, 22) if number != 17]
 
 def test_there_is_one_for_each_table_and_figure() -> None:
     wanted = [f"table{number:02}" for number in TABLES] + [f"figure{number:02}" for number in (1, 3, 4)]
-    assert sorted(wanted) == NAMES
+    assert set(wanted) <= set(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -28,12 +28,15 @@ def test_it_says_what_it_is_and_names_what_there_is(name: str) -> None:
     path = shipped_studies()[name]
     assert 10 < len(recipe_description(path)) < 125
     assert f"qadtr-brevitas study {name}\n" in path.read_text(encoding="utf-8")
-    table = paper_table(name)
     for scale in SCALE_NAMES:
         study = load_study(name, scale=scale)
-        assert study.paper == name
+        assert study.paper == (name if name.startswith(("table", "figure")) else None)
         assert make_nets(study)
-    full = load_study(name, scale="full")
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("table")])
+def test_every_row_of_the_paper_has_a_model(name: str) -> None:
+    full, table = load_study(name, scale="full"), paper_table(name)
     said = [model.paper for model in full.models.values() if model.paper]
     papers = [paper for entry in said for paper in (entry.values() if isinstance(entry, dict) else [entry])]
     subjects = {facets.get("subject") for facets, _ in table.rows} | {column.get("subject") for column in table.columns}
@@ -59,7 +62,6 @@ def carry_out(name: str, folder: Path) -> int:
 def test_its_smallest_scale_runs(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert carry_out(name, folder) == 0, capsys.readouterr().err
     facts = json.loads((folder / name / "study.json").read_text())
-    assert facts["paper"] == name
     assert facts["scale"] == "smoke"
     assert facts["reports"] or facts["analyses"]
     for place in facts["reports"]:

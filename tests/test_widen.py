@@ -10,7 +10,7 @@ import torch
 from qadtr_brevitas.checkpoint import load_model
 from qadtr_brevitas.precision import Precision
 from qadtr_brevitas.quant import SwitchableModel, allowed_precisions, at_precision
-from qadtr_brevitas.study.widen import widen
+from qadtr_brevitas.widen import widen
 from tests.evaluation_models import make_model_dir, train_split
 
 
