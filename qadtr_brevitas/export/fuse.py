@@ -37,7 +37,19 @@ def fuse(model: Any) -> int:
     Returns:
         How many convolutions have become what onnxruntime fuses.
     """
-    return sum(_fuse(model, conv) for conv in nodes_of(model, "Conv"))
+    fused = sum(_fuse(model, conv) for conv in nodes_of(model, "Conv"))
+    _remove_unread(model)
+    return fused
+
+
+def _remove_unread(model: Any) -> None:
+    """Removes the nodes that made the former weights, last first."""
+    wanted = {output.name for output in model.graph.output}
+    for node in reversed(list(model.graph.node)):
+        if wanted.isdisjoint(node.output):
+            model.graph.node.remove(node)
+        else:
+            wanted.update(node.input)
 
 
 def _fuse(model: Any, conv: Any) -> bool:
@@ -66,10 +78,7 @@ def _fuse(model: Any, conv: Any) -> bool:
 
 def _read(model: Any, conv: Any) -> _Layer | None:
     """None where something is not quantized, or not from 0 on."""
-    given, weights = model.find_producer(conv.input[0]), model.find_producer(conv.input[1])
-    # Between the quantizer and the layer, a max pool passes levels on.
-    while given is not None and given.op_type == "MaxPool":
-        given = model.find_producer(given.input[0])
+    given, weights = _levels_behind(model, conv.input[0]), model.find_producer(conv.input[1])
     if any(node is None or node.op_type != "DequantizeLinear" for node in (given, weights)):
         return None
     stored = model.find_producer(weights.input[0])
@@ -83,6 +92,14 @@ def _read(model: Any, conv: Any) -> _Layer | None:
         return None
     steps = np.broadcast_to(steps.astype(np.float64), (out,))
     return _Layer(ints.copy(), steps, bias.astype(np.float64), float(_constant(model, given.input[1])))
+
+
+def _levels_behind(model: Any, name: str) -> Any:
+    """The node that gives a tensor its levels: a max pool only passes them on."""
+    producer = model.find_producer(name)
+    while producer is not None and producer.op_type == "MaxPool":
+        producer = model.find_producer(producer.input[0])
+    return producer
 
 
 def _merge(model: Any, layer: _Layer, norm: Any) -> bool:

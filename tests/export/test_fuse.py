@@ -46,6 +46,9 @@ def test_at_8_bit_every_convolution_runs_in_integers(net: object, integer_layers
     kinds = optimized(tmp_path)
     assert kinds["QLinearConv"] == integer_layers
     assert not {"BatchNormalization", "Conv"} & set(kinds)
+    # A byte a weight and little else: the former weights are gone.
+    weights = sum(parameter.numel() for parameter in frozen.parameters())
+    assert (tmp_path / MODEL_FILE).stat().st_size < 2 * weights + 20_000
 
 
 def test_a_norm_that_turns_signs_around_is_merged_where_levels_are_symmetric(tmp_path: Path) -> None:
