@@ -65,9 +65,11 @@ def draw_curves(
     # Small, so that words are readable on a phone's width; the legend below takes a line for each curve.
     figure = new_figure(width=5.4, height=3.4 + 0.19 * len(curves))
     axes = figure.subplots()
-    spread = min(0.06, 0.7 / max(1, len(curves)))
+    measured = [curve for curve in curves if not curve.dashed]
+    spread = min(0.06, 0.7 / max(1, len(measured)))
     for number, curve in enumerate(curves):
-        shift = spread * (number - (len(curves) - 1) / 2)
+        # Quoted figures have no intervals that could hide others.
+        shift = 0 if curve.dashed else spread * (measured.index(curve) - (len(measured) - 1) / 2)
         found = [(place + shift, point) for place, point in enumerate(curve.points) if point is not None]
         turn = number if curve.color is None else curve.color
         scale = 100 if percent else 1
@@ -77,9 +79,9 @@ def draw_curves(
             _intervals([point for _, point in found], scale),
             label=curve.label,
             color=COLORS[turn % len(COLORS)],
-            linestyle="--" if curve.dashed else _DASHES[number // len(COLORS) % len(_DASHES)],
-            marker=None if curve.dashed else _MARKERS[turn % len(_MARKERS)],
-            markersize=4,
+            linestyle="--" if curve.dashed else _DASHES[turn // len(COLORS) % len(_DASHES)],
+            marker="x" if curve.dashed else _MARKERS[turn % len(_MARKERS)],
+            markersize=3 if curve.dashed else 4,
             linewidth=1.0 if curve.dashed else 1.5,
             elinewidth=1,
             capsize=2.5,
@@ -98,7 +100,10 @@ def draw_curves(
     return save_figure(figure, path)
 
 
-def _intervals(points: Sequence[Point], scale: float) -> tuple[list[float], list[float]]:
+def _intervals(points: Sequence[Point], scale: float) -> tuple[list[float], list[float]] | None:
+    """How far intervals reach below and above; None where there are none."""
+    if all(point.low is None and point.high is None for point in points):
+        return None
     below = [scale * (point.value - (point.value if point.low is None else point.low)) for point in points]
     above = [scale * ((point.value if point.high is None else point.high) - point.value) for point in points]
     return below, above

@@ -139,10 +139,10 @@ def _draw_maps(
 ) -> Picture:
     widest = len(columns) + 1
     sheet = Sheet(
-        title="Size of the gradient at each pixel, on the same attacked image",
+        title="Size of the gradient at each pixel",
         columns=("image", *(f"{precision} bit" for precision in columns)),
         rows=tuple((label, (*tiles, *[None] * (widest - len(tiles)))) for label, tiles in rows),
-        note="Sum over channels, each map scaled to its own largest value.",
+        note="Each map is scaled to its own largest value.",
     )
     draw_sheet(sheet, context.output / "gradients.png")
     return Picture("gradients.png", "Size of the gradient at each pixel of the first image, at each precision.")

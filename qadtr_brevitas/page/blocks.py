@@ -50,6 +50,7 @@ class Section:
         blocks: its tables and pictures.
         remarks: what the paper leaves open, and where it contradicts itself.
         level: 2 for a section, 3 for a part of a study.
+        recipes: what its models were trained by: their names -> the recipe.
     """
 
     title: str
@@ -57,6 +58,7 @@ class Section:
     blocks: tuple[Block, ...]
     remarks: tuple[str, ...] = ()
     level: int = 2
+    recipes: dict[str, str] = field(default_factory=dict[str, str])
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from qadtr_brevitas.page.compare import Comparison, compare, comparison_table
 from qadtr_brevitas.page.measures import Names, analysis_measures, study_measures
 from qadtr_brevitas.page.merge import merge_reports
 from qadtr_brevitas.page.parts import AnalysisPart, Part, ReportPart, StudyPart
-from qadtr_brevitas.page.provenance import analysis_facts, report_facts, study_facts
+from qadtr_brevitas.page.provenance import analysis_facts, read_recipes, report_facts, study_facts
 from qadtr_brevitas.page.warnings import audit_warnings
 from qadtr_brevitas.paper import paper_table
 from qadtr_brevitas.report import Report
@@ -61,6 +61,7 @@ def _study(part: StudyPart) -> Iterator[Section]:
         study_facts(part.facts),
         tuple(_study_comparison(part)),
         remarks=paper_table(part.facts.paper).notes if part.facts.paper else (),
+        recipes=read_recipes([member.report for member in (*part.reports, *part.analyses)]),
     )
     for evaluation, reports in _by_evaluation(part).items():
         yield _evaluation(evaluation, reports)
@@ -109,7 +110,13 @@ def _comparison(comparison: Comparison, warnings: Sequence[str], notes: Sequence
 
 def _report(part: ReportPart, *, level: int) -> Section:
     blocks = (*_report_tables(part.report, [part]), *_report_pictures(part))
-    return Section(f"Evaluation {part.folder.name}", report_facts(part.report), blocks, level=level)
+    return Section(
+        f"Evaluation {part.folder.name}",
+        report_facts(part.report),
+        blocks,
+        level=level,
+        recipes=read_recipes([part.report]),
+    )
 
 
 def _evaluation(name: str, parts: Sequence[ReportPart]) -> Section:
@@ -159,7 +166,14 @@ def _analysis(part: AnalysisPart, *, level: int, compared: str | None = None) ->
         blocks += _comparison(comparison, (), [f"Here: {models}.", *table.notes])
     blocks += [Block(table.table()) for table in report.tables]
     blocks += [Block(image=_image(part.folder / picture.file, picture.caption)) for picture in report.pictures]
-    return Section(f"Analysis {report.analysis}: {report.title}", analysis_facts(report), tuple(blocks), level=level)
+    return Section(
+        f"Analysis {report.analysis}: {report.title}",
+        analysis_facts(report),
+        tuple(blocks),
+        level=level,
+        # A study shows those of all its parts once.
+        recipes=read_recipes([report]) if level == 2 else {},
+    )
 
 
 def _image(path: Path, caption: str) -> Image:

@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 from qadtr_brevitas.analyze.charts import Curve, Point, draw_curves
 from qadtr_brevitas.metrics import Mean
 from qadtr_brevitas.page.blocks import Image
-from qadtr_brevitas.page.compare import Comparison, Ours, facet_word
+from qadtr_brevitas.page.compare import Comparison, Ours, row_name
 from qadtr_brevitas.page.measures import AT_FLOAT
 from qadtr_brevitas.report import Report
 from qadtr_brevitas.report.views import FLOAT, View, attacked_precisions, sources
@@ -52,7 +52,7 @@ def comparison_curves(comparison: Comparison) -> Image | None:
     curves: list[Curve] = []
     for number, ((facets, numbers), found) in enumerate(zip(table.rows, ours, strict=True)):
         if any(found):
-            name = ", ".join(filter(None, (facet_word(*facet) for facet in facets.items()))) or "as made"
+            name = row_name(facets)
             points = [our and Point(our.value, *(our.interval or (None, None))) for our in found]
             curves.append(Curve(f"{name}, here", points, number))
             quoted = [None if value is None else Point(value) for value in numbers]

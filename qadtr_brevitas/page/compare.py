@@ -145,7 +145,7 @@ def comparison_table(comparison: Comparison, *, notes: Sequence[str] = ()) -> Ta
     table = comparison.table
     write = _percent if table.unit == "percent" else _number
     rows = [
-        (_row_name(facets), _lines(numbers, {way: rows[index] for way, rows in comparison.ours.items()}, write))
+        (row_name(facets), _lines(numbers, {way: rows[index] for way, rows in comparison.ours.items()}, write))
         for index, (facets, numbers) in enumerate(table.rows)
     ]
     header = ("", "", *map(_column_name, table.columns))
@@ -179,8 +179,12 @@ def _lines(
     return lines
 
 
-def _row_name(facets: Mapping[str, str]) -> str:
-    return ", ".join(word for name, value in facets.items() if (word := facet_word(name, value))) or "as made"
+def row_name(facets: Mapping[str, str]) -> str:
+    """How a row of the paper is called."""
+    words = dict(facets)
+    moved = f"{words.pop('source')} to {words.pop(SUBJECT)}" if "source" in words else ""
+    named = [moved, *(facet_word(name, value) for name, value in words.items())]
+    return ", ".join(filter(None, named)) or "as made"
 
 
 def _column_name(facets: Mapping[str, str]) -> str:
@@ -197,7 +201,7 @@ def facet_word(name: str, value: str) -> str:
         return f"{value} patches"
     if name == "region":
         return f"on the {value}"
-    words = {"precision": bits, "source": "{} to".format, "kind": "{} attack".format}
+    words = {"precision": bits, "kind": "{} attack".format}
     if name in words:
         return words[name](value)
     return f"{name} {value}" if name in ("eps", "np") else value

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
+from pathlib import Path
 
 from qadtr_brevitas.analyze.document import AnalysisReport
 from qadtr_brevitas.page.study import StudyFacts
 from qadtr_brevitas.report import ModelFacts, Report
+
+RECIPE_FILE = "recipe.yaml"
 
 
 def report_facts(report: Report) -> dict[str, str]:
@@ -16,7 +20,7 @@ def report_facts(report: Report) -> dict[str, str]:
 
 def analysis_facts(report: AnalysisReport) -> dict[str, str]:
     """Of an analysis."""
-    settings = ", ".join(f"{name}={value}" for name, value in report.settings.items())
+    settings = ", ".join(f"{name}={json.dumps(value)}" for name, value in report.settings.items())
     return {**_facts(report), "settings": settings}
 
 
@@ -28,7 +32,8 @@ def study_facts(facts: StudyFacts) -> dict[str, str]:
     return {
         "command": facts.command,
         "scale": facts.scale,
-        "models": ", ".join(rows),
+        # A study of analyses only has no rows.
+        **({"models": ", ".join(rows)} if rows else {}),
         "versions": _versions(facts.versions),
     }
 
@@ -47,8 +52,24 @@ def _facts(report: Report | AnalysisReport) -> dict[str, str]:
     }
 
 
+def read_recipes(reports: Iterable[Report | AnalysisReport]) -> dict[str, str]:
+    """The recipes of models, as far as their runs are still where they were: names of the models -> text."""
+    found: dict[str, list[str]] = {}
+    for model in (model for report in reports for model in report.models):
+        file = Path(model.path) / RECIPE_FILE
+        if model.path and file.is_file():
+            found.setdefault(file.read_text(encoding="utf-8"), []).append(model.name)
+    return {", ".join(dict.fromkeys(names)): text for text, names in found.items()}
+
+
 def _recipes(models: Iterable[ModelFacts]) -> str:
-    return ", ".join(f"{model.name}: {model.source or 'none'} ({model.architecture})" for model in models)
+    return ", ".join(f"{model.name}: {_origin(model)} ({model.architecture})" for model in models)
+
+
+def _origin(model: ModelFacts) -> str:
+    """The recipe of a run, what made a model directory, or at least where it is."""
+    recipe = Path(model.path) / RECIPE_FILE
+    return str(recipe) if model.path and recipe.is_file() else model.source or model.path or "made from Python"
 
 
 def _versions(versions: dict[str, str]) -> str:

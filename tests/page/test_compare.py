@@ -125,6 +125,7 @@ def test_moved_between_networks() -> None:
     assert ours
     assert ours.value == 0.3
     assert at(comparison, AT_FLOAT, 3) is None
+    assert next(row[0] for row in comparison_table(comparison).rows if row) == "ResNet20 to ResNet56"
 
 
 @pytest.mark.parametrize("name", ["PBAT [30]", "PBAT (Unseen patch)", "PBAT (Unseen)", "PBAT"])

@@ -14,7 +14,7 @@ from qadtr_brevitas.errors import UsageError
 from qadtr_brevitas.page import build_page, read_parts, write_page
 from qadtr_brevitas.page.html import html
 from qadtr_brevitas.page.text import markdown, page_csv
-from tests.page.support import make_audit, make_whole_study
+from tests.page.support import make_audit, make_report, make_whole_study
 
 
 class Reader(HTMLParser):
@@ -81,6 +81,18 @@ def test_every_table_and_picture_says_how_it_was_made(page: str) -> None:
         "seed",
     ):
         assert word in page
+
+
+def test_recipes_of_runs_are_inside(tmp_path: Path) -> None:
+    make_report(tmp_path, names=("a", "b"))
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "recipe.yaml").write_text("seed: 0  # <mine>\n")
+    file = tmp_path / "report.json"
+    file.write_text(file.read_text().replace("runs/a", str(run)))
+    page = html(build_page(read_parts([tmp_path]), title="Results"))
+    assert "Recipe of a</summary><pre>seed: 0  # &lt;mine&gt;" in page
+    assert f"a: {run / 'recipe.yaml'} (toy), b: a recipe (toy)" in page
 
 
 def test_what_the_paper_leaves_open_is_told(page: str) -> None:
