@@ -8,6 +8,7 @@ from pathlib import Path
 from qadtr_brevitas.errors import UsageError, suggest
 
 _PACKAGE = Path(__file__).parent
+_COMMON = "common"
 
 
 def recipe_folder() -> Path:
@@ -24,6 +25,12 @@ def shipped_recipes() -> dict[str, Path]:
 def shipped_defenses() -> dict[str, Path]:
     """Name to file of every defense that ships: a part of a recipe, to be given after one as RECIPE+DEFENSE."""
     return {path.stem: path for path in sorted((recipe_folder() / "defenses").glob("*.yaml"))}
+
+
+def shipped_studies() -> dict[str, Path]:
+    """Name to file of every study that ships, sorted by name; what they have in common is none."""
+    found = {path.stem: path for path in sorted((recipe_folder() / "studies").glob("*.yaml"))}
+    return {name: path for name, path in found.items() if name != _COMMON}
 
 
 def split_name(source: str | Path) -> list[str | Path]:

@@ -11,7 +11,7 @@ from qadtr_brevitas.cli.common import emit, examples, output_options
 from qadtr_brevitas.errors import UsageError, suggest
 from qadtr_brevitas.registry import REGISTRIES
 
-KINDS = ("models", *REGISTRIES, "recipes")
+KINDS = ("models", *REGISTRIES, "recipes", "defenses", "studies")
 
 
 @click.command(
@@ -41,13 +41,20 @@ def command(kind: str, pattern: str) -> None:
     emit([{"name": name, "description": description} for name, description in found.items()], table)
 
 
+_FILES = {
+    "recipes": recipe_files.shipped_recipes,
+    "defenses": recipe_files.shipped_defenses,
+    "studies": recipe_files.shipped_studies,
+}
+
+
 def _entries(kind: str, pattern: str) -> dict[str, str]:
     if kind == "models":
         from qadtr_brevitas.models.create import model_names
 
         return model_names(pattern)
-    if kind == "recipes":
-        shipped = recipe_files.shipped_recipes().items()
+    if kind in _FILES:
+        shipped = _FILES[kind]().items()
         return {name: recipe_files.recipe_description(path) for name, path in shipped if fnmatch(name, pattern)}
     registry = REGISTRIES[kind]
     return {name: registry.describe(name) for name in registry.names(pattern)}

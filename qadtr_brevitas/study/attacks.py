@@ -9,11 +9,12 @@ from typing import Any
 
 from qadtr_brevitas.evaluate import Grid, NamedAttack, compute, make_report
 from qadtr_brevitas.evaluate.cells import CellStore
+from qadtr_brevitas.precision import Precision
 from qadtr_brevitas.protocol import other_targets
 from qadtr_brevitas.recipe.slots import slot_name
 from qadtr_brevitas.sources import Access
 from qadtr_brevitas.study.parts import Part, Progress
-from qadtr_brevitas.study.sections import Budget, StudyEvaluation
+from qadtr_brevitas.study.sections import Budget, StudyAudit, StudyEvaluation
 from qadtr_brevitas.study.workshop import Workshop, settings_of
 from qadtr_brevitas.subjects import Contender, Subject, load_patches
 
@@ -138,6 +139,50 @@ class ReportPart(Part):
             seed=self.budget.seed,
             batch_size=self.budget.batch_size,
         )
+
+
+@dataclass(frozen=True)
+class AuditPart(Part):
+    """The audit of one network, beside its report.
+
+    Args:
+        row: what the report calls the network.
+        model: its folder.
+        precisions: what is audited.
+        section: how.
+        twin: name and folder of the network without the defense.
+        ablations: names and folders of networks that lack a part of it.
+        budget: images and seed.
+    """
+
+    row: str
+    model: Path
+    precisions: tuple[Precision, ...]
+    section: StudyAudit
+    twin: tuple[str, Path] | None
+    ablations: tuple[tuple[str, Path], ...]
+    budget: Budget
+
+    def work(self, workshop: Workshop, progress: Progress) -> None:
+        """Runs the checks that are missing, and writes audit.json."""
+        from qadtr_brevitas.audit import audit
+        from qadtr_brevitas.audit.tables import write_audits
+
+        found = audit(
+            workshop.subject(self.model, self.row),
+            workshop.test_images(self.model, self.budget),
+            precisions=self.precisions,
+            twin=self.twin and workshop.subject(self.twin[1], self.twin[0]),
+            ablations=[workshop.subject(folder, name) for name, folder in self.ablations],
+            images=self.section.images,
+            seed=self.budget.seed,
+            batch_size=self.budget.batch_size,
+            device=workshop.where,
+            profile=self.section.profile,
+            folder=self.folder,
+            progress=progress,
+        )
+        write_audits([found], self.folder)
 
 
 @dataclass(frozen=True)

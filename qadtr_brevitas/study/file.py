@@ -13,16 +13,11 @@ from qadtr_brevitas.errors import Problem, RecipeError, UsageError, suggest
 from qadtr_brevitas.recipe.layers import merge, read_layers, without_taken_out
 from qadtr_brevitas.recipe.problems import dotted, explain
 from qadtr_brevitas.recipe.source import Node, YamlError, parse
-from qadtr_brevitas.recipe_files import recipe_folder
+from qadtr_brevitas.recipe_files import recipe_folder, shipped_studies
 from qadtr_brevitas.study.sections import Study, StudyModel
 
 SCALES, SCALE_NAMES = "scales", ("smoke", "small", "full")
 OWN, SET = "own", "set"
-
-
-def shipped_studies() -> dict[str, Path]:
-    """Name to file of every study that ships, sorted by name."""
-    return {path.stem: path for path in sorted((recipe_folder() / "studies").glob("*.yaml"))}
 
 
 def find_study(source: str | Path) -> Path:
@@ -31,13 +26,13 @@ def find_study(source: str | Path) -> Path:
     Raises:
         UsageError: there is neither; the nearest shipped names are offered.
     """
-    path, shipped = Path(source), shipped_studies()
-    if path.is_file():
-        return path
-    name = str(source).removesuffix(".yaml")
-    if name in shipped:
-        return shipped[name]
-    raise UsageError(f"there is no study {str(source)!r}: {suggest(path.stem, shipped)}")
+    path = Path(source)
+    # What studies have in common is there too, for bases.
+    shipped = recipe_folder() / "studies" / f"{str(source).removesuffix('.yaml')}.yaml"
+    for file in (path, shipped):
+        if file.is_file():
+            return file
+    raise UsageError(f"there is no study {str(source)!r}: {suggest(path.stem, shipped_studies())}")
 
 
 def load_study(source: str | Path, overrides: Sequence[str] = (), *, scale: str = "small") -> Study:
@@ -130,6 +125,9 @@ def _unknown_names(study: Study) -> Iterator[tuple[tuple[str, ...], str]]:
     for name, evaluation in study.evaluations.items():
         yield from _check(("evaluations", name, "attacks"), evaluation.attacks, study.attacks)
         yield from _check(("evaluations", name, "models"), evaluation.models, study.models)
+        if evaluation.audit is not None:
+            others = [*([evaluation.audit.twin] if evaluation.audit.twin else []), *evaluation.audit.ablations]
+            yield from _check(("evaluations", name, "audit"), others, study.models)
         first = study.attacks.get(evaluation.attacks[0]) if evaluation.attacks else None
         if evaluation.protocol and (first is None or first.is_per_image):
             yield ("evaluations", name, "attacks"), "a protocol starts from the first attack, which must make patches"

@@ -13,12 +13,12 @@ from qadtr_brevitas.fingerprints import fingerprint_facts
 from qadtr_brevitas.protocol import SEEN_SIZE, SIDE, UnseenPatch, left_out_bits, unseen_patches
 from qadtr_brevitas.recipe.slots import slot_name
 from qadtr_brevitas.sources import Access
-from qadtr_brevitas.study.attacks import AnalysisPart, PatchPart, ReportPart
+from qadtr_brevitas.study.attacks import AnalysisPart, AuditPart, PatchPart, ReportPart
 from qadtr_brevitas.study.file import OWN
 from qadtr_brevitas.study.models import FinishedModel, ModelPart, WiderModel
 from qadtr_brevitas.study.nets import Net, make_nets
 from qadtr_brevitas.study.parts import Part
-from qadtr_brevitas.study.sections import Study, StudyAttack, StudyEvaluation
+from qadtr_brevitas.study.sections import Study, StudyAttack, StudyAudit, StudyEvaluation
 from qadtr_brevitas.study.workshop import settings_of
 
 REPORTS, ANALYSES = "reports", "analyses"
@@ -87,7 +87,10 @@ class _Planner:
     def rows(self) -> Iterator[Row]:
         for name, evaluation in self.study.evaluations.items():
             for net in self._nets_of(evaluation.models):
-                yield Row(net, name, self._report(net, name, evaluation))
+                report = self._report(net, name, evaluation)
+                yield Row(net, name, report)
+                if evaluation.audit is not None:
+                    self._audit(net, report, evaluation.audit)
 
     def analyses(self) -> Iterator[AnalysisPart]:
         for name, section in self.study.analyses.items():
@@ -159,7 +162,7 @@ class _Planner:
         others = {other.name: other for spec in image.values() for other in self._sources(net, spec) if other != net}
         row = net.name if len(self.study.evaluations) == 1 else f"{net.name} {name}"
         attacks = tuple(attack for spec in image.values() for attack in _image_attacks(spec))
-        made_of = [row, list(map(str, scored)), evaluation.model_dump(mode="json"), self._budget]
+        made_of = [row, list(map(str, scored)), evaluation.model_dump(mode="json", exclude={"audit"}), self._budget]
         return self._add(
             ReportPart(
                 f"evaluate {row}",
@@ -176,6 +179,41 @@ class _Planner:
                 self.study.budget,
             )
         )
+
+    def _audit(self, net: Net, report: ReportPart, section: StudyAudit) -> None:
+        """The audit of a network that has a report, at the single precisions it is scored at."""
+        single = [access.precisions[0] for access in report.scored if access.is_single]
+        precisions = tuple(p for p in single if p in (section.precisions or single))
+        if not precisions:
+            return
+        twin = self._alike(net, [section.twin] if section.twin else [])
+        ablations = self._alike(net, section.ablations)
+        made_of = [report.row, list(map(str, precisions)), section.model_dump(mode="json"), self._budget]
+        self._add(
+            AuditPart(
+                f"audit {report.row}",
+                report.folder,
+                made_of,
+                (report, *map(self._model, (*twin, *ablations))),
+                report.row,
+                report.model,
+                precisions,
+                section,
+                (twin[0].name, twin[0].folder(self.work)) if twin else None,
+                tuple((other.name, other.folder(self.work)) for other in ablations),
+                self.study.budget,
+            )
+        )
+
+    def _alike(self, net: Net, models: Sequence[str]) -> list[Net]:
+        """Networks of other models to compare with: of the same seed and bit-width where there are such."""
+        found: list[Net] = []
+        for name in models:
+            nets = [other for other in self._nets_of([name]) if other is not net]
+            same_bits = [other for other in nets if other.bits == net.bits] or nets
+            same_seed = [other for other in same_bits if other.seed == net.seed] or same_bits
+            found += same_seed[:1] if net.model != name else []
+        return found
 
     def _sources(self, net: Net, spec: StudyAttack) -> list[Net]:
         """The networks an attack is made on: of several seeds the one that the victim has."""

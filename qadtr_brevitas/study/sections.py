@@ -95,6 +95,18 @@ class StudyAttack(Section):
         return self
 
 
+class StudyAudit(Section):
+    """Checks that tell a robust network from an attack that failed, on each network of an evaluation."""
+
+    twin: str | None = Field(default=None, description="model of this study: the same network without the defense")
+    ablations: tuple[str, ...] = Field(default=(), description="models of this study that lack a part of the defense")
+    precisions: tuple[PrecisionField, ...] = Field(
+        default=(), description="precisions to audit, as far as a network is scored at them; empty: all of these"
+    )
+    images: int = Field(default=200, ge=20, description="test images")
+    profile: Literal["quick", "full"] = Field(default="quick", description="what its attacks cost")
+
+
 class StudyEvaluation(Section):
     """A set of attacks that models are put through: one report for each network."""
 
@@ -104,6 +116,7 @@ class StudyEvaluation(Section):
     )
     models: tuple[str, ...] = Field(default=(), description="models it is for; empty: all that are scored")
     eot: tuple[AccessField, ...] = Field(default=(), description="several precisions that image attacks look at too")
+    audit: StudyAudit | None = Field(default=None, description="also audit the networks")
     transfer: Literal["all", "float", "none"] = Field(
         default="all", description="what is moved to precisions it was not made at: all, what was made at 32 bit, none"
     )

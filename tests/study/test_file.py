@@ -74,6 +74,7 @@ def test_all_mistakes_are_named_with_their_line(tmp_path: Path) -> None:
             "a finished model is not made anew: leave out defense, or path",
         ),
         ("main: {{", "main: {{models: [fixd], ", "there is no 'fixd' in this study: did you mean 'fixed'"),
+        ("main: {{", "main: {{audit: {{twin: plane}}, ", "there is no 'plane' in this study: did you mean 'plain'"),
         ("main: {{", "main: {{eot: [8+x], ", "cannot be read"),
         ("[lavan, pgd]}}", "[pgd], protocol: unseen}}", "a protocol starts from the first attack, which must make"),
         ("steps: 1}}}}", "steps: 1}}, per_image: false}}", "this attack cannot make universal patches"),

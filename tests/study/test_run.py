@@ -117,6 +117,24 @@ def test_a_whole_study(tmp_path: Path) -> None:
     assert run(file).made == []
 
 
+def test_networks_are_audited_beside_their_report(tmp_path: Path) -> None:
+    file = write_study(tmp_path)
+    only = [
+        "models.ptq=null",
+        "models.fixed.scored=false",
+        "budget.images=all",
+        "attacks={}",
+        "evaluations.main.attacks=[]",
+    ]
+    audit = "evaluations.main.audit={twin: fixed, precisions: [4], images: 20}"
+    made = run(file, *only).made
+    assert made == ["train plain", "evaluate plain"]
+    assert run(file, *only, audit).made == ["train fixed-4", "audit plain"]
+    (found,) = json.loads((tmp_path / "out" / "reports" / "plain" / "audit.json").read_text())
+    assert found["model"] == "plain"
+    assert run(file, *only, audit).made == []
+
+
 def test_another_study_uses_what_is_there(tmp_path: Path) -> None:
     run(write_study(tmp_path), scale="smoke")
     (tmp_path / "second").mkdir()

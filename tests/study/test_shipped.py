@@ -9,12 +9,11 @@ import pytest
 
 from qadtr_brevitas.cli.main import main
 from qadtr_brevitas.paper import paper_table
-from qadtr_brevitas.recipe_files import recipe_description
-from qadtr_brevitas.study.file import SCALE_NAMES, load_study, shipped_studies
+from qadtr_brevitas.recipe_files import recipe_description, shipped_studies
+from qadtr_brevitas.study.file import SCALE_NAMES, load_study
 from qadtr_brevitas.study.nets import make_nets
 
-COMMON = "common"
-NAMES = [name for name in shipped_studies() if name != COMMON]
+NAMES = list(shipped_studies())
 TABLES = [number for number in range(2, 22) if number != 17]
 
 
