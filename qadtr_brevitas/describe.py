@@ -13,10 +13,13 @@ from qadtr_brevitas.files import read_json, recover_directory
 _LARGEST_HEADER = 100_000_000
 _NOT_SHOWN = ("classes",)
 _EXPORT_REPORT = "export-report.json"
+_STUDY, _ANALYSIS = "study.json", "analysis.json"
+_STUDY_FACTS = ("title", "paper", "scale", "command", "reports", "analyses")
+_ANALYSIS_FACTS = ("analysis", "title", "created", "command", "seed", "device", "settings")
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """Facts about a model directory, run directory, patch, report, export or weights file; `kind` says which it is.
+    """Facts about a model directory, run, patch, report, study, analysis, export or weights; `kind` says which it is.
 
     Raises:
         UsageError: there is no such path, or it is none of these.
@@ -39,6 +42,12 @@ def _folder(path: Path) -> dict[str, Any]:
         return _model(path)
     if (path / "recipe.yaml").exists():
         return _run(path)
+    if (path / _STUDY).exists():
+        study = _mapping(path / _STUDY)
+        return {"kind": "study", "path": str(path), **{key: study.get(key) for key in _STUDY_FACTS}}
+    if (path / _ANALYSIS).exists():
+        analysis = _mapping(path / _ANALYSIS)
+        return {"kind": "analysis", "path": str(path), **{key: analysis.get(key) for key in _ANALYSIS_FACTS}}
     if (path / "report.json").exists():
         return _report(path / "report.json")
     if (path / _EXPORT_REPORT).exists():
@@ -47,7 +56,8 @@ def _folder(path: Path) -> dict[str, Any]:
     if patches:
         return {"kind": "folder of patches", "path": str(path), "patches": [file.name for file in patches]}
     raise UsageError(
-        f"{path} holds no model, run, patch, report or export; give the folder that a command named at its end"
+        f"{path} holds no model, run, patch, report, study, analysis or export; give the folder that a command named "
+        "at its end"
     )
 
 

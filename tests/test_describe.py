@@ -131,7 +131,18 @@ def test_things_that_are_none_of_these(tmp_path: Path) -> None:
         (tmp_path / "missing", "there is no"),
         (tmp_path / "a.txt", "is not a model, run, patch or report"),
         (tmp_path / "a.json", "is not a report"),
-        (tmp_path, "holds no model, run, patch, report or export"),
+        (tmp_path, "holds no model, run, patch, report, study, analysis or export"),
     ]:
         with pytest.raises(UsageError, match=words):
             describe(path)
+
+
+def test_studies_and_analyses_say_what_they_are_of(tmp_path: Path) -> None:
+    write_json(tmp_path / "study" / "study.json", {"title": "Defenses", "paper": "table11", "rows": {}})
+    # An analysis may hold the report of an evaluation too.
+    write_json(tmp_path / "size" / "analysis.json", {"analysis": "size", "seed": 3, "records": []})
+    write_json(tmp_path / "size" / "report.json", {})
+    study, size = describe(tmp_path / "study"), describe(tmp_path / "size")
+    assert (study["kind"], study["paper"], study["scale"]) == ("study", "table11", None)
+    assert (size["kind"], size["analysis"], size["seed"]) == ("analysis", "size", 3)
+    assert "rows" not in study
