@@ -121,7 +121,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
         click.echo(
-            "Stopped. Give the same command again: `train`, `attack` and `evaluate` go on where they were.", err=True
+            "Stopped. Give the same command again: `train`, `attack`, `evaluate` and `study` go on where they were.",
+            err=True,
         )
         return 1
     except BrokenPipeError:

@@ -69,11 +69,11 @@ def carry_out(
         if any(_make(part, workshop, claims, outcome, say, begin) for part in ready):
             waiting = ""
             continue
-        if now := "; ".join(f"{part.name} ({who})" for part in ready if (who := claims.owner(part.key))):
-            if now != waiting:
-                say(f"waiting for {now}")
-            waiting = now
-            time.sleep(look_every)
+        now = "; ".join(f"{part.name} ({who})" for part in ready if (who := claims.owner(part.key)))
+        if now and now != waiting:
+            say(f"waiting for {now}")
+        waiting = now
+        time.sleep(look_every)
     if outcome.failed:
         raise _failure(outcome, plan)
     return outcome
