@@ -115,9 +115,12 @@ def command(**options: Any) -> None:
     dataset = find_dataset([given.model_dir], given.data) if given.verify else None
 
     from qadtr_brevitas.export import FORMATS, Build, export
+    from qadtr_brevitas.quant import precisions_or_all
     from qadtr_brevitas.subjects import load_subjects
 
     (subject,) = load_subjects([given.model_dir])
+    # Before the first of several is made.
+    precisions_or_all(subject.model, list(outputs))
     split = None
     if dataset is not None:
         split = load_split(dataset, "test", limit=given.images, seed=given.seed)

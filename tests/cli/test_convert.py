@@ -31,6 +31,17 @@ def convert(*arguments: object) -> Result:
     return CliRunner().invoke(cli, ["convert", "cifar_resnet8", *map(str, arguments)])
 
 
+def test_a_model_for_a_compiler_says_so_and_loads_again(tmp_path: Path) -> None:
+    output = tmp_path / "model"
+    result = convert("--data", "shapes", *SMALL, "quant.precisions=[32,4]", "--target", "finn", "-o", output)
+    assert result.exit_code == 0, result.output
+    assert "both sides of a sum by one signed quantizer" in result.stdout
+    _, info = load_model(output)
+    assert info.quant["target"] == "finn"
+    twice = convert("--data", "shapes", "--target", "finn", "quant.target=hls4ml", "--dry-run")
+    assert "quant.target=hls4ml is given by an option too" in twice.stderr
+
+
 def test_writes_a_calibrated_model_and_says_what_was_done(tmp_path: Path) -> None:
     output = tmp_path / "model"
     result = convert("--data", "shapes", *SMALL, "quant.precisions=[32,4]", "-o", output)

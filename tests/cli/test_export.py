@@ -52,6 +52,20 @@ def test_json_and_no_verification(run: Path, tmp_path: Path) -> None:
     assert export(run, "-p", 4, "-f", "qcdq", "--no-verify", "-o", tmp_path / "out", "--overwrite").exit_code == 0
 
 
+def test_several_precisions_have_a_folder_each(tmp_path: Path) -> None:
+    path, output = make_model_dir(tmp_path / "net", precisions=(8, 4)), tmp_path / "out"
+    arguments = ["-p", 8, "-p", "w4a4", "-p", 4, "-f", "qcdq", "--no-verify", "-o", output]
+    result = export(path, *arguments, "--json")
+    assert [(found["precision"], found["output"]) for found in json.loads(result.stdout)] == [
+        ("8", str(output / "8")),
+        ("4", str(output / "4")),
+    ]
+    assert {file.name for file in (output / "4").iterdir()} == {"model.onnx", "export-report.json"}
+    assert f"{output / '8'} is there already" in export(path, *arguments).stderr
+    again = export(path, *arguments, "--overwrite")
+    assert "Precisions side by side" in again.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
@@ -59,6 +73,9 @@ def test_json_and_no_verification(run: Path, tmp_path: Path) -> None:
         (["-p", "32", "-f", "qcdq"], 2, "qcdq holds integers, and at 32 there are floats"),
         (["-p", "four", "-f", "qcdq"], 2, "four"),
         (["-p", "4", "-f", "onnx"], 2, "'onnx' is not one of 'qonnx', 'qcdq'"),
+        (["-p", "4", "-p", "8", "-f", "qcdq"], 2, "no precision 8: it was converted for 32, 4"),
+        (["-p", "4", "-f", "qcdq", "--no-verify", "--estimate"], 2, "estimates are FINN's, and the format is qcdq"),
+        (["-p", "4", "-f", "finn", "--no-verify"], 1, "layer1.0, layer1.1"),
         (["-p", "4", "-f", "qcdq", "--data", "digits"], 1, "data set digits has 10 classes"),
         (["-p", "4", "-f", "qcdq", "--patches", "nowhere"], 2, "there are no patches at nowhere"),
     ],
