@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from qadtr_brevitas.recipe import load_recipe
-from qadtr_brevitas.recipe_files import recipe_description, shipped_defenses, shipped_recipes
+from qadtr_brevitas.recipe_files import recipe_description, shipped_defenses, shipped_recipes, shipped_studies
 
 SHIPPED = list(shipped_recipes().values())
 DEFENSES = list(shipped_defenses().values())
@@ -80,5 +80,6 @@ def test_all_are_in_the_wheel(repository: Path, tmp_path: Path) -> None:
         names = set(archive.namelist())
     assert {f"qadtr_brevitas/recipes/{path.name}" for path in SHIPPED} <= names
     assert {f"qadtr_brevitas/recipes/defenses/{path.name}" for path in DEFENSES} <= names
+    assert {f"qadtr_brevitas/recipes/studies/{path.name}" for path in shipped_studies().values()} <= names
     assert {"qadtr_brevitas/__main__.py", "qadtr_brevitas/cli/main.py"} <= names
     assert not [name for name in names if name.startswith(("tests", "recipes", "bench"))]

@@ -13,7 +13,7 @@ from typing import Any
 from qadtr_brevitas.files import write_atomically, write_json
 from qadtr_brevitas.metrics import Share
 from qadtr_brevitas.page import build_page, read_parts, write_page
-from qadtr_brevitas.report import Rate, Report, read_report, versions
+from qadtr_brevitas.report import AttackCell, Rate, Report, read_report, versions
 from qadtr_brevitas.report.files import markdown_table
 from qadtr_brevitas.report.layout import EMPTY, Table, bits
 from qadtr_brevitas.report.views import FLOAT
@@ -153,22 +153,22 @@ def _figures(row: Row) -> Iterator[Figure]:
 
 def _attack_figures(report: Report, makers: dict[str, _Maker], base: Figure) -> Iterator[Figure]:
     """The mean over targets of each attack, by where it was made."""
-    groups: dict[tuple[_Maker, str], list[Rate]] = {}
+    groups: dict[tuple[_Maker, str], list[AttackCell]] = {}
     for cell in report.cells:
         if cell.precision == base.precision and cell.asr.value is not None:
-            groups.setdefault((makers.get(cell.attack, _NOBODY), cell.threat), []).append(cell.asr)
-    for (maker, threat), rates in groups.items():
-        yield replace(
-            base,
-            kind=maker.kind,
-            what=maker.what(threat),
-            threat=threat,
-            made_on=maker.network,
-            made_at=maker.access,
-            targets=len(rates),
-            value=sum(rate.value or 0 for rate in rates) / len(rates),
-            share=rates[0].share if len(rates) == 1 else None,
-        )
+            groups.setdefault((makers.get(cell.attack, _NOBODY), cell.threat), []).append(cell)
+    for (maker, threat), cells in groups.items():
+        made = replace(base, kind=maker.kind, threat=threat, made_on=maker.network, made_at=maker.access)
+        what = maker.what(threat)
+        yield _mean(replace(made, what=what), [cell.asr for cell in cells])
+        if not maker.is_patch:
+            # What is usual to report of attacks on every pixel.
+            yield _mean(replace(made, what=f"{what}: accuracy"), [cell.robust_accuracy for cell in cells])
+
+
+def _mean(figure: Figure, rates: Sequence[Rate]) -> Figure:
+    value = sum(rate.value or 0 for rate in rates) / len(rates)
+    return replace(figure, targets=len(rates), value=value, share=rates[0].share if len(rates) == 1 else None)
 
 
 def _one_of_each(figures: Sequence[Figure]) -> list[Figure]:
@@ -185,6 +185,7 @@ class _Maker:
     network: str = ""
     access: str = ""
     is_own: bool = True
+    is_patch: bool = True
 
     def what(self, threat: str) -> str:
         """The row of the table that it belongs to."""
@@ -203,7 +204,8 @@ def _makers(row: Row, report: Report) -> dict[str, _Maker]:
         found |= {contender.name: maker for contender in part.contenders()}
     for facts in report.attacks:
         source = facts.source
-        found[facts.name] = _Maker(facts.family, source.name, source.precision, is_own=source.name == row.part.row)
+        is_own = source.name == row.part.row
+        found[facts.name] = _Maker(facts.family, source.name, source.precision, is_own=is_own, is_patch=False)
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,8 +113,18 @@ def test_a_whole_study(tmp_path: Path) -> None:
     }
     figures = (tmp_path / "out" / "figures.csv").read_text().splitlines()
     assert figures[0].startswith("model,label,evaluation,seed,precision,what,threat,made_on,made_at")
-    whats = {line.split(",")[5] for line in figures[1:]}
-    assert whats >= {"clean accuracy", '"lavan', "random patch"}
+    rows = list(csv.DictReader(figures))
+    found = {(row["model"], row["precision"], row["what"]): row for row in rows}
+    assert {row["what"] for row in rows} >= {"clean accuracy", "random patch"}
+    patch = found["plain", "4", "lavan, white-box"]
+    assert (patch["made_on"], patch["made_at"], patch["threat"]) == ("plain", "4", "white-box")
+    assert ("plain", "4", "lavan, made at 32") in found
+    # Accuracy under an attack on every pixel is what it leaves of the clean accuracy.
+    attacked = found["fixed", "4", "pgd steps=1, white-box: accuracy"]
+    clean = found["fixed", "4", "clean accuracy"]
+    assert int(attacked["n"]) == int(clean["n"]) == 12
+    assert float(attacked["value"]) <= float(clean["value"])
+    assert float(clean["value"]) == int(clean["count"]) / 12
     assert run(file).made == []
 
 
