@@ -13,6 +13,9 @@ from qadtr_brevitas.evaluate.cells import CellStore, CertifyKey
 from qadtr_brevitas.evaluate.jobs import Bench, Victim
 from qadtr_brevitas.subjects import Subject
 
+PORTION = 32
+"""Images in one cell: each is looked at hundreds of times, and a stopped evaluation loses no more than these."""
+
 
 @dataclass(frozen=True)
 class Certification:

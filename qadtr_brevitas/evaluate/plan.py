@@ -11,7 +11,7 @@ import torch
 
 from qadtr_brevitas.data.split import Split
 from qadtr_brevitas.errors import UsageError
-from qadtr_brevitas.evaluate.certification import Certification, CertifyJob
+from qadtr_brevitas.evaluate.certification import PORTION, Certification, CertifyJob
 from qadtr_brevitas.evaluate.image_attacks import NamedAttack, SourcedAttack
 from qadtr_brevitas.evaluate.jobs import Bench, ChunkJob, Job, PatchJob, Victim
 from qadtr_brevitas.fingerprints import fingerprint_tensors
@@ -154,7 +154,9 @@ class Grid:
 
     def certify_jobs(self, victim: Victim, certification: Certification) -> list[CertifyJob]:
         """The cells of one certification of one victim."""
-        return [CertifyJob(self.bench, victim, certification, chunk) for chunk in self.chunks()]
+        images = len(self.split)
+        portions = (range(start, min(start + PORTION, images)) for start in range(0, images, PORTION))
+        return [CertifyJob(self.bench, victim, certification, portion) for portion in portions]
 
     def chunks(self) -> Iterator[range]:
         """The test images in the portions that per-image attacks take them in."""

@@ -53,6 +53,8 @@ def test_finished_cells_are_kept_and_others_are_not_taken_for_them(tmp_path: Pat
     grid = make_grid([reader(model=model)], certifications=[TWO], batch_size=16)
     store = CellStore.open(tmp_path)
     jobs = grid.jobs()
+    # Both clean cells, and portions of 32 of the 40 images and of the rest at both precisions.
+    assert len(jobs) == 2 + 2 * 2
     compute(jobs[:3], store)
     first = evaluate(grid, output=tmp_path)
     before = model.forwards
