@@ -26,8 +26,8 @@ quickstart: $(INSTALLED) ## train, attack and compare two small networks, no dow
 	$(RUN) attack $(QUICKSTART)/qadtr steps=100 batch_size=32 --target 3,8 -o $(QUICKSTART)/qadtr/patches
 	$(RUN) evaluate $(QUICKSTART)/qat $(QUICKSTART)/qadtr --transfer float -o $(QUICKSTART)/report
 
-test: $(INSTALLED) ## run the tests; PYTEST_ARGS adds options
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+test: $(INSTALLED) ## run the tests, a process for each core; PYTEST_ARGS adds options
+	$(BIN)/python -m pytest --numprocesses logical --dist loadscope $(PYTEST_ARGS)
 
 compilers: .venv-finn/.installed .venv-hls4ml/.installed ## install FINN and hls4ml, for estimates and their tests (1.1 GB)
 
