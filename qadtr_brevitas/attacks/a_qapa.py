@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from qadtr_brevitas.attacks.per_image import Attempt
     from qadtr_brevitas.precision import Precision
 
+_SHARES = (6 / 32, 8 / 32, 10 / 32)
+
 Choice = TypeVar("Choice")
 Bits = Annotated[int, Field(ge=MIN_BITS, le=MAX_BITS)] | Literal[32]
 
@@ -54,8 +56,9 @@ class AQapa:
     steps: Annotated[int, Field(ge=0, description="sign steps per patch; 0: noise")] = 5
     step_size: Annotated[float, Field(gt=0, le=1, description="step in pixel values")] = 0.1
     sizes: Annotated[
-        tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1, description="sides or diameters in pixels")
-    ] = (6, 8, 10)
+        Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] | None,
+        Field(description="sides or diameters in pixels; null: 6, 8 and 10 on images of 32, larger on larger ones"),
+    ] = None
     shapes: Annotated[tuple[Literal["square", "disc"], ...], Field(min_length=1, description="shapes to draw from")] = (
         "square",
         "disc",
@@ -134,13 +137,14 @@ class AQapa:
         def draw(*size: int) -> Tensor:
             return torch.rand(*size, generator=generator, device=generator.device).to(images.device)
 
-        side = _choose(self.sizes, generator)
+        image_size = images.shape[-2], images.shape[-1]
+        side = _choose(self.sizes or _sides_for(min(image_size)), generator)
         mask = shape_mask(_choose(self.shapes, generator), side)
         bits = FLOAT_BITS if precision is None else precision.act
         patch_bits = self._patch_bits(bits, generator)
         # One draw for the batch: a quantizer that differed from step to step would be a moving target.
         image_error, patch_error = (self.noise * torch.randn(2, generator=generator, device=generator.device)).tolist()
-        corners = random_corners(len(images), (images.shape[-2], images.shape[-1]), (side, side), generator=generator)
+        corners = random_corners(len(images), image_size, (side, side), generator=generator)
         shifts = draw(len(images)) if self.targeted else None
         patches = draw(len(images), 3, side, side)
         background = fake_quantize(images, bits, step_error=image_error) if self.quantize_image else images
@@ -164,6 +168,10 @@ class AQapa:
         if self.patch_bits == "same":
             return network_bits
         return _choose(DEFAULT_BITS, generator) if self.patch_bits == "random" else self.patch_bits
+
+
+def _sides_for(image_side: int) -> tuple[int, ...]:
+    return tuple(max(1, round(share * image_side)) for share in _SHARES)
 
 
 def _choose(choices: Sequence[Choice], generator: torch.Generator) -> Choice:

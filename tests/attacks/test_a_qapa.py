@@ -90,6 +90,13 @@ def test_one_size_and_shape_a_batch_and_all_of_them_in_time(toy):
     assert areas == {16, 12, 36, 32}
 
 
+@pytest.mark.parametrize(("side", "sizes"), [(16, {3, 4, 5}), (32, {6, 8, 10}), (64, {12, 16, 20})])
+def test_sizes_go_with_the_image(toy, side, sizes):
+    images, attack, draw = torch.full((2, 3, side, side), 2.0), AQapa(shapes=("square",), steps=0), generator(0)
+    runs = [attack.run(toy.model, images, torch.zeros(2).long(), generator=draw) for _ in range(30)]
+    assert {int((patched[0, 0] != 2).sum()) for patched in runs} == {size * size for size in sizes}
+
+
 def test_every_image_has_a_place_and_a_patch_of_its_own(toy):
     images, _, patched = run(toy, shapes=("square",), steps=0)
     changed = (patched != images).any(1)
