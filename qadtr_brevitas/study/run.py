@@ -13,6 +13,7 @@ from qadtr_brevitas.study.claims import Claims
 from qadtr_brevitas.study.parts import Part, Progress
 from qadtr_brevitas.study.plan import Plan
 from qadtr_brevitas.study.workshop import Workshop
+from qadtr_brevitas.train.stop import Interrupted
 
 LOOK_EVERY = 2.0
 """Seconds between two looks at what the others have finished."""
@@ -60,6 +61,7 @@ def carry_out(
 
     Raises:
         StudyError: parts could not be made; everything else is.
+        Interrupted: stopped by Ctrl-C or a signal in a training, after its state was saved.
     """
     outcome, waiting = Outcome(), ""
     missing = _in_turn([part for part in plan.parts if not part.is_made()], share)
@@ -98,6 +100,8 @@ def _make(part: Part, workshop: Workshop, claims: Claims, outcome: Outcome, say:
         say(part.name)
         try:
             part.make(workshop, begin(part.name))
+        except Interrupted:
+            raise
         except QadtrError as error:
             outcome.failed[part.name] = error
             say(f"{part.name} failed: {error}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
@@ -13,12 +14,15 @@ import pytest
 
 from qadtr_brevitas.errors import DataError, StudyError
 from qadtr_brevitas.evaluate.share import Share
+from qadtr_brevitas.study import models
 from qadtr_brevitas.study.claims import Claims
 from qadtr_brevitas.study.parts import Part, Progress
 from qadtr_brevitas.study.plan import Plan
 from qadtr_brevitas.study.run import carry_out
 from qadtr_brevitas.study.summary import write_study as write_summary
 from qadtr_brevitas.study.workshop import Workshop
+from qadtr_brevitas.train.log import StepRecord
+from qadtr_brevitas.train.stop import Interrupted
 from tests.study.support import planned, run, write_study
 
 
@@ -183,6 +187,28 @@ def test_a_study_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pytes
     assert run(file, scale="smoke").made[0] == "evaluate plain"
     assert all(path.stat().st_mtime_ns == time for path, time in kept.items())
     assert all(part.is_made() for part in plan.parts)
+
+
+def test_a_stop_in_a_training_stops_the_study_and_loses_no_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write_study(tmp_path)
+    _, plan, work = planned(file, scale="smoke")
+
+    def stop_in_the_first_step(teller: object, record: StepRecord) -> None:
+        if record.step == 1:
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(models._Teller, "on_step", stop_in_the_first_step)
+        with pytest.raises(Interrupted, match=r"stopped after step 2; the state is saved in .*: the same"):
+            run(file, scale="smoke")
+    assert len(list((work / "runs").iterdir())) == 1
+    assert not any(part.is_made() for part in plan.parts)
+    steps: list[int] = []
+    monkeypatch.setattr(models._Teller, "on_start", lambda teller, step, **rest: steps.append(step))
+    assert run(file, scale="smoke").made[0] == plan.parts[0].name
+    assert steps[0] == 2
 
 
 def test_a_run_of_another_version_is_told_and_kept(tmp_path: Path) -> None:
