@@ -4,8 +4,9 @@
 
 All on one float ResNet-20, batch 64, an 8x8 patch:
 
-(a) a step of LAVAN and of GAP against the ceiling, forward and gradient to the images alone, and against ART, the
-    Adversarial Robustness Toolbox (`pip install --group peers`; left out if it is not installed);
+(a) a step of LAVAN and of GAP, made on the converted network at 32 bit with its norms folded, as `attack` does, against
+    the ceiling, forward and gradient to the images alone in the float network, and against ART, the Adversarial
+    Robustness Toolbox (`pip install --group peers`; left out if it is not installed);
 (b) time to the ASR that ART's patch reaches in `--art-steps` steps, same images, target, places and step size;
 (c) one patch scored on `--images` images at 32, 8, 5, 4 and 2 bit, against five float passes over the clean images.
 
@@ -16,6 +17,7 @@ are random, which changes no time of (a) and (c), and (b) is left out. Times are
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import statistics
@@ -38,7 +40,7 @@ from qadtr_brevitas.data.split import Split
 from qadtr_brevitas.metrics import score
 from qadtr_brevitas.precision import DEFAULT_BITS
 from qadtr_brevitas.predict import predict
-from qadtr_brevitas.quant import at_precision, calibrate, convert, frozen_weights
+from qadtr_brevitas.quant import at_precision, calibrate, convert, folded_norms, frozen_weights
 from qadtr_brevitas.seeding import generator
 from qadtr_brevitas.weights import load_into, load_weights
 
@@ -52,6 +54,7 @@ class Bench:
     """What every measurement shares."""
 
     net: nn.Module
+    model: nn.Module
     train: Split
     test: Split
     trained: bool
@@ -77,17 +80,19 @@ def ceiling_times(bench: Bench) -> list[float]:
     return times
 
 
+def fit(bench: Bench, attack: Any, *, held_out: int, progress: Callable[..., object] | None = None) -> Patch:
+    """A patch as `qadtr-brevitas attack` makes it, at 32 bit."""
+    judge = bench.test.images[-held_out:], bench.test.labels[-held_out:]
+    few = bench.train.batch(torch.arange(2))[0]
+    with frozen_weights(bench.model), folded_norms(bench.model, few):
+        train = bench.train
+        return attack.fit(bench.model, train.images, train.labels, held_out=judge, seed=0, progress=progress)
+
+
 def attack_times(bench: Bench, attack: Any) -> list[float]:
     """Seconds between the progress reports of our attack: everything a step does."""
     stamps: list[float] = []
-    attack.fit(
-        bench.net,
-        bench.train.images,
-        bench.train.labels,
-        held_out=(bench.test.images[:BATCH], bench.test.labels[:BATCH]),
-        seed=0,
-        progress=lambda done, total, note="": stamps.append(bench.now()),
-    )
+    fit(bench, attack, held_out=BATCH, progress=lambda done, total, note="": stamps.append(bench.now()))
     # The last step also scores the patch on held-out images.
     return [after - before for before, after in pairwise(stamps[:-1])]
 
@@ -158,9 +163,8 @@ def art_race(bench: Bench, art_steps: int) -> dict[str, float] | None:
     goal = bench.asr(Patch(texture=texture, mask=torch.ones(SIDE, SIDE, dtype=torch.bool)))
     for steps in (10, 20, 30, 40, 60, 80, 120, 160, 240, 320):
         attack = Lavan(size=SIDE, target=TARGET, lr=LR, steps=steps, check_every=steps, batch_size=BATCH)
-        held_out = bench.test.images[-200:], bench.test.labels[-200:]
         before = bench.now()
-        patch = attack.fit(bench.net, bench.train.images, bench.train.labels, held_out=held_out, seed=0)
+        patch = fit(bench, attack, held_out=200)
         seconds, asr = bench.now() - before, bench.asr(patch)
         if asr >= goal:
             return {"art_asr": goal, "art_s": art_seconds, "asr": asr, "s": seconds, "steps": steps}
@@ -201,12 +205,13 @@ def prepare(steps: int, rounds: int) -> Bench:
         load_into(net.net, load_weights(Path(folder) / WEIGHTS), source=WEIGHTS, name="cifar_resnet20")
     data = Cifar10() if trained else Shapes(train_images=5000, test_images=2000)
     net.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    model, _ = convert(copy.deepcopy(net.net), DEFAULT_BITS)
     # In the order of the files all of one class come together, which would favor whoever draws its own.
     train, test = (
         split.subset(torch.randperm(len(split), generator=generator(0, "order")))
         for split in (data.load("train"), data.load("test"))
     )
-    return Bench(net, train, test, trained, clock(torch.device("cpu")), steps, rounds)
+    return Bench(net, model.eval(), train, test, trained, clock(torch.device("cpu")), steps, rounds)
 
 
 def main() -> None:

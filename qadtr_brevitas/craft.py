@@ -17,7 +17,7 @@ from qadtr_brevitas.fingerprints import fingerprint_facts, fingerprint_tensors
 from qadtr_brevitas.metrics import Share, score
 from qadtr_brevitas.precision import PrecisionLike
 from qadtr_brevitas.predict import predict
-from qadtr_brevitas.quant import allowed_precisions, frozen_weights, precisions_or_all
+from qadtr_brevitas.quant import allowed_precisions, folded_norms, frozen_weights, precisions_or_all
 from qadtr_brevitas.seeding import derive_seed, generator
 from qadtr_brevitas.sources import Access, check_differentiable, logits_at, parse_access
 from qadtr_brevitas.subjects import Subject
@@ -153,7 +153,9 @@ class _Shared:
             return Crafted(path, kind, source, target, Share(*found.meta["held_out"]), kept=True)
         draws = generator(self.seed, "craft draws", str(source), _aim(target))
         model = logits_at(self.subject.model, source, draws=draws)
-        patch = self._fit(model, attack, source, target, bar)
+        few = self.train.batch(torch.arange(2))[0].to(self.device)
+        with folded_norms(self.subject.model, few):
+            patch = self._fit(model, attack, source, target, bar)
         share = self._score(model, patch, target)
         facts = {"made_of": made_of, "held_out": [share.count, share.n]}
         patch.with_meta(**self._source(source), **facts).save(path)

@@ -14,6 +14,7 @@ from qadtr_brevitas.attacks.random_patch import RandomPatch
 from qadtr_brevitas.craft import Crafted, craft
 from qadtr_brevitas.data.split import Split
 from qadtr_brevitas.errors import CheckpointError, UsageError
+from qadtr_brevitas.quant.switch import switch_of
 from qadtr_brevitas.sources import access_name
 from qadtr_brevitas.subjects import Contender, Subject
 from tests.evaluation_fakes import Reader, coded_split, reader
@@ -64,6 +65,20 @@ def make(output: Path, attack: Any = None, subject: Subject | None = None, **set
         data={"name": "coded"},
         **{"progress": lambda done, total, note: None, **settings},
     )
+
+
+def test_norms_are_folded_while_a_patch_is_made_and_no_longer(tmp_path: Path) -> None:
+    subject, folded = reader(), []
+    switch = switch_of(subject.model)
+
+    class Spy(White):
+        def fit(self, *args: Any, **settings: Any) -> Patch:
+            folded.append(switch.folding is not None)
+            return super().fit(*args, **settings)
+
+    make(tmp_path, Spy(), subject, targets=[2])
+    assert folded == [True, True]
+    assert switch.folding is None
 
 
 def test_a_patch_for_each_precision_and_target(tmp_path: Path) -> None:

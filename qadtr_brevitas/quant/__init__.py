@@ -4,6 +4,7 @@ from qadtr_brevitas.quant.calibrate import calibrate as calibrate
 from qadtr_brevitas.quant.conversion_report import ConversionReport as ConversionReport
 from qadtr_brevitas.quant.conversion_report import LayerReport as LayerReport
 from qadtr_brevitas.quant.convert import convert as convert
+from qadtr_brevitas.quant.folding import folded_norms as folded_norms
 from qadtr_brevitas.quant.freeze import freeze as freeze
 from qadtr_brevitas.quant.model import SwitchableModel as SwitchableModel
 from qadtr_brevitas.quant.quantizers import quantizer_parameters as quantizer_parameters

@@ -46,6 +46,8 @@ class _ShortWay:
     def inner_forward_impl(self, x: Tensor, quant_weight: Tensor, quant_bias: Tensor | None) -> Tensor:
         """The product itself, in which both ways end."""
         bias = quant_bias if self.bias_correction is None else self.bias_correction(quant_bias)
+        if (folding := self.weight_quant.quantizer.switch.folding) is not None and isinstance(self, QuantConv2d):
+            quant_weight, bias = folding.weights(self, quant_weight, bias)
         return super().inner_forward_impl(x, quant_weight, bias)  # pyright: ignore
 
     def reset_parameters(self) -> None:

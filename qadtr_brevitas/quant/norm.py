@@ -78,14 +78,21 @@ class SwitchableBatchNorm(BatchNorm):
         """Where the statistics of a precision live: the module itself for 32 bit."""
         return self if precision.is_float else self.branches[str(precision)]  # pyright: ignore[reportReturnType]
 
-    def forward(self, input: Tensor) -> Tensor:  # named as in nn.BatchNorm2d
-        branch = self.branch(self.switch.precision)
+    def at(self, precision: Precision) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Running mean, running variance, weight and bias of a precision."""
+        branch = self.branch(precision)
         weight = self.weight if branch.weight is None else branch.weight
         bias = self.bias if branch.bias is None else branch.bias
-        momentum = 0.1 if self.momentum is None else self.momentum
-        y = F.batch_norm(
-            input, branch.running_mean, branch.running_var, weight, bias, self.training, momentum, self.eps
-        )
+        assert branch.running_mean is not None
+        assert branch.running_var is not None
+        return branch.running_mean, branch.running_var, weight, bias
+
+    def forward(self, input: Tensor) -> Tensor:  # named as in nn.BatchNorm2d
+        if self.switch.folding is not None and self in self.switch.folding.norms:
+            y = input
+        else:
+            momentum = 0.1 if self.momentum is None else self.momentum
+            y = F.batch_norm(input, *self.at(self.switch.precision), self.training, momentum, self.eps)
         return self.act(self.drop(y)) if hasattr(self, "act") else y
 
     def frozen(self) -> BatchNorm:

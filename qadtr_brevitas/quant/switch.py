@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from qadtr_brevitas.errors import UsageError
 from qadtr_brevitas.precision import FLOAT_BITS, Precision, PrecisionLike, parse_precisions
+
+if TYPE_CHECKING:
+    from qadtr_brevitas.quant.folding import Folding
 
 # Is shown a quantizer (SwitchableQuant) and the tensor it would have to quantize.
 Observer = Callable[[Any, Tensor], None]
@@ -34,6 +37,7 @@ class Switch:
         self.precision = self.allowed[0]
         self.frozen: dict[tuple[int, int], tuple[Tensor, ...]] | None = None
         self.observer: Observer | None = None
+        self.folding: Folding | None = None
         self.images = 1
 
     def set(self, precision: PrecisionLike) -> None:

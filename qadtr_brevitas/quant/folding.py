@@ -1,0 +1,137 @@
+"""BatchNorms folded into the convolutions in front of them, for as long as patches are made.
+
+In eval mode y = g (w * x + b - mean) / sqrt(var + eps) + beta is a convolution with other weights (Jacob et al. 2018,
+section 3.2). Here the weights are quantized first, as in the network, and folded then: the function stays the same but
+for the rounding of floats, which may carry a value over to the next level of a quantizer. That is why nothing is
+scored in this form. A forward and a gradient to the images take a third less time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qadtr_brevitas.errors import UsageError
+from qadtr_brevitas.precision import Precision
+from qadtr_brevitas.quant.layers import SwitchableConv2d
+from qadtr_brevitas.quant.norm import SwitchableBatchNorm, norms
+from qadtr_brevitas.quant.switch import Switch, observing, switch_of
+
+_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class Folding:
+    """Which norms are folded, and the weights this gives, made once for each precision.
+
+    Args:
+        switch: the model's switch.
+        behind: the norm behind a convolution, by the convolution.
+    """
+
+    switch: Switch
+    behind: Mapping[nn.Module, SwitchableBatchNorm]
+    made: dict[tuple[nn.Module, Precision], tuple[Tensor, Tensor | None]] = field(default_factory=dict)
+
+    @cached_property
+    def norms(self) -> frozenset[nn.Module]:
+        """The norms that are folded, and have nothing left to do."""
+        return frozenset(self.behind.values())
+
+    def weights(self, conv: nn.Module, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Weights and bias of a convolution with its norm folded in.
+
+        Args:
+            conv: the layer.
+            weight: (out, in / groups, height, width), quantized at the precision in force.
+            bias: (out,), or None.
+        """
+        key = (conv, self.switch.precision)
+        if key not in self.made:
+            with torch.no_grad():
+                if (norm := self.behind.get(conv)) is not None:
+                    weight, bias = _folded(norm, self.switch.precision, weight, bias)
+                # On CPUs convolutions are faster if channels come last, and it is the weights that decide it.
+                if weight.device.type == "cpu":
+                    weight = weight.contiguous(memory_format=torch.channels_last)
+            self.made[key] = weight, bias
+        return self.made[key]
+
+
+@contextmanager
+def folded_norms(model: nn.Module, images: Tensor) -> Generator[None]:
+    """Folds the BatchNorms of a model into its convolutions inside a block, where this is the same function.
+
+    Args:
+        model: a switchable model in eval mode, whose weights must not change inside.
+        images: a few images, (N, 3, H, W) in [0, 1], on the model's device: to see what follows what, and to check.
+
+    Raises:
+        UsageError: the model is not switchable, or in training mode.
+    """
+    switch = switch_of(model)
+    if any(norm.training for norm in norms(model)):
+        raise UsageError("norms are folded with their running statistics: call eval() on the model first")
+    with observing(model, lambda quantizer, tensor: None):
+        expected, behind = _follow(model, images)
+        switch.folding = Folding(switch, behind)
+        try:
+            found = model(images)
+        finally:
+            switch.folding = None
+    # Something else reads what a convolution gives, or changes it in place.
+    if (found - expected).abs().max() > _TOLERANCE * expected.abs().max():
+        behind = {}
+    switch.folding = Folding(switch, behind)
+    try:
+        yield
+    finally:
+        switch.folding = None
+
+
+def _folded(
+    norm: SwitchableBatchNorm, precision: Precision, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    mean, var, gain, shift = norm.at(precision)
+    factor = (var + norm.eps).rsqrt() * (1.0 if gain is None else gain)
+    offset = -mean if bias is None else bias - mean
+    return weight * factor[:, None, None, None], offset * factor + (0.0 if shift is None else shift)
+
+
+def _follow(model: nn.Module, images: Tensor) -> tuple[Tensor, dict[nn.Module, SwitchableBatchNorm]]:
+    """The logits, and the norms that are given just what a convolution gives, each layer used once."""
+    given: dict[int, tuple[nn.Module, Tensor, int]] = {}
+    calls: dict[nn.Module, int] = {}
+    behind: dict[nn.Module, SwitchableBatchNorm] = {}
+
+    def leave(conv: nn.Module, _: Any, output: Tensor) -> None:
+        calls[conv] = calls.get(conv, 0) + 1
+        # The tensor is kept, so that no other one gets its id.
+        given[id(output)] = conv, output, _version(output)
+
+    def enter(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        calls[norm] = calls.get(norm, 0) + 1
+        conv, tensor, version = given.get(id(inputs[0]), (None, inputs[0], 0))
+        if conv is not None and _version(tensor) == version and isinstance(norm, SwitchableBatchNorm):
+            behind[conv] = norm
+
+    convs = [module for module in model.modules() if isinstance(module, SwitchableConv2d)]
+    handles = [conv.register_forward_hook(leave) for conv in convs]
+    handles += [norm.register_forward_pre_hook(enter) for norm in norms(model)]
+    try:
+        logits: Tensor = model(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return logits, {conv: norm for conv, norm in behind.items() if calls[conv] == calls[norm] == 1}
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was changed in place."""
+    return tensor._version

@@ -1,0 +1,119 @@
+"""Norms folded into convolutions: the same function for crafting, and nothing of it left afterwards."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from qadtr_brevitas.errors import UsageError
+from qadtr_brevitas.models.create import create_float_model
+from qadtr_brevitas.quant import at_precision, calibrate, convert, folded_norms, frozen_weights
+from qadtr_brevitas.quant.norm import norms
+from qadtr_brevitas.quant.switch import switch_of
+
+PRECISIONS = (32, 8, 4, 2)
+
+
+def switchable(net: nn.Module, **calibration: bool) -> nn.Module:
+    """A converted network in double precision, whose norms all differ, from each other and between precisions."""
+    torch.manual_seed(0)
+    model, _ = convert(net.eval(), PRECISIONS)
+    calibrate(model, [torch.rand(8, 3, 32, 32)], **calibration)
+    for norm in norms(model):
+        for branch in (norm, *norm.branches.values()):
+            branch.running_mean.normal_(0, 0.2)
+            branch.running_var.uniform_(0.5, 1.5)
+        nn.init.uniform_(norm.weight, 0.5, 1.5)
+        nn.init.normal_(norm.bias, 0, 0.2)
+    # Floats of half the size would carry values over to the next level of a quantizer.
+    return model.double().eval()
+
+
+def logits_and_gradient(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+    images = images.clone().requires_grad_()
+    logits = model(images)
+    (gradient,) = torch.autograd.grad(logits.square().sum(), images)
+    return logits.detach(), gradient
+
+
+class Branching(nn.Module):
+    """A convolution whose result is read beside its norm too, and one whose result is changed in place before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.first_norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+        self.second, self.second_norm = nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
+        self.relu, self.head = nn.ReLU(inplace=True), nn.Linear(4, 10)
+        self.read_twice = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        y = y + self.first_norm(y) if self.read_twice else self.first_norm(y)
+        return self.head(self.second_norm(self.relu(self.second(y))).mean((2, 3)))
+
+
+@pytest.mark.parametrize("name", ["cifar_resnet20", "cifar_vgg16", "test_efficientnet", "test_resnet", "densenet121"])
+def test_it_is_the_same_function_at_every_precision(name: str) -> None:
+    model = switchable(create_float_model(name, num_classes=10))
+    images = torch.rand(4, 3, 32, 32, dtype=torch.float64)
+    for bits in PRECISIONS:
+        with at_precision(model, bits), frozen_weights(model):
+            logits, gradient = logits_and_gradient(model, images)
+            with folded_norms(model, images[:2]):
+                folded = logits_and_gradient(model, images)
+            after = logits_and_gradient(model, images)
+        assert torch.allclose(folded[0], logits, rtol=1e-8, atol=1e-10), bits
+        assert torch.allclose(folded[1], gradient, rtol=1e-6, atol=1e-8 * gradient.abs().max()), bits
+        assert torch.equal(after[0], logits)
+        assert torch.equal(after[1], gradient)
+
+
+def test_every_norm_behind_a_convolution_is_folded() -> None:
+    model = switchable(create_float_model("cifar_resnet20", num_classes=10))
+    with frozen_weights(model), folded_norms(model, torch.rand(2, 3, 32, 32, dtype=torch.float64)):
+        folding = switch_of(model).folding
+        assert folding is not None
+        assert folding.norms == set(norms(model))
+    assert switch_of(model).folding is None
+
+
+def test_corrected_biases_are_folded_too() -> None:
+    model = switchable(create_float_model("cifar_resnet20", num_classes=10), bias_correction=True)
+    images = torch.rand(4, 3, 32, 32, dtype=torch.float64)
+    with at_precision(model, 4), frozen_weights(model):
+        expected = model(images)
+        with folded_norms(model, images):
+            assert torch.allclose(model(images), expected, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("read_twice", [True, False])
+def test_what_would_be_another_function_is_left_alone(read_twice: bool) -> None:
+    net = Branching()
+    net.read_twice = read_twice
+    model = switchable(net)
+    images = torch.rand(4, 3, 32, 32, dtype=torch.float64)
+    with frozen_weights(model):
+        expected = model(images)
+        with folded_norms(model, images[:2]):
+            assert torch.allclose(model(images), expected, rtol=1e-8)
+            folding = switch_of(model).folding
+            assert folding is not None
+            assert len(folding.norms) == (0 if read_twice else 1)
+
+
+def test_norms_in_training_are_refused() -> None:
+    model = switchable(create_float_model("cifar_resnet20", num_classes=10)).train()
+    with (
+        pytest.raises(UsageError, match=r"call eval\(\) on the model first"),
+        folded_norms(model, torch.rand(2, 3, 8, 8)),
+    ):
+        pass
+
+
+def test_an_error_inside_takes_it_back() -> None:
+    model = switchable(create_float_model("cifar_resnet20", num_classes=10))
+    images = torch.rand(2, 3, 32, 32, dtype=torch.float64)
+    with pytest.raises(KeyError), frozen_weights(model), folded_norms(model, images):
+        raise KeyError
+    assert switch_of(model).folding is None
