@@ -68,7 +68,7 @@ class StudyAttack(Section):
         description="classes, null for any wrong one; empty: the first three for universal patches, else null",
     )
     made_at: tuple[AccessField, ...] = Field(
-        default=(), description="precisions it is made at; empty: those that are scored"
+        default=(), description="precisions patches are made at; empty: those that are scored"
     )
     made_on: tuple[str, ...] = Field(
         default=(), description="models of this study it is made on, own among them; empty: own"
@@ -92,6 +92,8 @@ class StudyAttack(Section):
         ):
             if self.is_per_image is per_image and not hasattr(self.attack, method):
                 raise ValueError(f"this attack cannot {what}: give per_image={str(not per_image).lower()}")
+        if self.is_per_image and self.made_at:
+            raise ValueError("an attack on each image is made at every precision that is scored: leave out made_at")
         return self
 
 

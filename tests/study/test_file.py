@@ -78,6 +78,7 @@ def test_all_mistakes_are_named_with_their_line(tmp_path: Path) -> None:
         ("main: {{", "main: {{eot: [8+x], ", "cannot be read"),
         ("[lavan, pgd]}}", "[pgd], protocol: unseen}}", "a protocol starts from the first attack, which must make"),
         ("steps: 1}}}}", "steps: 1}}, per_image: false}}", "this attack cannot make universal patches"),
+        ("steps: 1}}}}", "steps: 1}}, made_at: [4]}}", "every precision that is scored: leave out made_at"),
         ("steps: 3}}", "steps: 3}}, made_on: [fixedd]", "there is no 'fixedd' in this study: did you mean 'fixed'"),
         ("recipe: {recipe}", "seeds: [0]", "needs a recipe of its own, as the study names none"),
         ("budget:", "analyses: {{a: {{analysis: sptial, models: [plain]}}}}\nbudget:", "did you mean 'spatial'"),
