@@ -27,7 +27,7 @@ quickstart: $(INSTALLED) ## train, attack and compare two small networks, no dow
 	$(RUN) evaluate $(QUICKSTART)/qat $(QUICKSTART)/qadtr --transfer float -o $(QUICKSTART)/report
 
 test: $(INSTALLED) ## run the tests, a process for each core; PYTEST_ARGS adds options
-	$(BIN)/python -m pytest --numprocesses logical --dist loadscope $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses logical --dist loadscope --no-loadscope-reorder $(PYTEST_ARGS)
 
 compilers: .venv-finn/.installed .venv-hls4ml/.installed ## install FINN and hls4ml, for estimates and their tests (1.1 GB)
 
