@@ -153,7 +153,7 @@ class _Shared:
             return Crafted(path, kind, source, target, Share(*found.meta["held_out"]), kept=True)
         draws = generator(self.seed, "craft draws", str(source), _aim(target))
         model = logits_at(self.subject.model, source, draws=draws)
-        few = self.train.batch(torch.arange(2))[0].to(self.device)
+        few = self.train.batch(torch.arange(min(2, len(self.train))))[0].to(self.device)
         with folded_norms(self.subject.model, few):
             patch = self._fit(model, attack, source, target, bar)
         share = self._score(model, patch, target)

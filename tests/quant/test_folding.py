@@ -111,6 +111,16 @@ def test_norms_in_training_are_refused() -> None:
         pass
 
 
+def test_one_inside_another_gives_back_the_other() -> None:
+    model = switchable(create_float_model("cifar_resnet20", num_classes=10))
+    images = torch.rand(2, 3, 32, 32, dtype=torch.float64)
+    with frozen_weights(model), folded_norms(model, images):
+        outer = switch_of(model).folding
+        with folded_norms(model, images):
+            assert switch_of(model).folding is not outer
+        assert switch_of(model).folding is outer
+
+
 def test_an_error_inside_takes_it_back() -> None:
     model = switchable(create_float_model("cifar_resnet20", num_classes=10))
     images = torch.rand(2, 3, 32, 32, dtype=torch.float64)
