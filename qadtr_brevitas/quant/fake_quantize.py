@@ -30,7 +30,7 @@ class _QuantizeActivation(torch.autograd.Function):
         ctx.lo, ctx.hi, ctx.keep_input = lo, hi, keep_input
         if _is_blockable(x):
             step = scale.item()
-            y = _quantize_blocks(x, step, lo, hi)
+            y = _quantize_blocks(x, scale.detach().reshape(()), lo, hi)
         else:
             step = None
             y = torch.clamp_(torch.round_(x / scale.to(x.dtype)), lo, hi).mul_(scale.to(x.dtype))
@@ -164,7 +164,8 @@ def _like(g: Tensor, x: Tensor) -> Tensor:
     return g if g.stride() == x.stride() else torch.empty_like(x).copy_(g)
 
 
-def _quantize_blocks(x: Tensor, step: float, lo: int, hi: int) -> Tensor:
+def _quantize_blocks(x: Tensor, step: Tensor, lo: int, hi: int) -> Tensor:
+    # A step that is a number would be made a tensor anew in each block.
     y = torch.empty_like(x)
     for source, target in zip(_flat(x).split(_BLOCK), _flat(y).split(_BLOCK), strict=True):
         torch.div(source, step, out=target)
