@@ -6,7 +6,8 @@ All on one float ResNet-20, batch 64, an 8x8 patch:
 
 (a) a step of LAVAN and of GAP, made on the converted network at 32 bit with its norms folded, as `attack` does, against
     the ceiling, forward and gradient to the images alone in the float network, and against ART, the Adversarial
-    Robustness Toolbox (`pip install --group peers`; left out if it is not installed);
+    Robustness Toolbox (`pip install --group peers`; left out if it is not installed). ART gets the network as it is
+    loaded and, in a row of its own, with channels-last weights, which is faster here; so does the ceiling;
 (b) time to the ASR that ART's patch reaches in `--art-steps` steps, same images, target, places and step size;
 (c) one patch scored on `--images` images at 32, 8, 5, 4 and 2 bit, against five float passes over the clean images.
 
@@ -22,6 +23,7 @@ import json
 import os
 import statistics
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -51,9 +53,10 @@ Clock = Callable[[], float]
 
 @dataclass(frozen=True)
 class Bench:
-    """What every measurement shares."""
+    """What every measurement shares; `net` has channels-last weights, `loaded` is the same as it was loaded."""
 
     net: nn.Module
+    loaded: nn.Module
     model: nn.Module
     train: Split
     test: Split
@@ -69,35 +72,37 @@ class Bench:
         return score(clean, patched, few.labels, target=TARGET).asr.value or 0.0
 
 
-def ceiling_times(bench: Bench) -> list[float]:
+def ceiling_times(bench: Bench, net: nn.Module) -> list[float]:
     """Seconds of forward and gradient to the images, the least an attack has to do."""
     times = []
     for number in range(bench.steps):
         images, labels = bench.train.batch(torch.arange(BATCH) + BATCH * number)
         start = bench.now()
-        patch_step(bench.net, images, labels)
+        patch_step(net, images, labels)
         times.append(bench.now() - start)
     return times
 
 
-def fit(bench: Bench, attack: Any, *, held_out: int, progress: Callable[..., object] | None = None) -> Patch:
+def fit(
+    bench: Bench, attack: Any, *, held_out: int, folded: bool = True, progress: Callable[..., object] | None = None
+) -> Patch:
     """A patch as `qadtr-brevitas attack` makes it, at 32 bit."""
     judge = bench.test.images[-held_out:], bench.test.labels[-held_out:]
     few = bench.train.batch(torch.arange(2))[0]
-    with frozen_weights(bench.model), folded_norms(bench.model, few):
+    with frozen_weights(bench.model), folded_norms(bench.model, few) if folded else nullcontext():
         train = bench.train
         return attack.fit(bench.model, train.images, train.labels, held_out=judge, seed=0, progress=progress)
 
 
-def attack_times(bench: Bench, attack: Any) -> list[float]:
+def attack_times(bench: Bench, attack: Any, *, folded: bool = True) -> list[float]:
     """Seconds between the progress reports of our attack: everything a step does."""
     stamps: list[float] = []
-    fit(bench, attack, held_out=BATCH, progress=lambda done, total, note="": stamps.append(bench.now()))
+    fit(bench, attack, held_out=BATCH, folded=folded, progress=lambda *_, **__: stamps.append(bench.now()))
     # The last step also scores the patch on held-out images.
     return [after - before for before, after in pairwise(stamps[:-1])]
 
 
-def art_attack(bench: Bench) -> Any:
+def art_attack(net: nn.Module) -> Any:
     """ART's patch of the same size on the same network; None if it is not installed."""
     try:
         from art.attacks.evasion import AdversarialPatchPyTorch
@@ -105,7 +110,7 @@ def art_attack(bench: Bench) -> Any:
     except ImportError:
         return None
     estimator = PyTorchClassifier(
-        bench.net, nn.CrossEntropyLoss(), input_shape=(3, 32, 32), nb_classes=10, clip_values=(0, 1), device_type="cpu"
+        net, nn.CrossEntropyLoss(), input_shape=(3, 32, 32), nb_classes=10, clip_values=(0, 1), device_type="cpu"
     )
     # ART blows the patch up to the image and scales it down again.
     return AdversarialPatchPyTorch(
@@ -135,24 +140,29 @@ def art_epoch(bench: Bench, art: Any, *, start: int, steps: int) -> float:
 def step_times(bench: Bench) -> dict[str, float]:
     """(a): median seconds a step; every round runs each of them, so that drift hits all alike."""
     common = {"size": SIDE, "steps": bench.steps + 2, "check_every": bench.steps + 2, "batch_size": BATCH}
-    art = art_attack(bench)
-    times: dict[str, list[float]] = {name: [] for name in ("ceiling", "LAVAN", "GAP", "ART")}
+    lavan, gap = Lavan(target=TARGET, **common), Gap(target=TARGET, shape="square", **common)
+    rows: dict[str, Callable[[], list[float]]] = {
+        "ceiling": lambda: ceiling_times(bench, bench.net),
+        "ceiling, as loaded": lambda: ceiling_times(bench, bench.loaded),
+        "LAVAN": lambda: attack_times(bench, lavan),
+        "GAP": lambda: attack_times(bench, gap),
+        "LAVAN, not folded": lambda: attack_times(bench, lavan, folded=False),
+    }
+    if (art := art_attack(bench.loaded)) and (faster_art := art_attack(bench.net)):
+        rows["ART"] = lambda: [art_epoch(bench, art, start=0, steps=bench.steps)]
+        rows["ART, channels last"] = lambda: [art_epoch(bench, faster_art, start=0, steps=bench.steps)]
+    times: dict[str, list[float]] = {name: [] for name in rows}
     for number in range(bench.rounds + 1):
-        measured = {
-            "ceiling": ceiling_times(bench),
-            "LAVAN": attack_times(bench, Lavan(target=TARGET, **common)),
-            "GAP": attack_times(bench, Gap(target=TARGET, shape="square", **common)),
-            "ART": [art_epoch(bench, art, start=0, steps=bench.steps)] if art else [],
-        }
-        # The first round warms up.
-        for name, values in measured.items() if number else ():
-            times[name] += values
-    return {name: statistics.median(values) for name, values in times.items() if values}
+        for name, measure in rows.items():
+            measured = measure()
+            # The first round warms up.
+            times[name] += measured if number else []
+    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def art_race(bench: Bench, art_steps: int) -> dict[str, float] | None:
     """(b): ART's ASR and seconds, and the seconds of the shortest search of ours that reaches it."""
-    art = art_attack(bench)
+    art = art_attack(bench.net)
     if art is None or not bench.trained:
         return None
     chunk = 50
@@ -204,14 +214,16 @@ def prepare(steps: int, rounds: int) -> Bench:
     if trained:
         load_into(net.net, load_weights(Path(folder) / WEIGHTS), source=WEIGHTS, name="cifar_resnet20")
     data = Cifar10() if trained else Shapes(train_images=5000, test_images=2000)
-    net.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    net.eval().requires_grad_(False)
+    loaded = copy.deepcopy(net)
+    net.to(memory_format=torch.channels_last)
     model, _ = convert(copy.deepcopy(net.net), DEFAULT_BITS)
     # In the order of the files all of one class come together, which would favor whoever draws its own.
     train, test = (
         split.subset(torch.randperm(len(split), generator=generator(0, "order")))
         for split in (data.load("train"), data.load("test"))
     )
-    return Bench(net, model.eval(), train, test, trained, clock(torch.device("cpu")), steps, rounds)
+    return Bench(net, loaded, model.eval(), train, test, trained, clock(torch.device("cpu")), steps, rounds)
 
 
 def main() -> None:
@@ -232,7 +244,7 @@ def main() -> None:
     arguments.output.write_text(json.dumps(result, indent=2, default=str) + "\n")
     print("patch steps per second, and share of the ceiling")
     for name, value in seconds.items():
-        print(f"  {name:8} {1 / value:7.1f}/s {seconds['ceiling'] / value:6.1%}")
+        print(f"  {name:18} {1 / value:7.1f}/s {seconds['ceiling'] / value:6.1%}")
     if race:
         print(f"ART: ASR {race['art_asr']:.1%} after {race['art_s']:.1f} s")
         print(f"LAVAN: ASR {race['asr']:.1%} after {race['s']:.1f} s, {race['s'] / race['art_s']:.2f} of that")
