@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -50,39 +50,50 @@ class Crafted:
     kept: bool
 
 
+@dataclass(frozen=True, kw_only=True)
+class CraftSetup:
+    """What patches are made on and with, whatever the attack.
+
+    Args:
+        train: images to make patches on.
+        held_out: images to choose and to score them on; none of `train`, and none of the test split.
+        output: folder for the patches.
+        data: name and settings of the data set, kept with each patch.
+        seed: the same seed gives the same patches.
+        batch_size: images in one forward pass of the held-out score.
+        device: where to compute.
+        progress: told after each optimizer step.
+    """
+
+    train: Split
+    held_out: Split
+    output: Path
+    data: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    batch_size: int = 256
+    device: torch.device | str = "cpu"
+    progress: Progress | None = None
+
+
 def craft(
     subject: Subject,
     attack: Any,
+    setup: CraftSetup,
     *,
     name: str,
-    train: Split,
-    held_out: Split,
-    output: Path,
     precisions: Sequence[PrecisionLike | Access] | None = None,
     targets: Sequence[int | None] | None = None,
-    data: dict[str, Any] | None = None,
-    seed: int = 0,
-    batch_size: int = 256,
-    device: torch.device | str = "cpu",
-    progress: Progress | None = None,
 ) -> list[Crafted]:
     """Makes the patches of every precision and target that are not in the folder yet.
 
     Args:
         subject: the model to attack; moved to the device and put in eval mode.
         attack: a patch attack plug-in; its `target`, if it has one, is replaced.
+        setup: images, folder, seed and device.
         name: registered name of the attack, which starts the file names.
-        train: images to make patches on.
-        held_out: images to choose and to score them on; none of `train`, and none of the test split.
-        output: folder for the patches.
         precisions: precisions to attack, `8+4+2` for the mean of the logits over several, `random(8+4+2)` for one drawn
             anew for each image of each step; None for each that the model allows.
         targets: classes to aim at, None among them for an untargeted patch; None for the first three.
-        data: name and settings of the data set, kept with each patch.
-        seed: the same seed gives the same patches.
-        batch_size: images in one forward pass of the held-out score.
-        device: where to compute.
-        progress: told after each optimizer step.
 
     Raises:
         UsageError: a precision the model does not allow, a vote, a target that is no class, a patch that does not fit
@@ -90,18 +101,19 @@ def craft(
         DataError: the model is for other images or another number of classes.
         CheckpointError: a patch cannot be written, or one that is there cannot be read.
     """
-    subject.check_data(train, data=(data or {}).get("name", ""))
+    train, held_out, progress = setup.train, setup.held_out, setup.progress
+    subject.check_data(train, data=setup.data.get("name", ""))
     sources = _sources(subject, precisions)
     aims = _targets(attack, targets, train)
     images = fingerprint_tensors([train.images, train.labels, held_out.images, held_out.labels])
     work = [(source, _aimed(attack, target), target) for source in sources for target in aims]
-    shared = _Shared(subject, name, train, held_out, output, data or {}, images, seed, batch_size, torch.device(device))
+    maker = _Maker(subject, name, setup, images)
     finished: list[Crafted] = []
-    subject.model.to(device).eval()
+    subject.model.to(setup.device).eval()
     with frozen_weights(subject.model):
         for number, (source, aimed, target) in enumerate(work):
             bar = progress and _Bar(progress, number, len(work), f"{source} bit, {_aim(target)}")
-            finished.append(shared.make(aimed, source, target, bar))
+            finished.append(maker.make(aimed, source, target, bar))
             if progress:
                 progress(number + 1, len(work), "")
     return finished
@@ -121,27 +133,21 @@ class _Bar:
 
 
 @dataclass(frozen=True)
-class _Shared:
-    """What all patches of one call have in common."""
+class _Maker:
+    """Makes the patches of one call; `images` is the fingerprint of those of the setup."""
 
     subject: Subject
     name: str
-    train: Split
-    held_out: Split
-    output: Path
-    data: dict[str, Any]
+    setup: CraftSetup
     images: str
-    seed: int
-    batch_size: int
-    device: torch.device
 
     def make(self, attack: Any, source: Access, target: int | None, bar: _Bar | None) -> Crafted:
         """One patch, made or found."""
-        height, width = attack.mask(self.train.image_size).shape
+        height, width = attack.mask(self.setup.train.image_size).shape
         kind = f"{self.name}-{height}x{width}"
-        path = self.output / f"{kind}-{_bits(source)}-{_aim(target)}.safetensors"
+        path = self.setup.output / f"{kind}-{_bits(source)}-{_aim(target)}.safetensors"
         made_of = fingerprint_facts(
-            [self.subject.fingerprint, self.name, asdict(attack), str(source), self.images, self.seed]
+            [self.subject.fingerprint, self.name, asdict(attack), str(source), self.images, self.setup.seed]
         )
         if path.exists():
             found = Patch.load(path)
@@ -151,9 +157,9 @@ class _Shared:
                     "choose another folder with --output, or move it away"
                 )
             return Crafted(path, kind, source, target, Share(*found.meta["held_out"]), kept=True)
-        draws = generator(self.seed, "craft draws", str(source), _aim(target))
+        draws = generator(self.setup.seed, "craft draws", str(source), _aim(target))
         model = logits_at(self.subject.model, source, draws=draws)
-        few = self.train.batch(torch.arange(min(2, len(self.train))))[0].to(self.device)
+        few = self.setup.train.batch(torch.arange(min(2, len(self.setup.train))))[0].to(self.setup.device)
         with folded_norms(self.subject.model, few):
             patch = self._fit(model, attack, source, target, bar)
         share = self._score(model, patch, target)
@@ -162,26 +168,27 @@ class _Shared:
         return Crafted(path, kind, source, target, share, kept=False)
 
     def _fit(self, model: Model, attack: Any, source: Access, target: int | None, bar: _Bar | None) -> Patch:
-        images, labels = self.train.images.to(self.device), self.train.labels.to(self.device)
-        judge = self.held_out.images.to(self.device), self.held_out.labels.to(self.device)
+        device = self.setup.device
+        images, labels = (tensor.to(device) for tensor in (self.setup.train.images, self.setup.train.labels))
+        judge = self.setup.held_out.images.to(device), self.setup.held_out.labels.to(device)
         # A stream for each patch: they must not share the luck of one start.
-        seed = derive_seed(self.seed, "craft", str(source), _aim(target))
+        seed = derive_seed(self.setup.seed, "craft", str(source), _aim(target))
         return attack.fit(model, images, labels, held_out=judge, seed=seed, progress=bar)
 
     def _score(self, model: Model, patch: Patch, target: int | None) -> Share:
-        seed, size = self.seed, self.batch_size
-        clean = predict(model, self.held_out, batch_size=size, device=self.device)
-        patched = predict(model, self.held_out, patch=patch, seed=seed, batch_size=size, device=self.device)
-        return score(clean, patched, self.held_out.labels, target=target).asr
+        held_out, size, device = self.setup.held_out, self.setup.batch_size, self.setup.device
+        clean = predict(model, held_out, batch_size=size, device=device)
+        patched = predict(model, held_out, patch=patch, seed=self.setup.seed, batch_size=size, device=device)
+        return score(clean, patched, held_out.labels, target=target).asr
 
     def _source(self, source: Access) -> dict[str, Any]:
         return {
             "model": self.subject.name,
             "fingerprint": self.subject.fingerprint,
             "precision": str(source),
-            "data": self.data,
-            "train_images": len(self.train),
-            "held_out_images": len(self.held_out),
+            "data": self.setup.data,
+            "train_images": len(self.setup.train),
+            "held_out_images": len(self.setup.held_out),
         }
 
 
@@ -197,7 +204,7 @@ def _sources(subject: Subject, precisions: Sequence[PrecisionLike | Access] | No
 
 def _targets(attack: Any, targets: Sequence[int | None] | None, split: Split) -> list[int | None]:
     classes = len(split.classes)
-    if not any(field.name == "target" for field in fields(attack)):
+    if not any(known.name == "target" for known in fields(attack)):
         return [None]
     if targets is None:
         return list(range(min(DEFAULT_TARGETS, classes)))
@@ -208,7 +215,7 @@ def _targets(attack: Any, targets: Sequence[int | None] | None, split: Split) ->
 
 
 def _aimed(attack: Any, target: int | None) -> Any:
-    return replace(attack, target=target) if any(field.name == "target" for field in fields(attack)) else attack
+    return replace(attack, target=target) if any(known.name == "target" for known in fields(attack)) else attack
 
 
 def _aim(target: int | None) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qadtr_brevitas.attacks.patch import Patch
 from qadtr_brevitas.attacks.random_patch import RandomPatch
-from qadtr_brevitas.craft import Crafted, craft
+from qadtr_brevitas.craft import Crafted, CraftSetup, craft
 from qadtr_brevitas.data.split import Split
 from qadtr_brevitas.errors import CheckpointError, UsageError
 from qadtr_brevitas.quant.switch import switch_of
@@ -55,16 +55,10 @@ def empty_log() -> None:
 
 def make(output: Path, attack: Any = None, subject: Subject | None = None, **settings: Any) -> list[Crafted]:
     train, held_out = coded_split().divide(20, seed=0)
-    return craft(
-        subject or reader(),
-        attack or White(),
-        name="white",
-        train=train,
-        held_out=held_out,
-        output=output,
-        data={"name": "coded"},
-        **{"progress": lambda done, total, note: None, **settings},
-    )
+    chosen: dict[str, Any] = {"progress": lambda done, total, note: None, **settings}
+    aims = {key: chosen.pop(key) for key in ("precisions", "targets") if key in chosen}
+    setup = CraftSetup(train=train, held_out=held_out, output=output, data={"name": "coded"}, **chosen)
+    return craft(subject or reader(), attack or White(), setup, name="white", **aims)
 
 
 def test_norms_are_folded_while_a_patch_is_made_and_no_longer(tmp_path: Path) -> None:
@@ -180,4 +174,4 @@ def test_model_and_images_have_to_fit(tmp_path: Path) -> None:
 
     odd: Split = coded_split(side=9)
     with pytest.raises(DataError, match="choose the data set it was trained on"):
-        craft(reader(), White(), name="white", train=odd, held_out=odd, output=tmp_path)
+        craft(reader(), White(), CraftSetup(train=odd, held_out=odd, output=tmp_path), name="white")

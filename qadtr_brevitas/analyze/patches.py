@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qadtr_brevitas.analyze.base import Context
-from qadtr_brevitas.craft import craft
+from qadtr_brevitas.craft import CraftSetup, craft
 from qadtr_brevitas.data.split import Split
 from qadtr_brevitas.errors import UsageError
 from qadtr_brevitas.predict import placements
@@ -90,21 +90,17 @@ def _make(
     if not hasattr(attack, "fit"):
         raise UsageError(f"{name} makes no patch: choose an attack that does, for instance attack=lavan")
     held_out, train = _divide(context.data.train(), seed=context.seed)
-    made = craft(
-        subject,
-        attack,
-        name=name,
+    setup = CraftSetup(
         train=train,
         held_out=held_out,
         output=folder,
-        precisions=[precision],
-        targets=targets,
         data={"name": context.data.name, "settings": dict(context.data.settings)},
         seed=context.seed,
         batch_size=context.batch_size,
         device=context.device,
         progress=context.progress,
     )
+    made = craft(subject, attack, setup, name=name, precisions=[precision], targets=targets)
     return [patch.path for patch in made]
 
 

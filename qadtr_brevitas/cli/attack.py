@@ -81,7 +81,7 @@ def command(
     default = model_dir / "patches"
     output = output or (default / protocol if protocol else default)
 
-    from qadtr_brevitas.craft import DEFAULT_TARGETS, craft
+    from qadtr_brevitas.craft import DEFAULT_TARGETS, CraftSetup, craft
     from qadtr_brevitas.device import resolve_device
     from qadtr_brevitas.subjects import load_subjects
     from qadtr_brevitas.unseen import craft_unseen
@@ -90,21 +90,16 @@ def command(
     subject = load_subjects([model_dir], device=where)[0]
     train, judge = _divide(load_split(dataset, "train"), train_images, held_out, seed=seed)
     aims = _read_targets(targets, train.classes)
-    work: dict[str, Any] = {
-        "train": train,
-        "held_out": judge,
-        "output": output,
-        "precisions": wanted,
-        "data": {"name": slot_name(dataset), "settings": dataset_settings(dataset)},
-        "seed": seed,
-        "device": where,
-    }
+    named = {"name": slot_name(dataset), "settings": dataset_settings(dataset)}
     with progress("making patches") as report:
+        setup = CraftSetup(
+            train=train, held_out=judge, output=output, data=named, seed=seed, device=where, progress=report
+        )
         if protocol:
             first = list(range(min(DEFAULT_TARGETS, len(train.classes) - 1)))
-            crafted = craft_unseen(subject, plugin, targets=aims or first, progress=report, **work)
+            crafted = craft_unseen(subject, plugin, setup, precisions=wanted, targets=aims or first)
         else:
-            crafted = craft(subject, plugin, name=attack, targets=aims, progress=report, **work)
+            crafted = craft(subject, plugin, setup, name=attack, precisions=wanted, targets=aims)
     _print(crafted, train.classes)
     kept = sum(patch.kept for patch in crafted)
     chosen = "" if output == default else f" --patches {output}"

@@ -47,27 +47,24 @@ class PatchPart(Part):
 
     def work(self, workshop: Workshop, progress: Progress) -> None:
         """Makes those that are missing."""
-        from qadtr_brevitas.craft import craft
+        from qadtr_brevitas.craft import CraftSetup, craft
 
         train, judge = workshop.patch_images(self.model, self.budget)
         dataset = workshop.dataset(self.model)
         classes = len(train.classes)
         targets = other_targets(self.targets, classes) if self.elsewhere else self.targets
-        craft(
-            workshop.subject(self.model, self.source),
-            self.attack,
-            name=slot_name(self.attack),
+        setup = CraftSetup(
             train=train,
             held_out=judge,
             output=self.folder,
-            precisions=[self.access],
-            targets=targets,
             data={"name": slot_name(dataset), "settings": settings_of(dataset)},
             seed=self.budget.seed,
             batch_size=self.budget.batch_size,
             device=workshop.where,
             progress=progress,
         )
+        subject = workshop.subject(self.model, self.source)
+        craft(subject, self.attack, setup, name=slot_name(self.attack), precisions=[self.access], targets=targets)
 
     def contenders(self) -> Iterator[Contender]:
         """The patches, by the names that the study gives them."""

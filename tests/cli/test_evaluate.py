@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 
 from qadtr_brevitas.attacks.lavan import Lavan
 from qadtr_brevitas.cli.main import cli
-from qadtr_brevitas.craft import craft
+from qadtr_brevitas.craft import CraftSetup, craft
 from qadtr_brevitas.report import Report
 from qadtr_brevitas.subjects import load_subjects
 from tests.evaluation_models import make_model_dir, train_split
@@ -25,7 +25,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     judge, rest = train_split().divide(30, seed=0)
     for subject, path in zip(load_subjects(paths), paths, strict=True):
         search = Lavan(size=4, steps=1, batch_size=16)
-        craft(subject, search, name="lavan", train=rest, held_out=judge, output=path / "patches", targets=[0, 1])
+        setup = CraftSetup(train=rest, held_out=judge, output=path / "patches")
+        craft(subject, search, setup, name="lavan", targets=[0, 1])
     return paths
 
 

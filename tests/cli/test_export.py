@@ -11,7 +11,7 @@ from click.testing import CliRunner, Result
 
 from qadtr_brevitas.attacks.lavan import Lavan
 from qadtr_brevitas.cli.main import cli
-from qadtr_brevitas.craft import craft
+from qadtr_brevitas.craft import CraftSetup, craft
 from qadtr_brevitas.subjects import load_subjects
 from tests.evaluation_models import make_model_dir, train_split
 
@@ -22,7 +22,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     judge, rest = train_split().divide(30, seed=0)
     search = Lavan(size=4, steps=1, batch_size=16)
     (subject,) = load_subjects([path])
-    craft(subject, search, name="lavan", train=rest, held_out=judge, output=path / "patches", targets=[0])
+    setup = CraftSetup(train=rest, held_out=judge, output=path / "patches")
+    craft(subject, search, setup, name="lavan", targets=[0])
     return path
 
 
