@@ -275,7 +275,11 @@ class SwitchableActProxy(_KeepTensorQuant, ActQuantProxyFromInjector):
             observer(self.quantizer, x)
         elif self.is_quant_enabled:
             return self.quantizer.quantize(x)
-        return self.fused_activation_quant_proxy.activation_impl(x)
+        activation = self.fused_activation_quant_proxy.activation_impl
+        folding = self.quantizer.switch.folding
+        if folding is not None and folding.in_place and isinstance(activation, nn.ReLU):
+            return x.relu_()
+        return activation(x)
 
     def forward(self, x: Any) -> Any:
         if self.export_mode or not self.is_quant_enabled:

@@ -53,6 +53,20 @@ class Branching(nn.Module):
         return self.head(self.second_norm(self.relu(self.second(y))).mean((2, 3)))
 
 
+class Rereading(nn.Module):
+    """A ReLU whose input is read again afterwards, or is needed on the way back by what read it before."""
+
+    def __init__(self, *, before: bool) -> None:
+        super().__init__()
+        self.conv, self.norm, self.relu, self.head = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Linear(4, 10)
+        self.before = before
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.conv(x))
+        y = y.square() + self.relu(y) if self.before else self.relu(y) + y
+        return self.head(y.mean((2, 3)))
+
+
 @pytest.mark.parametrize("name", ["cifar_resnet20", "cifar_vgg16", "test_efficientnet", "test_resnet", "densenet121"])
 def test_it_is_the_same_function_at_every_precision(name: str) -> None:
     model = switchable(create_float_model(name, num_classes=10))
@@ -75,6 +89,7 @@ def test_every_norm_behind_a_convolution_is_folded() -> None:
         folding = switch_of(model).folding
         assert folding is not None
         assert folding.norms == set(norms(model))
+        assert folding.in_place
     assert switch_of(model).folding is None
 
 
@@ -100,6 +115,22 @@ def test_what_would_be_another_function_is_left_alone(read_twice: bool) -> None:
             folding = switch_of(model).folding
             assert folding is not None
             assert len(folding.norms) == (0 if read_twice else 1)
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_relus_keep_what_is_read_elsewhere(before: bool) -> None:
+    model = switchable(Rereading(before=before))
+    images = torch.rand(4, 3, 32, 32, dtype=torch.float64)
+    with frozen_weights(model):
+        logits, gradient = logits_and_gradient(model, images)
+        with folded_norms(model, images[:2]):
+            folded = logits_and_gradient(model, images)
+            folding = switch_of(model).folding
+            assert folding is not None
+            assert folding.norms == set(norms(model))
+            assert not folding.in_place
+    assert torch.allclose(folded[0], logits, rtol=1e-8)
+    assert torch.allclose(folded[1], gradient, rtol=1e-6, atol=1e-10)
 
 
 def test_norms_in_training_are_refused() -> None:
