@@ -25,7 +25,10 @@ class Progress(Protocol):
 
 
 class ImageAttack(Protocol):
-    """An attack that makes adversarial images, one batch at a time (in training and evaluation)."""
+    """An attack that makes adversarial images, one batch at a time (in training and evaluation).
+
+    A class attribute `black_box = True` says that it sees nothing but the model's outputs.
+    """
 
     def run(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from qadtr_brevitas.attacks.image_patch import ImagePatch
 from qadtr_brevitas.attacks.patch_fields import Index
@@ -27,6 +27,8 @@ class SparseRs(ImagePatch):
     cross-entropy, alpha 0.1, every 10th. It spends 10,000 queries on 20x20 pixels of 224x224 and 50,000 on a target;
     5,000 suit patches of 8x8 on CIFAR.
     """
+
+    black_box: ClassVar[bool] = True
 
     target: Annotated[Index | None, Field(description="class to be seen instead; null: any wrong one")] = None
     queries: Annotated[int, Field(ge=1, description="forward passes for an image, at most, in each restart")] = 5000

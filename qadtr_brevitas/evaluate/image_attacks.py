@@ -50,6 +50,11 @@ class NamedAttack:
         """The class it aims at; None where any wrong class counts."""
         return getattr(self.plugin, "target", None)
 
+    @property
+    def is_black_box(self) -> bool:
+        """Whether it sees nothing but the model's outputs."""
+        return getattr(self.plugin, "black_box", False)
+
     @cached_property
     def family(self) -> str:
         """Its name with the settings that are not the defaults, but for the target."""
@@ -92,6 +97,7 @@ class SourcedAttack:
             name=f"{self.attack.family}{aim} on {self.subject.name} at {access}",
             family=self.attack.family,
             attack=self.attack.name,
+            black_box=self.attack.is_black_box,
             fingerprint=self.attack.fingerprint,
             settings=self.attack.settings,
             target=target,

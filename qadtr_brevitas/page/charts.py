@@ -31,9 +31,9 @@ def family_curves(report: Report, family: str) -> Image:
 
 
 def _model_curves(view: View, number: int, columns: Sequence[str]) -> Iterator[Curve]:
-    """White-box first, then what was made at 32 bit, on each network, then noise."""
+    """What was made at each precision first, then what was made at 32 bit, on each network, then noise."""
     name = view.model.name
-    yield Curve(f"{name}, white-box", [_point(view.white_box(p)) for p in columns], number)
+    yield Curve(f"{name}, {view.knowledge}", [_point(view.white_box(p)) for p in columns], number)
     for fingerprint, source in sources(view.report, view.family).items():
         own = fingerprint == view.model.fingerprint
         # What was made at 32 bit is white-box there.

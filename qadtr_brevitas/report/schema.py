@@ -130,7 +130,12 @@ class PatchFacts(_Part):
 
     @property
     def size(self) -> str:
-        """Height, width and, where it does not fill them, the pixels it covers."""
+        """Height, width and, where it does not fill them, the pixels it covers.
+
+        Of shapes that are searched (DPR), the pixels alone: their boxes differ from patch to patch.
+        """
+        if "rays" in self.settings:
+            return f"{self.pixels} pixels"
         filled = self.pixels == self.height * self.width
         return f"{self.height}x{self.width}" + ("" if filled else f" of {self.pixels} pixels")
 
@@ -150,11 +155,13 @@ class ImageAttackFacts(_Part):
     """One attack on every image by itself; `name` is unique among patches and attacks.
 
     `family` is what attacks that may be averaged over have in common: the attack and its settings, but for the target.
+    `black_box` attacks see nothing but the outputs.
     """
 
     name: str
     family: str
     attack: str
+    black_box: bool = False
     fingerprint: str
     settings: dict[str, Any] = {}
     target: int | None

@@ -48,7 +48,7 @@ def attacks_table(report: Report) -> Table:
         views = [View(report, model, family) for family in families(report)]
         found.append((model.name, {view.family: [percent(view.white_box(p)) for p in columns] for view in views}))
     notes = ("In percent of n images, which differ between attacks: see the tables of each.", ASR_NOTE)
-    title = "White-box ASR of each attack, made on the model and precision attacked"
+    title = "ASR of each attack, made on the model and precision attacked"
     return Table(title, _header(report), blocks(found), notes, labels=2)
 
 
@@ -68,7 +68,7 @@ def white_box_table(report: Report, family: str) -> Table:
         MEAN_NOTE,
         _seed_note(report, family),
     )
-    title = f"{family}: white-box, each precision under what was made at it"
+    title = f"{family}: each precision under what was made at it"
     return Table(title, _header(report), _model_blocks(report, family, _white_box), notes, labels=2)
 
 
@@ -121,7 +121,7 @@ def _summary(view: View, columns: Sequence[str]) -> Rows:
     means = [view.white_box(p) for p in columns]
     return {
         "clean accuracy": [percent(view.clean(p)) for p in columns],
-        "ASR white-box": [percent(mean) for mean in means],
+        f"ASR {view.knowledge}": [percent(mean) for mean in means],
         "95 % interval": [interval(mean) for mean in means],
         "ASR, made at 32 bit": [percent(view.made_at(p, FLOAT)) for p in columns],
         "ASR, made on a mean over precisions": [percent(view.eot(p)) for p in columns],

@@ -35,6 +35,12 @@ class View:
     family: str
     variant: str | None = None
 
+    @cached_property
+    def knowledge(self) -> str:
+        """What attacks of this family know of a model that they are made on, as tables call it."""
+        blind = any(isinstance(facts, ImageAttackFacts) and facts.black_box for facts in self._members)
+        return "black-box" if blind else "white-box"
+
     def clean(self, precision: str) -> Rate | None:
         """Accuracy without an attack; None where the model was not evaluated at this precision."""
         where = (self.model.name, precision)

@@ -186,11 +186,14 @@ class _Maker:
     access: str = ""
     is_own: bool = True
     is_patch: bool = True
+    is_black_box: bool = False
 
     def what(self, threat: str) -> str:
         """The row of the table that it belongs to."""
-        if threat in ("control", "white-box"):
-            return self.kind if threat == "control" else f"{self.kind}, {threat}"
+        if threat == "control":
+            return self.kind
+        if threat == "white-box":
+            return f"{self.kind}, {'black-box' if self.is_black_box else threat}"
         return f"{self.kind}{'' if self.is_own else f' on {self.network}'}, made at {self.access}"
 
 
@@ -205,7 +208,9 @@ def _makers(row: Row, report: Report) -> dict[str, _Maker]:
     for facts in report.attacks:
         source = facts.source
         is_own = source.name == row.part.row
-        found[facts.name] = _Maker(facts.family, source.name, source.precision, is_own=is_own, is_patch=False)
+        found[facts.name] = _Maker(
+            facts.family, source.name, source.precision, is_own, is_patch=False, is_black_box=facts.black_box
+        )
     return found
 
 

@@ -43,7 +43,7 @@ def test_one_model_gives_tables_and_files(runs: list[Path], tmp_path: Path) -> N
         "lavan 4x4: clean accuracy",
         "ASR white-box",
         "n of ASR",
-        "white-box, each precision",
+        "each precision under what was made at it",
         "made at 32",
         "first to first",
     ):

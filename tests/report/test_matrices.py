@@ -1,6 +1,10 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
+
+import torch
 
 from qadtr_brevitas.evaluate import NamedAttack, evaluate
 from qadtr_brevitas.report import Report
@@ -55,7 +59,7 @@ def test_image_attacks_fill_the_same_tables_as_patches(tmp_path: Path) -> None:
     report = image_report(tmp_path)
     titles = [table.title for table in tables(report)]
     assert titles[:4] == [
-        "White-box ASR of each attack, made on the model and precision attacked",
+        "ASR of each attack, made on the model and precision attacked",
         "whiten: clean accuracy and ASR at each precision",
         "whiten side=1: clean accuracy and ASR at each precision",
         "Robust accuracy under all attacks together",
@@ -70,6 +74,31 @@ def test_image_attacks_fill_the_same_tables_as_patches(tmp_path: Path) -> None:
     assert "ASR, made on a mean over precisions" in summary
     assert "ASR of a random patch" not in summary
     assert summary["n of ASR"] == ["40", "40"]
+
+
+class Blind(Whiten):
+    black_box: ClassVar[bool] = True
+
+
+def test_what_sees_outputs_alone_is_called_black_box(tmp_path: Path) -> None:
+    grid = make_grid([reader(model=Reader(fooled_at=(4,)))], attacks=[NamedAttack("blind", Blind())])
+    found = {table.title: table for table in tables(evaluate(grid, output=tmp_path))}
+    labels = {row[1] for row in rows(found["blind: clean accuracy and ASR at each precision"])}
+    assert "ASR black-box" in labels
+    assert "ASR white-box" not in labels
+
+
+def test_searched_shapes_of_as_many_pixels_are_one_family(tmp_path: Path) -> None:
+    masks = ((True, True, True), (True, False, False)), ((True, True), (True, True))
+    patches = []
+    for number, mask in enumerate(masks):
+        covered = torch.tensor(mask)
+        made = white_patch(f"patch {number}", target=number)
+        meta = {**made.patch.meta, "attack": "dpr", "settings": {"rays": 36}}
+        texture = torch.ones(3, *covered.shape)
+        patches.append(replace(made, patch=replace(made.patch, texture=texture, mask=covered, meta=meta)))
+    report = evaluate(make_grid([reader()], patches), output=tmp_path)
+    assert {patch.family for patch in report.patches if not patch.control} == {"dpr 4 pixels"}
 
 
 def test_worst_case_table_leaves_out_transfers_where_there_are_none(tmp_path: Path) -> None:

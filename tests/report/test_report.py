@@ -145,7 +145,7 @@ def test_summary_compares_models_in_blocks(tmp_path: Path) -> None:
 
 
 def test_white_box_table_has_every_figure_with_its_denominator(tmp_path: Path) -> None:
-    table = find(small_report(tmp_path, targets=(2, 1)), "white-box")
+    table = find(small_report(tmp_path, targets=(2, 1)), "each precision under what was made at it")
     cells = {row[1]: row[2:] for row in rows(table)}
     assert cells == {
         "ASR": ["50.0", "50.0"],
@@ -193,7 +193,7 @@ def test_families_are_not_averaged_together(tmp_path: Path) -> None:
     patches = [white_patch("a"), white_patch("b", side=3), white_patch("c", target=None)]
     report = evaluate(make_grid([reader()], patches), output=tmp_path)
     assert families(report) == ["lavan 2x2", "lavan 3x3", "lavan 2x2 untargeted"]
-    untargeted = {row[1]: row[2:] for row in rows(find(report, "lavan 2x2 untargeted: white-box"))}
+    untargeted = {row[1]: row[2:] for row in rows(find(report, "lavan 2x2 untargeted: each precision"))}
     assert untargeted["n of ASR"] == ["-", "40"]
 
 
