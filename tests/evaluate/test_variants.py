@@ -87,7 +87,7 @@ def test_variants_have_a_table_of_their_own_and_enter_no_mean(tmp_path: Path) ->
     assert rows[0][2:] == ["100.0", "100.0"]
     assert [row[0] for row in rows[4:] if row[0]] == ["random patch", "n of ASR"]
     assert rows[-1] == ["n of ASR", "", "30", "30"]
-    white_box = find(report, "lavan 2x2: white-box")
+    white_box = find(report, "lavan 2x2: each precision")
     numbers = next(row for row in white_box.rows if row and row[1] == "number of attacks")
     assert numbers[2:] == ("1", "1")
     assert {case.attacks for case in report.worst_case if case.scope == "all"} == {4}
