@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from qadtr_brevitas.errors import UsageError
 from qadtr_brevitas.precision import Precision
@@ -119,9 +120,8 @@ def _folded(
     norm: SwitchableBatchNorm, precision: Precision, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     mean, var, gain, shift = norm.at(precision)
-    factor = (var + norm.eps).rsqrt() * (1.0 if gain is None else gain)
-    offset = -mean if bias is None else bias - mean
-    return weight * factor[:, None, None, None], offset * factor + (0.0 if shift is None else shift)
+    folded, offset = fuse_conv_bn_weights(weight, bias, mean, var, norm.eps, gain, shift)
+    return folded.detach(), offset.detach()
 
 
 def _follow(model: nn.Module, images: Tensor) -> tuple[Tensor, dict[nn.Module, SwitchableBatchNorm]]:
