@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 _VERDICTS = {"right": "#00704F", "target": "#C00000", "wrong": "#B35900"}
 _INCHES_PER_TILE = 1.15
 _PANELS_ACROSS = 3
+_OWN = "made at the precision attacked"
 _EOT = "made on a mean over precisions"
 
 
@@ -52,8 +53,8 @@ class Sheet:
 def draw_asr(report: Report, path: Path) -> Path:
     """Draws ASR against precision, a panel for each kind of attack.
 
-    Each model has a curve for white-box attacks, those made at 32 bit, those made on means over precisions, and the
-    random patch.
+    Each model has a curve for attacks made at the precision attacked, those made at 32 bit, those made on means
+    over precisions, and the random patch.
 
     Raises:
         CheckpointError: the file cannot be written.
@@ -70,7 +71,7 @@ def draw_asr(report: Report, path: Path) -> Path:
     for axes in list(grid.flat)[len(shown) :]:
         axes.set_axis_off()
     styles: dict[str, dict[str, Any]] = {
-        "white-box": {"linestyle": "-", "marker": "o"},
+        _OWN: {"linestyle": "-", "marker": "o"},
         "made at 32 bit": {"linestyle": "--", "marker": "s", "markerfacecolor": "white"},
         _EOT: {"linestyle": "-.", "marker": "^", "markerfacecolor": "white"},
         "random patch": {"linestyle": ":", "marker": "x"},
@@ -81,7 +82,7 @@ def draw_asr(report: Report, path: Path) -> Path:
         for number, model in enumerate(report.models):
             view, color = View(report, model, family), COLORS[number % len(COLORS)]
             curves = {
-                "white-box": [view.white_box(p) for p in columns],
+                _OWN: [view.white_box(p) for p in columns],
                 "made at 32 bit": [view.made_at(p, FLOAT) for p in columns],
                 _EOT: [view.eot(p) for p in columns],
                 "random patch": [view.control(p) for p in columns],
