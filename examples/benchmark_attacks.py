@@ -7,7 +7,7 @@ All on one float ResNet-20, batch 64, an 8x8 patch:
 (a) a step of LAVAN and of GAP, made on the converted network at 32 bit with its norms folded, as `attack` does, against
     the ceiling, forward and gradient to the images alone in the float network, and against ART, the Adversarial
     Robustness Toolbox (`pip install --group peers`; left out if it is not installed). ART gets the network as it is
-    loaded and, in a row of its own, with channels-last weights, which is faster here; so does the ceiling;
+    loaded and, in a row of its own, with channels-last weights, which may be faster; so does the ceiling;
 (b) time to the ASR that ART's patch reaches in `--art-steps` steps, same images, target, places and step size;
 (c) one patch scored on `--images` images at 32, 8, 5, 4 and 2 bit, against five float passes over the clean images.
 
@@ -90,8 +90,8 @@ def fit(
     judge = bench.test.images[-held_out:], bench.test.labels[-held_out:]
     few = bench.train.batch(torch.arange(2))[0]
     with frozen_weights(bench.model), folded_norms(bench.model, few) if folded else nullcontext():
-        train = bench.train
-        return attack.fit(bench.model, train.images, train.labels, held_out=judge, seed=0, progress=progress)
+        images, labels = bench.train.images, bench.train.labels
+        return attack.fit(bench.model, images, labels, held_out=judge, seed=0, progress=progress)
 
 
 def attack_times(bench: Bench, attack: Any, *, folded: bool = True) -> list[float]:
