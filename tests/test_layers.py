@@ -16,7 +16,7 @@ from qadtr_brevitas.registry import REGISTRIES
 PACKAGE = Path(qadtr_brevitas.__file__).parent
 LAYERS = (
     {"errors", "precision", "registry"},
-    {"describe", "device", "files", "plugin", "protocol", "recipe", "recipe_files", "seeding"},
+    {"describe", "device", "files", "memory", "plugin", "protocol", "recipe", "recipe_files", "seeding"},
     {"attacks", "data", "models", "quant", "training"},
     {
         "build",

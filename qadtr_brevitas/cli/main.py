@@ -13,6 +13,7 @@ import click
 from qadtr_brevitas import __version__
 from qadtr_brevitas.cli import common
 from qadtr_brevitas.errors import QadtrError, UsageError
+from qadtr_brevitas.memory import keep_freed_memory
 
 COMMANDS = {
     "convert": ("qadtr_brevitas.cli.convert", "Turn a float model into a switchable quantized one."),
@@ -112,6 +113,7 @@ def cli() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit code: 0 ok, 1 failure, 2 bad usage or an invalid recipe."""
+    keep_freed_memory()
     # Brevitas looks for a compiler, and PyTorch says that there is no GPU for it.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     try:
