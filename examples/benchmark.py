@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
+from qadtr_brevitas.memory import keep_freed_memory
 from qadtr_brevitas.models.create import create_float_model
 from qadtr_brevitas.precision import DEFAULT_BITS
 from qadtr_brevitas.quant import SwitchableModel, calibrate, convert, frozen_weights, set_precision
@@ -226,6 +227,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.device.type == "cpu":
         torch.set_num_threads(1)
+    keep_freed_memory()
     result = measure(arguments.device, arguments.rounds)
     arguments.output.write_text(json.dumps(result, indent=2) + "\n")
     for title, key in (("training step", "training"), ("patch-crafting step", "patch")):

@@ -4,12 +4,14 @@
 
 All on one float ResNet-20, batch 64, an 8x8 patch:
 
-(a) a step of LAVAN and of GAP, made on the converted network at 32 bit with its norms folded, as `attack` does, against
-    the ceiling, forward and gradient to the images alone in the float network, and against ART, the Adversarial
-    Robustness Toolbox (`pip install --group peers`; left out if it is not installed). ART gets the network as it is
-    loaded and, in a row of its own, with channels-last weights, which may be faster; so does the ceiling;
+(a) a step of LAVAN and of GAP, made on the converted network at 32 bit as `attack` does (norms folded, in bfloat16
+    where the CPU has units for it), against the ceiling, forward and gradient to the images alone in the float network,
+    and against ART, the Adversarial Robustness Toolbox (`pip install --group peers`; left out if it is not installed).
+    ART gets the network as it is loaded and, in a row of its own, with channels-last weights, which may be faster; so
+    does the ceiling, which has a row in bfloat16 too. LAVAN has rows in float32 and without folding;
 (b) time to the ASR that ART's patch reaches in `--art-steps` steps, same images, target, places and step size;
-(c) one patch scored on `--images` images at 32, 8, 5, 4 and 2 bit, against five float passes over the clean images.
+(c) one patch scored on `--images` images at 32, 8, 5, 4 and 2 bit, against five float passes over the clean images, of
+    the network as it is loaded and with channels-last weights.
 
 With QADTR_BREVITAS_DATA set (CIFAR-10 and published weights, see README) the network is trained; without, its weights
 are random, which changes no time of (a) and (c), and (b) is left out. Times are processor seconds of one CPU thread.
@@ -39,6 +41,8 @@ from qadtr_brevitas.attacks.patch import Patch
 from qadtr_brevitas.data.image_folder import Cifar10
 from qadtr_brevitas.data.shapes import Shapes
 from qadtr_brevitas.data.split import Split
+from qadtr_brevitas.device import has_fast_bf16
+from qadtr_brevitas.memory import keep_freed_memory
 from qadtr_brevitas.metrics import score
 from qadtr_brevitas.precision import DEFAULT_BITS
 from qadtr_brevitas.predict import predict
@@ -72,32 +76,40 @@ class Bench:
         return score(clean, patched, few.labels, target=TARGET).asr.value or 0.0
 
 
-def ceiling_times(bench: Bench, net: nn.Module) -> list[float]:
+def ceiling_times(bench: Bench, net: nn.Module, *, bf16: bool = False) -> list[float]:
     """Seconds of forward and gradient to the images, the least an attack has to do."""
     times = []
     for number in range(bench.steps):
         images, labels = bench.train.batch(torch.arange(BATCH) + BATCH * number)
         start = bench.now()
-        patch_step(net, images, labels)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            patch_step(net, images, labels)
         times.append(bench.now() - start)
     return times
 
 
 def fit(
-    bench: Bench, attack: Any, *, held_out: int, folded: bool = True, progress: Callable[..., object] | None = None
+    bench: Bench,
+    attack: Any,
+    *,
+    held_out: int,
+    folded: bool = True,
+    bf16: bool = True,
+    progress: Callable[..., object] | None = None,
 ) -> Patch:
     """A patch as `qadtr-brevitas attack` makes it, at 32 bit."""
+    bf16 = bf16 and has_fast_bf16("cpu")
     judge = bench.test.images[-held_out:], bench.test.labels[-held_out:]
     few = bench.train.batch(torch.arange(2))[0]
-    with frozen_weights(bench.model), folded_norms(bench.model, few) if folded else nullcontext():
+    with frozen_weights(bench.model), folded_norms(bench.model, few, bf16=bf16) if folded else nullcontext():
         images, labels = bench.train.images, bench.train.labels
         return attack.fit(bench.model, images, labels, held_out=judge, seed=0, progress=progress)
 
 
-def attack_times(bench: Bench, attack: Any, *, folded: bool = True) -> list[float]:
+def attack_times(bench: Bench, attack: Any, **how: bool) -> list[float]:
     """Seconds between the progress reports of our attack: everything a step does."""
     stamps: list[float] = []
-    fit(bench, attack, held_out=BATCH, folded=folded, progress=lambda *_, **__: stamps.append(bench.now()))
+    fit(bench, attack, held_out=BATCH, progress=lambda *_, **__: stamps.append(bench.now()), **how)
     # The last step also scores the patch on held-out images.
     return [after - before for before, after in pairwise(stamps[:-1])]
 
@@ -147,8 +159,10 @@ def step_times(bench: Bench) -> dict[str, float]:
     rows: dict[str, Callable[[], list[float]]] = {
         "ceiling": lambda: ceiling_times(bench, bench.net),
         "ceiling, as loaded": lambda: ceiling_times(bench, bench.loaded),
+        "ceiling, bfloat16": lambda: ceiling_times(bench, bench.net, bf16=True),
         "LAVAN": lambda: attack_times(bench, lavan),
         "GAP": lambda: attack_times(bench, gap),
+        "LAVAN, float32": lambda: attack_times(bench, lavan, bf16=False),
         "LAVAN, not folded": lambda: attack_times(bench, lavan, folded=False),
     }
     if (art := art_attack(bench.loaded)) and (faster_art := art_attack(bench.net)):
@@ -184,28 +198,32 @@ def art_race(bench: Bench, art_steps: int) -> dict[str, float] | None:
     return {"art_asr": goal, "art_s": art_seconds, "asr": asr, "s": float("nan"), "steps": steps}
 
 
-def scoring_ratio(bench: Bench, images: int, rounds: int) -> float:
+def scoring_ratios(bench: Bench, images: int, rounds: int) -> dict[str, float]:
     """(c): one patch on all precisions, against as many float passes over the clean images."""
     model, _ = convert(float_model().net, DEFAULT_BITS)
     calibrate(model, [bench.test.batch(torch.arange(128))[0]])
     model.eval().to(memory_format=torch.channels_last)
     few = bench.test.subset(torch.arange(min(images, len(bench.test))))
     patch = Patch(texture=torch.full((3, SIDE, SIDE), 128 / 255), mask=torch.ones(SIDE, SIDE, dtype=torch.bool))
-    ours, bare = [], []
+    seconds: dict[str, list[float]] = {"ours": [], "as loaded": [], "channels last": []}
     for _ in range(rounds):
-        seconds = [0.0, 0.0]
-        # Switchable and float pass by turns, so that drift hits both alike.
+        # Switchable and float passes by turns, so that drift hits all alike.
+        for column in seconds.values():
+            column.append(0.0)
         with frozen_weights(model):
             for bits in DEFAULT_BITS:
                 with at_precision(model, bits):
-                    start = bench.now()
-                    predict(model, few, patch=patch)
-                    middle = bench.now()
-                    predict(bench.net, few)
-                    seconds = [seconds[0] + middle - start, seconds[1] + bench.now() - middle]
-        ours.append(seconds[0])
-        bare.append(seconds[1])
-    return statistics.median(ours) / statistics.median(bare)
+                    seconds["ours"][-1] += _timed(bench.now, lambda: predict(model, few, patch=patch))
+                seconds["as loaded"][-1] += _timed(bench.now, lambda: predict(bench.loaded, few))
+                seconds["channels last"][-1] += _timed(bench.now, lambda: predict(bench.net, few))
+    ours = statistics.median(seconds.pop("ours"))
+    return {name: ours / statistics.median(column) for name, column in seconds.items()}
+
+
+def _timed(now: Clock, work: Callable[[], object]) -> float:
+    start = now()
+    work()
+    return now() - start
 
 
 def prepare(steps: int, rounds: int) -> Bench:
@@ -238,12 +256,13 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--output", type=Path, default=Path("bench_attacks.json"))
     arguments = parser.parse_args()
+    keep_freed_memory()
     torch.set_num_threads(1)
     bench = prepare(arguments.steps, arguments.rounds)
     seconds = step_times(bench)
     race = art_race(bench, arguments.art_steps)
-    scoring = scoring_ratio(bench, arguments.images, max(1, arguments.rounds // 3))
-    result = {"step_s": seconds, "race": race, "scoring_ratio": scoring, "arguments": vars(arguments)}
+    scoring = scoring_ratios(bench, arguments.images, max(1, arguments.rounds // 3))
+    result = {"step_s": seconds, "race": race, "scoring_ratios": scoring, "arguments": vars(arguments)}
     arguments.output.write_text(json.dumps(result, indent=2, default=str) + "\n")
     print("patch steps per second, and share of the ceiling")
     for name, value in seconds.items():
@@ -251,7 +270,8 @@ def main() -> None:
     if race:
         print(f"ART: ASR {race['art_asr']:.1%} after {race['art_s']:.1f} s")
         print(f"LAVAN: ASR {race['asr']:.1%} after {race['s']:.1f} s, {race['s'] / race['art_s']:.2f} of that")
-    print(f"one patch scored at five precisions: {scoring:.2f} x five clean float passes")
+    for name, ratio in scoring.items():
+        print(f"one patch scored at five precisions: {ratio:.2f} x five clean float passes, {name}")
     print(f"written to {arguments.output}")
 
 

@@ -33,6 +33,13 @@ def resolve_device(name: str = "auto") -> torch.device:
     return torch.device(wanted)
 
 
+def has_fast_bf16(device: torch.device | str) -> bool:
+    """Whether a device is a CPU with units for matrices of bfloat16 (AMX), which multiply faster than float32."""
+    import torch
+
+    return torch.device(device).type == "cpu" and bool(torch.cpu.get_capabilities().get("amx_bf16"))
+
+
 def _existing() -> list[str]:
     import torch
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from qadtr_brevitas.device import resolve_device
+from qadtr_brevitas.device import has_fast_bf16, resolve_device
 from qadtr_brevitas.errors import UsageError
 
 
@@ -47,3 +47,13 @@ def test_names_that_cannot_be_read(computer, name: str) -> None:
     computer()
     with pytest.raises(UsageError, match="cannot be read: use auto, cpu, cuda, cuda:N or mps"):
         resolve_device(name)
+
+
+@pytest.mark.parametrize(
+    ("device", "amx", "fast"), [("cpu", True, True), ("cpu", False, False), ("cuda:0", True, False)]
+)
+def test_only_cpus_with_units_for_bfloat16_are_fast_at_it(
+    monkeypatch: pytest.MonkeyPatch, device: str, amx: bool, fast: bool
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": amx})
+    assert has_fast_bf16(device) is fast

@@ -6,12 +6,15 @@ for the rounding of floats, which may carry a value over to the next level of a 
 reported is scored in this form. `examples/benchmark_attacks.py` measures what it saves.
 
 ReLUs at 32 bit write over what they read, where nothing else reads it: a convolution does not need its result again.
+
+If wished, forwards at 32 bit run in bfloat16: a patch climbs by the direction of its gradient, which keeps it. At lower
+precisions the rounding would carry values over to other levels, so these stay in float32.
 """
 
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -27,6 +30,8 @@ from qadtr_brevitas.quant.norm import SwitchableBatchNorm, norms
 from qadtr_brevitas.quant.switch import Switch, observing, switch_of
 
 _TOLERANCE = 1e-3
+# Cosine of the gradients in bfloat16 and float32 from which on the former is good enough to make patches by.
+_SAME_DIRECTION = 0.9
 
 
 @dataclass(frozen=True)
@@ -37,11 +42,13 @@ class Folding:
         switch: the model's switch.
         behind: the norm behind a convolution, by the convolution.
         in_place: whether ReLUs write over what they read.
+        bf16: whether forwards at 32 bit run in bfloat16.
     """
 
     switch: Switch
     behind: Mapping[nn.Module, SwitchableBatchNorm]
     in_place: bool = False
+    bf16: bool = False
     made: dict[tuple[nn.Module, Precision], tuple[Tensor, Tensor | None]] = field(default_factory=dict)
 
     @cached_property
@@ -68,14 +75,29 @@ class Folding:
             self.made[key] = weight, bias
         return self.made[key]
 
+    def rounds(self, precision: Precision) -> bool:
+        """Whether forwards at a precision run in bfloat16."""
+        return self.bf16 and precision.is_float
+
+    def arithmetic(self, images: Tensor) -> AbstractContextManager[Any]:
+        """What a forward over images runs in, at the precision in force."""
+        if self.rounds(self.switch.precision):
+            return torch.autocast(images.device.type, torch.bfloat16)
+        return nullcontext()
+
 
 @contextmanager
-def folded_norms(model: nn.Module, images: Tensor) -> Generator[None]:
+def folded_norms(model: nn.Module, images: Tensor, *, bf16: bool = False) -> Generator[Folding]:
     """Folds the BatchNorms of a model into its convolutions inside a block, where this is the same function.
 
     Args:
         model: a switchable model in eval mode, whose weights must not change inside.
         images: a few images, (N, 3, H, W) in [0, 1], on the model's device: to see what follows what, and to check.
+        bf16: run forwards at 32 bit in bfloat16, where gradients to these images keep their direction. Logits stay
+            float32.
+
+    Yields:
+        What is folded.
 
     Raises:
         UsageError: the model is not switchable, or in training mode.
@@ -85,35 +107,47 @@ def folded_norms(model: nn.Module, images: Tensor) -> Generator[None]:
         raise UsageError("norms are folded with their running statistics: call eval() on the model first")
     before, switch.folding = switch.folding, None
     try:
-        switch.folding = _possible(model, switch, images)
-        yield
+        switch.folding = _possible(model, switch, images, bf16=bf16)
+        yield switch.folding
     finally:
         switch.folding = before
 
 
-def _possible(model: nn.Module, switch: Switch, images: Tensor) -> Folding:
+def _possible(model: nn.Module, switch: Switch, images: Tensor, *, bf16: bool) -> Folding:
     """As much as leaves the function what it is: something else may read what a layer gives, or change it."""
     with observing(model, lambda quantizer, tensor: None):
         expected, behind = _follow(model, images)
         for found, in_place in ((behind, True), (behind, False), ({}, True)):
             switch.folding = Folding(switch, found, in_place)
-            if _gives(expected, model, images):
+            exact = _forward_and_back(model, images)
+            if exact is not None and _close(exact[0], expected):
+                switch.folding = Folding(switch, found, in_place, bf16)
+                rounded = _forward_and_back(model, images) if bf16 else None
+                kept = rounded is not None and _same_direction(rounded[1], exact[1])
                 # Anew: the weights that were made in this block are not quantized.
-                return Folding(switch, found, in_place)
+                return Folding(switch, found, in_place, kept)
     return Folding(switch, {})
 
 
-def _gives(expected: Tensor, model: nn.Module, images: Tensor) -> bool:
-    """Whether the logits are the expected ones, and the way back to the images is open."""
+def _forward_and_back(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Logits, and the gradient of the highest ones to the images; None if a layer cannot compute them."""
     with torch.enable_grad():
         images = images.detach().requires_grad_()
-        logits: Tensor = model(images)
         try:
-            torch.autograd.grad(logits.sum(), images)
+            logits: Tensor = model(images)
+            (gradient,) = torch.autograd.grad(logits.amax(1).sum(), images)
         except RuntimeError:
-            # A layer needs what a ReLU has written over.
-            return False
+            # It needs what a ReLU has written over, say, or its own dtype.
+            return None
+    return logits.detach(), gradient
+
+
+def _close(logits: Tensor, expected: Tensor) -> bool:
     return torch.allclose(logits, expected, rtol=0, atol=_TOLERANCE * float(expected.abs().max()))
+
+
+def _same_direction(first: Tensor, second: Tensor) -> bool:
+    return float(torch.cosine_similarity(first.flatten(), second.flatten(), dim=0)) >= _SAME_DIRECTION
 
 
 def _folded(

@@ -40,7 +40,11 @@ class SwitchableModel(nn.Module):
             Logits, (N, classes).
         """
         self.switch.images = len(images)
-        return self.net((images - self.mean) / self.std)
+        normalized = (images - self.mean) / self.std
+        if (folding := self.switch.folding) is None:
+            return self.net(normalized)
+        with folding.arithmetic(images):
+            return self.net(normalized).to(images.dtype)
 
     def extra_repr(self) -> str:
         return f"precision={self.switch.precision}, allowed={', '.join(str(p) for p in self.switch.allowed)}"

@@ -1,5 +1,7 @@
+import copy
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from qadtr_brevitas.attacks.lavan import Lavan
 from qadtr_brevitas.attacks.patch import Patch
 from qadtr_brevitas.attacks.random_patch import RandomPatch
 from qadtr_brevitas.errors import DataError, UsageError
+from qadtr_brevitas.quant import convert, folded_norms
 from tests.attacks.support import attacked, corners_of, spy, target_rate
 
 FAST = {"size": 5, "steps": 60, "batch_size": 32, "check_every": 20}
@@ -35,6 +38,18 @@ def test_a_targeted_patch_beats_noise_by_far(toy, target, step_rule):
 @pytest.mark.parametrize("loss", ["logits", "cross-entropy", "margin"])
 def test_every_loss_raises_the_target(toy, loss):
     assert toy.success_rate(fit(toy, target=1, loss=loss), 1) > toy.success_rate(noise(toy), 1) + 0.4
+
+
+def test_a_patch_made_in_bfloat16_is_as_strong(toy):
+    model, _ = convert(copy.deepcopy(toy.model), [32], mean=(0, 0, 0), std=(1, 1, 1), image_size=(16, 16))
+    model.eval()
+    rates = []
+    for bf16 in (False, True):
+        with folded_norms(model, toy.test[0][:2].float() / 255, bf16=bf16) as folding:
+            assert folding.bf16 is bf16
+            patch = fit(replace(toy, model=model), target=1)
+        rates.append(toy.success_rate(patch, 1))
+    assert rates[1] == pytest.approx(rates[0], abs=0.1)
 
 
 def test_an_untargeted_patch_lowers_accuracy(toy):

@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
 
+from qadtr_brevitas import craft
 from qadtr_brevitas.attacks.patch import Patch
 from qadtr_brevitas.cli.main import cli
 from tests.evaluation_models import make_model_dir
@@ -32,6 +34,26 @@ def test_makes_a_patch_for_each_precision_and_target(run_dir: Path, tmp_path: Pa
     assert f"wrote 6 patches to {tmp_path}" in result.stderr
     assert f"next: qadtr-brevitas evaluate {run_dir} --patches {tmp_path}" in result.stderr
     assert Patch.load(tmp_path / "lavan-4x4-4bit-target1").meta["data"]["name"] == "shapes"
+
+
+def test_bfloat16_serves_at_32_bit_alone_and_can_be_refused(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(craft, "has_fast_bf16", lambda device: True)
+    for folder, options in (("rounded", []), ("exact", ["--float32"])):
+        result = attack(run_dir, *FAST, "--target", "0", *options, "-o", tmp_path / folder)
+        assert result.exit_code == 0, result.output
+    made = {
+        (folder, bits): Patch.load(tmp_path / folder / f"lavan-4x4-{bits}bit-target0")
+        for folder in ("rounded", "exact")
+        for bits in (32, 4)
+    }
+    assert [key for key, patch in made.items() if patch.meta["bf16"]] == [("rounded", 32)]
+    assert not torch.equal(made["rounded", 32].texture, made["exact", 32].texture)
+    assert torch.equal(made["rounded", 4].texture, made["exact", 4].texture)
+    refused = attack(run_dir, *FAST, "--target", "0", "--float32", "-o", tmp_path / "rounded")
+    assert refused.exit_code == 2
+    assert "made from another model, images, seed or settings" in refused.output
 
 
 def test_mean_over_precisions_is_attacked_like_a_precision(run_dir: Path, tmp_path: Path) -> None:

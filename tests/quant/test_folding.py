@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -131,6 +133,46 @@ def test_relus_keep_what_is_read_elsewhere(before: bool) -> None:
             assert not folding.in_place
     assert torch.allclose(folded[0], logits, rtol=1e-8)
     assert torch.allclose(folded[1], gradient, rtol=1e-6, atol=1e-10)
+
+
+class Jumpy(nn.Module):
+    """The gradient of a sum of fast waves, which points anywhere once numbers are rounded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head((1000 * self.conv(x)).sin().mean((2, 3)))
+
+
+@pytest.mark.parametrize(("name", "args"), [("cifar_resnet20", {}), ("test_vit", {"img_size": 32})])
+def test_bfloat16_keeps_the_direction_at_32_bit_and_changes_nothing_below(name: str, args: dict[str, Any]) -> None:
+    model = switchable(create_float_model(name, num_classes=10, args=args)).float()
+    images = torch.rand(4, 3, 32, 32)
+    for bits in PRECISIONS:
+        with at_precision(model, bits), frozen_weights(model):
+            with folded_norms(model, images[:2]):
+                exact = logits_and_gradient(model, images)
+            with folded_norms(model, images[:2], bf16=True) as folding:
+                rounded = logits_and_gradient(model, images)
+        assert folding.bf16
+        assert all(tensor.dtype == torch.float32 for tensor in rounded)
+        if bits == 32:
+            assert not torch.equal(rounded[0], exact[0])
+            assert torch.cosine_similarity(rounded[1].flatten(), exact[1].flatten(), dim=0) > 0.9
+        else:
+            assert torch.equal(rounded[0], exact[0])
+            assert torch.equal(rounded[1], exact[1])
+
+
+def test_bfloat16_is_left_where_it_would_turn_the_gradient() -> None:
+    model = switchable(Jumpy()).float()
+    images = torch.rand(2, 3, 32, 32)
+    with frozen_weights(model), folded_norms(model, images, bf16=True) as folding:
+        assert not folding.bf16
+        rounded = model(images)
+        assert torch.allclose(rounded, Jumpy.forward(model.net, (images - model.mean) / model.std), rtol=1e-3)
 
 
 def test_norms_in_training_are_refused() -> None:
