@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from qadtr_brevitas.attacks.descent import Descent
 from qadtr_brevitas.attacks.engine import as_float, endless_batches, round_checked
@@ -111,7 +112,7 @@ class ShapeSearch:
 
         noise = 1 + _START_NOISE * torch.randn(fields.rays, generator=task.stream("shape start")).to(device)
         self.rays = self._bounds.hold(_radius(pixels) * noise).requires_grad_()
-        self.texture = task.start_texture(self._bounds.window).requires_grad_()
+        self.texture = self._start().requires_grad_()
         # The cosine belongs to the texture's own phase: until then the shape it must suit is still moving.
         self._descent = Descent(steps=steps, step_rule=fields.step_rule, lr=fields.step_size, cosine=False)
         self._texture_steps = self._descent.optimizer(self.texture)
@@ -147,6 +148,18 @@ class ShapeSearch:
         """
         texture, mask = self.cut(round_checked(self.texture, step=number))
         return Candidate(texture=texture, mask=mask, score=self._task.score(self._fields.put(mask), texture))
+
+    @torch.no_grad()
+    def _start(self) -> Tensor:
+        """A texture for the window. A picture fills the shape's box; what rays may reach later is like its border."""
+        mask, window = self._mask(), self._bounds.window
+        if self._fields.init != "image":
+            return self._task.start_texture(window, self._fields.put(torch.ones_like(mask)))
+        row, column, height, width = bounding_box(mask)
+        box = slice(row, row + height), slice(column, column + width)
+        picture = self._task.start_texture((height, width), self._fields.put(mask[box]))
+        beside = column, window[1] - column - width, row, window[0] - row - height
+        return pad(picture[None], beside, mode="replicate")[0]
 
     @torch.no_grad()
     def _mask(self) -> Tensor:

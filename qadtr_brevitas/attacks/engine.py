@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,7 +15,6 @@ from qadtr_brevitas.attacks.fake_quantize import PATCH_FILE_BITS, fake_quantize
 from qadtr_brevitas.attacks.losses import check_target
 from qadtr_brevitas.errors import DataError, TrainingError
 
-Init: TypeAlias = Literal["uniform", "gray"]
 Objective: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
 Score: TypeAlias = Callable[[Tensor], float]
 
@@ -72,7 +71,9 @@ def search_texture(
     """
     texture = start.detach().clone().requires_grad_()
     optimizer = search.optimizer(texture)
-    best = Found(start, 0.0)
+    first = round_checked(start, step=0)
+    # Where gradients lead nowhere, the start may be the best there is.
+    best = Found(first, score(first))
     batches = endless_batches(len(images), search.batch_size, generator)
     for step in range(1, search.steps + 1):
         index = next(batches)
@@ -128,13 +129,6 @@ class HeldOut:
         predictions = _logits(lambda images: model(apply(images)), self.images, batch_size).argmax(1)
         success = predictions != self.labels if self.target is None else predictions == self.target
         return success.float().mean().item()
-
-
-def start_texture(init: Init, size: tuple[int, int], *, generator: torch.Generator) -> Tensor:
-    """Texture (3, h, w) to start from: uniform noise in [0, 1], or mid-gray."""
-    if init == "gray":
-        return torch.full((3, *size), 0.5)
-    return torch.rand(3, *size, generator=generator, device=generator.device)
 
 
 def as_float(images: Tensor) -> Tensor:

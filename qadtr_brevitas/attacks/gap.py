@@ -36,7 +36,6 @@ class Gap(SearchFields):
     loss: Annotated[Literal["logits", "cross-entropy", "margin"], Field(description="what is descended")] = (
         "cross-entropy"
     )
-    init: Annotated[Literal["uniform", "gray"], Field(description="texture at the start")] = "gray"
     degrees: Annotated[float, Field(ge=0, le=180, description="turned by up to so much, either way")] = 22.5
     scale: Annotated[tuple[Factor, Factor], Field(description="[smallest, largest] scale")] = (0.9, 1.1)
     contrast: Annotated[float, Field(ge=0, lt=1, description="colors times 1 +- up to this")] = 0.0

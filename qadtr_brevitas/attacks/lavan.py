@@ -23,7 +23,8 @@ class Lavan(SearchFields, ImagePatch):
 
     `fit` makes one universal patch: the loss is averaged over a batch, places are drawn anew every step, and images
     of the target class are left out. `run` makes a patch for every image, which lies at one random place throughout
-    the search; the best attempt at every image is kept. `batch_size` and `check_every` concern `fit` only.
+    the search; the best attempt at every image is kept. `batch_size` and `check_every` concern `fit` only. The pictures
+    of `init=image` are other images of the batch there.
 
     On the published float CIFAR ResNet-20 the defaults end where 600 steps, `sgd` and `margin` end too (6x6 pixels,
     target 5: 42 to 44 % of 2,000 test images); `cross-entropy` stays about 3 points behind.
@@ -35,9 +36,12 @@ class Lavan(SearchFields, ImagePatch):
         """One search from each start, at places drawn anew."""
         from qadtr_brevitas.attacks.descent import Descent
         from qadtr_brevitas.attacks.per_image import search_patches
+        from qadtr_brevitas.attacks.starts import start_patches
 
         scene = task.scene(self.target, loss=self.loss)
         descent = Descent(steps=self.steps, step_rule=self.step_rule, lr=self.step_size, cosine=self.cosine)
         for _ in range(self.restarts):
             corners = self.corners(len(task.images), task.image_size, task.size, generator=task.generator)
-            yield search_patches(scene, task.start(self.init), corners.to(task.images.device), descent=descent)
+            corners = corners.to(task.images.device)
+            patches = start_patches(self.init, scene, corners, generator=task.generator)
+            yield search_patches(scene, patches, corners, descent=descent)

@@ -30,6 +30,8 @@ class LocationPatch(ImagePatch):
     The best attempt at every image is kept: a success before a failure, then the lower loss, over all steps, the last
     one included, and all restarts.
 
+    A network that was trained on patches is blind to noise: evaluate it with `init=image` too.
+
     The paper evaluates with `steps=100 step_size=0.05 restarts=30` and trains with `steps=25 step_size=0.1` on half
     of each batch. Here one restart is the default.
     """
@@ -41,6 +43,10 @@ class LocationPatch(ImagePatch):
     loss: Annotated[Literal["logits", "cross-entropy", "margin"], Field(description="what is descended")] = (
         "cross-entropy"
     )
+    init: Annotated[
+        Literal["image", "uniform", "gray"],
+        Field(description="texture at the start; image: the best of 8 other images of the batch, made as small"),
+    ] = "uniform"
     location: Annotated[
         Literal["none", "random", "full"],
         Field(description="moves tried once a step: none, in one random direction, or in all four"),
@@ -64,6 +70,7 @@ class LocationPatch(ImagePatch):
         from qadtr_brevitas.attacks.geometry import place_corners
         from qadtr_brevitas.attacks.moves import Ground, Moves
         from qadtr_brevitas.attacks.per_image import search_patches
+        from qadtr_brevitas.attacks.starts import start_patches
 
         count, image_size, size, draw = len(task.images), task.image_size, task.size, task.generator
         scene = task.scene(self.target, loss=self.loss)
@@ -75,8 +82,9 @@ class LocationPatch(ImagePatch):
             moves = Moves(ground=ground, rule=self.location, stride=self.stride, generator=draw)
         for _ in range(self.restarts):
             corners = place_corners(self.place, count, image_size, size, generator=draw, keep_out=box)
-            patches = task.start("uniform")
-            yield search_patches(scene, patches, corners.to(task.images.device), descent=descent, relocate=moves)
+            corners = corners.to(task.images.device)
+            patches = start_patches(self.init, scene, corners, generator=draw)
+            yield search_patches(scene, patches, corners, descent=descent, relocate=moves)
 
     def _box(self, image_size: tuple[int, int]) -> Box | None:
         """The pixels to leave free, in the middle unless given."""

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 _DEFAULT_SHARE = 1 / 16
 _DEFAULT_LR = {"sgd": 1.0, "sign": 0.05, "adam": 0.1}
+# Larger steps of Adam wipe a picture out before they make anything of it.
+_LR_FROM_PICTURE = {**_DEFAULT_LR, "adam": 0.05}
 
 Pixels = Annotated[int, Field(ge=1)]
 Index = Annotated[int, Field(ge=0)]
@@ -101,18 +103,24 @@ class SearchFields(PatchFields):
     batch_size: Annotated[int, Field(ge=1, description="images per step")] = 64
     step_rule: Annotated[Literal["sgd", "sign", "adam"], Field(description="how the gradient is followed")] = "adam"
     lr: Annotated[
-        float | None, Field(gt=0, description=f"step size at the start; null: by step rule, {_DEFAULT_LR}")
+        float | None,
+        Field(
+            gt=0, description=f"step size at the start; null: by step rule, {_DEFAULT_LR}, adam 0.05 from init=image"
+        ),
     ] = None
     cosine: Annotated[bool, Field(description="let the step size fall to zero along a cosine")] = True
     loss: Annotated[Literal["logits", "cross-entropy", "margin"], Field(description="what is descended")] = "logits"
-    init: Annotated[Literal["uniform", "gray"], Field(description="texture at the start")] = "uniform"
+    init: Annotated[
+        Literal["image", "uniform", "gray"],
+        Field(description="texture at the start; image: the best of 64 pictures of the target class, made as small"),
+    ] = "image"
     restarts: Annotated[int, Field(ge=1, description="independent runs, of which the best is kept")] = 1
     check_every: Annotated[int, Field(ge=1, description="steps between held-out scores, for keeping the best")] = 50
 
     @property
     def step_size(self) -> float:
-        """The step size at the start: `lr`, or what suits the step rule."""
-        return self.lr or _DEFAULT_LR[self.step_rule]
+        """The step size at the start: `lr`, or what suits the step rule and where it begins."""
+        return self.lr or (_LR_FROM_PICTURE if self.init == "image" else _DEFAULT_LR)[self.step_rule]
 
     def put(self, mask: Tensor) -> Put:
         """How a texture gets on images, given the pixels it covers: at a place of its own in every image."""

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from qadtr_brevitas.attacks.base import Model
 from qadtr_brevitas.attacks.descent import Descent
-from qadtr_brevitas.attacks.engine import Init
 from qadtr_brevitas.attacks.fake_quantize import PATCH_FILE_BITS, fake_quantize
 from qadtr_brevitas.attacks.geometry import paste
 from qadtr_brevitas.attacks.losses import AttackLoss, attack_loss, check_target
@@ -167,10 +166,6 @@ class Task:
         aim = Aim.at(target, self.labels, loss=loss)
         return Scene(model=self.model, images=self.images, mask=self.mask, aim=aim)
 
-    def start(self, init: Init) -> Tensor:
-        """Patches (N, 3, h, w) to start from."""
-        return start_patches(init, self.images, self.size, generator=self.generator)
-
 
 Relocate: TypeAlias = Callable[[Scene, Tensor, Tensor, Attempt], tuple[Tensor, Attempt]]
 """(scene, patches, corners, attempt with them) -> corners to go on from, and the attempt with the patches there."""
@@ -211,11 +206,3 @@ def search_patches(
 def best_of(attempts: Iterable[Attempt]) -> Attempt:
     """The best of several independent attempts, for every image."""
     return reduce(Attempt.better_of, attempts)
-
-
-def start_patches(init: Init, images: Tensor, size: tuple[int, int], *, generator: torch.Generator) -> Tensor:
-    """A patch (N, 3, h, w) to start from for each of the images: uniform noise in [0, 1], or mid-gray."""
-    shape = len(images), 3, *size
-    if init == "gray":
-        return torch.full(shape, 0.5, device=images.device)
-    return torch.rand(shape, generator=generator, device=generator.device).to(images.device)

@@ -51,9 +51,9 @@ class RandomPatch(ImagePatch):
         Raises:
             UsageError: the patch does not fit on the images.
         """
-        from qadtr_brevitas.attacks.engine import start_texture
         from qadtr_brevitas.attacks.fake_quantize import PATCH_FILE_BITS, fake_quantize
         from qadtr_brevitas.attacks.patch import Patch, versions
+        from qadtr_brevitas.attacks.starts import start_texture
         from qadtr_brevitas.seeding import generator
 
         mask = self.mask((images.shape[-2], images.shape[-1]))
@@ -76,11 +76,14 @@ class RandomPatch(ImagePatch):
         """Patches of noise, each at a place of its own; the model is only asked for its outputs."""
         import torch
 
+        from qadtr_brevitas.attacks.starts import start_patches
+
         scene = task.scene(None, loss="margin")
 
         @torch.no_grad()
         def one_draw() -> Attempt:
             corners = self.corners(len(task.images), task.image_size, task.size, generator=task.generator)
-            return scene.attempt(task.start("uniform"), corners.to(task.images.device))
+            corners = corners.to(task.images.device)
+            return scene.attempt(start_patches("uniform", scene, corners, generator=task.generator), corners)
 
         return (one_draw() for _ in range(self.draws))

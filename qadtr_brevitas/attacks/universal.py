@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from qadtr_brevitas.attacks.base import Model, Progress
-from qadtr_brevitas.attacks.engine import HeldOut, Search, search_texture, start_texture
+from qadtr_brevitas.attacks.engine import HeldOut, Search, as_float, search_texture
 from qadtr_brevitas.attacks.losses import attack_loss
 from qadtr_brevitas.attacks.patch import Patch, versions
 from qadtr_brevitas.attacks.patch_fields import SearchFields
+from qadtr_brevitas.attacks.starts import best_picture, start_texture
 from qadtr_brevitas.errors import DataError
 from qadtr_brevitas.seeding import generator
 
@@ -45,6 +46,7 @@ class Task:
         model: to be attacked.
         images: (N, 3, H, W), those of the target class left out.
         labels: (N,).
+        pictures: (M, 3, H, W), what `init=image` begins with: those of the target class, or all.
         judge: the held-out images.
         seed: of the whole attack.
         restart: number of this search.
@@ -55,6 +57,7 @@ class Task:
     model: Model
     images: Tensor
     labels: Tensor
+    pictures: Tensor
     judge: HeldOut
     seed: int
     restart: int
@@ -84,9 +87,19 @@ class Task:
             steps = self.fields.steps
             self.progress(self.restart * steps + step, self.fields.restarts * steps, f"held-out ASR {best:.1%}")
 
-    def start_texture(self, size: tuple[int, int]) -> Tensor:
-        """Texture (3, h, w) of this search's start."""
-        return start_texture(self.fields.init, size, generator=self.stream("start")).to(self.images.device)
+    def start_texture(self, size: tuple[int, int], put: Put) -> Tensor:
+        """Texture (3, h, w) of this search's start, which `put` will put on images."""
+        draws = self.stream("start")
+        if self.fields.init != "image":
+            return start_texture(self.fields.init, size, generator=draws).to(self.images.device)
+        index = torch.randperm(len(self.images), generator=draws)[: self.fields.batch_size].to(self.images.device)
+        images, labels = as_float(self.images[index]), self.labels[index]
+
+        def loss(picture: Tensor) -> float:
+            # The same places for every picture.
+            return self.loss(put(picture, images, self.stream("start places")), labels).item()
+
+        return best_picture(as_float(self.pictures), size, loss=loss, generator=draws)
 
 
 def search_under_mask(
@@ -106,7 +119,7 @@ def search_under_mask(
     """
     places = task.stream("places")
     found = search_texture(
-        task.start_texture((mask.shape[0], mask.shape[1])) if start is None else start,
+        task.start_texture((mask.shape[0], mask.shape[1]), put) if start is None else start,
         task.images,
         task.labels,
         objective=lambda texture, images, labels: task.loss(put(texture, images, places), labels),
@@ -131,15 +144,20 @@ def fit_universal(
     """Makes a patch by `fields.search`, from every start; arguments and errors are those of the attack's `fit`."""
     mask = fields.mask((images.shape[-2], images.shape[-1])).to(images.device)
     judge = HeldOut.select(model, *held_out, target=fields.target, batch_size=fields.batch_size)
+    pictures = images
     if fields.target is not None:
-        images, labels = images[labels != fields.target], labels[labels != fields.target]
+        others = labels != fields.target
+        images, labels, pictures = images[others], labels[others], images[~others]
     if len(images) == 0:
         raise DataError("there are no images to make the patch on but those of the target class: give more images")
+    if fields.init == "image" and len(pictures) == 0:
+        raise DataError(f"there is no image of class {fields.target} to start from: give more images, or init=uniform")
     first = Task(
         fields=fields,
         model=model,
         images=images,
         labels=labels,
+        pictures=pictures,
         judge=judge,
         seed=seed,
         restart=0,

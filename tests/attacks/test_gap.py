@@ -84,11 +84,19 @@ def test_the_gradient_of_one_step_is_forgotten_in_the_next():
 
     black = torch.zeros(8, 3, 12, 12)
     labels = torch.ones(8, dtype=torch.long)
-    still = {"degrees": 0, "scale": (1, 1), "place": (3, 3), "loss": "logits", "step_rule": "sgd", "lr": 21.6}
+    still = {
+        "degrees": 0,
+        "scale": (1, 1),
+        "place": (3, 3),
+        "loss": "logits",
+        "step_rule": "sgd",
+        "lr": 21.6,
+        "init": "gray",
+    }
     attack = Gap(size=6, shape="square", target=0, steps=6, batch_size=8, check_every=6, cosine=False, **still)
     attack.fit(model, black, labels, held_out=(black, labels), seed=0)
-    # The first is the choice of held-out images, the last the held-out score.
-    moves = torch.stack(seen[1:-1]).diff()
+    # The first is the choice of held-out images, the second the start's score, the last that of the last step.
+    moves = torch.stack(seen[2:-1]).diff()
     torch.testing.assert_close(moves, moves[0].expand_as(moves), atol=1 / 255, rtol=0)
     assert moves[0].item() == pytest.approx(0.05, abs=1 / 255)
 

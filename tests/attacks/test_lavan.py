@@ -76,7 +76,8 @@ def test_the_same_seed_gives_the_same_patch(toy):
 def test_images_of_the_target_class_play_no_part(toy):
     changed = toy.images.clone()
     changed[toy.labels == 2] = 0
-    assert torch.equal(fit(toy, target=2, steps=10).texture, fit(toy, target=2, steps=10, images=changed).texture)
+    fields = {"target": 2, "steps": 10, "init": "uniform"}
+    assert torch.equal(fit(toy, **fields).texture, fit(toy, **fields, images=changed).texture)
 
 
 def test_float_and_8_bit_images_give_the_same_patch(toy):
