@@ -1,4 +1,4 @@
-"""The audit that tells a defense from a mirage: checks G1 to G18, each with its numbers and what they mean."""
+"""The audit that tells a defense from a mirage: checks G1 to G19, each with its numbers and what they mean."""
 
 from qadtr_brevitas.audit.finding import AuditReport as AuditReport
 from qadtr_brevitas.audit.finding import Finding as Finding

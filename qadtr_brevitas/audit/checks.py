@@ -1,4 +1,4 @@
-"""The checks G1 to G18, by their numbers."""
+"""The checks G1 to G19, by their numbers."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from qadtr_brevitas.audit.finding import Finding, Verdict, skipped
 from qadtr_brevitas.audit.gradients import smooth_loss, usable_gradients
 from qadtr_brevitas.audit.losses import other_losses, targeted
 from qadtr_brevitas.audit.outputs import outputs_are_logits
+from qadtr_brevitas.audit.pictures import pictures
 from qadtr_brevitas.audit.randomness import mean_over_precisions, random_outputs
 from qadtr_brevitas.audit.sources import FEWEST_IMAGES, other_gradients, transfer, undefended_twin
 from qadtr_brevitas.audit.steps import best_kept, more_steps, plateau, single_step
@@ -24,7 +25,7 @@ class Check:
     """One check.
 
     Args:
-        id: G1 to G18.
+        id: G1 to G19.
         title: what is compared, in a few words.
         judge: finds the verdict.
         attacks: whether it needs images that are classified correctly.
@@ -77,4 +78,5 @@ CHECKS = (
     Check("G16", "smooth loss", smooth_loss),
     Check("G17", "undefended twin", undefended_twin),
     Check("G18", "parts of the defense", ablated),
+    Check("G19", "pictures against noise", pictures),
 )

@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 from qadtr_brevitas.attacks.base import Model
 from qadtr_brevitas.attacks.shapes import side_for_share
 from qadtr_brevitas.audit.objectives import Objective, cross_entropy
-from qadtr_brevitas.audit.patch_search import Scene, Trace, search
+from qadtr_brevitas.audit.patch_search import STEP_SIZE, Scene, Trace, search
 from qadtr_brevitas.audit.profile import Profile
 from qadtr_brevitas.audit.victim import Victim
 from qadtr_brevitas.seeding import generator
@@ -114,6 +114,7 @@ class Context:
         scene: Scene | None = None,
         start: Tensor | None = None,
         marks: tuple[int, ...] = (),
+        step_size: float = STEP_SIZE,
     ) -> Trace:
         """Searches patches for all images with gradients of a model, a batch at a time.
 
@@ -124,11 +125,20 @@ class Context:
             scene: None for all images at their places.
             start: patches to start from; None for the first start.
             marks: numbers of steps after which to note the best patches.
+            step_size: of a step, in pixel values.
         """
         scene, start = scene or self.scene, self.start() if start is None else start
         return _joined(
             [
-                search(model, scene.only(chunk), start[chunk], steps=steps, objective=objective, marks=marks)
+                search(
+                    model,
+                    scene.only(chunk),
+                    start[chunk],
+                    steps=steps,
+                    objective=objective,
+                    marks=marks,
+                    step_size=step_size,
+                )
                 for chunk in self._chunks(len(start))
             ]
         )

@@ -39,7 +39,7 @@ class _Part(BaseModel):
 
 
 class Finding(_Part):
-    """The verdict of one check, G1 to G18; the fields are those of `Verdict`."""
+    """The verdict of one check, G1 to G19; the fields are those of `Verdict`."""
 
     id: str
     title: str

@@ -75,6 +75,7 @@ def search(
     steps: int,
     objective: Objective = cross_entropy,
     marks: Collection[int] = (),
+    step_size: float = STEP_SIZE,
 ) -> Trace:
     """Searches patches and keeps the best ones by the margin on the model that gives the gradients.
 
@@ -85,6 +86,7 @@ def search(
         steps: forward and backward passes, at least 1; one more forward pass judges the last patches.
         objective: what is descended.
         marks: numbers of steps after which to note the best patches; the last one is always noted.
+        step_size: of a step, in pixel values.
     """
     patches, velocity = start, torch.zeros_like(start)
     best, smallest = start, start.new_full((len(start),), torch.inf)
@@ -109,7 +111,7 @@ def search(
         zero.append((gradient == 0).flatten(1).all(1))
         broken.append(~gradient.isfinite().flatten(1).all(1))
         velocity = MOMENTUM * velocity + _normalized(gradient.nan_to_num(0, 0, 0))
-        patches = (patches.detach() - STEP_SIZE * velocity.sign()).clamp(0, 1)
+        patches = (patches.detach() - step_size * velocity.sign()).clamp(0, 1)
     return Trace(noted, patches.detach(), torch.stack(losses), torch.stack(zero), torch.stack(broken))
 
 

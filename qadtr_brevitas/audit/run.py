@@ -44,7 +44,7 @@ def audit(
     folder: Path | None = None,
     progress: Progress | None = None,
 ) -> AuditReport:
-    """Runs the checks G1 to G18 on a model at each precision, on the same images at the same places.
+    """Runs the checks G1 to G19 on a model at each precision, on the same images at the same places.
 
     A check warns where a difference is more than its threshold and more than the noise of so many images; the numbers
     hold both. What a check could not measure it skips, with the reason.

@@ -116,3 +116,17 @@ def test_fixed_precisions_are_not_random(trained: Trained, switchable: Switchabl
     assert statuses(found) == dict.fromkeys(("G6", "G9", "G10", "G13"), "pass")
     assert set(found["G6"].numbers) >= {"asr white-box", "asr from 32 bit", "asr from 2 bit"}
     assert "asr gradient of 32 bit" in found["G13"].numbers
+
+
+def test_a_network_that_is_blind_to_noise_is_found_out_by_pictures(trained: Trained) -> None:
+    def blind(images: Tensor) -> Tensor:
+        """Wherever neighbors differ as much as in noise there is gray, and no gradient."""
+        mean, square = (nn.functional.avg_pool2d(x, 3, 1, 1, count_include_pad=False) for x in (images, images**2))
+        noisy = (square - mean**2).mean(1, keepdim=True) > 0.05
+        return trained.net(torch.where(noisy, 0.5, images))
+
+    found = trained.findings(blind, "G19")
+    assert found["G19"].status == "WARN"
+    assert "report attacks with init=image" in found["G19"].meaning
+    assert found["G19"].numbers["gain"] > 0.05
+    assert trained.findings(trained.net, "G19")["G19"].status == "pass"

@@ -21,7 +21,7 @@ from qadtr_brevitas.subjects import load_subjects
 from tests.audit.conftest import CLASSES, Trained, gratings, make_net, train
 from tests.evaluation_models import make_model_dir, train_split
 
-IDS = [f"G{number}" for number in range(1, 19)]
+IDS = [f"G{number}" for number in range(1, 20)]
 NEEDS_MORE = {"G6", "G10", "G13", "G17", "G18"}
 
 
