@@ -223,11 +223,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("--give-back", action="store_true", help="let glibc give back freed memory, as it would alone")
     parser.add_argument("--output", type=Path, default=Path("bench.json"))
     arguments = parser.parse_args()
     if arguments.device.type == "cpu":
         torch.set_num_threads(1)
-    keep_freed_memory()
+    if not arguments.give_back:
+        keep_freed_memory()
     result = measure(arguments.device, arguments.rounds)
     arguments.output.write_text(json.dumps(result, indent=2) + "\n")
     for title, key in (("training step", "training"), ("patch-crafting step", "patch")):

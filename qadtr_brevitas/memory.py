@@ -1,7 +1,7 @@
 """Freed memory is kept for the next tensor.
 
 glibc gives large blocks back to the system as soon as they are free, so that each activation is fetched anew, page by
-page and filled with zeros: a tenth to a third of the time of a forward or training step of ResNet-20 on a CPU.
+page and filled with zeros: a twentieth to a tenth of the time of scoring a ResNet-20 on a CPU (docs/results.md).
 """
 
 from __future__ import annotations
