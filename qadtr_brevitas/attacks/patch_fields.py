@@ -114,7 +114,12 @@ class SearchFields(PatchFields):
         Literal["image", "uniform", "gray"],
         Field(description="texture at the start; image: the best of 64 pictures of the target class, made as small"),
     ] = "image"
-    restarts: Annotated[int, Field(ge=1, description="independent runs, of which the best is kept")] = 1
+    restarts: Annotated[
+        int,
+        Field(
+            ge=1, description="independent runs, of which the best is kept; of init=image every second one from noise"
+        ),
+    ] = 1
     check_every: Annotated[int, Field(ge=1, description="steps between held-out scores, for keeping the best")] = 50
 
     @property

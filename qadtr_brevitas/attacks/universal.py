@@ -163,8 +163,8 @@ def fit_universal(
         restart=0,
         progress=progress,
     )
-    found = (fields.search(replace(first, restart=restart), mask) for restart in range(fields.restarts))
-    best = max(found, key=lambda candidate: candidate.score)
+    tasks = (replace(first, fields=_begun(fields, restart), restart=restart) for restart in range(fields.restarts))
+    best = max((task.fields.search(task, mask) for task in tasks), key=lambda candidate: candidate.score)
     meta = {
         "attack": fields.attack,
         "settings": asdict(fields),
@@ -175,6 +175,14 @@ def fit_universal(
         "versions": versions(),
     }
     return Patch(texture=best.texture, mask=best.mask, place=fields.place, keep_out=fields.keep_out, meta=meta)
+
+
+def _begun(fields: SearchFields, restart: int) -> SearchFields:
+    """The settings of one restart: of those that begin at pictures every second one begins at noise.
+
+    Networks that were trained on patches are blind to noise; on others its larger steps may come further.
+    """
+    return replace(fields, init="uniform") if fields.init == "image" and restart % 2 else fields
 
 
 def _search(fields: SearchFields, *, steps: int) -> Search:

@@ -34,9 +34,17 @@ def test_a_universal_patch_begins_with_a_picture_of_its_target(toy):
 
 
 def fit(toy, *, images=None, labels=None, **fields):
-    attack = Lavan(size=6, steps=1, lr=1e-9, batch_size=32, check_every=1, **fields)
+    attack = Lavan(**{"size": 6, "steps": 1, "lr": 1e-9, "batch_size": 32, "check_every": 1, **fields})
     images, labels = (toy.images, toy.labels) if images is None else (images, labels)
     return attack.fit(toy.model, images, labels, held_out=toy.held_out, seed=0)
+
+
+def test_of_two_restarts_one_begins_at_noise(toy):
+    fields = {"steps": 15, "lr": None, "target": 2}
+    picture, both = fit(toy, init="image", **fields), fit(toy, init="image", restarts=2, **fields)
+    assert both.meta["held_out_asr"] > picture.meta["held_out_asr"]
+    assert both.meta["settings"]["init"] == "image"
+    assert (shrunk(toy.images.float() / 255, (6, 6)) - both.texture).abs().amax((1, 2, 3)).min() > 0.3
 
 
 def test_without_a_picture_of_the_target_there_is_nothing_to_begin_with(toy):
