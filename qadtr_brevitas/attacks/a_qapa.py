@@ -68,6 +68,10 @@ class AQapa:
     ] = "same"
     quantize_image: Annotated[bool, Field(description="quantize the clean pixels too, as eq. (1) says")] = True
     noise: Annotated[float, Field(ge=0, le=0.1, description="relative error of the quantizers' steps, std")] = 0.0
+    init: Annotated[
+        Literal["uniform", "image", "mixed"],
+        Field(description="patches at the start: noise, other images of the batch made as small, or either by chance"),
+    ] = "uniform"
     targeted: Annotated[bool, Field(description="aim at a random other class instead of any")] = False
     target: Annotated[int | None, Field(ge=0, description="class to be seen instead; null: see targeted")] = None
     keep_best: Annotated[bool, Field(description="return every image's best iterate instead of the last")] = False
@@ -146,13 +150,25 @@ class AQapa:
         image_error, patch_error = (self.noise * torch.randn(2, generator=generator, device=generator.device)).tolist()
         corners = random_corners(len(images), image_size, (side, side), generator=generator)
         shifts = draw(len(images)) if self.targeted else None
-        patches = draw(len(images), 3, side, side)
+        patches = self._starts(images, side, draw)
         background = fake_quantize(images, bits, step_error=image_error) if self.quantize_image else images
 
         def put(patches: Tensor) -> Tensor:
             return paste(background, fake_quantize(patches, patch_bits, step_error=patch_error), mask, corners)
 
         return put, patches, shifts
+
+    def _starts(self, images: Tensor, side: int, draw: Callable[..., Tensor]) -> Tensor:
+        """Patches (N, 3, side, side) to start from. No picture is chosen for its loss: that would cost passes."""
+        from qadtr_brevitas.attacks.starts import shrunk
+
+        noise = draw(len(images), 3, side, side)
+        if self.init == "uniform":
+            return noise
+        pictures = shrunk(images, (side, side))[draw(len(images)).argsort()]
+        if self.init == "image":
+            return pictures
+        return pictures.where(draw(len(images), 1, 1, 1) < 0.5, noise)
 
     def _attempt(self, model: Model, patched: Tensor, labels: Tensor, shifts: Tensor | None) -> Attempt:
         """How patched images do."""

@@ -4,6 +4,7 @@ from pydantic import ValidationError
 
 from qadtr_brevitas.attacks.a_qapa import AQapa
 from qadtr_brevitas.attacks.fake_quantize import fake_quantize
+from qadtr_brevitas.attacks.starts import shrunk
 from qadtr_brevitas.errors import UsageError
 from qadtr_brevitas.precision import Precision
 from qadtr_brevitas.seeding import generator
@@ -107,6 +108,24 @@ def test_every_image_has_a_place_and_a_patch_of_its_own(toy):
     assert len(patched[changed[:, None].expand_as(patched)].unique()) > 10_000
 
 
+def begins_at_a_picture(images, patched):
+    """(N,) whether the square on each image is another one of them, made as small."""
+    pictures = shrunk(images, (5, 5))
+    changed = (patched != images).any(1)
+    corners = torch.stack([changed.any(2).float().argmax(1), changed.any(1).float().argmax(1)], 1).tolist()
+    patches = torch.stack(
+        [image[:, row : row + 5, column : column + 5] for image, (row, column) in zip(patched, corners, strict=True)]
+    )
+    return (patches[:, None] - pictures).abs().amax((2, 3, 4)).amin(1) < 1e-6
+
+
+@pytest.mark.parametrize(("init", "least", "most"), [("uniform", 0.0, 0.0), ("image", 0.9, 1.0), ("mixed", 0.3, 0.7)])
+def test_patches_begin_at_noise_at_pictures_or_at_either(toy, init, least, most):
+    # Where a pixel of the picture equals the image's, the square looks smaller than it is, so not all are found.
+    images, _, patched = run(toy, init=init, steps=0, shapes=("square",))
+    assert least <= begins_at_a_picture(images, patched).float().mean() <= most
+
+
 def test_keeping_the_best_leaves_the_iterates_as_they_are(toy):
     """Training, which keeps the last, sees what it saw before there was a choice."""
     seen = []
@@ -189,6 +208,7 @@ def test_a_size_larger_than_the_images(toy):
         ({"patch_bits": 20}, "patch_bits"),
         ({"share": 0}, "greater than 0"),
         ({"shapes": ("star",)}, "'square' or 'disc'"),
+        ({"init": "picture"}, "'uniform', 'image' or 'mixed'"),
         ({"step_sise": 0.1}, "step_sise"),
         ({"targeted": True, "target": 1}, "give only one of them"),
         ({"restarts": 3}, "give keep_best=true with them"),
