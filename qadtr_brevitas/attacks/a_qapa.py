@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 from pydantic import model_validator
 
+from qadtr_brevitas.errors import UsageError
 from qadtr_brevitas.plugin import STRICT, Field, dataclass
 from qadtr_brevitas.precision import DEFAULT_BITS, FLOAT_BITS, MAX_BITS, MIN_BITS
 
@@ -14,7 +15,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from qadtr_brevitas.attacks.base import Model
+    from qadtr_brevitas.attacks.base import Memory, Model
+    from qadtr_brevitas.attacks.canvas import Canvas
     from qadtr_brevitas.attacks.per_image import Attempt
     from qadtr_brevitas.precision import Precision
 
@@ -45,6 +47,9 @@ class AQapa:
       each batch is attacked, with steps of 0.1 against the true class; 5 of its 25 steps, because 8x8 patches
       on a float CIFAR ResNet-20 then already leave about 22 % accuracy (10 steps 13 %, noise 80 %).
       `targeted=true` goes towards a random other class instead, `target` towards a given one.
+    - One patch p, or one for each image: the equation does not say. Default: one for each image. `universal=0.5` gives
+      half of the attacked images universal patches (`kept_patches.py`), which a few steps for each image by itself
+      never come near: LAVAN does a third less to a network trained so, at the same cost (docs/results.md).
 
     As an attack to evaluate with, it needs what training does not pay for: `keep_best=true` (one more forward pass)
     returns the best iterate of every image instead of the last, over `restarts` that each draw size, shape and places
@@ -72,6 +77,10 @@ class AQapa:
         Literal["uniform", "image", "mixed"],
         Field(description="patches at the start: noise, other images of the batch made as small, or either by chance"),
     ] = "uniform"
+    universal: Annotated[
+        float,
+        Field(ge=0, le=1, description="share of the attacked images under universal patches, kept over the training"),
+    ] = 0.0
     targeted: Annotated[bool, Field(description="aim at a random other class instead of any")] = False
     target: Annotated[int | None, Field(ge=0, description="class to be seen instead; null: see targeted")] = None
     keep_best: Annotated[bool, Field(description="return every image's best iterate instead of the last")] = False
@@ -81,9 +90,16 @@ class AQapa:
     def _one_aim(self) -> AQapa:
         if self.targeted and self.target is not None:
             raise ValueError("targeted draws a class, target gives one: give only one of them")
+        if self.universal and (self.keep_best or self.targeted or self.target is not None):
+            raise ValueError("universal patches have targets of their own and keep no best: leave these fields out")
         if self.restarts > 1 and not self.keep_best:
             raise ValueError("of several restarts the best is kept: give keep_best=true with them")
         return self
+
+    @property
+    def remembers(self) -> bool:
+        """Whether a training has to keep patches for it from step to step."""
+        return self.universal > 0
 
     def run(
         self,
@@ -93,6 +109,7 @@ class AQapa:
         *,
         generator: torch.Generator,
         precision: Precision | None = None,
+        memory: Memory | None = None,
     ) -> Tensor:
         """Patched images of every image given. The model's parameters get no gradients.
 
@@ -102,73 +119,100 @@ class AQapa:
             labels: (N,).
             generator: draws sizes, shapes, places, bit-widths and starts.
             precision: what the model runs at; None means not quantized.
+            memory: of the training, for universal patches; is changed.
 
         Returns:
             (N, 3, H, W) in [0, 1]; outside the masks equal to the images, quantized if `quantize_image`.
 
         Raises:
-            UsageError: a size larger than the images, or the model has no class `target`.
+            UsageError: a size larger than the images, the model has no class `target`, or there is no memory to keep
+                universal patches in.
         """
+        import torch
+
+        if self.universal and memory is None:
+            raise UsageError(
+                f"a-qapa universal={self.universal:g} keeps patches over a training, and outside of one has none: "
+                "give universal=0, or attack with lavan, which makes universal patches"
+            )
+        count = round(len(images) * self.universal)
+        if memory is None or count == 0:
+            return self._fresh(model, images, labels, generator=generator, precision=precision)
+        from qadtr_brevitas.attacks.kept_patches import kept_patches
+
+        canvas = self._canvas(images[:count], generator, precision)
+        side = max(self._sides(images))
+        kept = kept_patches(canvas, model, labels[:count], memory, side=side, steps=self.steps, generator=generator)
+        if count == len(images):
+            return kept
+        rest = self._fresh(model, images[count:], labels[count:], generator=generator, precision=precision)
+        return torch.cat([kept, rest])
+
+    def _fresh(
+        self,
+        model: Model,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        generator: torch.Generator,
+        precision: Precision | None,
+    ) -> Tensor:
+        """Images, each under a patch of its own."""
         import torch
 
         best: Attempt | None = None
         for _ in range(self.restarts):
-            put, patches, shifts = self._draw(images, generator, precision)
+            canvas = self._canvas(images, generator, precision)
+            corners = canvas.corners(generator)
+            shifts = _draw(len(images), like=images, generator=generator) if self.targeted else None
+            patches = self._starts(images, canvas.size, generator)
             for _ in range(self.steps):
                 patches.requires_grad_()
-                attempt = self._attempt(model, put(patches), labels, shifts)
+                attempt = self._attempt(model, canvas.put(patches, corners), labels, shifts)
                 (gradient,) = torch.autograd.grad(attempt.losses.sum(), patches)
                 patches = (patches.detach() - self.step_size * gradient.sign()).clamp_(0, 1)
                 if self.keep_best:
                     best = attempt.detach().better_of(best)
             if not self.keep_best:
-                return put(patches)
+                return canvas.put(patches, corners)
             with torch.no_grad():
-                best = self._attempt(model, put(patches), labels, shifts).better_of(best)
+                best = self._attempt(model, canvas.put(patches, corners), labels, shifts).better_of(best)
         assert best is not None
         return best.images
 
-    def _draw(
-        self, images: Tensor, generator: torch.Generator, precision: Precision | None
-    ) -> tuple[Callable[[Tensor], Tensor], Tensor, Tensor | None]:
-        """How patches get on the images, patches to start from, and numbers that choose a random other class."""
+    def _canvas(self, images: Tensor, generator: torch.Generator, precision: Precision | None) -> Canvas:
+        """The images, and a size, a shape and a bit-width for all patches on them."""
         import torch
 
+        from qadtr_brevitas.attacks.canvas import Canvas
         from qadtr_brevitas.attacks.fake_quantize import fake_quantize
-        from qadtr_brevitas.attacks.geometry import paste, random_corners
         from qadtr_brevitas.attacks.shapes import shape_mask
 
-        def draw(*size: int) -> Tensor:
-            return torch.rand(*size, generator=generator, device=generator.device).to(images.device)
-
-        image_size = images.shape[-2], images.shape[-1]
-        side = _choose(self.sizes or _sides_for(min(image_size)), generator)
+        side = _choose(self._sides(images), generator)
         mask = shape_mask(_choose(self.shapes, generator), side)
         bits = FLOAT_BITS if precision is None else precision.act
         patch_bits = self._patch_bits(bits, generator)
         # One draw for the batch: a quantizer that differed from step to step would be a moving target.
         image_error, patch_error = (self.noise * torch.randn(2, generator=generator, device=generator.device)).tolist()
-        corners = random_corners(len(images), image_size, (side, side), generator=generator)
-        shifts = draw(len(images)) if self.targeted else None
-        patches = self._starts(images, side, draw)
         background = fake_quantize(images, bits, step_error=image_error) if self.quantize_image else images
+        return Canvas(images=images, background=background, mask=mask, bits=patch_bits, step_error=patch_error)
 
-        def put(patches: Tensor) -> Tensor:
-            return paste(background, fake_quantize(patches, patch_bits, step_error=patch_error), mask, corners)
+    def _sides(self, images: Tensor) -> tuple[int, ...]:
+        side = min(images.shape[-2], images.shape[-1])
+        return self.sizes or tuple(max(1, round(share * side)) for share in _SHARES)
 
-        return put, patches, shifts
-
-    def _starts(self, images: Tensor, side: int, draw: Callable[..., Tensor]) -> Tensor:
-        """Patches (N, 3, side, side) to start from. No picture is chosen for its loss: that would cost passes."""
+    def _starts(self, images: Tensor, size: tuple[int, int], generator: torch.Generator) -> Tensor:
+        """Patches (N, 3, h, w) to start from. No picture is chosen for its loss: that would cost passes."""
         from qadtr_brevitas.attacks.starts import shrunk
 
-        noise = draw(len(images), 3, side, side)
+        count = len(images)
+        noise = _draw(count, 3, *size, like=images, generator=generator)
         if self.init == "uniform":
             return noise
-        pictures = shrunk(images, (side, side))[draw(len(images)).argsort()]
+        pictures = shrunk(images, size)[_draw(count, like=images, generator=generator).argsort()]
         if self.init == "image":
             return pictures
-        return pictures.where(draw(len(images), 1, 1, 1) < 0.5, noise)
+        return pictures.where(_draw(count, 1, 1, 1, like=images, generator=generator) < 0.5, noise)
 
     def _attempt(self, model: Model, patched: Tensor, labels: Tensor, shifts: Tensor | None) -> Attempt:
         """How patched images do."""
@@ -186,8 +230,11 @@ class AQapa:
         return _choose(DEFAULT_BITS, generator) if self.patch_bits == "random" else self.patch_bits
 
 
-def _sides_for(image_side: int) -> tuple[int, ...]:
-    return tuple(max(1, round(share * image_side)) for share in _SHARES)
+def _draw(*size: int, like: Tensor, generator: torch.Generator) -> Tensor:
+    """Uniform in [0, 1), on the device of `like`."""
+    import torch
+
+    return torch.rand(*size, generator=generator, device=generator.device).to(like.device)
 
 
 def _choose(choices: Sequence[Choice], generator: torch.Generator) -> Choice:

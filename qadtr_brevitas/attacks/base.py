@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 Model: TypeAlias = "Callable[[Tensor], Tensor]"
 """Images (N, 3, H, W) in [0, 1] to logits (N, classes). In evaluation mode, at the precision to be attacked."""
 
+Memory: TypeAlias = "dict[str, Tensor]"
+"""What an attack keeps from one training step to the next: empty before the first, saved with the run."""
+
 
 class Progress(Protocol):
     """Told how many steps are done, of how many, and how it goes."""
@@ -27,7 +30,8 @@ class Progress(Protocol):
 class ImageAttack(Protocol):
     """An attack that makes adversarial images, one batch at a time (in training and evaluation).
 
-    A class attribute `black_box = True` says that it sees nothing but the model's outputs.
+    A class attribute `black_box = True` says that it sees nothing but the model's outputs; an attribute `remembers`
+    that is true, that in training `run` is also given a `memory`, always the same one, which it may change.
     """
 
     def run(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
 
+from qadtr_brevitas.attacks.base import Memory
 from qadtr_brevitas.data.augment import crop_and_flip
 from qadtr_brevitas.data.order import epoch_order
 from qadtr_brevitas.data.split import Split
@@ -28,6 +29,7 @@ class Inputs:
         rank: number of this process.
         processes: how many there are.
         device: where batches go.
+        memory: what the attack keeps from step to step.
     """
 
     recipe: Recipe
@@ -35,6 +37,7 @@ class Inputs:
     rank: int
     processes: int
     device: torch.device
+    memory: Memory = field(default_factory=dict)
 
     def batch(self, step: int, *, steps_per_epoch: int) -> tuple[Tensor, Tensor]:
         """This process's images (n, 3, H, W) in [0, 1], augmented, and labels (n,).
@@ -71,7 +74,8 @@ class Inputs:
         rng = generator(self.recipe.seed, "attack", step, str(precision), self.rank)
         model.eval()
         with frozen_weights(model):
-            adversarial = attack.run(model, images[:count], labels[:count], generator=rng, precision=precision)
+            kept = {"memory": self.memory} if getattr(attack, "remembers", False) else {}
+            adversarial = attack.run(model, images[:count], labels[:count], generator=rng, precision=precision, **kept)
         model.train()
         return torch.cat([adversarial.detach(), images[count:]]), count
 

@@ -37,10 +37,12 @@ from qadtr_brevitas.train.log import EpochRecord, Observer, RunLog, StepRecord
 from qadtr_brevitas.train.setup import (
     FLOAT,
     Phase,
+    all_memories,
     average_norm_statistics,
     check_precisions,
     make_optimizer,
     make_scheduler,
+    own_memory,
     parallel,
     plan,
     start_processes,
@@ -140,7 +142,8 @@ class _Trainer:
             model.load_state_dict(saved.model)
         # Convolutions of small images are about a fifth faster in this layout, on CPUs as on GPUs.
         self.model: SwitchableModel = model.to(self.device).to(memory_format=torch.channels_last)
-        self.inputs = Inputs(recipe, self.train_split, self.rank, self.processes, self.device)
+        memory = own_memory(saved.memory, self.rank, self.device) if saved else {}
+        self.inputs = Inputs(recipe, self.train_split, self.rank, self.processes, self.device, memory)
         self.log: RunLog | None = None
         self.request = StopRequest()
         # What all processes agreed on.
@@ -313,6 +316,7 @@ class _Trainer:
         """Writes the training state, once all processes are here."""
         check_finite(self.model, self.state.step)
         self.accelerator.wait_for_everyone()
+        memory = all_memories(self.inputs.memory, self.accelerator)
         if self.is_main:
             scaler = self.accelerator.scaler
             save_state(
@@ -324,6 +328,7 @@ class _Trainer:
                     model=self.model.state_dict(),
                     optimizer={} if optimizer is None else optimizer.state_dict(),
                     scaler=scaler.state_dict() if scaler else None,
+                    memory=memory,
                 ),
             )
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
+from qadtr_brevitas.attacks.base import Memory
 from qadtr_brevitas.device import resolve_device
 from qadtr_brevitas.errors import UsageError, suggest
 from qadtr_brevitas.precision import FLOAT_BITS, Precision
@@ -124,6 +125,16 @@ def average_norm_statistics(model: nn.Module, accelerator: Accelerator) -> None:
     flat: Any = accelerator.reduce(torch.cat([buffer.flatten() for buffer in buffers]), "mean")
     for buffer, part in zip(buffers, flat.split([buffer.numel() for buffer in buffers]), strict=True):
         buffer.copy_(part.view_as(buffer))
+
+
+def all_memories(memory: Memory, accelerator: Accelerator) -> Memory:
+    """What the attack keeps in each process, (processes, ...); call it in all of them."""
+    return {name: cast(Tensor, accelerator.gather(kept[None])) for name, kept in memory.items()}
+
+
+def own_memory(memories: Memory, rank: int, device: torch.device) -> Memory:
+    """One process's part of `all_memories`; of more processes than there were, some begin with the same."""
+    return {name: kept[rank % len(kept)].to(device) for name, kept in memories.items()}
 
 
 def check_precisions(model: nn.Module, recipe: Recipe) -> None:

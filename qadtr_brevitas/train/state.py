@@ -51,6 +51,7 @@ class Saved:
         model: the model's `state_dict`.
         optimizer: the optimizer's `state_dict`.
         scaler: the gradient scaler's `state_dict`, with fp16 only.
+        memory: what the attack keeps from step to step, that of each process in turn.
     """
 
     state: TrainState
@@ -59,6 +60,7 @@ class Saved:
     model: dict[str, Tensor]
     optimizer: dict[str, Any]
     scaler: dict[str, Any] | None
+    memory: dict[str, Tensor] = field(default_factory=dict)
 
 
 def save_state(run: Path, saved: Saved) -> None:

@@ -48,7 +48,7 @@ def make_recipe(*, augment: str = "crop-flip", val_share: float = 0.0, **train_k
         "optimizer": {"lr": 0.05},
         "scheduler": {"warmup_epochs": 0.5},
         "precision": {"schedule": "uniform", "choices": [32, 4, 2]},
-        "attack": {"name": "a-qapa", "steps": 1, "sizes": [3]},
+        "attack": {"name": "a-qapa", "steps": 1, "sizes": [3], "universal": 0.5},
         "regularizers": ["distillation"],
         "gradient": "gir",
         "checkpoint_every": 4,
