@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from qadtr_brevitas.evaluate.cells import CellStore
+from qadtr_brevitas.evaluate.families import told_apart
 from qadtr_brevitas.evaluate.image_attacks import SourcedAttack
 from qadtr_brevitas.evaluate.jobs import ChunkJob, PatchJob, Victim
 from qadtr_brevitas.evaluate.plan import Grid, threat
@@ -60,7 +61,7 @@ def make_report(grid: Grid, store: CellStore, *, device: str, command: str = "")
         device=device,
         data=grid.data,
         models=tuple(_model_facts(subject, grid) for subject in grid.subjects),
-        patches=tuple(contender.facts for contender in grid.contenders),
+        patches=told_apart([contender.facts for contender in grid.contenders]),
         attacks=tuple(attack.facts for attack, _ in grid.raids),
         clean=tuple(clean),
         cells=tuple(cells),

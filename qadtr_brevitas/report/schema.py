@@ -110,7 +110,8 @@ class VariantFacts(_Part):
 class PatchFacts(_Part):
     """One patch; `name` is unique in the report, and `geometry` the same for patches of one size, shape and place.
 
-    `source` is null where it is not known or does not apply, `variant` where the patch is scored as it was made.
+    `apart` says how it was made differently from others of its attack and size in the report. `source` is null where it
+    is not known or does not apply, `variant` where the patch is scored as it was made.
     """
 
     name: str
@@ -118,6 +119,7 @@ class PatchFacts(_Part):
     fingerprint: str
     attack: str
     settings: dict[str, Any] = {}
+    apart: str = ""
     target: int | None
     height: int
     width: int
@@ -147,8 +149,9 @@ class PatchFacts(_Part):
 
     @property
     def family(self) -> str:
-        """What patches that may be averaged over have in common: attack, size, place and aim."""
-        return f"{self.attack} {self.size}{self.method.removeprefix(self.attack)}"
+        """What patches that may be averaged over have in common: attack, size, place, aim and settings."""
+        parts = f"{self.attack} {self.size}{self.method.removeprefix(self.attack)}", self.apart
+        return " ".join(part for part in parts if part)
 
 
 class ImageAttackFacts(_Part):
