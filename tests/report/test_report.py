@@ -35,6 +35,7 @@ SCHEMA: dict[str, Any] = {
         "fingerprint",
         "attack",
         "settings",
+        "apart",
         "target",
         "height",
         "width",
