@@ -35,20 +35,14 @@ class Canvas:
         return self.mask.shape[0], self.mask.shape[1]
 
     def corners(self, generator: torch.Generator) -> Tensor:
-        """A random place (N, 2) for each image's patch."""
+        """A random place (N, 2), row and column in pixels, for each image's patch.
+
+        Raises:
+            UsageError: the patches are larger than the images.
+        """
         image_size = self.images.shape[-2], self.images.shape[-1]
         return random_corners(len(self.images), image_size, self.size, generator=generator)
 
     def put(self, patches: Tensor, corners: Tensor) -> Tensor:
         """Images (N, 3, H, W) with the patches (N, 3, h, w), quantized, at corners (N, 2)."""
         return paste(self.background, fake_quantize(patches, self.bits, step_error=self.step_error), self.mask, corners)
-
-    def part(self, begin: int, end: int) -> Canvas:
-        """The same with some of the images."""
-        return Canvas(
-            images=self.images[begin:end],
-            background=self.background[begin:end],
-            mask=self.mask,
-            bits=self.bits,
-            step_error=self.step_error,
-        )

@@ -55,13 +55,17 @@ def kept_patches(
         canvas: the images, and how patches get on them.
         model: what is attacked.
         labels: (N,).
-        memory: is changed.
+        memory: `textures` (K, 3, side, side) in [0, 1] and `targets` (K,), -1 where a patch has not begun; made where
+            there are none, and changed.
         side: of the patches as they are kept, in pixels; on the canvas they have its mask's.
         steps: gradient steps.
         generator: draws patches and places.
 
     Returns:
         (N, 3, H, W) in [0, 1].
+
+    Raises:
+        UsageError: the patches are larger than the images.
     """
     device = labels.device
     if not memory:
@@ -91,7 +95,7 @@ def kept_patches(
 
 
 def _begin(memory: Memory, turns: Tensor, pictures: Tensor, labels: Tensor, *, generator: torch.Generator) -> None:
-    """Replaces patches that have not begun yet, and a few others, by pictures."""
+    """Of the patches whose numbers are `turns`, replaces those not begun yet, and a few others, by pictures."""
     textures, targets = memory["textures"], memory["targets"]
     draws = torch.rand(2, len(turns), generator=generator, device=generator.device).to(labels.device)
     anew = (targets[turns] < 0) | (draws[0] < _RENEWED)
