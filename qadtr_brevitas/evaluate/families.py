@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,20 +15,24 @@ _SAID_OTHERWISE = ("target",)
 def told_apart(patches: Sequence[PatchFacts]) -> tuple[PatchFacts, ...]:
     """The patches, those of one attack and size each with the settings in which they differ, but for the target.
 
-    A mean of patches from pictures and from noise, say, would be a figure of neither.
+    A mean of patches from pictures and from noise, say, would be a figure of neither. Random patches and moved ones
+    stay as they are: they go with the patches they are compared with or made of.
     """
+    values: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
     made = [patch for patch in patches if not (patch.control or patch.variant)]
-    return tuple(patch if patch.control or patch.variant else _apart(patch, made) for patch in patches)
+    keys = {key for patch in made for key in patch.settings if key not in _SAID_OTHERWISE}
+    for patch in made:
+        for key in keys:
+            values[patch.family][key].add(_text(patch.settings.get(key)))
+
+    def apart(patch: PatchFacts) -> PatchFacts:
+        differing = [key for key in patch.settings if len(values[patch.family][key]) > 1]
+        words = " ".join(f"{key}={patch.settings[key]}" for key in differing)
+        return patch.model_copy(update={"apart": words})
+
+    return tuple(patch if patch.control or patch.variant else apart(patch) for patch in patches)
 
 
-def _apart(patch: PatchFacts, made: Sequence[PatchFacts]) -> PatchFacts:
-    alike = [other.settings for other in made if other.family == patch.family]
-    settings = {key: None for other in alike for key in other if key not in _SAID_OTHERWISE}
-    differing = [key for key in settings if any(_value(one, key) != _value(patch.settings, key) for one in alike)]
-    words = " ".join(f"{key}={patch.settings[key]}" for key in differing if key in patch.settings)
-    return patch.model_copy(update={"apart": words})
-
-
-def _value(settings: dict[str, Any], key: str) -> str | None:
-    """Lists and tuples of the same values are the same setting."""
-    return None if key not in settings else str(settings[key]).translate(str.maketrans("()", "[]"))
+def _text(value: Any) -> str:
+    """The same for a list and a tuple of the same values, which are the same setting."""
+    return json.dumps(value, sort_keys=True)
