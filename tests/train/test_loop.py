@@ -17,7 +17,7 @@ from qadtr_brevitas.recipe import Recipe
 from qadtr_brevitas.train import loop as train_module
 from qadtr_brevitas.train import train
 from qadtr_brevitas.train.log import EpochRecord
-from qadtr_brevitas.train.setup import make_optimizer
+from qadtr_brevitas.train.setup import make_optimizer, own_memory
 from qadtr_brevitas.train.state import load_state
 from tests.train.support import Recorder, make_recipe, weights
 
@@ -280,6 +280,17 @@ def test_two_processes_end_with_the_same_weights(two_processes: Path) -> None:
     first, second = (torch.load(two_processes / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_the_patches_that_each_process_keeps_are_saved(two_processes: Path) -> None:
+    memory = torch.load(two_processes / "state" / "training.pt", weights_only=True)["memory"]
+    assert len(memory["textures"]) == len(memory["targets"]) == 2
+    assert (memory["targets"] >= 0).any(1).all()
+    # Each has images of its own, so patches too.
+    assert not torch.equal(memory["textures"][0], memory["textures"][1])
+    for rank in (0, 1):
+        own = own_memory(memory, rank, torch.device("cpu"))
+        assert torch.equal(own["textures"], memory["textures"][rank])
 
 
 def test_two_processes_learn_as_one_does(two_processes: Path, tmp_path: Path) -> None:
