@@ -62,6 +62,28 @@ def test_the_path_of_other_devices_agrees(monkeypatch: pytest.MonkeyPatch) -> No
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(("lo", "hi"), [(0, 15), (-8, 7)])
+def test_bfloat16_differs_by_its_rounding_alone(lo: int, hi: int) -> None:
+    def run(function: object, dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
+        x = (0.1 * inputs(200, 200)).bfloat16().to(dtype).requires_grad_()
+        scale = torch.tensor(0.0517, requires_grad=True)
+        y = function(x, scale, lo, hi)
+        (y * x.detach()).sum().backward()
+        return y.detach().float(), x.grad.float(), scale.grad.item()
+
+    (y, dx, dscale), (exact_y, exact_dx, exact_dscale) = (
+        run(quantize_activation, torch.bfloat16),
+        run(reference, torch.float32),
+    )
+    assert len(y.unique()) <= hi - lo + 1
+    # A level more or less where rounding carries a value over.
+    assert ((y - exact_y).abs() > 2**-8 * exact_y.abs()).float().mean() < 0.01
+    assert (y - exact_y).abs().max() < 1.1 * 0.0517
+    torch.testing.assert_close(dx, exact_dx)
+    # The difference of two sums a hundred times as large.
+    assert dscale == pytest.approx(exact_dscale, abs=12)
+
+
 def test_gradient_of_any_layout_is_accepted() -> None:
     x = inputs(4, 6).requires_grad_()
     quantize_activation(x, torch.tensor(0.2), -8, 7).mean().backward()
