@@ -3,7 +3,7 @@
     make bench                                # or: python examples/benchmark.py --rounds 15 --output bench.json
 
 (a) training step of ResNet-20, batch 128: switchable, mean over 32, 8, 5, 4 and 2 bit, against float; stock
-    Brevitas (QuantConv2d and QuantReLU, 4 bit) beside it;
+    Brevitas (QuantConv2d and QuantReLU, 4 bit) beside it; the same in bfloat16 (`train.amp=bf16`) against itself;
 (b) patch-crafting step, batch 64 (forward, gradient to the input alone) under frozen_weights, against float;
 (c) peak memory of (a) against float;
 (d) time of `qadtr-brevitas --help`.
@@ -149,9 +149,9 @@ def at(model: nn.Module, bits: int, step: Step) -> None:
     step()
 
 
-def frozen(model: nn.Module, step: Step) -> None:
-    """The step under frozen_weights, entering it included once per call."""
-    with frozen_weights(model):
+def in_bf16(device: torch.device, step: Step) -> None:
+    """The step under autocast, as `train.amp=bf16` runs it."""
+    with torch.autocast(device.type, torch.bfloat16):
         step()
 
 
@@ -182,7 +182,9 @@ def measure(device: torch.device, rounds: int) -> dict[str, object]:
     steps: dict[str, Step] = {"float": train["float"], "stock Brevitas 4": train["stock Brevitas"]}
     steps |= {f"switchable {b}": partial(at, models["switchable"], b, train["switchable"]) for b in DEFAULT_BITS}
     now = clock(device)
-    training = interleaved(steps, rounds, now)
+    rounded = {f"{name}, bf16": partial(in_bf16, device, step) for name, step in steps.items()}
+    training = interleaved(steps | rounded, rounds, now)
+    bf16 = {name: training.pop(f"{name}, bf16") / training[name] for name in steps}
     memory = {"float": peak_bytes(train["float"], device), "switchable": peak_bytes(steps["switchable 4"], device)}
 
     craft = {name: partial(patch_step, m.eval(), images[:64], labels[:64]) for name, m in models.items()}
@@ -196,6 +198,7 @@ def measure(device: torch.device, rounds: int) -> dict[str, object]:
     return {
         "training_ms": training,
         "training_ratio": _ratio(training),
+        "bf16_ratio": bf16,
         "patch_ms": crafting,
         "patch_ratio": _ratio(crafting),
         "peak_bytes": memory,
@@ -236,6 +239,9 @@ def main() -> None:
         print(f"{title} against float")
         for name, ratio in result[f"{key}_ratio"].items():
             print(f"  {name:18} {ratio:6.2f}x")
+    print("training step in bfloat16 against the same in float32")
+    for name, ratio in result["bf16_ratio"].items():
+        print(f"  {name:18} {ratio:6.2f}x")
     print(f"peak memory of a training step against float {result['peak_ratio']:.2f}x")
     print(f"qadtr-brevitas --help {result['help_seconds']:.2f} s")
     print(f"written to {arguments.output}")
