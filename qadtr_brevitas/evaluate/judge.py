@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from qadtr_brevitas.evaluate.cells import CellStore
-from qadtr_brevitas.evaluate.families import told_apart
 from qadtr_brevitas.evaluate.image_attacks import SourcedAttack
 from qadtr_brevitas.evaluate.jobs import ChunkJob, PatchJob, Victim
 from qadtr_brevitas.evaluate.plan import Grid, threat
@@ -28,6 +27,7 @@ from qadtr_brevitas.report import (
     WorstCase,
     versions,
 )
+from qadtr_brevitas.report.families import told_apart
 from qadtr_brevitas.subjects import Contender, Subject
 
 _OWN: tuple[Threat, ...] = ("white-box", "eot")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from qadtr_brevitas.report import ImageAttackFacts, PatchFacts, Report
+from qadtr_brevitas.report.families import told_apart
 
 
 def merge_reports(reports: Sequence[Report]) -> Report:
@@ -20,7 +21,7 @@ def merge_reports(reports: Sequence[Report]) -> Report:
     return first.model_copy(
         update={
             "models": tuple(model for report in renamed for model in report.models),
-            "patches": tuple(facts),
+            "patches": told_apart(facts),
             "attacks": tuple(facts for facts in known.values() if isinstance(facts, ImageAttackFacts)),
             **{
                 name: tuple(cell for report in renamed for cell in getattr(report, name))

@@ -6,6 +6,7 @@ from qadtr_brevitas.evaluate import evaluate
 from qadtr_brevitas.evaluate.variants import Moves
 from qadtr_brevitas.page.merge import merge_reports
 from qadtr_brevitas.report.tables import tables
+from qadtr_brevitas.report.views import families
 from tests.evaluation_fakes import make_grid, reader, white_patch
 from tests.page.support import make_report
 
@@ -31,6 +32,16 @@ def test_other_patches_of_one_name_get_names_of_their_own(tmp_path: Path) -> Non
     assert [patch.name for patch in merged.patches if not patch.control] == ["white", "white (2)"]
     sizes = {cell.model: facts[cell.attack].family for cell in merged.cells if cell.threat != "control"}
     assert sizes == {"a": "lavan 2x2", "b": "lavan 3x3"}
+
+
+def test_patches_made_otherwise_are_told_apart_over_all_reports(tmp_path: Path) -> None:
+    reports = []
+    for name, init in (("a", "image"), ("b", "uniform")):
+        patch = white_patch("white", model=name)
+        patch.patch.meta["settings"] = {"init": init}
+        reports.append(evaluate(make_grid([reader(name)], [patch]), output=tmp_path / name))
+    assert {family for report in reports for family in families(report)} == {"lavan 2x2"}
+    assert set(families(merge_reports(reports))) == {"lavan 2x2 init=image", "lavan 2x2 init=uniform"}
 
 
 def test_variants_follow_their_patch(tmp_path: Path) -> None:

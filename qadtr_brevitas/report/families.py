@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from qadtr_brevitas.report import PatchFacts
+from qadtr_brevitas.report.schema import PatchFacts
 
 _SAID_OTHERWISE = ("target",)
 
@@ -17,7 +17,11 @@ def told_apart(patches: Sequence[PatchFacts]) -> tuple[PatchFacts, ...]:
 
     A mean of patches from pictures and from noise, say, would be a figure of neither. Random patches and moved ones
     stay as they are: they go with the patches they are compared with or made of.
+
+    Args:
+        patches: all of a report. What they were told apart by elsewhere does not count.
     """
+    patches = [patch.model_copy(update={"apart": ""}) for patch in patches]
     values: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
     made = [patch for patch in patches if not (patch.control or patch.variant)]
     keys = {key for patch in made for key in patch.settings if key not in _SAID_OTHERWISE}

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from qadtr_brevitas.evaluate import CellStore, compute, make_report
-from qadtr_brevitas.evaluate.families import told_apart
 from qadtr_brevitas.report import PatchFacts
+from qadtr_brevitas.report.families import told_apart
 from qadtr_brevitas.report.files import markdown
 from tests.evaluation_fakes import make_grid, reader, white_patch
 
