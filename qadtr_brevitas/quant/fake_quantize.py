@@ -10,7 +10,8 @@ because y = lo * s or hi * s outside. So only x is kept besides y, which the nex
 With y in the place of x the same formulas are PACT's (Choi et al. 2018): the step learns from clipped values alone.
 At 8 bit and more, where what rounding adds is noise, that saves keeping x.
 
-Under autocast activations are bfloat16, which holds all integer levels up to 8 bit; steps stay float32.
+Under autocast activations are bfloat16, which holds all integer levels up to 8 bit and rounds those above. In blocks
+the step stays float32; on other devices it is rounded with them.
 """
 
 from __future__ import annotations
