@@ -23,7 +23,7 @@ Threat = Literal["white-box", "eot", "transfer", "control"]
 """Made on the attacked model and precision, on a mean over precisions of that model, elsewhere, or not optimized."""
 
 Scope = Literal["own", "all"]
-"""Attacks made on the attacked model (white-box and eot), or these and all that were transferred."""
+"""Attacks made on the attacked model (threats white-box and eot), or these and all that were transferred."""
 
 
 class _Part(BaseModel):

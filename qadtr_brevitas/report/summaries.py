@@ -18,7 +18,8 @@ MEAN_NOTE = (
 )
 WORST_NOTE = (
     "Worst case: images that are classified correctly clean and under every one of the attacks. Mean: of the attacks' "
-    "own robust accuracies. Random patches and moved patches do not count as attacks."
+    "robust accuracies. Own attacks: made on this model, at this precision or on a mean over precisions, with "
+    "gradients or without. Random patches and moved patches do not count as attacks."
 )
 
 
@@ -159,7 +160,7 @@ def _white_box(view: View, columns: Sequence[str]) -> Rows:
 def _worst_case(view: View, columns: Sequence[str]) -> Rows:
     rows = {"clean accuracy": [percent(view.clean(p)) for p in columns]}
     own, everything = _worst_cases(view, "own", columns), _worst_cases(view, "all", columns)
-    rows |= _worst_case_rows("white-box and EOT", own)
+    rows |= _worst_case_rows("own attacks", own)
     # Without transfers the same figures would stand there twice.
     if [case and case.attacks for case in own] != [case and case.attacks for case in everything]:
         rows |= _worst_case_rows("with transfers", everything)

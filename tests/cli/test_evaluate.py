@@ -198,7 +198,7 @@ def test_models_without_patches_can_be_attacked(tmp_path: Path) -> None:
     bare = make_model_dir(tmp_path / "bare")
     result = evaluate(bare, "--attack", "{name: a-qapa, steps: 0, sizes: [4]}", "--transfer", "none", "--images", "6")
     assert result.exit_code == 0, result.output
-    assert "white-box and EOT: worst case" in result.stdout
+    assert "own attacks: worst case" in result.stdout
     assert "asr.png" in result.stderr
 
 

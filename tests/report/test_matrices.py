@@ -103,7 +103,7 @@ def test_searched_shapes_of_as_many_pixels_are_one_family(tmp_path: Path) -> Non
 
 def test_worst_case_table_leaves_out_transfers_where_there_are_none(tmp_path: Path) -> None:
     transferred = {row[1]: row[2:] for row in rows(tables(image_report(tmp_path))[3])}
-    assert transferred["white-box and EOT: number of attacks"] == ["4", "4"]
+    assert transferred["own attacks: number of attacks"] == ["4", "4"]
     assert transferred["with transfers: number of attacks"] == ["6", "6"]
     alone = evaluate(
         make_grid([reader()], attacks=[NamedAttack("whiten", Whiten())], transfer="none"), output=tmp_path / "alone"
@@ -111,10 +111,10 @@ def test_worst_case_table_leaves_out_transfers_where_there_are_none(tmp_path: Pa
     labels = [row[1] for row in rows(tables(alone)[1])]
     assert labels == [
         "clean accuracy",
-        "white-box and EOT: mean",
-        "white-box and EOT: worst case",
-        "white-box and EOT: 95 % interval",
-        "white-box and EOT: number of attacks",
+        "own attacks: mean",
+        "own attacks: worst case",
+        "own attacks: 95 % interval",
+        "own attacks: number of attacks",
     ]
 
 
