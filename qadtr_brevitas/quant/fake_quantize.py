@@ -31,13 +31,11 @@ class _QuantizeActivation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, lo: int, hi: int, keep_input: bool) -> Tensor:
         ctx.lo, ctx.hi, ctx.keep_input = lo, hi, keep_input
-        if _is_blockable(x):
-            step = scale.item()
+        ctx.blocks = _is_blockable(x)
+        if ctx.blocks:
             y = _quantize_blocks(x, scale.detach().reshape(()), lo, hi)
         else:
-            step = None
             y = torch.clamp_(torch.round_(x / scale.to(x.dtype)), lo, hi).mul_(scale.to(x.dtype))
-        ctx.step = step
         if ctx.needs_input_grad[1] or not keep_input:
             ctx.save_for_backward(scale, y, *([x] if keep_input else []))
         else:
@@ -49,10 +47,12 @@ class _QuantizeActivation(torch.autograd.Function):
         scale, first, *rest = ctx.saved_tensors
         x = rest[0] if rest else first
         y = first if ctx.needs_input_grad[1] else None
-        if ctx.step is not None:
-            dx, dot = _backward_blocks(_like(grads[0], x), x, y, ctx.lo * ctx.step, ctx.hi * ctx.step)
+        if ctx.blocks:
+            low, high = (_end(scale.reshape(()), level, x.dtype).item() for level in (ctx.lo, ctx.hi))
+            dx, dot = _backward_blocks(_like(grads[0], x), x, y, low, high)
         else:
-            dx, dot = _backward(grads[0], x, y, ctx.lo * scale, ctx.hi * scale)
+            low, high = (_end(scale.to(x.dtype), level, x.dtype) for level in (ctx.lo, ctx.hi))
+            dx, dot = _backward(grads[0], x, y, low, high)
         return dx, None if dot is None else (dot / scale).to(scale.dtype), None, None, None
 
 
@@ -165,6 +165,11 @@ def _flat(x: Tensor) -> Tensor:
 def _like(g: Tensor, x: Tensor) -> Tensor:
     # Gradients arrive in any layout (an expanded scalar after a mean, for instance).
     return g if g.stride() == x.stride() else torch.empty_like(x).copy_(g)
+
+
+def _end(step: Tensor, level: int, dtype: torch.dtype) -> Tensor:
+    # Rounded as y is. In bfloat16 values that were clipped to y would lie inside of an end that is not.
+    return torch.full_like(step, level, dtype=dtype).mul_(step)
 
 
 def _quantize_blocks(x: Tensor, step: Tensor, lo: int, hi: int) -> Tensor:

@@ -84,6 +84,21 @@ def test_bfloat16_differs_by_its_rounding_alone(lo: int, hi: int) -> None:
     assert dscale == pytest.approx(exact_dscale, abs=12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("strided", [False, True])
+@pytest.mark.parametrize("keep_input", [False, True])
+def test_clipped_values_pass_no_gradient_but_to_the_step(dtype: torch.dtype, strided: bool, keep_input: bool) -> None:
+    for seed in range(50):
+        step = 0.01 + 0.02 * torch.rand((), generator=torch.Generator().manual_seed(seed))
+        scale = step.requires_grad_()
+        clipped = (torch.tensor([[200.0, 300.0], [-200.0, -300.0]]) * step.detach()).to(dtype)
+        x = (clipped.T if strided else clipped).requires_grad_()
+        y = quantize_activation(x, scale, -128, 127, keep_input=keep_input)
+        (y * x.detach().sign()).sum().backward()
+        assert not x.grad.any()
+        assert scale.grad.item() == pytest.approx(2 * 127 + 2 * 128, rel=0.01)
+
+
 def test_gradient_of_any_layout_is_accepted() -> None:
     x = inputs(4, 6).requires_grad_()
     quantize_activation(x, torch.tensor(0.2), -8, 7).mean().backward()
