@@ -40,7 +40,9 @@ class _RoundToGrid(torch.autograd.Function):
     def forward(ctx: Any, values: Tensor, steps: float, top: int) -> Tensor:
         # Both ends count as inside, or a pixel at 0 or 1 could never leave; releases of torch.clamp differ in this.
         ctx.save_for_backward((values >= 0) & (values <= 1))
-        return values.clamp(0, 1).mul_(steps).round_().clamp_(max=top).div_(steps).clamp_(max=1)
+        # A division by a number is a product with its rounded reciprocal on CUDA, and misses half of the levels.
+        divisor = torch.full((), steps, dtype=values.dtype, device=values.device)
+        return values.clamp(0, 1).mul_(steps).round_().clamp_(max=top).div_(divisor).clamp_(max=1)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:

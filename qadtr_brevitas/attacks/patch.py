@@ -24,6 +24,8 @@ FORMAT = "qadtr_brevitas.patch"
 FORMAT_VERSION = 1
 _TENSORS = ("texture", "mask")
 _PICTURE_SIDE = 256
+# Devices round the last bit of a quotient in different ways.
+_OFF_GRID = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +57,7 @@ class Patch:
                 f"texture {tuple(self.texture.shape)} and mask {tuple(self.mask.shape)} do not go together: "
                 "give (3, h, w) and (h, w)"
             )
-        if not torch.equal(fake_quantize(self.texture, PATCH_FILE_BITS), self.texture):
+        if not _is_on_grid(self.texture):
             raise UsageError("the texture is not on the grid of 8-bit images in [0, 1]: give fake_quantize(texture, 8)")
 
     @property
@@ -154,6 +156,10 @@ class Patch:
 def versions() -> dict[str, str]:
     """Releases a patch was made with, for its meta."""
     return {"qadtr_brevitas": __version__, **{name: version(name) for name in ("torch", "brevitas")}}
+
+
+def _is_on_grid(texture: Tensor) -> bool:
+    return bool(((texture - fake_quantize(texture, PATCH_FILE_BITS)).abs() <= _OFF_GRID).all())
 
 
 def _with_suffix(path: Path) -> Path:

@@ -1,7 +1,9 @@
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from qadtr_brevitas.attacks.fake_quantize import fake_quantize
+from qadtr_brevitas.attacks.patch import Patch
 
 VALUES = torch.linspace(0, 1, 10_001)
 
@@ -35,3 +37,24 @@ def test_quantization_noise_moves_the_levels_but_not_their_number_or_range(step_
     assert rounded.min() >= 0
     assert rounded.max() <= 1
     torch.testing.assert_close(rounded.unique()[1], torch.tensor((1 + step_error) / 15))
+
+
+class CudaDivision(TorchDispatchMode):
+    """Divides by numbers as CUDA does: by a product with the rounded reciprocal."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten.div.Tensor, torch.ops.aten.div_.Tensor) and not isinstance(args[1], torch.Tensor):
+            product = torch.ops.aten.mul if func is torch.ops.aten.div.Tensor else torch.ops.aten.mul_
+            return product.Tensor(args[0], float(torch.tensor(1 / args[1])))
+        return func(*args, **(kwargs or {}))
+
+
+def test_levels_are_those_of_other_devices():
+    levels = torch.arange(256.0) / 255
+    with CudaDivision():
+        rounded = torch.arange(256.0) / 255
+        assert not torch.equal(rounded, levels)
+        assert torch.equal(fake_quantize(rounded, 8), levels)
+        patch = Patch(texture=levels.view(1, 16, 16).expand(3, -1, -1), mask=torch.ones(16, 16, dtype=torch.bool))
+        assert torch.equal(patch.to("cpu").texture, patch.texture)
+    Patch(texture=rounded.view(1, 16, 16).expand(3, -1, -1), mask=torch.ones(16, 16, dtype=torch.bool))
