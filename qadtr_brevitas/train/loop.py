@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -156,6 +157,8 @@ class _Trainer:
         self.accelerator.wait_for_everyone()
         if self.saved:
             self._tell_resumed(self.saved)
+            if self.saved.scaler and self.accelerator.scaler:
+                self.accelerator.scaler.load_state_dict(self.saved.scaler)
         if self.is_main:
             self.log = RunLog(self.run / METRICS_FILE, self.run / TENSORBOARD_FOLDER, step=self.state.step)
         last = self.phases[-1]
@@ -181,8 +184,6 @@ class _Trainer:
             rule = optimizer = self.recipe.train.gradient.wrap(optimizer, seed=self.recipe.seed)
         if self.saved and self.saved.phase == phase.name:
             optimizer.load_state_dict(self.saved.optimizer)
-            if self.saved.scaler and self.accelerator.scaler:
-                self.accelerator.scaler.load_state_dict(self.saved.scaler)
         prepared = self.accelerator.prepare_optimizer(optimizer)
         forward = parallel(self.model, self.accelerator)
         scheduler.step_update(self.state.step - phase.first_step)
@@ -214,16 +215,19 @@ class _Trainer:
         for precision in precisions:
             set_precision(self.model, precision)
             images, attacked = clean, 0
-            with self.accelerator.autocast():
-                if phase.name == "quantized":
+            if phase.name == "quantized":
+                with self._attack_precision():
                     images, attacked = self.inputs.attack(self.model, clean, labels, step=step, precision=precision)
+            with self.accelerator.autocast():
                 logits = forward(images)
                 part = self._loss(logits, images, labels, precision)
             loss += self._agree_on(part, precision, lr) / len(precisions)
             self.accelerator.backward(part / len(precisions))
             right = logits.detach().argmax(dim=1) == labels
         if recipe.train.clip_grad_norm is not None:
-            self.accelerator.clip_grad_norm_(self.model.parameters(), recipe.train.clip_grad_norm)
+            # Not the accelerator's clipping: it would unscale once more for the optimizer of the float epochs.
+            self.accelerator.unscale_gradients(optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), recipe.train.clip_grad_norm)
         if rule is not None:
             rule.set_context(step=step, precision=min(precisions))
         optimizer.step()
@@ -243,6 +247,10 @@ class _Trainer:
                 gir_cosine=None if rule is None else rule.last_cosine,
             )
         )
+
+    def _attack_precision(self) -> AbstractContextManager[None]:
+        """Autocast in bfloat16; in float16 unscaled gradients of images that are known well would be zero."""
+        return nullcontext() if self.recipe.train.amp == "fp16" else self.accelerator.autocast()
 
     def _loss(self, logits: Tensor, images: Tensor, labels: Tensor, precision: Precision) -> Tensor:
         loss = cross_entropy(logits, labels, label_smoothing=self.recipe.train.label_smoothing)

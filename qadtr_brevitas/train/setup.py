@@ -119,9 +119,10 @@ def parallel(model: nn.Module, accelerator: Accelerator) -> nn.Module:
 
 def average_norm_statistics(model: nn.Module, accelerator: Accelerator) -> None:
     """Averages the running norm statistics over all processes, in place, so that replicas stay equal."""
-    if accelerator.num_processes == 1:
-        return
     buffers = [buffer for name, buffer in model.named_buffers() if name.rpartition(".")[2] in _RUNNING]
+    # Networks with LayerNorm have none.
+    if accelerator.num_processes == 1 or not buffers:
+        return
     flat: Any = accelerator.reduce(torch.cat([buffer.flatten() for buffer in buffers]), "mean")
     for buffer, part in zip(buffers, flat.split([buffer.numel() for buffer in buffers]), strict=True):
         buffer.copy_(part.view_as(buffer))

@@ -63,6 +63,8 @@ class GirOptimizer(torch.optim.Optimizer):
         """
         self._step = step
         self._precision = precision
+        # A step that a GradScaler skips leaves none.
+        self._cosine = None
 
     @property
     def last_cosine(self) -> float | None:

@@ -3,11 +3,15 @@ import math
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
+from torch import nn
 
 from qadtr_brevitas.checkpoint import load_model
 from qadtr_brevitas.errors import TrainingError, UsageError
@@ -17,8 +21,10 @@ from qadtr_brevitas.recipe import Recipe
 from qadtr_brevitas.train import loop as train_module
 from qadtr_brevitas.train import train
 from qadtr_brevitas.train.log import EpochRecord
-from qadtr_brevitas.train.setup import make_optimizer, own_memory
+from qadtr_brevitas.train.loop import _Trainer
+from qadtr_brevitas.train.setup import average_norm_statistics, make_optimizer, own_memory
 from qadtr_brevitas.train.state import load_state
+from qadtr_brevitas.training.gir_optimizer import GirOptimizer
 from tests.train.support import Recorder, make_recipe, weights
 
 PLAIN: dict[str, Any] = {"attack": None, "gradient": None, "regularizers": []}
@@ -247,6 +253,32 @@ def test_attack_sees_the_model_in_eval_mode_at_the_steps_precision(
     observe(make_recipe(**{**SHORT, "attack": {"name": "a-qapa", "steps": 1, "sizes": [3], "share": 0.25}}), tmp_path)
     assert len(seen) == 6
     assert all(not training and frozen and at == told and count == 4 for training, frozen, at, told, count in seen)
+
+
+@pytest.mark.parametrize(("amp", "enabled"), [("bf16", True), ("fp16", False), ("no", False)])
+def test_attacks_are_made_in_bfloat16_and_not_in_float16(amp: str, enabled: bool) -> None:
+    # Only GPUs have float16, so there is no run of it here.
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": None}[amp]
+    trainer = SimpleNamespace(
+        recipe=make_recipe(amp=amp),
+        accelerator=SimpleNamespace(autocast=lambda: torch.autocast("cpu", dtype) if dtype else nullcontext()),
+    )
+    with _Trainer._attack_precision(trainer):
+        assert torch.is_autocast_enabled("cpu") is enabled
+
+
+def test_clipping_unscales_the_gradients_of_its_own_phase_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unscaled: list[Any] = []
+    monkeypatch.setattr(Accelerator, "unscale_gradients", lambda self, optimizer=None: unscaled.append(optimizer))
+    keys = {**SHORT, "float_epochs": 1, "gradient": "gir", "clip_grad_norm": 1.0}
+    observe(make_recipe(**keys), tmp_path)
+    assert [isinstance(of.optimizer, GirOptimizer) for of in unscaled] == [False] * 6 + [True] * 6
+
+
+def test_norms_without_running_statistics_are_nothing_to_average() -> None:
+    average_norm_statistics(nn.LayerNorm(4), SimpleNamespace(num_processes=2))
 
 
 RANKS = """

@@ -287,6 +287,14 @@ def test_grad_scaler_is_unscaled_before(name: str) -> None:
     torch.testing.assert_close(model.weight, plain.weight)
 
 
+def test_a_step_that_never_comes_leaves_no_cosine() -> None:
+    model, optimizer = regression(frequency=1)
+    fit(optimizer, model, 1)
+    assert optimizer.last_cosine is not None
+    optimizer.set_context(step=1, precision=None)
+    assert optimizer.last_cosine is None
+
+
 def test_grad_scaler_skips_steps_that_overflow() -> None:
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     made = parameters((torch.tensor([math.inf]),))
