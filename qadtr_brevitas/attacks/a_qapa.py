@@ -51,7 +51,8 @@ class AQapa:
       half of the attacked images universal patches (`kept_patches.py`), which a few steps for each image by itself
       never come near: LAVAN does a third less to a network trained so, at the same cost (docs/results.md).
 
-    As an attack to evaluate with, it needs what training does not pay for: `keep_best=true` (one more forward pass)
+    As an attack to evaluate with, it needs `quantize_image=false`, or what the rounding of the image breaks would count
+    as broken by patches, and what training does not pay for: `keep_best=true` (one more forward pass)
     returns the best iterate of every image instead of the last, over `restarts` that each draw size, shape and places
     anew; `patch_bits=8` keeps patches on the grid of 8-bit images; more and smaller steps, as `steps=50
     step_size=0.05`.
@@ -100,6 +101,16 @@ class AQapa:
     def remembers(self) -> bool:
         """Whether a training has to keep patches for it from step to step."""
         return self.universal > 0
+
+    @property
+    def not_scored(self) -> str | None:
+        """Why no evaluation can score what it makes; None where one can."""
+        if not self.quantize_image:
+            return None
+        return (
+            "a-qapa rounds the whole image to the network's bits (quantize_image), and what that breaks would count as "
+            "broken by patches: give quantize_image: false, as in --attack '{name: a-qapa, quantize_image: false}'"
+        )
 
     def run(
         self,

@@ -31,7 +31,8 @@ class ImageAttack(Protocol):
     """An attack that makes adversarial images, one batch at a time (in training and evaluation).
 
     A class attribute `black_box = True` says that it sees nothing but the model's outputs; an attribute `remembers`
-    that is true, that in training `run` is also given a `memory`, always the same one, which it may change.
+    that is true, that in training `run` is also given a `memory`, always the same one, which it may change; a text
+    `not_scored`, that it is good for training alone and why.
     """
 
     def run(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from qadtr_brevitas.attacks.image_patch import ImagePatch
 from qadtr_brevitas.plugin import STRICT, Field, dataclass
@@ -25,6 +25,8 @@ class RandomPatch(ImagePatch):
     `fit` makes one for all images; `run` draws several for every image, each at a place of its own, and keeps the one
     that lowers the margin of the true class most: luck alone, with as many tries as an attack may have steps.
     """
+
+    black_box: ClassVar[bool] = True
 
     draws: Annotated[int, Field(ge=1, description="patches tried on every image; one where one is made for all")] = 100
 

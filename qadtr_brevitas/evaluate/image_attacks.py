@@ -27,7 +27,7 @@ class NamedAttack:
     """A per-image attack plug-in under its registered name.
 
     Raises:
-        UsageError: the plug-in makes universal patches only.
+        UsageError: the plug-in makes universal patches only, or what no evaluation can score.
     """
 
     name: str
@@ -39,6 +39,8 @@ class NamedAttack:
                 f"{self.name} makes one patch for all images: make it with `qadtr-brevitas attack MODEL_DIR --attack "
                 f"{self.name}`, then `qadtr-brevitas evaluate MODEL_DIR` scores it"
             )
+        if reason := getattr(self.plugin, "not_scored", None):
+            raise UsageError(reason)
 
     @cached_property
     def settings(self) -> dict[str, Any]:

@@ -17,6 +17,8 @@ from qadtr_brevitas.report import Report
 from qadtr_brevitas.subjects import load_subjects
 from tests.evaluation_models import make_model_dir, train_split
 
+NOISE = "{name: a-qapa, steps: 0, sizes: [4], quantize_image: false}"
+
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
@@ -178,14 +180,14 @@ def test_patch_of_another_channel_count(runs: list[Path], tmp_path: Path) -> Non
 
 
 def test_attacks_on_each_image_are_made_on_every_source(runs: list[Path], tmp_path: Path) -> None:
-    slot = "{name: a-qapa, steps: 1, sizes: [4]}"
+    slot = "{name: a-qapa, steps: 1, sizes: [4], quantize_image: false}"
     arguments = [runs[0], "--surrogate", runs[1], "--attack", slot, "--eot", "4+32", "--images", "6", "-o", tmp_path]
     result = evaluate(*arguments, "--patches", runs[1] / "patches" / "lavan-4x4-4bit-target0.safetensors", "--json")
     assert result.exit_code == 0, result.output
     content = json.loads(result.stdout)
     sources = [(attack["source"]["name"], attack["source"]["precision"]) for attack in content["attacks"]]
     assert sources == [(name, bits) for name in ("first", "second") for bits in ("32", "4", "32+4")]
-    assert {attack["family"] for attack in content["attacks"]} == {"a-qapa steps=1 sizes=[4]"}
+    assert {attack["family"] for attack in content["attacks"]} == {"a-qapa steps=1 sizes=[4] quantize_image=False"}
     assert [model["name"] for model in content["models"]] == ["first"]
     assert {cell["threat"] for cell in content["cells"]} == {"white-box", "eot", "transfer", "control"}
     assert "worst_case.csv" in result.stderr
@@ -196,7 +198,15 @@ def test_attacks_on_each_image_are_made_on_every_source(runs: list[Path], tmp_pa
 
 def test_models_without_patches_can_be_attacked(tmp_path: Path) -> None:
     bare = make_model_dir(tmp_path / "bare")
-    result = evaluate(bare, "--attack", "{name: a-qapa, steps: 0, sizes: [4]}", "--transfer", "none", "--images", "6")
+    result = evaluate(
+        bare,
+        "--attack",
+        NOISE,
+        "--transfer",
+        "none",
+        "--images",
+        "6",
+    )
     assert result.exit_code == 0, result.output
     assert "own attacks: worst case" in result.stdout
     assert "asr.png" in result.stderr
@@ -218,11 +228,15 @@ def test_moved_patches_are_scored(runs: list[Path], tmp_path: Path) -> None:
         (["--attack", "{name:a-qapa,steps:3}"], "sets nothing: write {name: NAME, KEY: VALUE}, with a space after"),
         (["--attack", "lavann"], "unknown attack 'lavann': did you mean 'lavan'?"),
         (["--attack", "{name: a-qapa, step: 3}"], "--attack.step: unknown key 'step': did you mean 'steps'?"),
+        (
+            ["--attack", "a-qapa"],
+            "count as broken by patches: give quantize_image: false, as in --attack '{name: a-qapa",
+        ),
         (["--attack", "{name: a-qapa, steps: -1}"], "--attack.steps: must be at least 0, got -1"),
         (["--attack", "gap"], "make it with `qadtr-brevitas attack MODEL_DIR --attack gap`"),
         (["--eot", "32+4"], "--eot 32+4 says what an --attack is made on"),
-        (["--attack", "a-qapa", "--eot", "4"], "--eot 4 is no mean: give several precisions, as 8+4+2"),
-        (["--attack", "a-qapa", "--eot", "8+4"], "no precision 8: it was converted for 32, 4"),
+        (["--attack", "sparse-rs", "--eot", "4"], "--eot 4 is no mean: give several precisions, as 8+4+2"),
+        (["--attack", "sparse-rs", "--eot", "8+4"], "no precision 8: it was converted for 32, 4"),
         (["--surrogate", "nowhere", "--transfer", "none"], "there is no model in"),
         (["--at", "1"], "'1' is not a row and a column, such as 2,2"),
         (["--at", "1,-1"], "'1,-1' is not a row and a column"),
@@ -251,7 +265,15 @@ def without_what_differs(folder: Path) -> dict[str, object]:
 
 
 def test_shards_say_what_is_missing_and_merge(runs: list[Path], tmp_path: Path) -> None:
-    common = [runs[0], "--images", "12", "-b", "6", "--attack", "{name: a-qapa, steps: 0, sizes: [4]}"]
+    common = [
+        runs[0],
+        "--images",
+        "12",
+        "-b",
+        "6",
+        "--attack",
+        NOISE,
+    ]
     whole = evaluate(*common, "-o", tmp_path / "whole")
     assert whole.exit_code == 0, whole.output
     first = evaluate(*common, "-o", tmp_path / "one", "--shard", "1/2", "--json")
@@ -270,7 +292,15 @@ def test_shards_say_what_is_missing_and_merge(runs: list[Path], tmp_path: Path) 
 
 @pytest.mark.slow
 def test_processes_share_the_work_and_the_first_one_reports(runs: list[Path], tmp_path: Path) -> None:
-    common = [str(runs[0]), "--images", "6", "--attack", "{name: a-qapa, steps: 0, sizes: [4]}", "--device", "cpu"]
+    common = [
+        str(runs[0]),
+        "--images",
+        "6",
+        "--attack",
+        NOISE,
+        "--device",
+        "cpu",
+    ]
     common += ["--threads", "1", "--transfer", "none"]
     assert evaluate(*common, "-o", tmp_path / "alone").exit_code == 0
     with socket() as free:

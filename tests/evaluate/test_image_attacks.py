@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 
 from qadtr_brevitas.attacks.a_qapa import AQapa
+from qadtr_brevitas.attacks.lavan import Lavan
+from qadtr_brevitas.attacks.random_patch import RandomPatch
+from qadtr_brevitas.attacks.sparse_rs import SparseRs
 from qadtr_brevitas.errors import UsageError
 from qadtr_brevitas.evaluate import NamedAttack, evaluate
 from qadtr_brevitas.evaluate.image_attacks import SourcedAttack
@@ -164,7 +167,7 @@ def test_targets_come_from_the_attack(tmp_path: Path) -> None:
 
 def test_family_names_the_settings_that_were_changed() -> None:
     assert NamedAttack("whiten", Whiten(side=3)).family == "whiten side=3"
-    assert NamedAttack("a-qapa", AQapa(steps=7, sizes=(6,))).family == "a-qapa steps=7 sizes=[6]"
+    assert NamedAttack("a-qapa", AQapa(steps=7, quantize_image=False)).family == "a-qapa steps=7 quantize_image=False"
     assert NamedAttack("whiten", Whiten(target=2)).fingerprint != WHITEN.fingerprint
 
 
@@ -271,11 +274,17 @@ def test_attack_that_leaves_the_pixels_range_is_refused(add: float) -> None:
         drawn(add=add)
 
 
+def test_attacks_without_gradients_are_black_box() -> None:
+    assert NamedAttack("random-patch", RandomPatch()).is_black_box
+    assert NamedAttack("sparse-rs", SparseRs()).is_black_box
+    assert not NamedAttack("lavan", Lavan()).is_black_box
+
+
 def test_parameters_get_no_gradients(tmp_path: Path) -> None:
     info = replace(reader().info, num_classes=CLASSES, image_size=(SIDE, SIDE))
     subject = Subject("net", make_switchable(), "weights", info)
     split = train_split().balanced(6, seed=0)
-    attack = NamedAttack("a-qapa", AQapa(steps=1, sizes=(4,)))
+    attack = NamedAttack("a-qapa", AQapa(steps=1, sizes=(4,), quantize_image=False))
     report = run(tmp_path, [subject], split=split, attacks=[attack], eot=[parse_access("32+4")])
     assert {facts.source.precision for facts in report.attacks} == {"32", "4", "32+4"}
     assert all(parameter.grad is None and parameter.requires_grad for parameter in subject.model.parameters())
