@@ -146,7 +146,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Recipe:
-        if problems := [*_precision_problems(self), *_training_problems(self.train)]:
+        if problems := [*_precision_problems(self), *_gradient_problems(self.train), *_training_problems(self.train)]:
             raise located_error(problems)
         return self
 
@@ -185,6 +185,18 @@ def _precision_problems(recipe: Recipe) -> list[tuple[tuple[str, ...], str]]:
         have = ", ".join(map(str, allowed))
         rule = f"{', '.join(foreign)} must also be in quant.precisions, which has {have}"
         return [(("train", "precision", "choices"), rule)]
+    return []
+
+
+def _gradient_problems(train: TrainSection) -> list[tuple[tuple[str, ...], str]]:
+    """A gradient rule for precisions that never come would change nothing, without a word."""
+    rule, possible = train.gradient, getattr(train.precision, "possible", None)
+    only: tuple[Precision, ...] = getattr(rule, "only", None) or ()
+    at = ("train", "gradient", "only")
+    if possible is not None and (foreign := [str(precision) for precision in only if precision not in possible()]):
+        return [(at, f"{', '.join(foreign)} must be in train.precision, which has {', '.join(map(str, possible()))}")]
+    if any(precision.is_float for precision in only) and not getattr(rule, "float_too", True):
+        return [(at, "32 is perturbed only with float_too: true: give that too")]
     return []
 
 

@@ -173,6 +173,19 @@ class TestSectionsFitTogether:
         )
         assert found == {"train.precision.choices": (4, "3 must also be in quant.precisions, which has 32, 4")}
 
+    @pytest.mark.parametrize(
+        ("only", "rule"),
+        [
+            ("[5]", "5 must be in train.precision, which has 32, 4"),
+            ("[32]", "32 is perturbed only with float_too: true: give that too"),
+        ],
+    )
+    def test_gradients_are_perturbed_at_precisions_that_come(self, write, only: str, rule: str) -> None:
+        text = "quant: {{precisions: [32, 4]}}\ntrain:\n  gradient:\n    name: gir\n    only: {}\n"
+        assert problems(write(text.format(only))) == {"train.gradient.only": (5, rule)}
+        load_recipe(write(text.format("[4]")))
+        load_recipe(write(text.format("[32, 4]") + "    float_too: true\n"))
+
     def test_an_attack_without_a_share_is_not_for_training(self, write) -> None:
         found = problems(write("train: {attack: random-patch}"))
         assert "cannot be used in training" in found["train.attack"][1]
