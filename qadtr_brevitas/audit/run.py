@@ -77,7 +77,9 @@ def audit(
     for part in parts:
         if isinstance(part, Subject):
             part.check_data(split, data="given here")
-    store = AuditStore.of(folder, model, twin, surrogates, ablations, split=chosen, settings=(asdict(spending), seed))
+    store = AuditStore.of(
+        folder, model, twin, surrogates, ablations, split=chosen, settings=(asdict(spending), seed, batch_size)
+    )
     batch, labels = chosen.batch(torch.arange(len(chosen)), device=device)
     found = victims(model, precisions=precisions, twin=twin, surrogates=surrogates, ablations=ablations)
     audits: list[PrecisionAudit] = []

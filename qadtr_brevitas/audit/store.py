@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from qadtr_brevitas import __version__
 from qadtr_brevitas.audit.finding import AUDIT_SCHEMA_VERSION, PrecisionAudit
 from qadtr_brevitas.audit.victim import Audited, Victim
 from qadtr_brevitas.data.split import Split
@@ -51,7 +52,7 @@ class AuditStore:
         groups = [
             [_named(part) for part in group] for group in ([model], [twin] if twin else [], surrogates, ablations)
         ]
-        return cls(folder / AUDIT_FOLDER, [AUDIT_SCHEMA_VERSION, groups, images, settings])
+        return cls(folder / AUDIT_FOLDER, [AUDIT_SCHEMA_VERSION, __version__, groups, images, settings])
 
     def get(self, victim: Victim, compute: Callable[[], PrecisionAudit]) -> PrecisionAudit:
         """The finished audit of a precision, or that of `compute`, which is kept.
