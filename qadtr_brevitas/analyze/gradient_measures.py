@@ -64,7 +64,7 @@ def cosines(gradients: Tensor, reference: Tensor, region: Tensor) -> Tensor:
         reference: (N, 3, H, W).
         region: boolean (N, 1, H, W), the pixels that count.
     """
-    ours, theirs = ((g * region).flatten(1).double() for g in (gradients, reference))
+    ours, theirs = ((g * region).flatten(1).cpu().double() for g in (gradients, reference))
     norms = ours.norm(dim=1) * theirs.norm(dim=1)
     there = norms > 0
     return (ours * theirs).sum(dim=1)[there] / norms[there]
@@ -76,8 +76,8 @@ def squared_errors(gradients: Tensor, reference: Tensor, region: Tensor) -> tupl
     The share says what the errors alone do not: gradients of confident images are tiny, and so are their errors. It is
     None where the reference has no gradient at all.
     """
-    difference = ((gradients - reference) * region).flatten(1).double().square().sum(dim=1)
-    size = (reference * region).flatten(1).double().square().sum(dim=1)
-    values = region.flatten(1).sum(dim=1) * gradients.shape[1]
+    difference = ((gradients - reference) * region).flatten(1).cpu().double().square().sum(dim=1)
+    size = (reference * region).flatten(1).cpu().double().square().sum(dim=1)
+    values = region.flatten(1).sum(dim=1).cpu() * gradients.shape[1]
     total = float(size.sum())
     return difference / values, float(difference.sum()) / total if total else None

@@ -80,7 +80,7 @@ def turning_reach(mask: Tensor, degrees: float) -> tuple[float, float]:
     Returns:
         (rows, columns) in pixels, to the border of the farthest pixel.
     """
-    covered = mask.nonzero().double()
+    covered = mask.cpu().nonzero().double()
     middle = covered.new_tensor([(side - 1) / 2 for side in mask.shape])
     corners = covered.new_tensor([(-0.5, -0.5), (-0.5, 0.5), (0.5, -0.5), (0.5, 0.5)])
     offsets = (covered - middle)[:, None] + corners
