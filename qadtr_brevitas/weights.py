@@ -32,8 +32,11 @@ def find_weights(path: str | Path) -> Path:
         if place.is_file():
             return place
     where = " or ".join(str(place) for place in places)
-    hint = "" if base or given.is_absolute() else f", or set {DATA_VARIABLE} to the folder that holds it"
-    raise CheckpointError(f"there is no checkpoint {where}: check the path{hint}")
+    hint = "" if base or given.is_absolute() else f", set {DATA_VARIABLE} to the folder that holds it,"
+    raise CheckpointError(
+        f"there is no checkpoint {where}: put it there{hint} or name another with model.checkpoint=FILE "
+        "(convert: --checkpoint FILE)"
+    )
 
 
 def load_weights(path: str | Path) -> dict[str, Tensor]:

@@ -98,12 +98,16 @@ def find_dataset(model_dirs: Sequence[Path], choice: str | None) -> Any:
 
     Raises:
         UsageError: no such data set, or none chosen and none, or several, known from the models.
+        CheckpointError: none chosen, and a directory holds no model.
     """
     if choice is not None:
         return DATASET.validate_python(read_choice(choice))
     found = [_made_on(path) for path in model_dirs]
     for path, dataset in zip(model_dirs, found, strict=True):
         if dataset is None:
+            from qadtr_brevitas.checkpoint import resolve_model_dir
+
+            resolve_model_dir(path)
             raise UsageError(
                 f"{path} does not say which data set it was made for: choose one with --data NAME[:ROOT], "
                 "see `qadtr-brevitas list datasets`"

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from qadtr_brevitas.checkpoint import CONFIG, WEIGHTS
 from qadtr_brevitas.errors import CheckpointError, TrainingError, UsageError
 from qadtr_brevitas.files import write_atomically
 from qadtr_brevitas.recipe import Recipe, load_recipe
@@ -99,11 +100,14 @@ def open_run(run: Path, recipe: Recipe, *, resume: Literal["auto", "never"], ove
 
     Raises:
         UsageError: the folder holds a run of another recipe (the keys that differ are named), or holds a run and
-            `resume` is never without `overwrite`; or `run` is a file.
+            `resume` is never without `overwrite`; or holds a model that no run wrote; or `run` is a file.
         CheckpointError: the state of the run is damaged.
     """
     if run.exists() and not run.is_dir():
         raise UsageError(f"{run} is a file; choose another folder with -o")
+    if (run / CONFIG).is_file() or (run / WEIGHTS).is_file():
+        # It, and not the run's own model, would be what other commands find there.
+        raise UsageError(f"{run} holds a model that no run wrote: choose another folder with -o")
     if not (run / RECIPE_FILE).is_file() or (resume == "never" and overwrite):
         return None
     if resume == "never":

@@ -86,6 +86,8 @@ def test_model_directory_without_a_run_needs_a_data_set(tmp_path: Path) -> None:
     result = attack(model, *FAST)
     assert result.exit_code == 2
     assert "does not say which data set it was made for: choose one with --data" in result.stderr
+    result = attack(tmp_path / "nope", *FAST)
+    assert (result.exit_code, "there is no model in" in result.stderr) == (1, True)
     result = attack(model, *FAST, "--data", "shapes")
     assert result.exit_code == 1
     assert "data set shapes has 10 classes and images of 32x32, model model is for 3 classes and 16x16" in result.stderr

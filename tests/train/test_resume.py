@@ -2,6 +2,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import threading
 import time
@@ -141,6 +142,14 @@ def test_file_in_place_of_the_run_is_refused(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("mine")
     with pytest.raises(UsageError, match="is a file; choose another folder with -o"):
         train(make_recipe(), tmp_path / "run", device="cpu")
+
+
+def test_a_model_in_place_of_the_run_is_refused(whole: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(whole / "last", tmp_path / "model")
+    for overwrite in (False, True):
+        with pytest.raises(UsageError, match="holds a model that no run wrote: choose another folder with -o"):
+            train(make_recipe(), model, resume="never" if overwrite else "auto", overwrite=overwrite, device="cpu")
+    assert not (model / "recipe.yaml").exists()
 
 
 @pytest.mark.parametrize("damage", [b"", b"not a state", b"PK\x03\x04 truncated"])
