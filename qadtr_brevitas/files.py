@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from qadtr_brevitas.errors import CheckpointError
+from qadtr_brevitas.errors import CheckpointError, UsageError
 
 # torch.save and safetensors report a failed write as these instead of an OSError.
 _WRITE_FAILURES = ("PytorchStreamWriter", "unexpected pos", "I/O error", "IoError")
@@ -49,7 +49,10 @@ def replace_directory(path: Path, fill: Callable[[Path], object]) -> None:
 
     Raises:
         CheckpointError: the disk is full, the folder cannot be written, or `path` is a file.
+        UsageError: `path` is the folder one is in, or one above it.
     """
+    if path.name in ("", ".."):
+        raise UsageError(f"{path} cannot be replaced as a whole: give a folder of its own, for instance {path / 'new'}")
     new, old = _beside(path)
     try:
         recover_directory(path)

@@ -53,7 +53,7 @@ def test_relative_paths_are_also_looked_for_in_the_data_folder(here: Path, monke
         load_weights("a.safetensors")
     monkeypatch.setenv("QADTR_BREVITAS_DATA", str(here / "data"))
     assert load_weights("a.safetensors")
-    with pytest.raises(CheckpointError, match=r"no checkpoint b.pth or .*data/b.pth: put it there or name another with"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint b.pth or .*data/b.pth: put it there or name"):
         load_weights("b.pth")
 
 

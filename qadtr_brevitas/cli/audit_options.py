@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from qadtr_brevitas.cli.common import option_block, progress
+from qadtr_brevitas.cli.common import option_block, progress, was_given
 from qadtr_brevitas.errors import UsageError
 
 if TYPE_CHECKING:
@@ -58,10 +58,13 @@ def check_audit_options(given: Options) -> None:
     """Refuses what only an audit uses where there is none.
 
     Raises:
-        UsageError: --twin or --ablation without --audit.
+        UsageError: an option of the audit without --audit.
     """
-    for option, value in (("--twin", given.twin), ("--ablation", given.ablations)):
-        if value and not given.audit:
+    names = {"twin": "--twin", "ablations": "--ablation"} | {
+        name: "--" + name.replace("_", "-") for name in ("audit_images", "audit_profile")
+    }
+    for name, option in names.items():
+        if was_given(name) and not given.audit:
             raise UsageError(f"{option} is for the audit: add --audit, or leave {option} out")
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import click
+from click.core import ParameterSource
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -86,6 +87,11 @@ def option_block(*options: Callable[[_Command], _Command]) -> Callable[[_Command
         return command
 
     return add
+
+
+def was_given(parameter: str) -> bool:
+    """Whether an option of the running command stands on the command line, even with its default's value."""
+    return click.get_current_context().get_parameter_source(parameter) is ParameterSource.COMMANDLINE
 
 
 def work_options(*, data: str, output: str) -> Callable[[_Command], _Command]:

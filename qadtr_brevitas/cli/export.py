@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qadtr_brevitas.cli.common import emit, examples, output_options, progress, say, seed_option, threads_option
+from qadtr_brevitas.cli.common import (
+    emit,
+    examples,
+    output_options,
+    progress,
+    say,
+    seed_option,
+    threads_option,
+    was_given,
+)
 from qadtr_brevitas.cli.export_tables import export_tables
 from qadtr_brevitas.cli.plugin_options import find_dataset, load_split
 from qadtr_brevitas.cli.recorded import RecordedCommand, command_line
@@ -111,6 +120,7 @@ def command(**options: Any) -> None:
     one that computes something else is not kept.
     """
     given = _Options(**options)
+    _check_unverified(given)
     outputs = _outputs(given)
     dataset = find_dataset([given.model_dir], given.data) if given.verify else None
 
@@ -148,6 +158,12 @@ def command(**options: Any) -> None:
         report.to_dict() | {"output": str(output)} for report, output in zip(reports, outputs.values(), strict=True)
     ]
     emit(found[0] if len(found) == 1 else found, export_tables(reports))
+
+
+def _check_unverified(given: _Options) -> None:
+    for name in ("images", "patches", "tolerance", "data"):
+        if was_given(name) and not given.verify:
+            raise UsageError(f"--{name} is for comparing the file with the network: leave out --no-verify or --{name}")
 
 
 def _outputs(given: _Options) -> dict[Precision, Path]:
