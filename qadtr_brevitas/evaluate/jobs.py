@@ -160,13 +160,14 @@ class ChunkJob:
         """Makes the images, predicts and keeps, beside the predictions of victims that are there already."""
         images, labels = self.bench.split.batch(torch.tensor(self.chunk), device=device)
         adversarial = self.attack.images(images, labels, seed=self.bench.seed, chunk=self.chunk)
-        predictions = store.read_chunk(self.key)
+        predictions: dict[str, Tensor] = {}
         # Not inference_mode: Brevitas's quantizers fail on its tensors.
         with torch.no_grad():
             for victim in self.victims:
                 logits = victim.logits(self.bench.seed, self.attack.facts.name, self.chunk.start)
                 predictions[victim.name] = logits(adversarial).argmax(dim=1).cpu()
-        store.write_chunk(self.key, predictions)
+        # Read now: another process may have attacked other victims with these images meanwhile.
+        store.write_chunk(self.key, store.read_chunk(self.key) | predictions)
 
 
 def compute(
@@ -193,6 +194,10 @@ def compute(
                 job.compute(store, where)
             if progress is not None:
                 progress(number, len(jobs), str(job))
+        # Written over by another process in the moment between its reading and writing.
+        for job in jobs:
+            if not job.is_done(store):
+                job.compute(store, where)
 
 
 def _distinct(subjects: Iterable[Subject]) -> Iterable[Subject]:

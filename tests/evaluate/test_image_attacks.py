@@ -16,7 +16,9 @@ from qadtr_brevitas.attacks.random_patch import RandomPatch
 from qadtr_brevitas.attacks.sparse_rs import SparseRs
 from qadtr_brevitas.errors import UsageError
 from qadtr_brevitas.evaluate import NamedAttack, evaluate
+from qadtr_brevitas.evaluate.cells import CellStore, ChunkKey
 from qadtr_brevitas.evaluate.image_attacks import SourcedAttack
+from qadtr_brevitas.evaluate.jobs import Victim
 from qadtr_brevitas.evaluate.plan import read_means
 from qadtr_brevitas.precision import parse_precisions
 from qadtr_brevitas.report import AttackCell, Report
@@ -221,6 +223,53 @@ def test_a_new_victim_needs_the_images_anew_and_keeps_what_is_there(tmp_path: Pa
     run(tmp_path, precisions=[8])
     assert len(Whiten.calls) == 3
     assert len(report.cells) == 4
+
+
+class AnotherProcess:
+    """Keeps the predictions of a victim of its own for the first images that are attacked."""
+
+    def __init__(self) -> None:
+        self.key: ChunkKey | None = None
+        self.write = CellStore.write_chunk
+
+    def __call__(self, store: CellStore, key: ChunkKey, *, over: bool) -> None:
+        if self.key is None:
+            self.key = key
+            own = {"another": torch.zeros(key.stop - key.start, dtype=torch.int64)}
+            self.write(store, key, own if over else store.read_chunk(key) | own)
+
+
+def test_predictions_of_another_process_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other, store, read, logits = AnotherProcess(), CellStore.open(tmp_path), CellStore.read_chunk, Victim.logits
+    looked_for: list[ChunkKey] = []
+
+    def remembered(self: CellStore, key: ChunkKey) -> dict[str, Any]:
+        looked_for.append(key)
+        return read(self, key)
+
+    def interrupted(self: Victim, *keys: Any) -> Any:
+        for key in looked_for[:1]:
+            other(store, key, over=False)
+        return logits(self, *keys)
+
+    monkeypatch.setattr(CellStore, "read_chunk", remembered)
+    monkeypatch.setattr(Victim, "logits", interrupted)
+    run(tmp_path)
+    assert len(read(store, looked_for[0])) == 3
+
+
+def test_predictions_that_another_process_wrote_over_are_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other, write = AnotherProcess(), CellStore.write_chunk
+
+    def interrupted(self: CellStore, key: ChunkKey, predictions: Any) -> None:
+        write(self, key, predictions)
+        other(self, key, over=True)
+
+    monkeypatch.setattr(CellStore, "write_chunk", interrupted)
+    assert len(run(tmp_path).cells) == 4
+    assert len(Whiten.calls) == 3
 
 
 @pytest.mark.parametrize("damage", ["", "[]", '{"version": 1}', "predictions"])
