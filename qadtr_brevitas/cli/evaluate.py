@@ -142,7 +142,26 @@ def _plan(
         seed=given.seed,
         batch_size=given.batch_size,
     )
+    _tell_left_out(patches, grid, alone=not (attacks or given.certify or given.audit))
     return grid, patches
+
+
+def _tell_left_out(patches: Sequence[Contender], grid: Grid, *, alone: bool) -> None:
+    """Says how many of the patches found are not scored.
+
+    Raises:
+        UsageError: none is, and they are all there is to score (`alone`).
+    """
+    scored = {contender.name for victim in grid.victims for contender in grid.contenders_of(victim)}
+    left_out = [patch for patch in patches if patch.name not in scored]
+    if not left_out:
+        return
+    sources = dict.fromkeys(patch.facts.source.precision for patch in left_out if patch.facts.source)
+    made_at = ", ".join(sources) or "no precision that is known"
+    remedy = f"--transfer {grid.transfer} leaves them out: leave it out, or score the models and precisions they are of"
+    if alone and len(left_out) == len(patches):
+        raise UsageError(f"none of the {len(patches)} patches was made on what is scored (but at {made_at}); {remedy}")
+    say(f"{len(left_out)} of {len(patches)} patches were made elsewhere (at {made_at}); {remedy}")
 
 
 def _patch_places(given: Options) -> Sequence[Path]:

@@ -212,6 +212,17 @@ def test_models_without_patches_can_be_attacked(tmp_path: Path) -> None:
     assert "asr.png" in result.stderr
 
 
+def test_patches_that_are_not_scored_are_told(runs: list[Path], tmp_path: Path) -> None:
+    result = evaluate(runs[0], "--patches", runs[1] / "patches", "--transfer", "none", "--images", 6, "-o", tmp_path)
+    assert result.exit_code == 2
+    assert "patches was made on what is scored (but at " in result.stderr
+    assert "--transfer none leaves them out: leave it out, or score" in result.stderr
+    both = [arg for run in runs[:2] for arg in ("--patches", run / "patches")]
+    result = evaluate(runs[0], *both, "--transfer", "none", "--images", 6, "-o", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert "patches were made elsewhere (at " in result.stderr
+
+
 def test_moved_patches_are_scored(runs: list[Path], tmp_path: Path) -> None:
     result = evaluate(
         runs[0], "--at", "1,2", "--shift", "3,10", "--rotate", "90", "--images", "6", "-o", tmp_path, "-q"
