@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
+from torch import Tensor
 
 from qadtr_brevitas.attacks.base import Model
 from qadtr_brevitas.attacks.patch import Patch
@@ -160,8 +161,7 @@ class _Maker:
                     "choose another folder with --output, or move it away"
                 )
             return Crafted(path, kind, source, target, Share(*found.meta["held_out"]), kept=True)
-        draws = generator(self.setup.seed, "craft draws", str(source), _aim(target))
-        model = logits_at(self.subject.model, source, draws=draws)
+        model = self._model(source, target)
         few = self.setup.train.batch(torch.arange(min(2, len(self.setup.train))))[0].to(self.setup.device)
         bf16 = not self.setup.float32 and has_fast_bf16(self.setup.device)
         with folded_norms(self.subject.model, few, bf16=bf16) as folding:
@@ -171,6 +171,20 @@ class _Maker:
         made = {"made_of": made_of, "bf16": rounded, "held_out": [share.count, share.n]}
         patch.with_meta(**self._source(source), **made).save(path)
         return Crafted(path, kind, source, target, share, kept=False)
+
+    def _model(self, source: Access, target: int | None) -> Model:
+        """What the attack sees; without gradients, when textures are compared, a random one draws alike each time."""
+        stream = (self.setup.seed, "craft draws", str(source), _aim(target))
+        searched = logits_at(self.subject.model, source, draws=generator(*stream))
+        if not source.is_random:
+            return searched
+
+        def model(images: Tensor) -> Tensor:
+            if torch.is_grad_enabled():
+                return searched(images)
+            return logits_at(self.subject.model, source, draws=generator(*stream, "scores"))(images)
+
+        return model
 
     def _fit(self, model: Model, attack: Any, source: Access, target: int | None, bar: _Bar | None) -> Patch:
         device = self.setup.device

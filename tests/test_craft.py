@@ -116,6 +116,27 @@ def test_mean_over_precisions_has_a_name_and_a_stream_of_its_own(tmp_path: Path)
         make(tmp_path, precisions=["8+5"])
 
 
+class Asks(White):
+    """Notes what the model says to images with a white patch, with gradients and without."""
+
+    def fit(self, model: Any, images: Tensor, labels: Tensor, **settings: Any) -> Patch:
+        white = images.float() / 255
+        white[:, :, :2, :2] = 1
+        for enabled in (True, False):
+            with torch.set_grad_enabled(enabled):
+                ANSWERS[enabled] = [model(white).argmax(1) for _ in range(3)]
+        return super().fit(model, images, labels, **settings)
+
+
+ANSWERS: dict[bool, list[Tensor]] = {}
+
+
+def test_random_precisions_are_drawn_alike_for_every_texture_that_is_scored(tmp_path: Path) -> None:
+    make(tmp_path, Asks(), reader(model=Reader(fooled_at=(8,))), precisions=["random(8+4)"], targets=[2])
+    assert all(torch.equal(answer, ANSWERS[False][0]) for answer in ANSWERS[False])
+    assert not torch.equal(ANSWERS[True][0], ANSWERS[True][1])
+
+
 def test_killed_run_keeps_finished_patches_and_makes_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
