@@ -107,7 +107,7 @@ def _word(error: QadtrError | OSError) -> str:
 def cli() -> None:
     """Train, attack and deploy quantized networks that resist adversarial patches (QADT-R on Brevitas).
 
-    Every command says which files it wrote and what to type next.
+    Every command says which files it wrote, and most what to type next.
     """
 
 
