@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from qadtr_brevitas.precision import Precision
 from qadtr_brevitas.quant.bias_correction import BiasCorrection
+from qadtr_brevitas.quant.functions import hidden_products
 from qadtr_brevitas.quant.layers import SwitchableConv2d, SwitchableLinear
 from qadtr_brevitas.quant.switch import (
     allowed_precisions,
@@ -104,7 +105,12 @@ def _shifting(means: OutputMeans) -> Generator[dict[Layer, list[Tensor]]]:
 
 @contextmanager
 def _hooked(layers: Iterable[Layer], hook: Callable[[Layer, object, Tensor], Tensor | None]) -> Generator[None]:
-    handles = [layer.register_forward_hook(hook) for layer in layers]
+    def hidden_hook(layer: Layer, args: object, y: Tensor) -> Tensor | None:
+        # A block that quantizes its own products and sums watches what its layers call, and these are none of them.
+        with hidden_products():
+            return hook(layer, args, y)
+
+    handles = [layer.register_forward_hook(hidden_hook) for layer in layers]
     try:
         yield
     finally:

@@ -78,6 +78,20 @@ def test_means_are_those_of_the_float_network(model: SwitchableModel, images: Te
     assert all(after[name] < 1e-3 * before[name] + 1e-5 for name in before)
 
 
+@pytest.mark.parametrize("target", ["finn", "hls4ml"])
+def test_so_they_are_where_blocks_watch_their_own_sums(float_net: nn.Module, images: Tensor, target: str) -> None:
+    model, _ = convert(float_net, [32, *BITS], image_size=SIZE, target=target)
+    calibrate(model, [images])
+    before = {bits: shifts(model, images, bits) for bits in BITS}
+    calibrate(model, [images], bias_correction=True)
+    for bits in BITS:
+        after = shifts(model, images, bits)
+        assert min(before[bits].values()) > 0
+        assert all(after[name] < 1e-3 * before[bits][name] + 1e-5 for name in after)
+    with torch.no_grad():
+        assert torch.equal(model(images), float_net((images - model.mean) / model.std))
+
+
 def test_layers_of_every_kind_are_corrected(net: nn.Module, images: Tensor) -> None:
     model, _ = convert(net, [32, 4], image_size=SIZE)
     calibrate(model, [images])
