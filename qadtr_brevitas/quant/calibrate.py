@@ -36,14 +36,16 @@ def calibrate(
     """Sets the thresholds of every quantizer at every bit-width, and gives every precision the 32-bit norm statistics.
 
     The network runs in float, and each quantizer looks at what it would have to quantize. Weights have thresholds
-    per output channel, activations one per tensor; ranges of dynamic quantizers are left to run time.
+    per output channel, activations one per tensor; ranges of dynamic quantizers are left to run time. Steps that have
+    to be powers of two are chosen among these: `mse` the best, `minmax` and `percentile` the next one above.
 
     Args:
         model: a switchable model; changed in place.
         batches: images, each (N, C, H, W) in [0, 1]. Of those whose length is known, such as a list or an object
             that makes each batch when it is asked for, one is held at a time; others are read into a list first.
         method: `mse` minimizes the squared quantization error per bit-width (a grid search); `minmax` clips nothing
-            that was seen; `percentile` clips what lies above a percentile of the magnitudes.
+            that was seen, save that the steps of ReLU6 for hls4ml may end below 6; `percentile` clips what lies above
+            a percentile of the magnitudes.
         percentile: for `percentile`, in (0, 100]; 100 is `minmax` on a sample.
         bias_correction: afterwards, for each precision, shift the outputs of convolutions and linear layers so that
             their means per channel are those of the float network (Nagel et al. 2019, section 4.2). Takes one more
@@ -125,12 +127,14 @@ def _set_thresholds(quantizer: SwitchableQuant, sample: Sample, method: Method, 
     elif method == "percentile":
         clipped = percentiles(sample.rows, percentile)
         reached = torch.where(clipped > 0, clipped, reached)
+    # What is always 0 needs some step, which is any.
+    reached = torch.where(reached > 0, reached, 1.0)
     for name, parameter in quantizer.thresholds.items():
         bits = int(name)
-        threshold = reached * quantizer.headroom(bits)
+        # Rounded to powers of two afterwards, steps would clip up to 29 % of what they were chosen for.
+        threshold = quantizer.threshold_above(reached * quantizer.headroom(bits), bits)
         if method == "mse":
-            threshold = least_error(
-                sample, quantizer.levels(bits), quantizer.steps_per_threshold(bits), quantizer.headroom(bits)
-            )
+            levels, steps = quantizer.levels(bits), quantizer.steps_per_threshold(bits)
+            threshold = least_error(sample, threshold, levels, steps, halves=quantizer.power_of_two)
         with torch.no_grad():
-            parameter.copy_(torch.where(threshold > 0, threshold, 1.0).view_as(parameter))
+            parameter.copy_(threshold.view_as(parameter))

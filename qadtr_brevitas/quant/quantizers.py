@@ -27,6 +27,8 @@ EDGE_BITS = 8
 
 # A threshold may be driven to zero by training; a step must stay positive (Brevitas's scaling_min_val plays this part).
 _SMALLEST_THRESHOLD = 1e-6
+# A step that exceeds a power of two by no more than floats round is one.
+_ROUNDING = 1e-6
 
 
 class SwitchableQuant(nn.Module):
@@ -43,7 +45,7 @@ class SwitchableQuant(nn.Module):
         narrow_range: leave out the lowest level, so that signed levels are symmetric (2 bit: -1, 0, 1).
         shape: shape of a threshold, e.g. (out, 1, 1, 1) for one per output channel.
         max_threshold: thresholds above are taken as this (6 for ReLU6).
-        power_of_two: take the nearest power of two for the step (below `max_threshold`, if there is one).
+        power_of_two: take the power of two nearest to the learned step (below `max_threshold`, if there is one).
     """
 
     dynamic = False
@@ -114,16 +116,34 @@ class SwitchableQuant(nn.Module):
     def threshold(self, bits: int) -> Tensor:
         """The threshold at a bit-width, positive."""
         threshold = self.thresholds[str(bits)].abs().clamp(_SMALLEST_THRESHOLD, self.max_threshold)
-        return self._to_power_of_two(threshold, self.steps_per_threshold(bits)) if self.power_of_two else threshold
+        if not self.power_of_two:
+            return threshold
+        # The gradient is that of a factor.
+        return self._to_power_of_two(threshold, bits, up=False) * (threshold / threshold.detach())
 
-    def _to_power_of_two(self, threshold: Tensor, steps: int) -> Tensor:
-        """The nearest threshold whose step is a power of two; its gradient is that of a factor."""
-        with torch.no_grad():
-            exponent = (threshold / steps).log2().round()
-            if self.max_threshold is not None:
-                exponent = exponent.clamp(max=math.floor(math.log2(self.max_threshold / steps)))
-            nearest = exponent.exp2() * steps
-        return nearest * (threshold / threshold.detach())
+    def threshold_above(self, threshold: Tensor, bits: int) -> Tensor:
+        """The lowest threshold the quantizer may have that clips no more than this one, or else the highest.
+
+        Once it is stored, `threshold()` gives it as it is.
+
+        Args:
+            threshold: of any shape.
+            bits: the bit-width.
+        """
+        threshold = threshold.detach().clamp(_SMALLEST_THRESHOLD, self.max_threshold)
+        return self._to_power_of_two(threshold, bits, up=True) if self.power_of_two else threshold
+
+    @torch.no_grad()
+    def _to_power_of_two(self, threshold: Tensor, bits: int, *, up: bool) -> Tensor:
+        """The nearest threshold whose step is a power of two, or the next higher one."""
+        steps = self.steps_per_threshold(bits)
+        step = threshold / steps
+        exponent = step.log2().round()
+        if up:
+            exponent = exponent + (exponent.exp2() * (1 + _ROUNDING) < step)
+        if self.max_threshold is not None:
+            exponent = exponent.clamp(max=math.floor(math.log2(self.max_threshold / steps)))
+        return exponent.exp2() * steps
 
     def scale(self, bits: int) -> Tensor:
         """The step at a bit-width, positive, in the shape of the threshold."""

@@ -16,6 +16,8 @@ Method = Literal["mse", "minmax", "percentile"]
 # The search for the least error: thresholds a factor of sqrt(2) apart, then ever closer ones around the best of them.
 _COARSE = [2 ** (-step / 2) for step in range(10)]
 _FINE = [2**0.25, 2**0.125, 2**0.0625]
+# The search among powers of two, where the largest threshold may be twice as large as what is to be clipped.
+_HALVES = [2.0**-step for step in range(6)]
 # The search for the least error looks at so many of the largest values, and at so many others at random.
 _PER_CHANNEL, _PER_TENSOR = (12, 244), (1 << 10, 1 << 14)
 # Values of a block of rows: it and two results stay in a core's L2 cache through all passes over them.
@@ -81,27 +83,33 @@ def thinned(sample: Sample) -> Sample:
     return Sample(torch.cat((rows.gather(1, where), rest), dim=1), sample.largest, tail, count / others)
 
 
-def least_error(sample: Sample, levels: tuple[int, int], steps: int, headroom: float) -> Tensor:
+def least_error(sample: Sample, start: Tensor, levels: tuple[int, int], steps: int, *, halves: bool = False) -> Tensor:
     """The threshold of each row with the least squared quantization error, by a grid search that gets finer.
 
     Args:
         sample: of the values.
+        start: the largest threshold to try for each row, (rows,), above 0; that of a row of zeros.
         levels: lowest and highest integer level.
         steps: number of steps between 0 and the threshold.
-        headroom: the largest threshold to try, over the largest magnitude.
+        halves: try only `start`, half of it, a quarter and so on, so that powers of two stay powers of two.
 
     Returns:
-        Thresholds, (rows,), within 5 % of the best between 1/23 of the largest and the largest; 0 for rows of 0.
+        Thresholds, (rows,): within 5 % of the best between 1/23 of `start` and `start`; with `halves` the best of those
+        down to 1/32.
     """
     height = max(1, _BLOCK // sample.rows.shape[1])
-    blocks = zip(sample.rows.split(height), sample.largest.split(height), strict=True)
+    blocks = zip(sample.rows.split(height), start.split(height), strict=True)
+    shares, factors = (_HALVES, []) if halves else (_COARSE, _FINE)
     return torch.cat(
-        [_search(replace(sample, rows=rows, largest=largest * headroom), levels, steps) for rows, largest in blocks]
+        [
+            _search(replace(sample, rows=rows, largest=largest), levels, steps, shares, factors)
+            for rows, largest in blocks
+        ]
     )
 
 
-def _search(sample: Sample, levels: tuple[int, int], steps: int) -> Tensor:
-    """`least_error` for a block of rows, up to their largest threshold."""
+def _search(sample: Sample, levels: tuple[int, int], steps: int, shares: list[float], factors: list[float]) -> Tensor:
+    """`least_error` for a block of rows: shares of their largest threshold, then factors around the best of them."""
     rows, largest, tail, weight = sample.rows, sample.largest, sample.tail, sample.weight
     count = tail + weight * (rows.shape[1] - tail)
     scaled, rounded = torch.empty_like(rows), torch.empty_like(rows)
@@ -122,11 +130,11 @@ def _search(sample: Sample, levels: tuple[int, int], steps: int) -> Tensor:
         best, least = torch.where(better, thresholds, best), torch.where(better, found, least)
         return found - step * (count / 4)
 
-    for share in _COARSE:
+    for share in shares:
         # That is by clipping, and lower thresholds clip more.
         if (attempt(largest * share) > least).all():
             break
-    for factor in _FINE:
+    for factor in factors:
         center = best
         attempt(center / factor)
         attempt(torch.minimum(center * factor, largest))

@@ -42,7 +42,7 @@ def least_of_many(rows: Tensor, bits: int) -> Tensor:
 
 def excess(rows: Tensor, sample: Sample, bits: int) -> Tensor:
     """Error with the threshold found, over the least of many tried."""
-    found = least_error(sample, levels_of(bits), levels_of(bits)[1], 1.0)
+    found = least_error(sample, sample.largest, levels_of(bits), levels_of(bits)[1])
     return error(rows, found, bits) / least_of_many(rows, bits)
 
 
@@ -92,10 +92,24 @@ def test_few_values_are_all_looked_at() -> None:
 
 def test_rows_are_searched_one_by_one() -> None:
     rows = heavy_tailed(600, 400)
-    together = least_error(all_of(rows), levels_of(4), 7, 1.0)
-    alone = [least_error(all_of(row[None]), levels_of(4), 7, 1.0) for row in rows[::100]]
+    together = least_error(all_of(rows), rows.abs().amax(1), levels_of(4), 7)
+    alone = [least_error(all_of(row[None]), row.abs().max()[None], levels_of(4), 7) for row in rows[::100]]
     torch.testing.assert_close(together[::100], torch.cat(alone), rtol=1e-4, atol=0)
 
 
-def test_rows_of_zeros_have_no_threshold() -> None:
-    assert least_error(all_of(torch.zeros(2, 5)), levels_of(4), 7, 1.0).tolist() == [0.0, 0.0]
+@pytest.mark.parametrize("make", [normal, heavy_tailed, with_an_outlier])
+@pytest.mark.parametrize("bits", BITS)
+def test_the_best_of_halves_is_found(make: object, bits: int) -> None:
+    rows = make(600, 400)
+    start = rows.abs().amax(1) * torch.linspace(0.6, 2, 600)
+    found = least_error(all_of(rows), start, levels_of(bits), levels_of(bits)[1], halves=True)
+    tried = torch.stack([error(rows, start / 2**k, bits) for k in range(6)])
+    torch.testing.assert_close(error(rows, found, bits), tried.amin(0), rtol=1e-4, atol=0)
+    exponents = (start / found).log2()
+    assert torch.equal(exponents, exponents.round())
+
+
+@pytest.mark.parametrize("halves", [False, True])
+def test_rows_of_zeros_keep_the_threshold_to_start_from(halves: bool) -> None:
+    start = torch.tensor([0.5, 3.0])
+    assert torch.equal(least_error(all_of(torch.zeros(2, 5)), start, levels_of(4), 7, halves=halves), start)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import timm
@@ -10,9 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from qadtr_brevitas.errors import UsageError
+from qadtr_brevitas.precision import Precision
 from qadtr_brevitas.quant import SwitchableModel, at_precision, calibrate, convert, freeze
 from qadtr_brevitas.quant.functions import QuantizedSum
-from qadtr_brevitas.quant.quantizers import SwitchableQuant
+from qadtr_brevitas.quant.quantizers import SwitchableActQuant, SwitchableQuant
+from qadtr_brevitas.quant.ranges import Method
+from qadtr_brevitas.quant.switch import Switch, observing
 from tests.quant.conftest import randomize_norms
 
 SIZE = (16, 16)
@@ -40,10 +44,10 @@ class Net(nn.Module):
         return self.head(y.mean((2, 3)))
 
 
-def switchable(net: nn.Module, **settings: object) -> SwitchableModel:
+def switchable(net: nn.Module, *, method: Method = "mse", **settings: object) -> SwitchableModel:
     torch.manual_seed(0)
     model, _ = convert(randomize_norms(net).eval(), [32, 8, 4, 2], image_size=SIZE, **settings)
-    calibrate(model, [IMAGES])
+    calibrate(model, [IMAGES], method=method, percentile=99)
     return model
 
 
@@ -122,21 +126,104 @@ def test_at_32_bit_it_trains_as_the_float_network_and_below_it_learns_its_thresh
             assert threshold.grad.isfinite()
 
 
+def quantized_rows(model: nn.Module) -> dict[SwitchableQuant, Tensor]:
+    """What each quantizer has to quantize and may not cut off, (thresholds, n)."""
+    found: dict[SwitchableQuant, list[Tensor]] = {}
+
+    def note(quantizer: SwitchableQuant, x: Tensor) -> None:
+        allowed = x.detach().clamp(-math.inf if quantizer.signed else 0, quantizer.max_threshold)
+        found.setdefault(quantizer, []).append(allowed.reshape(math.prod(quantizer.shape), -1))
+
+    with observing(model, note):
+        model(IMAGES)
+    return {quantizer: torch.cat(rows, dim=1) for quantizer, rows in found.items()}
+
+
+def steep() -> nn.Module:
+    """The network with a ReLU6 that is driven to 6."""
+    net = Net()
+    with torch.no_grad():
+        net.stem.weight *= 20
+    return net
+
+
+def squared_error(quantizer: SwitchableQuant, rows: Tensor, step: Tensor, bits: int) -> Tensor:
+    levels = rows / step.view(-1, 1)
+    return ((levels.round().clamp(*quantizer.levels(bits)) - levels) * step.view(-1, 1)).square().sum(1)
+
+
+@pytest.mark.parametrize("method", ["mse", "minmax", "percentile"])
 @pytest.mark.parametrize("bits", [8, 4, 2])
-def test_steps_for_hls4ml_are_the_nearest_powers_of_two(bits: int) -> None:
-    model, exact = switchable(Net(), target="hls4ml"), switchable(Net(), target="finn")
+def test_calibration_stores_steps_for_hls4ml_as_they_are_used(method: Method, bits: int) -> None:
+    model = switchable(steep(), target="hls4ml", residual="same", method=method)
+    held = [q for q in model.modules() if isinstance(q, SwitchableQuant) and str(bits) in q.thresholds]
+    assert any(quantizer.max_threshold for quantizer in held)
+    for quantizer in held:
+        step = quantizer.scale(bits).detach()
+        assert torch.equal(step.log2(), step.log2().round())
+        assert torch.equal(quantizer.thresholds[str(bits)].detach(), quantizer.threshold(bits).detach())
+        if quantizer.max_threshold is not None:
+            assert quantizer.threshold(bits) <= quantizer.max_threshold
+    assert model.net.head.weight_quant.quantizer.shape == (1, 1)
+    assert model.net.mix.weight_quant.quantizer.shape == (8, 1, 1, 1)
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2])
+def test_minmax_for_hls4ml_takes_the_smallest_steps_that_clip_nothing(bits: int) -> None:
+    model = switchable(steep(), target="hls4ml", residual="same", method="minmax")
+    for quantizer, rows in quantized_rows(model).items():
+        if str(bits) not in quantizer.thresholds:
+            continue
+        reach = (quantizer.scale(bits) * quantizer.reach(bits)).detach().flatten()
+        largest = rows.abs().amax(1)
+        assert (reach < 2 * largest).all()
+        if quantizer.max_threshold is None:
+            assert (reach >= largest * (1 - 1e-5)).all()
+        else:
+            assert reach >= largest or quantizer.threshold(bits) * 2 > quantizer.max_threshold
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2])
+def test_percentiles_for_hls4ml_take_the_next_higher_steps(bits: int) -> None:
+    model, exact = (switchable(Net(), target=target, method="percentile") for target in ("hls4ml", "finn"))
+    compared = 0
     for name, module in model.named_modules():
-        if not isinstance(module, SwitchableQuant) or str(bits) not in module.thresholds:
+        if not isinstance(module, SwitchableQuant) or str(bits) not in module.thresholds or module.max_threshold:
             continue
         step, wanted = module.scale(bits).detach(), exact.get_submodule(name).scale(bits).detach()
-        assert torch.equal(step.log2(), step.log2().round())
-        if module.max_threshold is not None:
-            assert module.threshold(bits) <= module.max_threshold
-        elif step.shape == wanted.shape:
-            assert ((step / wanted).log2().abs() <= 0.5 + 1e-6).all()
-    head = model.net.head.weight_quant.quantizer
-    assert head.shape == (1, 1)
-    assert model.net.mix.weight_quant.quantizer.shape == (8, 1, 1, 1)
+        if step.shape == wanted.shape:
+            assert (step >= wanted * (1 - 1e-5)).all()
+            assert (step < 2 * wanted).all()
+            compared += 1
+    assert compared >= 3
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2])
+def test_mse_for_hls4ml_takes_the_best_power_of_two(bits: int) -> None:
+    model = switchable(steep(), target="hls4ml", residual="same")
+    for quantizer, rows in quantized_rows(model).items():
+        if str(bits) not in quantizer.thresholds:
+            continue
+        step = quantizer.scale(bits).detach().flatten()
+        chosen = squared_error(quantizer, rows, step, bits)
+        for factor in (0.25, 0.5, 2.0):
+            if quantizer.max_threshold is None or quantizer.threshold(bits) * factor <= quantizer.max_threshold:
+                # Of many values it has seen a sample.
+                assert (chosen <= 1.02 * squared_error(quantizer, rows, step * factor, bits)).all()
+
+
+@pytest.mark.parametrize("max_threshold", [None, 6.0])
+def test_learned_steps_for_hls4ml_round_to_the_nearest_and_calibrated_ones_up(max_threshold: float | None) -> None:
+    switch = Switch((Precision(4, 4),))
+    quantizer = SwitchableActQuant(switch, (4,), 2, False, False, (4,), max_threshold, power_of_two=True)
+    # Of 15 steps; 1.4 and 1.5 lie on either side of the middle between 1 and 2, in log scale.
+    wanted = torch.tensor([1.4, 1.5, 1.0, 1.0000001]) * 15 / 8
+    with torch.no_grad():
+        quantizer.thresholds["4"].copy_(wanted)
+    assert (quantizer.scale(4) * 8).tolist() == [1, 2, 1, 1]
+    assert (quantizer.threshold_above(wanted, 4) / 15 * 8).tolist() == [2, 2, 1, 1]
+    above = quantizer.threshold_above(torch.tensor([5.0, 1e-9]), 4) / 15
+    assert above.tolist() == [0.5 if max_threshold is None else 0.25, 2.0**-23]
 
 
 def test_the_gradient_of_a_step_that_is_a_power_of_two_reaches_the_threshold() -> None:
