@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +13,13 @@ from qadtr_brevitas.page.study import StudyRow
 from qadtr_brevitas.paper import SUBJECT
 from qadtr_brevitas.precision import FLOAT_BITS
 from qadtr_brevitas.report import AttackCell, ImageAttackFacts, ModelFacts, PatchFacts, Report, SourceFacts
+from qadtr_brevitas.sources import parse_access
 
 WHITE_BOX, AT_FLOAT = "white-box", f"made at {FLOAT_BITS} bit"
 SEEN, UNSEEN = "seen", "unseen"
 _FLOAT = str(FLOAT_BITS)
+# As `study` and `attack --protocol` name them.
+_PROTOCOL, _LEFT_OUT = re.compile(r"(^|/)unseen[ -]"), re.compile(r"(^|/)unseen[ -]left-out-bits\b")
 
 
 @dataclass(frozen=True)
@@ -65,9 +69,9 @@ class Names:
         """What the paper calls the model that an attack was made on."""
         return self.subject(self.prints.get(source.fingerprint, source.name))
 
-    def patches(self, model: str) -> str:
-        """Whether the patches that a model meets are like those of training."""
-        return UNSEEN if model in self.rows and self.rows[model].is_unseen else SEEN
+    def is_unseen(self, model: str) -> bool:
+        """Whether the patches that a model meets are unlike those of training."""
+        return model in self.rows and self.rows[model].is_unseen
 
 
 def study_measures(part: StudyPart) -> list[Measure]:
@@ -84,7 +88,7 @@ def report_measures(report: Report, names: Names) -> Iterator[Measure]:
         facets = {**names.facets(cell.model), "precision": cell.precision}
         for what, more in (("clean accuracy", {}), ("accuracy", {"eps": "0"})):
             yield _measure(what, [WHITE_BOX, AT_FLOAT], {**facets, **more}, cell.accuracy.share)
-    by_name = report.attack_facts()
+    by_name, protocol = report.attack_facts(), _protocol(report)
     models = {model.name: model for model in report.models}
     for cell in report.cells:
         facts, model = by_name[cell.attack], models[cell.model]
@@ -95,17 +99,32 @@ def report_measures(report: Report, names: Names) -> Iterator[Measure]:
             "precision": cell.precision,
             "attack": facts.attack,
             **_source(cell, facts, model, names),
-            **(_patch(facts, report, names.patches(cell.model)) if isinstance(facts, PatchFacts) else _pixel(facts)),
+            **(_patch(facts, report) if isinstance(facts, PatchFacts) else _pixel(facts)),
         }
-        made = _made(cell, facts, model)
+        is_unseen = names.is_unseen(cell.model) and facts.name in protocol
+        if isinstance(facts, PatchFacts):
+            facets["patches"] = UNSEEN if is_unseen else SEEN
+        made = [WHITE_BOX, AT_FLOAT] if is_unseen and _is_left_out(facts, model) else _made(cell, facts)
         yield _measure("asr", made, facets, cell.asr.share)
         yield _measure("accuracy", made, facets, cell.robust_accuracy.share)
 
 
-def _made(cell: AttackCell, facts: PatchFacts | ImageAttackFacts, model: ModelFacts) -> list[str]:
-    if facts.source and facts.source.precision not in (_FLOAT, *model.precisions):
-        # At a precision that was left out, which is never the one attacked.
-        return [WHITE_BOX, AT_FLOAT]
+def _protocol(report: Report) -> Set[str]:
+    """Names of the patches of the protocol, beside which others may stand; all where none is named after it."""
+    named = {patch.name for patch in report.patches if _PROTOCOL.search(patch.name)}
+    return named or {patch.name for patch in report.patches}
+
+
+def _is_left_out(facts: PatchFacts | ImageAttackFacts, model: ModelFacts) -> bool:
+    """Whether a patch of the protocol was made at a bit-width left out of training, which is never one attacked."""
+    if facts.source is None or not parse_access(facts.source.precision).is_single:
+        return False
+    if _PROTOCOL.search(facts.name):
+        return _LEFT_OUT.search(facts.name) is not None
+    return facts.source.precision not in (_FLOAT, *model.precisions)
+
+
+def _made(cell: AttackCell, facts: PatchFacts | ImageAttackFacts) -> list[str]:
     at_float = facts.source is not None and facts.source.precision == _FLOAT
     return [*([WHITE_BOX] if cell.threat == "white-box" else []), *([AT_FLOAT] if at_float else [])]
 
@@ -122,12 +141,12 @@ def _source(cell: AttackCell, facts: PatchFacts | ImageAttackFacts, model: Model
     }
 
 
-def _patch(facts: PatchFacts, report: Report, patches: str) -> dict[str, str]:
+def _patch(facts: PatchFacts, report: Report) -> dict[str, str]:
     variant, (height, width) = facts.variant, report.data.image_size
     moved = {"shift": f"{variant.shift}", "degrees": f"{variant.degrees:g}"} if variant else {}
     # To two figures: a side in whole pixels covers a little less than the share asked for.
     budget = facts.settings.get("np") or round(facts.pixels / (height * width), 2)
-    return {"size": facts.size, "np": f"{budget:g}", "patches": patches, **moved}
+    return {"size": facts.size, "np": f"{budget:g}", **moved}
 
 
 def _pixel(facts: ImageAttackFacts) -> dict[str, str]:
@@ -146,6 +165,9 @@ def analysis_measures(part: AnalysisPart, names: Names) -> Iterator[Measure]:
             name: f"{value:g}" if isinstance(value, float) else str(value) for name, value in record.facets.items()
         }
         facets |= {**names.facets(record.model), "precision": record.precision}
+        if "attack" in facets:
+            # The paper names attacks only, analyses their sizes and settings too.
+            facets["attack"] = facets["attack"].partition(" ")[0]
         made = [WHITE_BOX, AT_FLOAT] if record.precision == _FLOAT else [AT_FLOAT]
         if facets.get("made") == "on the precision attacked":
             made = [WHITE_BOX]
