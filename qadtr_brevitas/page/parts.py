@@ -16,8 +16,7 @@ from qadtr_brevitas.errors import CheckpointError, UsageError
 from qadtr_brevitas.evaluate.cells import CELL_FOLDER
 from qadtr_brevitas.page.study import STUDY_FILE, StudyFacts, read_study
 from qadtr_brevitas.report import REPORT_FILE, Report, read_report
-
-_PICTURES = ("asr.png", "patches.png", "examples-*.png")
+from qadtr_brevitas.report.files import PICTURE_FILES
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,7 @@ def _read(folder: Path) -> Part:
 
 
 def _read_report(folder: Path) -> ReportPart:
-    pictures = [path for pattern in _PICTURES for path in sorted(folder.glob(pattern))]
+    pictures = [path for pattern in PICTURE_FILES for path in sorted(folder.glob(pattern))]
     report = read_report(folder)
     return ReportPart(folder, report, _read_audits(folder / AUDIT_FILE, report), tuple(pictures))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from contextlib import suppress
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +22,8 @@ MARKDOWN_FILE = "report.md"
 CSV_FILE = "cells.csv"
 WORST_CASE_FILE = "worst_case.csv"
 CERTIFIED_FILE = "certified.csv"
+PICTURE_FILES = ("asr.png", "patches.png", "examples-*.png")
+"""What pictures of a report are called."""
 
 _RATE = ("count", "n", "value", "low", "high")
 
@@ -28,10 +31,12 @@ _RATE = ("count", "n", "value", "low", "high")
 def write_report(report: Report, folder: Path, *, pictures: Sequence[Path] = ()) -> list[Path]:
     """Writes report.json, report.md, cells.csv, worst_case.csv and, of certifications, certified.csv.
 
+    Pictures and tables of an earlier report in the folder that this one does not have are removed.
+
     Args:
         report: what to write.
         folder: where to; made if it is missing.
-        pictures: PNG files in the same folder for report.md to show.
+        pictures: PNG files in the same folder, which are those of the report, for report.md to show.
 
     Returns:
         The paths.
@@ -45,6 +50,8 @@ def write_report(report: Report, folder: Path, *, pictures: Sequence[Path] = ())
         WORST_CASE_FILE: worst_case_csv(report),
         **({CERTIFIED_FILE: certified_csv(report)} if report.certified else {}),
     }
+    # First, so that no stop in between leaves them beside figures that are not theirs.
+    _remove_earlier(folder, keep=[*texts, *(picture.name for picture in pictures)])
     write_json(folder / REPORT_FILE, report.model_dump(mode="json"))
     for name, text in texts.items():
         _write_text(folder / name, text)
@@ -126,6 +133,18 @@ def certified_csv(report: Report) -> str:
         figures = [getattr(getattr(cell, name), part) for name in names for part in _RATE]
         lines.append([*(getattr(cell, fact) for fact in facts), *figures])
     return _csv(lines)
+
+
+def _remove_earlier(folder: Path, *, keep: Sequence[str]) -> None:
+    """Removes what a report does not always have, if there is an earlier report; else it is none of ours."""
+    if not (folder / REPORT_FILE).is_file():
+        return
+    for pattern in (*PICTURE_FILES, CERTIFIED_FILE):
+        for file in folder.glob(pattern):
+            if file.name not in keep:
+                # A folder that cannot be written is told by what is written next.
+                with suppress(OSError):
+                    file.unlink()
 
 
 def _facts(report: Report) -> str:

@@ -8,6 +8,7 @@ import pytest
 from qadtr_brevitas.errors import CheckpointError, UsageError
 from qadtr_brevitas.page import read_parts
 from qadtr_brevitas.page.parts import ReportPart, StudyPart
+from qadtr_brevitas.report.files import write_report
 from tests.evaluation_fakes import coded_split
 from tests.page.support import make_audit, make_report, make_study
 
@@ -28,6 +29,32 @@ def test_an_audit_of_other_weights_is_left_out(tmp_path: Path) -> None:
     (part,) = read_parts([tmp_path])
     assert isinstance(part, ReportPart)
     assert part.audits == ()
+
+
+def test_pictures_and_tables_of_an_earlier_report_go_with_it(tmp_path: Path) -> None:
+    def pictures() -> list[str]:
+        (part,) = read_parts([tmp_path])
+        assert isinstance(part, ReportPart)
+        return sorted(path.name for path in part.pictures)
+
+    def draw(*names: str) -> list[Path]:
+        for name in names:
+            (tmp_path / name).write_bytes(b"png")
+        return [tmp_path / name for name in names]
+
+    # What lies in a folder without a report is not ours to remove.
+    draw("patches.png")
+    report = make_report(tmp_path)
+    assert pictures() == ["patches.png"]
+    write_report(report, tmp_path, pictures=draw("asr.png", "patches.png", "examples-a.png", "examples-b.png"))
+    (tmp_path / "certified.csv").write_text("of the earlier report")
+    (tmp_path / "notes.png").write_bytes(b"of someone else")
+    write_report(report, tmp_path, pictures=draw("asr.png", "examples-b.png"))
+    assert pictures() == ["asr.png", "examples-b.png"]
+    assert not (tmp_path / "certified.csv").exists()
+    write_report(report, tmp_path)
+    assert pictures() == []
+    assert (tmp_path / "notes.png").is_file()
 
 
 def test_folders_that_hold_nothing_are_told_what_to_do(tmp_path: Path) -> None:
