@@ -15,6 +15,7 @@ from qadtr_brevitas.recipe.problems import dotted, explain
 from qadtr_brevitas.recipe.source import Node, YamlError, parse
 from qadtr_brevitas.recipe_files import recipe_folder, shipped_studies
 from qadtr_brevitas.study.sections import Study, StudyModel
+from qadtr_brevitas.study.taking_out import NO_KEYS, take_out
 
 SCALES, SCALE_NAMES = "scales", ("smoke", "small", "full")
 OWN, SET = "own", "set"
@@ -96,18 +97,17 @@ def _override(root: Node, text: str) -> Problem | None:
         found = parse(value, line=None)
     except YamlError as error:
         return Problem(path, f"the value {value!r} is not YAML: {error.reason}")
+    if found.children is None and found.scalar is None:
+        return take_out(root, path.strip())
     node = root
     *parents, last = path.strip().split(".")
     for part in parents:
         assert node.children is not None
         node = node.children.setdefault(part, Node(None, children={}))
         if node.children is None or node.is_list:
-            return Problem(path, f"{part} is a single value or a list, it has no keys")
+            return Problem(path, NO_KEYS.format(part))
     assert node.children is not None
-    if found.children is None and found.scalar is None:
-        node.children.pop(last, None)
-    else:
-        node.children[last] = found
+    node.children[last] = found
     return None
 
 

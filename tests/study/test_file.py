@@ -43,6 +43,61 @@ def test_changes_from_the_command_line(tmp_path: Path) -> None:
     assert "is not YAML" in mistakes(file, "seeds=[1")
 
 
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("models.ptqq", "models.ptqq: there is no 'ptqq' to take out: did you mean 'ptq'?"),
+        ("models.palin.label", "models.palin.label: there is no 'palin' to take out: did you mean 'plain'?"),
+        ("models.plain.lable", "models.plain.lable: there is no 'lable' to take out: did you mean 'label'?"),
+        ("evaluations.mian", "there is no 'mian' to take out: did you mean 'main'?"),
+        ("evaluations.main.audit.twni", "there is no 'twni' to take out: did you mean 'twin'?"),
+        ("attacks.lavan.attack.stesp", "there is no 'stesp' to take out: did you mean 'steps'?"),
+        ("budgte", "there is no 'budgte' to take out: did you mean 'budget'?"),
+        ("analyses.pixel", "there is no 'pixel' to take out: there is none to choose from"),
+        ("models.plain.set.train", "there is no 'train' to take out"),
+        ("models.fixed.each.0", "each is a single value or a list, it has no keys"),
+    ],
+)
+def test_what_is_not_there_cannot_be_taken_out(tmp_path: Path, key: str, message: str) -> None:
+    assert message in mistakes(write_study(tmp_path), f"{key}=null")
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "seeds",
+        "analyses",
+        "budget.steps",
+        "models.fixed.label",
+        "evaluations.main.eot",
+        "evaluations.main.audit",
+        "evaluations.main.audit.twin",
+        "attacks.pgd.attack.alpha",
+        "attacks.pgd.attack.steps",
+    ],
+)
+def test_what_may_be_there_can_be_taken_out(tmp_path: Path, key: str) -> None:
+    load_study(write_study(tmp_path), [f"{key}=null"])
+
+
+def test_what_a_base_or_a_scale_says_can_be_taken_out(tmp_path: Path) -> None:
+    write_study(tmp_path)
+    (tmp_path / "above.yaml").write_text(
+        "base: tiny_study\nevaluations: {main: {audit: {twin: plain}}}\n"
+        "scales: {smoke: {evaluations: {main: {audit: {images: 50}}}}}\n"
+    )
+    (tmp_path / "top.yaml").write_text("base: above\n")
+    for scale in ("small", "smoke"):
+        assert load_study(tmp_path / "top.yaml", scale=scale).evaluations["main"].audit is not None
+        without = load_study(tmp_path / "top.yaml", ["evaluations.main.audit=null"], scale=scale)
+        assert without.evaluations["main"].audit is None
+    audit = (
+        load_study(tmp_path / "top.yaml", ["evaluations.main.audit.twin=null"], scale="smoke").evaluations["main"].audit
+    )
+    assert audit is not None
+    assert (audit.twin, audit.images) == (None, 50)
+
+
 def test_a_null_in_set_is_what_a_recipe_gets(tmp_path: Path) -> None:
     study = STUDY.replace("models: {{ptq: null}}", "models: {{plain: {{set: {{train.attack: null}}}}}}")
     file = write_study(tmp_path, study=study)
