@@ -37,7 +37,8 @@ def run_analysis(
 ) -> Path:
     """Measures, and writes analysis.json, records.csv and pictures.
 
-    An analysis that is there already, of the same models, images, settings, seed and release, is left as it is.
+    An analysis that is there already is left as it is: of the same models, images, finished patches or training images
+    to make them on, settings, seed and release.
 
     Args:
         analysis: what to measure.

@@ -17,7 +17,9 @@ from qadtr_brevitas.report.layout import Table
 
 ANALYSIS_FILE = "analysis.json"
 RECORDS_FILE = "records.csv"
-ANALYSIS_SCHEMA_VERSION = 1
+ANALYSIS_SCHEMA_VERSION = 2
+# Analyses of version 1 do not say which training images patches were made on, and nothing else is different.
+_READABLE = (1, 2)
 
 _FIXED = ("model", "precision")
 _VALUES = ("what", "value", "low", "high", "n")
@@ -62,7 +64,11 @@ class PictureFacts(_Part):
 
 
 class AnalysisReport(_Part):
-    """What `analysis.json` holds; `made_of` is the same for the same models, images, settings, seed and release."""
+    """What `analysis.json` holds.
+
+    `made_of` is the same for the same models, images, settings, finished patches, seed and release; `train` is the
+    fingerprint of the training images that patches were made on, null where none were made.
+    """
 
     schema_version: Annotated[int, Field(ge=1)] = ANALYSIS_SCHEMA_VERSION
     analysis: str
@@ -75,6 +81,7 @@ class AnalysisReport(_Part):
     seed: int
     device: str
     data: DataFacts
+    train: str | None = None
     models: tuple[ModelFacts, ...]
     records: tuple[RecordFacts, ...]
     tables: tuple[TableFacts, ...]
@@ -93,13 +100,13 @@ def read_analysis(path: Path) -> AnalysisReport:
     content = read_json(file)
     found = content.get("schema_version") if isinstance(content, dict) else None
     try:
-        if found == ANALYSIS_SCHEMA_VERSION:
+        if found in _READABLE:
             return AnalysisReport.model_validate_json(file.read_bytes())
     except ValidationError as error:
         raise CheckpointError(f"{file} is damaged: make it anew with `qadtr-brevitas analyze`") from error
     raise CheckpointError(
-        f"{file} has analysis schema version {found}, this release reads {ANALYSIS_SCHEMA_VERSION}: make it anew with "
-        "`qadtr-brevitas analyze`"
+        f"{file} has analysis schema version {found}, this release reads {_READABLE[0]} to {_READABLE[-1]}: make it "
+        "anew with `qadtr-brevitas analyze`"
     )
 
 

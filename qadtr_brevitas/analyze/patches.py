@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,29 @@ from qadtr_brevitas.analyze.base import Context
 from qadtr_brevitas.craft import CraftSetup, craft
 from qadtr_brevitas.data.split import Split
 from qadtr_brevitas.errors import UsageError
+from qadtr_brevitas.fingerprints import fingerprint_facts, fingerprint_file, fingerprint_tensors
 from qadtr_brevitas.predict import placements
 from qadtr_brevitas.recipe.slots import slot_name
 from qadtr_brevitas.subjects import PATCH_FOLDER, Contender, Subject, load_patches, unique_names
 
 _MOST_TRAIN, _MOST_HELD_OUT = 10_000, 1_000
+_KEY_LENGTH = 12
+# Files are named after them.
+_IN_THE_NAME = ("size", "target")
+
+
+def finished_patches(analysis: Any) -> list[str]:
+    """What tells apart the finished patches that an analysis takes: their files may be remade under the same names.
+
+    Args:
+        analysis: the analysis; only some have a field `patches`.
+
+    Raises:
+        UsageError: a place without patches.
+        CheckpointError: a file that is no patch.
+    """
+    places = [Path(place) for place in getattr(analysis, "patches", ()) if isinstance(place, str)]
+    return [fingerprint_file(Path(found.file)) for found in load_patches(places) if found.file]
 
 
 def float_patches(
@@ -93,7 +111,7 @@ def _make(
     setup = CraftSetup(
         train=train,
         held_out=held_out,
-        output=folder,
+        output=folder / f"{name}-{_key(context, subject, attack, held_out, train)}",
         data={"name": context.data.name, "settings": dict(context.data.settings)},
         seed=context.seed,
         batch_size=context.batch_size,
@@ -102,6 +120,13 @@ def _make(
     )
     made = craft(subject, attack, setup, name=name, precisions=[precision], targets=targets)
     return [patch.path for patch in made]
+
+
+def _key(context: Context, subject: Subject, attack: Any, *splits: Split) -> str:
+    """Of what files are not named after: patches of other settings stay, for whoever goes back to these."""
+    settings = {name: value for name, value in asdict(attack).items() if name not in _IN_THE_NAME}
+    images = fingerprint_tensors([tensor for split in splits for tensor in (split.images, split.labels)])
+    return fingerprint_facts([subject.fingerprint, settings, images, context.seed])[:_KEY_LENGTH]
 
 
 def _divide(split: Split, *, seed: int) -> tuple[Split, Split]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from qadtr_brevitas.analyze.document import (
     read_analysis,
     write_analysis,
 )
+from qadtr_brevitas.analyze.patches import finished_patches
+from qadtr_brevitas.data.split import Split
 from qadtr_brevitas.errors import CheckpointError, UsageError
 from qadtr_brevitas.fingerprints import fingerprint_facts, fingerprint_tensors
 from qadtr_brevitas.quant import allowed_precisions, frozen_weights
@@ -51,9 +54,12 @@ def run(
     name, settings = slot_name(analysis), TypeAdapter(type(analysis)).dump_python(analysis, mode="json")
     images = _data_facts(data)
     parts = [(subject.name, subject.fingerprint) for subject in models]
-    made_of = fingerprint_facts([name, settings, parts, images.fingerprint, seed, batch_size, __version__])
-    if _is_there(output, made_of):
+    patches = [finished_patches(analysis)] if hasattr(analysis, "patches") else []
+    facts = [name, settings, parts, images.fingerprint, seed, batch_size, __version__, *patches]
+    made_of, train = fingerprint_facts(facts), _TrainImages(data)
+    if _is_there(output, made_of, train):
         return output / ANALYSIS_FILE
+    data = replace(data, load_train=data.load_train and train.load)
     where = torch.device(device)
     with ExitStack() as stack:
         for subject in models:
@@ -70,18 +76,47 @@ def run(
         seed=seed,
         device=str(where),
         data=images,
+        train=train.used,
         models=tuple(_model_facts(subject) for subject in models),
         **_found(findings),
     )
     return write_analysis(report, output)
 
 
-def _is_there(output: Path, made_of: str) -> bool:
+@dataclass(frozen=True)
+class _TrainImages:
+    """The training images, loaded once, and only where an analysis makes patches."""
+
+    data: AnalysisData
+
+    def load(self) -> Split:
+        """The images."""
+        return self._split
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the images and labels, loaded for it."""
+        return fingerprint_tensors([self._split.images, self._split.labels])
+
+    @property
+    def used(self) -> str | None:
+        """Their fingerprint, if anyone has loaded them."""
+        return self.fingerprint if "_split" in vars(self) else None
+
+    @cached_property
+    def _split(self) -> Split:
+        return self.data.train()
+
+
+def _is_there(output: Path, made_of: str, train: _TrainImages) -> bool:
+    """True for an analysis of the same, training images among it where patches were made on them."""
     try:
         report = read_analysis(output)
     except CheckpointError:
         return False
-    return report.made_of == made_of and all((output / picture.file).is_file() for picture in report.pictures)
+    if report.made_of != made_of or not all((output / picture.file).is_file() for picture in report.pictures):
+        return False
+    return report.train is None or train.data.load_train is None or report.train == train.fingerprint
 
 
 def _found(findings: Findings) -> dict[str, Any]:

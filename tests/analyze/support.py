@@ -42,3 +42,9 @@ def values(report: AnalysisReport, what: str, **facets: Any) -> list[RecordFacts
         return record.what == what and all(told.get(name) == value for name, value in facets.items())
 
     return [record for record in report.records if fits(record)]
+
+
+def patch_folder(output: Path) -> Path:
+    """Where an analysis of one model keeps the patches it made with its one attack."""
+    (folder,) = output.glob("patches/*/*")
+    return folder

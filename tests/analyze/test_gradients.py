@@ -17,7 +17,7 @@ from qadtr_brevitas.errors import CheckpointError, UsageError
 from qadtr_brevitas.precision import Precision
 from qadtr_brevitas.quant import at_precision
 from qadtr_brevitas.subjects import Subject
-from tests.analyze.support import LAVAN, analyze, make_subjects, shapes, values
+from tests.analyze.support import LAVAN, analyze, make_subjects, patch_folder, shapes, values
 from tests.evaluation_models import make_switchable
 
 FAST = Gradients(attack=LAVAN, pixel=Pgd(steps=2), images=9)
@@ -121,7 +121,7 @@ def test_what_is_there_is_kept(folder: Path, subjects: list[Subject]) -> None:
 def test_finished_patches_are_taken_and_a_lost_picture_is_drawn_again(
     folder: Path, subjects: list[Subject], tmp_path: Path
 ) -> None:
-    given = Gradients(patches=(str(folder / "patches" / "net0"),), pixel=Fgsm(), images=9)
+    given = Gradients(patches=(str(patch_folder(folder)),), pixel=Fgsm(), images=9)
     found = analyze(given, subjects, tmp_path)
     assert not (tmp_path / "patches").exists()
     reports = (read_analysis(folder), found)
@@ -133,8 +133,8 @@ def test_finished_patches_are_taken_and_a_lost_picture_is_drawn_again(
 
 
 def test_patches_of_another_precision_are_refused(folder: Path, tmp_path: Path) -> None:
-    given = Gradients(patches=(str(folder / "patches" / "net0"),), pixel=Fgsm(), images=3)
-    with pytest.raises(UsageError, match=r"none of the patches in .*net0 was made at 4 bit.*--precision 4"):
+    given = Gradients(patches=(str(patch_folder(folder)),), pixel=Fgsm(), images=3)
+    with pytest.raises(UsageError, match=r"none of the patches in .*net0/lavan-.* was made at 4 bit.*--precision 4"):
         analyze(given, make_subjects(tmp_path, precisions=(4,)), tmp_path / "other")
 
 

@@ -13,7 +13,7 @@ from qadtr_brevitas.attacks.pixel import Fgsm, Pgd
 from qadtr_brevitas.attacks.sparse_rs import SparseRs
 from qadtr_brevitas.errors import UsageError
 from qadtr_brevitas.subjects import Subject
-from tests.analyze.support import LAVAN, analyze, make_subjects, shapes, values
+from tests.analyze.support import LAVAN, analyze, make_subjects, patch_folder, shapes, values
 
 SPATIAL = Spatial(attack=LAVAN, targets=(0,), at=(1, 2), shifts=(3, 8), degrees=(20,))
 
@@ -75,7 +75,7 @@ def test_every_size_has_patches_of_its_own(subjects: list[Subject], tmp_path: Pa
         ("6x6", "lavan"),
     ]
     assert len(values(report, "asr of a random patch")) == 2 * 2
-    made = sorted(path.name for path in (tmp_path / "patches" / "net0").glob("*.safetensors"))
+    made = sorted(path.name for path in patch_folder(tmp_path).glob("*.safetensors"))
     assert made == [f"lavan-{size}-32bit-target{target}.safetensors" for size in ("3x3", "6x6") for target in (0, 1)]
 
 
