@@ -1,4 +1,4 @@
-"""Records as curves: one for each model and precision, along one facet."""
+"""Records as curves: one for each model, precision and attack, along one facet."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qadtr_brevitas.report.layout import bits
 def draw_records(
     shown: Sequence[Record], path: Path, *, along: str, x_label: str, y_label: str, title: str = ""
 ) -> Path:
-    """Draws shares in percent; records with the same place on the same curve are drawn once.
+    """Draws shares in percent, a curve for each model, precision and attack; records with the same place on it once.
 
     Args:
         shown: what to draw.
@@ -28,9 +28,11 @@ def draw_records(
         CheckpointError: the file cannot be written.
     """
     places = list(dict.fromkeys(record.facets[along] for record in shown))
+    attacks = {record.facets.get("attack") for record in shown}
     curves: dict[str, list[Point | None]] = {}
     for record in shown:
-        points = curves.setdefault(f"{record.model} at {bits(record.precision)}", [None] * len(places))
+        which = f", {record.facets.get('attack')}" if len(attacks) > 1 else ""
+        points = curves.setdefault(f"{record.model} at {bits(record.precision)}{which}", [None] * len(places))
         if record.value is not None:
             points[places.index(record.facets[along])] = Point(record.value, record.low, record.high)
     return draw_curves(

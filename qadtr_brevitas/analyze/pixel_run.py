@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from qadtr_brevitas.analyze.base import Context, Findings, Picture, Record
@@ -23,16 +25,16 @@ _OWN, _FLOAT = "on the precision attacked", "at 32 bit"
 
 def run(analysis: Pixel, context: Context) -> Findings:
     """As `Pixel.run` says."""
-    names = [slot_name(attack) for attack in analysis.attacks]
     distances = sorted(set(analysis.eps))
     attacks = [_at(attack, eps) for attack in analysis.attacks for eps in distances if eps > 0]
+    kinds = _kinds(analysis.attacks)
     found: list[Record] = []
     for subject in context.subjects:
         report = score(context, subject, patches=[], attacks=attacks, transfer=analysis.transfer)
         if 0 in distances:
-            for name in dict.fromkeys(names):
-                found += clean_records(report, attack=name, eps=0.0, made=_OWN)
-        found += records(report, "accuracy", lambda cell: cell.robust_accuracy, _made)
+            for kind in kinds.values():
+                found += clean_records(report, attack=kind, eps=0.0, made=_OWN)
+        found += records(report, "accuracy", lambda cell: cell.robust_accuracy, partial(_made, kinds))
     found.sort(key=lambda record: (record.facets["attack"], record.facets["made"] != _OWN, record.facets["eps"]))
     title = "Accuracy under pixel attacks by eps"
     note = "In percent of all test images: those that are right with and without the attack. Eps in [0, 1]."
@@ -41,7 +43,7 @@ def run(analysis: Pixel, context: Context) -> Findings:
         title=title,
         records=found,
         tables=[by_precision(title, found, "accuracy", write=percents, facets=facets, notes=(note,))],
-        pictures=[_draw(context, found, name) for name in dict.fromkeys(names)],
+        pictures=[_draw(context, found, kind) for kind in kinds.values()],
     )
 
 
@@ -52,21 +54,34 @@ def _at(attack: Any, eps: float) -> NamedAttack:
     return NamedAttack(name, replace(attack, eps=eps))
 
 
-def _made(cell: AttackCell, facts: PatchFacts | ImageAttackFacts) -> Mapping[str, Any] | None:
+def _kinds(attacks: Sequence[Any]) -> dict[str, str]:
+    """What tables call the attacks, by their families: their names, and settings where two share a name."""
+    named = [NamedAttack(slot_name(attack), attack) for attack in attacks]
+    families = {_family(attack.family): attack.name for attack in named}
+    names = list(families.values())
+    return {family: name if names.count(name) == 1 else family for family, name in families.items()}
+
+
+def _family(family: str) -> str:
+    """Without the distance, which tables say beside it."""
+    return " ".join(word for word in family.split(" ") if not word.startswith("eps="))
+
+
+def _made(kinds: Mapping[str, str], cell: AttackCell, facts: PatchFacts | ImageAttackFacts) -> Mapping[str, Any] | None:
     if not isinstance(facts, ImageAttackFacts):
         return None
     made = _OWN if cell.threat == "white-box" else _FLOAT
-    return {"attack": facts.attack, "eps": facts.settings["eps"], "made": made}
+    return {"attack": kinds[_family(facts.family)], "eps": facts.settings["eps"], "made": made}
 
 
-def _draw(context: Context, found: Sequence[Record], name: str) -> Picture:
-    file = f"pixel-{name}.png"
+def _draw(context: Context, found: Sequence[Record], kind: str) -> Picture:
+    file = f"pixel-{re.sub(r'[^A-Za-z0-9._]+', '-', kind)}.png"
     draw_records(
-        [record for record in found if record.facets["attack"] == name and record.facets["made"] == _OWN],
+        [record for record in found if record.facets["attack"] == kind and record.facets["made"] == _OWN],
         context.output / file,
         along="eps",
         x_label="eps",
         y_label="accuracy (%)",
-        title=f"{name}, made on the precision attacked",
+        title=f"{kind}, made on the precision attacked",
     )
-    return Picture(file, f"Accuracy under {name}, made on the precision attacked, by eps, with 95 % intervals.")
+    return Picture(file, f"Accuracy under {kind}, made on the precision attacked, by eps, with 95 % intervals.")

@@ -59,7 +59,7 @@ def _of_size(attack: Any, size: int) -> Any:
 def _made(cell: AttackCell, facts: PatchFacts | ImageAttackFacts) -> Mapping[str, Any] | None:
     if not isinstance(facts, PatchFacts) or facts.control:
         return None
-    return {"attack": facts.method, "size": facts.size}
+    return {"attack": f"{facts.method} {facts.apart}".strip(), "size": facts.size}
 
 
 def _control(cell: AttackCell, facts: PatchFacts | ImageAttackFacts) -> Mapping[str, Any] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from qadtr_brevitas.analyze.base import Context, Findings, Picture, Record
@@ -11,7 +12,7 @@ from qadtr_brevitas.analyze.patches import float_patches
 from qadtr_brevitas.analyze.scores import records, score
 from qadtr_brevitas.analyze.tables import by_precision, percents
 from qadtr_brevitas.evaluate.variants import Moves
-from qadtr_brevitas.report import AttackCell, ImageAttackFacts, PatchFacts, VariantFacts
+from qadtr_brevitas.report import AttackCell, ImageAttackFacts, PatchFacts, Report, VariantFacts
 from qadtr_brevitas.report.summaries import ASR_NOTE, MEAN_NOTE
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ def run(analysis: Spatial, context: Context) -> Findings:
         made = float_patches(context, subject, [analysis.attack], finished=analysis.patches, targets=analysis.targets)
         variants = moves.variants(made, context.data.test.image_size)
         report = score(context, subject, patches=[*made, *variants], transfer="all")
-        found += records(report, "asr", lambda cell: cell.asr, _moved)
+        found += records(report, "asr", lambda cell: cell.asr, partial(_moved, report))
         found += records(report, "asr of a random patch", lambda cell: cell.asr, _control)
     table = by_precision(
         "ASR of patches shifted and turned",
@@ -49,13 +50,14 @@ def run(analysis: Spatial, context: Context) -> Findings:
     )
 
 
-def _moved(cell: AttackCell, facts: PatchFacts | ImageAttackFacts) -> Mapping[str, Any] | None:
+def _moved(report: Report, cell: AttackCell, facts: PatchFacts | ImageAttackFacts) -> Mapping[str, Any] | None:
     if not isinstance(facts, PatchFacts) or facts.control:
         return None
     variant = facts.variant
     if variant is None:
-        return {"attack": facts.attack, "scored": _RANDOM}
-    return {"attack": facts.attack, "scored": _words(variant), **_move(variant)}
+        return {"attack": facts.family, "scored": _RANDOM}
+    # Turned patches are of other sizes than the patch they were made of.
+    return {"attack": report.patch(variant.of).family, "scored": _words(variant), **_move(variant)}
 
 
 def _words(variant: VariantFacts) -> str:
@@ -69,7 +71,8 @@ def _move(variant: VariantFacts) -> dict[str, float]:
 def _control(cell: AttackCell, facts: PatchFacts | ImageAttackFacts) -> Mapping[str, Any] | None:
     if not isinstance(facts, PatchFacts) or not facts.control:
         return None
-    return {"scored": _RANDOM if facts.place == "random" else f"at {facts.place[0]},{facts.place[1]}"}
+    place = _RANDOM if facts.place == "random" else f"at {facts.place[0]},{facts.place[1]}"
+    return {"size": facts.size, "scored": place}
 
 
 def _only(other: str) -> Callable[[Record], bool]:

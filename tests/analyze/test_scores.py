@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from qadtr_brevitas.analyze.base import Record
+from qadtr_brevitas.analyze.charts import Curve
+from qadtr_brevitas.analyze.curves import draw_records
 from qadtr_brevitas.analyze.pixel import Pixel
 from qadtr_brevitas.analyze.size import Size
 from qadtr_brevitas.analyze.spatial import Spatial
@@ -79,6 +83,47 @@ def test_every_size_has_patches_of_its_own(subjects: list[Subject], tmp_path: Pa
     assert made == [f"lavan-{size}-32bit-target{target}.safetensors" for size in ("3x3", "6x6") for target in (0, 1)]
 
 
+def test_finished_patches_of_several_sizes_are_not_averaged(subjects: list[Subject], tmp_path: Path) -> None:
+    analyze(Size(attack=LAVAN, sizes=(3, 4), targets=(0, 1)), subjects, tmp_path / "made")
+    given = replace(SPATIAL, patches=(str(patch_folder(tmp_path / "made")),), shifts=(3,), degrees=(45,))
+    report = analyze(given, subjects, tmp_path / "spatial")
+    # A line for each size, whatever size a turned patch is; each a mean over the two targets.
+    scored = ["at random places", "at 1,2", "shifted by 3", "rotated by 45 deg"]
+    found = values(report, "asr", precision="4")
+    assert sorted((r.facets["attack"], r.facets["scored"]) for r in found) == sorted(
+        (size, word) for size in ("lavan 3x3", "lavan 4x4") for word in scored
+    )
+    random = values(report, "asr of a random patch", precision="4", scored="at random places")
+    assert [record.facets["size"] for record in random] == ["3x3", "4x4"]
+
+
+def test_patches_of_other_settings_have_a_line_of_their_own(subjects: list[Subject], tmp_path: Path) -> None:
+    for steps in (1, 2):
+        analyze(Size(attack=replace(LAVAN, steps=steps), sizes=(4,), targets=(0,)), subjects, tmp_path / f"{steps}")
+    patches = tuple(str(patch_folder(tmp_path / f"{steps}")) for steps in (1, 2))
+    report = analyze(Size(patches=patches), subjects, tmp_path / "size")
+    found = values(report, "asr", precision="4")
+    assert [record.facets["attack"] for record in found] == ["lavan steps=1", "lavan steps=2"]
+
+
+def test_every_attack_has_a_curve_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Curve] = []
+    monkeypatch.setattr("qadtr_brevitas.analyze.curves.draw_curves", lambda curves, *rest, **more: drawn.extend(curves))
+
+    def draw(*attacks: str) -> list[tuple[str, int]]:
+        drawn.clear()
+        records = [
+            Record(model="a", precision="4", what="asr", value=0.1 * number, facets={"attack": attack, "size": size})
+            for number, attack in enumerate(attacks)
+            for size in ("3x3", "4x4")
+        ]
+        draw_records(records, tmp_path / "x.png", along="size", x_label="", y_label="")
+        return [(curve.label, len(curve.points)) for curve in drawn]
+
+    assert draw("lavan") == [("a at 4 bit", 2)]
+    assert draw("lavan", "gap") == [("a at 4 bit, lavan", 2), ("a at 4 bit, gap", 2)]
+
+
 def test_an_attack_without_a_single_size_is_refused(subjects: list[Subject], tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="fgsm has no single size to change"):
         analyze(Size(attack=Fgsm()), subjects, tmp_path)
@@ -100,6 +145,25 @@ def test_accuracy_falls_with_eps_from_the_clean_one(subjects: list[Subject], tmp
 def test_attacks_on_the_precision_attacked_only(subjects: list[Subject], tmp_path: Path) -> None:
     report = analyze(Pixel(attacks=(Fgsm(),), eps=(0.02,), transfer="none"), subjects, tmp_path)
     assert {record.facets["made"] for record in report.records} == {"on the precision attacked"}
+
+
+def test_attacks_of_one_name_and_other_settings_are_not_averaged(subjects: list[Subject], tmp_path: Path) -> None:
+    both = Pixel(attacks=(Pgd(steps=1, eps=0.5), Pgd(steps=9), Fgsm()), eps=(0.0, 0.02))
+    report = analyze(both, subjects, tmp_path / "both", shapes(24))
+    for steps in (1, 9):
+        alone = analyze(Pixel(attacks=(Pgd(steps=steps),), eps=both.eps), subjects, tmp_path / f"{steps}", shapes(24))
+        figures = [
+            [r.value for r in values(part, "accuracy", attack=attack)]
+            for part, attack in ((report, f"pgd steps={steps}"), (alone, "pgd"))
+        ]
+        assert figures[0] == figures[1]
+        assert len(figures[0]) == 5
+    assert {record.facets["attack"] for record in report.records} == {"pgd steps=1", "pgd steps=9", "fgsm"}
+    assert {picture.file for picture in report.pictures} == {
+        "pixel-pgd-steps-1.png",
+        "pixel-pgd-steps-9.png",
+        "pixel-fgsm.png",
+    }
 
 
 def test_an_attack_without_eps_is_refused(subjects: list[Subject], tmp_path: Path) -> None:
