@@ -29,7 +29,7 @@ class ModelPart(Part):
 
     def work(self, workshop: Workshop, progress: Progress) -> None:
         """Trains it, or goes on with it; a conversion is made whole or not at all."""
-        recipe = self._recipe(workshop.work)
+        recipe = self._recipe()
         if not self.net.section.train:
             _convert(recipe, self.folder)
         elif workshop.processes > 1:
@@ -39,13 +39,14 @@ class ModelPart(Part):
 
             train(recipe, self.folder, device=workshop.device, observer=_Teller(progress))
 
-    def _recipe(self, work: Path) -> Recipe:
+    def _recipe(self) -> Recipe:
         """The recipe, with the weights to start from."""
         recipe = self.net.recipe
         assert recipe is not None
-        if self.net.start is None:
+        if not self.needs:
             return recipe
-        section = recipe.model.model_copy(update={"checkpoint": str(self.net.start.folder(work)), "pretrained": False})
+        (start,) = self.needs
+        section = recipe.model.model_copy(update={"checkpoint": str(start.folder), "pretrained": False})
         return recipe.model_copy(update={"model": section})
 
 

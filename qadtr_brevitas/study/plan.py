@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from qadtr_brevitas.errors import UsageError
+from qadtr_brevitas.analyze.patches import finished_patches
+from qadtr_brevitas.errors import QadtrError, UsageError
 from qadtr_brevitas.evaluate import NamedAttack
 from qadtr_brevitas.fingerprints import fingerprint_facts
 from qadtr_brevitas.protocol import SEEN_SIZE, SIDE, UnseenPatch, left_out_bits, unseen_patches
@@ -94,17 +95,17 @@ class _Planner:
 
     def analyses(self) -> Iterator[AnalysisPart]:
         for name, section in self.study.analyses.items():
-            nets = self._nets_of(section.models)
-            models = tuple((net.name, net.folder(self.work)) for net in nets)
-            made_of = [slot_name(section.analysis), settings_of(section.analysis), [n for n, _ in models], self._budget]
+            nets, analysis = self._nets_of(section.models), section.analysis
+            patches = _finished_patches(analysis)
+            made_of = [slot_name(analysis), settings_of(analysis), patches, [net.name for net in nets], self._budget]
             yield self._add(
                 AnalysisPart(
                     f"analysis {name}",
                     self.output / ANALYSES / name,
                     made_of,
                     tuple(map(self._model, nets)),
-                    section.analysis,
-                    models,
+                    analysis,
+                    tuple(map(self._place, nets)),
                     self.study.budget,
                 )
             )
@@ -121,6 +122,10 @@ class _Planner:
         wanted = models or [name for name, model in self.study.models.items() if model.scored]
         return [net for name in wanted for net in self.nets.values() if net.model == name]
 
+    def _place(self, net: Net) -> tuple[str, Path]:
+        """What a network is called, and where it is: two models that are made alike are made once."""
+        return net.name, self._model(net).folder
+
     def _model(self, net: Net) -> Part:
         folder = net.folder(self.work)
         if net.recipe is None:
@@ -131,7 +136,7 @@ class _Planner:
 
     def _wider(self, net: Net) -> WiderModel:
         """The network at a bit-width that was left out of its training."""
-        precision, folder = left_out_bits(net.precisions), net.folder(self.work)
+        precision = left_out_bits(net.precisions)
         budget, model = self.study.budget, self._model(net)
         images = min(budget.patch_images, _WIDENED_ON)
         made_of = [str(precision), images, budget.seed]
@@ -142,7 +147,7 @@ class _Planner:
                 self.work / "models" / name,
                 made_of,
                 (model,),
-                folder,
+                model.folder,
                 precision,
                 images,
                 budget.seed,
@@ -154,28 +159,31 @@ class _Planner:
         if not scored:
             have = ", ".join(map(str, net.precisions))
             raise UsageError(f"model {net.model} of the study has none of the precisions to score: it has {have}")
+        model = self._model(net)
         specs = {attack: self.study.attacks[attack] for attack in evaluation.attacks}
-        patches = [part for label, spec in specs.items() for part in self._patches(net, label, spec)]
-        if evaluation.protocol:
-            patches = list(self._unseen(net, specs[evaluation.attacks[0]]))
+        # A protocol makes patches of its own of the first attack.
+        start = evaluation.attacks[0] if evaluation.protocol else None
+        patches = [part for label, spec in specs.items() if label != start for part in self._patches(net, label, spec)]
+        patches += self._unseen(net, specs[start]) if start else []
         image = {label: spec for label, spec in specs.items() if spec.is_per_image}
         others = {other.name: other for spec in image.values() for other in self._sources(net, spec) if other != net}
         row = net.name if len(self.study.evaluations) == 1 else f"{net.name} {name}"
         attacks = tuple(attack for spec in image.values() for attack in _image_attacks(spec))
         made_of = [row, list(map(str, scored)), evaluation.model_dump(mode="json", exclude={"audit"}), self._budget]
+        names = [[(part.label, part.source) for part in patches], list(others)]
         return self._add(
             ReportPart(
                 f"evaluate {row}",
                 self.output / REPORTS / row.replace(" ", "-"),
-                [made_of, [part.label for part in patches], [attack.fingerprint for attack in attacks]],
-                (self._model(net), *patches, *map(self._model, others.values())),
+                [made_of, names, [attack.fingerprint for attack in attacks]],
+                (model, *patches, *map(self._model, others.values())),
                 row,
-                net.folder(self.work),
+                model.folder,
                 scored,
                 evaluation,
                 tuple(patches),
                 attacks,
-                tuple((other.name, other.folder(self.work)) for other in others.values()),
+                tuple(map(self._place, others.values())),
                 self.study.budget,
             )
         )
@@ -199,8 +207,8 @@ class _Planner:
                 report.model,
                 precisions,
                 section,
-                (twin[0].name, twin[0].folder(self.work)) if twin else None,
-                tuple((other.name, other.folder(self.work)) for other in ablations),
+                self._place(twin[0]) if twin else None,
+                tuple(map(self._place, ablations)),
                 self.study.budget,
             )
         )
@@ -233,16 +241,17 @@ class _Planner:
                 yield self._patch(label, source.name, part, spec.attack, access, spec.aims)
 
     def _unseen(self, net: Net, spec: StudyAttack) -> Iterator[PatchPart]:
-        """The protocol's patches, made where the seen ones are made."""
+        """The protocol's patches, made where the seen ones would be."""
         size = getattr(spec.attack, "size", None)
         side = size * SIDE // SEEN_SIZE if isinstance(size, int) else SIDE
         for unseen in unseen_patches(spec.attack, side):
-            if not unseen.left_out_bits:
-                for access in _accesses(spec, net, self.study):
-                    yield self._unseen_patch(unseen, net.name, self._model(net), access, spec)
-                continue
-            wider = self._wider(net)
-            yield self._unseen_patch(unseen, net.name, wider, Access((wider.precision,)), spec)
+            for source in self._sources(net, spec):
+                if unseen.left_out_bits:
+                    wider = self._wider(source)
+                    yield self._unseen_patch(unseen, source.name, wider, Access((wider.precision,)), spec)
+                    continue
+                for access in _accesses(spec, source, self.study):
+                    yield self._unseen_patch(unseen, source.name, self._model(source), access, spec)
 
     def _unseen_patch(
         self, unseen: UnseenPatch, source: str, model: Part, access: Access, spec: StudyAttack
@@ -272,22 +281,22 @@ class _Planner:
         images = [budget.patch_images, budget.held_out, budget.seed]
         made_of = [name, settings_of(attack), str(access), targets, elsewhere, images]
         folder = f"{model.key[:_SHORT]}-{name}-{fingerprint_facts(made_of)[:_SHORT]}"
-        return self._add(
-            PatchPart(
-                f"make patches: {label} on {source} at {access}",
-                self.work / "patches" / folder,
-                made_of,
-                (model,),
-                label,
-                source,
-                model.folder,
-                attack,
-                access,
-                targets,
-                elsewhere,
-                budget,
-            )
+        part = PatchPart(
+            f"make patches: {label} on {source} at {access}",
+            self.work / "patches" / folder,
+            made_of,
+            (model,),
+            label,
+            source,
+            model.folder,
+            attack,
+            access,
+            targets,
+            elsewhere,
+            budget,
         )
+        # Attacks and models that come to the same share the patches, and each has its own names for them.
+        return replace(self._add(part), label=label, source=source)
 
 
 def _hurried(study: Study, spec: StudyAttack) -> StudyAttack:
@@ -295,6 +304,14 @@ def _hurried(study: Study, spec: StudyAttack) -> StudyAttack:
     if study.budget.steps is None or not hasattr(spec.attack, "steps"):
         return spec
     return spec.model_copy(update={"attack": replace(spec.attack, steps=study.budget.steps)})
+
+
+def _finished_patches(analysis: Any) -> list[str]:
+    try:
+        return finished_patches(analysis)
+    except QadtrError:
+        # Told when the analysis is made; until then they may come.
+        return []
 
 
 def _accesses(spec: StudyAttack, source: Net, study: Study) -> list[Access]:

@@ -114,7 +114,8 @@ class StudyEvaluation(Section):
 
     attacks: tuple[str, ...] = Field(default=(), description="names of attacks of this study")
     protocol: Literal["unseen"] | None = Field(
-        default=None, description="also what the protocol makes of the first attack: patches unlike those of training"
+        default=None,
+        description="instead of the first attack, what the protocol makes of it: patches unlike those of training",
     )
     models: tuple[str, ...] = Field(default=(), description="models it is for; empty: all that are scored")
     eot: tuple[AccessField, ...] = Field(default=(), description="several precisions that image attacks look at too")
