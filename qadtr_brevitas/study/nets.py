@@ -102,13 +102,19 @@ def make_nets(study: Study) -> dict[str, Net]:
     """All networks of a study by name; those that others start from come first.
 
     Raises:
-        UsageError, RecipeError: a recipe that is not there or is wrong, or cannot be made as the model says.
+        UsageError, RecipeError: a recipe that is not there or is wrong, or cannot be made as the model says, or two
+            models with networks of one name.
         CheckpointError: a finished model that is not there.
     """
     found: dict[str, Net] = {}
     for model in _in_order(study):
         for net in _nets_of(study, model, found):
-            found[net.name] = net
+            other = found.setdefault(net.name, net)
+            if other.model != model:
+                raise UsageError(
+                    f"models {other.model} and {model} of the study both have a network called {net.name}, which is a "
+                    "model's name with its bit-width and seed where it has several: rename one of the models"
+                )
     return found
 
 

@@ -86,9 +86,16 @@ class _Planner:
     parts: dict[str, Part] = field(default_factory=dict)
 
     def rows(self) -> Iterator[Row]:
+        reports: dict[Path, ReportPart] = {}
         for name, evaluation in self.study.evaluations.items():
             for net in self._nets_of(evaluation.models):
                 report = self._report(net, name, evaluation)
+                other = reports.setdefault(report.folder, report)
+                if other.row != report.row:
+                    raise UsageError(
+                        f"{other.row!r} and {report.row!r}, a network and an evaluation each, would both have their "
+                        f"report in {report.folder}: rename a model or an evaluation of the study"
+                    )
                 yield Row(net, name, report)
                 if evaluation.audit is not None:
                     self._audit(net, report, evaluation.audit)

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from qadtr_brevitas.errors import UsageError
 from qadtr_brevitas.study.attacks import PatchPart, ReportPart
 from qadtr_brevitas.study.file import load_study
+from qadtr_brevitas.study.nets import make_nets
 from qadtr_brevitas.study.plan import Plan, make_plan
 from qadtr_brevitas.study.summary import MEAN_UNSEEN, UNSEEN
 from qadtr_brevitas.study.summary import write_study as write_summary
@@ -113,3 +115,27 @@ def test_models_made_alike_are_made_once_and_keep_their_names(tmp_path: Path) ->
         ("two", "two"),
         ("three", "three"),
     }
+
+
+@pytest.mark.parametrize(
+    ("models", "network"),
+    [
+        ("{qat: {each: [32, 4]}, qat-4: {}}", "qat-4"),
+        ("{a: {seeds: [0, 1]}, a-s1: {}}", "a-s1"),
+    ],
+)
+def test_two_networks_of_one_name_are_refused(tmp_path: Path, models: str, network: str) -> None:
+    study = load_study(write_study(tmp_path), [f"models={models}"])
+    with pytest.raises(
+        UsageError, match=rf"models \w+ and {network} of the study both have a network called {network}"
+    ):
+        make_nets(study)
+
+
+def test_two_reports_in_one_folder_are_refused(tmp_path: Path) -> None:
+    file = write_study(tmp_path)
+    clash = ["models={a: {}, a-b: {}}", "evaluations={b-c: {}, c: {}}"]
+    with pytest.raises(UsageError, match=r"'a b-c' and 'a-b c', .* both have their report in .*a-b-c: rename a model"):
+        planned(file, *clash)
+    _, plan, _ = planned(file, clash[0], "evaluations={c: {}, d: {}}")
+    assert len({row.part.folder for row in plan.rows}) == 4
