@@ -59,13 +59,35 @@ class Part(ABC):
 
     def make(self, workshop: Workshop, progress: Progress) -> None:
         """Makes it, or goes on with it, and notes that it is finished."""
+        # What is there of other settings is overwritten: its note must not call it finished any more.
+        self._forget()
         started = time.monotonic()
         self.work(workshop, progress)
         seconds = round(time.monotonic() - started, 1)
         finished = datetime.now(UTC).isoformat(timespec="seconds")
+        # Another process may have made it of other settings at the same time: what is there now is this.
+        self._forget()
         write_json(self.note, {"key": self.key, "part": self.name, "seconds": seconds, "finished": finished})
+
+    def _forget(self) -> None:
+        """Removes the notes of all parts of this kind in the folder; a report and its audit share theirs."""
+        for note in self.folder.glob("made-*.json"):
+            if _kind(note) in (_first_word(self.name), None):
+                note.unlink(missing_ok=True)
 
     @abstractmethod
     def work(self, workshop: Workshop, progress: Progress) -> None:
         """Makes what is missing of it."""
         ...
+
+
+def _kind(note: Path) -> str | None:
+    """What was done, `evaluate` or `audit` for instance; None where the note does not say."""
+    try:
+        return _first_word(read_json(note)["part"])
+    except (CheckpointError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _first_word(name: str) -> str:
+    return name.partition(" ")[0]

@@ -74,6 +74,23 @@ def test_a_note_of_something_else_does_not_count(plan: Plan, tmp_path: Path) -> 
     assert carry(plan, tmp_path) == ["first"]
 
 
+def test_what_another_process_made_here_meanwhile_is_not_finished(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    part, here = plan.parts[0], plan.parts[0].folder
+    other = Note(part.name, here, ["other settings"], ())
+    beside = Note("audit", here, ["beside"], ())
+
+    def work(mine: Note, workshop: Workshop, progress: Progress) -> None:
+        if mine is part:
+            for foreign in (other, beside):
+                foreign.make(workshop, progress)
+
+    monkeypatch.setattr(Note, "work", work)
+    part.make(Workshop(tmp_path, "cpu"), lambda done, total, note: None)
+    assert (part.is_made(), other.is_made(), beside.is_made()) == (True, False, True)
+
+
 def test_a_failed_part_does_not_keep_others_from_being_made(plan: Plan, tmp_path: Path) -> None:
     Note.broken.add("first")
     with pytest.raises(StudyError, match=r"(?s)2 of 4 parts of the study could not be made.*first: no images"):
@@ -148,6 +165,92 @@ def test_networks_are_audited_beside_their_report(tmp_path: Path) -> None:
     (found,) = json.loads((tmp_path / "out" / "reports" / "plain" / "audit.json").read_text())
     assert found["model"] == "plain"
     assert run(file, *only, audit).made == []
+
+
+def test_a_study_that_is_changed_and_changed_back_is_not_taken_for_finished(tmp_path: Path) -> None:
+    file = write_study(tmp_path)
+    only = ["models={plain: {}}", "attacks={}", "evaluations.main.attacks=[]"]
+
+    def images(number: int) -> int:
+        run(file, *only, f"budget.images={number}")
+        return json.loads((tmp_path / "out" / "reports" / "plain" / "report.json").read_text())["data"]["images"]
+
+    assert [images(12), images(6), images(12)] == [12, 6, 12]
+    assert len(list((tmp_path / "out" / "reports" / "plain").glob("made-*.json"))) == 1
+    assert run(file, *only).made == []
+
+
+def test_a_stop_in_between_leaves_nothing_that_counts_as_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qadtr_brevitas.study import attacks
+
+    file = write_study(tmp_path)
+    only = ["models={plain: {}}", "attacks={}", "evaluations.main.attacks=[]"]
+    run(file, *only)
+
+    def stopped(*args: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(attacks, "make_report", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            run(file, *only, "budget.images=6")
+    assert run(file, *only).made == ["evaluate plain"]
+
+
+def test_a_report_and_the_audit_beside_it_are_told_apart(tmp_path: Path) -> None:
+    file = write_study(tmp_path)
+    only = ["models={plain: {}}", "budget.images=all", "attacks={}", "evaluations.main.attacks=[]"]
+    only = [*only, "evaluations.main.audit={precisions: [4], images: 20}"]
+    run(file, *only)
+    _, plan, _ = planned(file, *only)
+    (report,) = (part for part in plan.parts if part.name == "evaluate plain")
+    report.note.unlink()
+    assert run(file, *only).made == ["evaluate plain"]
+    more = [*only, "evaluations.main.audit.images=21"]
+    assert run(file, *more).made == ["audit plain"]
+    assert run(file, *only).made == ["audit plain"]
+    assert run(file, *only).made == []
+
+
+SIZE = "analyses={a: {analysis: {name: size, attack: {name: lavan, steps: 1}, sizes: [3]}, models: [plain]}}"
+ANALYSIS = ["models={plain: {}}", "attacks={}", "evaluations={}", SIZE]
+
+
+@pytest.mark.parametrize(
+    "change", ["budget.patch_images=12", "budget.held_out=6", "analyses.a.analysis.attack.steps=2"]
+)
+def test_an_analysis_of_other_patches_is_another(tmp_path: Path, change: str) -> None:
+    file, folder = write_study(tmp_path), tmp_path / "out" / "analyses" / "a"
+    run(file, *ANALYSIS)
+    first = json.loads((folder / "analysis.json").read_text())
+    made = {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
+    assert len(made) == 3
+    assert run(file, *ANALYSIS, change).made == ["analysis a"]
+    other = json.loads((folder / "analysis.json").read_text())
+    assert (other["made_of"], other["train"]) != (first["made_of"], first["train"])
+    assert len(list(folder.rglob("*.safetensors"))) == 6
+    # Back again: measured anew, on the patches of the first time.
+    assert run(file, *ANALYSIS).made == ["analysis a"]
+    assert json.loads((folder / "analysis.json").read_text())["records"] == first["records"]
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}.items() >= made.items()
+
+
+def test_an_analysis_of_finished_patches_is_another_when_they_are_remade(tmp_path: Path) -> None:
+    file = write_study(tmp_path)
+    run(file, *ANALYSIS)
+    (patch, other, _) = sorted((tmp_path / "out" / "analyses" / "a").rglob("*.safetensors"))
+    (tmp_path / "given").mkdir()
+    given = tmp_path / "given" / "mine.safetensors"
+    taken = [*ANALYSIS, f"analyses.a.analysis.patches=['{given.parent}']"]
+    # Whether they are there is told where they are needed.
+    planned(file, *taken)
+    given.write_bytes(patch.read_bytes())
+    assert run(file, *taken).made == ["analysis a"]
+    assert run(file, *taken).made == []
+    given.write_bytes(other.read_bytes())
+    assert run(file, *taken).made == ["analysis a"]
 
 
 def test_another_study_uses_what_is_there(tmp_path: Path) -> None:
