@@ -78,8 +78,9 @@ def command(**options: Any) -> None:
     """Train, attack, evaluate and analyze all that STUDY names, as far as it is missing, and write a report.
 
     STUDY is a file or one of the studies that ship (`list studies`): table02 to table16, table18 to table21, figure01,
-    figure03, figure04 of the paper; all defenses on one budget, cifar10_defenses. KEY=VALUE changes one of its keys, for instance budget.images=500. What is finished is kept: the same command goes
-    on after a stop, and other studies use the same networks and patches.
+    figure03, figure04 of the paper; all defenses on one budget, cifar10_defenses. KEY=VALUE changes one of its keys,
+    for instance budget.images=500. What is finished is kept: the same command goes on after a stop, and other studies
+    use the same networks and patches.
     """
     given = _Given(**options)
     from qadtr_brevitas.study.file import load_study
