@@ -14,7 +14,7 @@ from qadtr_brevitas.attacks.base import Model
 from qadtr_brevitas.attacks.patch import Patch
 from qadtr_brevitas.data.split import Split
 from qadtr_brevitas.device import has_fast_bf16
-from qadtr_brevitas.errors import UsageError
+from qadtr_brevitas.errors import DataError, UsageError
 from qadtr_brevitas.fingerprints import fingerprint_facts, fingerprint_tensors
 from qadtr_brevitas.metrics import Share, score
 from qadtr_brevitas.precision import PrecisionLike
@@ -103,7 +103,7 @@ def craft(
     Raises:
         UsageError: a precision the model does not allow, a vote, a target that is no class, a patch that does not fit
             on the images, or a file of the same name that was made otherwise.
-        DataError: the model is for other images or another number of classes.
+        DataError: the model is for other images or another number of classes, or classifies none correctly.
         CheckpointError: a patch cannot be written, or one that is there cannot be read.
     """
     train, held_out, progress = setup.train, setup.held_out, setup.progress
@@ -192,7 +192,10 @@ class _Maker:
         judge = self.setup.held_out.images.to(device), self.setup.held_out.labels.to(device)
         # A stream for each patch: they must not share the luck of one start.
         seed = derive_seed(self.setup.seed, "craft", str(source), _aim(target))
-        return attack.fit(model, images, labels, held_out=judge, seed=seed, progress=bar)
+        try:
+            return attack.fit(model, images, labels, held_out=judge, seed=seed, progress=bar)
+        except DataError as error:
+            raise DataError(f"{self.name} at {source} bit, {_aim(target)}: {error}") from error
 
     def _score(self, model: Model, patch: Patch, target: int | None) -> Share:
         held_out, size, device = self.setup.held_out, self.setup.batch_size, self.setup.device

@@ -13,7 +13,7 @@ from qadtr_brevitas.attacks.patch import Patch
 from qadtr_brevitas.attacks.random_patch import RandomPatch
 from qadtr_brevitas.craft import Crafted, CraftSetup, craft
 from qadtr_brevitas.data.split import Split
-from qadtr_brevitas.errors import CheckpointError, UsageError
+from qadtr_brevitas.errors import CheckpointError, DataError, UsageError
 from qadtr_brevitas.quant.switch import switch_of
 from qadtr_brevitas.sources import access_name
 from qadtr_brevitas.subjects import Contender, Subject
@@ -191,8 +191,17 @@ def test_progress_counts_all_patches(tmp_path: Path) -> None:
 
 
 def test_model_and_images_have_to_fit(tmp_path: Path) -> None:
-    from qadtr_brevitas.errors import DataError
-
     odd: Split = coded_split(side=9)
     with pytest.raises(DataError, match="choose the data set it was trained on"):
         craft(reader(), White(), CraftSetup(train=odd, held_out=odd, output=tmp_path), name="white")
+
+
+@dataclass(frozen=True)
+class Hopeless(White):
+    def fit(self, model: Any, images: Tensor, labels: Tensor, **settings: Any) -> Patch:
+        raise DataError("the model classifies no held-out image correctly")
+
+
+def test_failed_patch_is_named_by_precision_and_target(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"^white at 4 bit, target2: the model classifies no"):
+        make(tmp_path, Hopeless(), precisions=[4], targets=[2])

@@ -51,7 +51,7 @@ def explain(error: ValidationError, owner: type, data: Any) -> list[tuple[Locati
         if item["type"] == _LOCATED:
             errors = cast("list[tuple[Location, str]]", item.get("ctx", {})["errors"])
             messages += [(item["loc"] + place, message) for place, message in errors]
-        else:
+        elif not _short_by_faults(item):
             found.setdefault(_trim(item, owner, data), []).append(item)
     return messages + [(place, _word(items, owner, place)) for place, items in found.items()]
 
@@ -94,6 +94,16 @@ def _word(items: list[ErrorDetails], owner: type, place: Location) -> str:
     return f"{', or '.join(rules)}, got {show(first['input'])}"
 
 
+def _short_by_faults(item: ErrorDetails) -> bool:
+    """Whether a list is only called too short because pydantic does not count its faulty items."""
+    given = item["input"]
+    return (
+        item["type"] == "too_short"
+        and isinstance(given, (list, tuple))
+        and len(cast("list[Any]", given)) >= item.get("ctx", {})["min_length"]
+    )
+
+
 def _rule(item: ErrorDetails, field: FieldInfo | None) -> str:
     kind, context = item["type"], item.get("ctx", {})
     if kind in ("literal_error", "enum"):
@@ -101,14 +111,18 @@ def _rule(item: ErrorDetails, field: FieldInfo | None) -> str:
     if kind in ("greater_than", "greater_than_equal", "less_than", "less_than_equal"):
         return _range(context, field)
     if kind == "too_short":
-        return f"must have at least {context['min_length']} items"
+        return f"must have at least {_items(context['min_length'])}"
     if kind == "too_long":
-        return f"must have at most {context['max_length']} items"
+        return f"must have at most {_items(context['max_length'])}"
     if kind == "string_too_short":
         return "must not be empty"
     if kind == "value_error":
         return str(context.get("error", item["msg"]))
     return _KINDS.get(kind.partition("_")[0], item["msg"])
+
+
+def _items(count: int) -> str:
+    return "1 item" if count == 1 else f"{count} items"
 
 
 def _range(context: Mapping[str, Any], field: FieldInfo | None) -> str:

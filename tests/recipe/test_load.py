@@ -99,7 +99,8 @@ def test_the_message_starts_with_file_and_line(write) -> None:
         ("model: {name: 7}", "model.name", "must be text, got 7"),
         ("model: {name: ''}", "model.name", "must not be empty, got ''"),
         ("quant: {precisions: 4}", "quant.precisions", "must be a list, got 4"),
-        ("quant: {precisions: []}", "quant.precisions", "must have at least 1 items, got []"),
+        ("quant: {precisions: []}", "quant.precisions", "must have at least 1 item, got []"),
+        ("quant: {precisions: [3.5]}", "quant.precisions.0", "precision 3.5 cannot be read"),
         ("data: {val_share: 1}", "data.val_share", "must be at least 0 and less than 1, got 1"),
         (
             "quant: {calibration: {percentile: 0}}",
