@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -11,7 +11,7 @@ from timm.data import resolve_data_config
 from torch import nn
 
 from qadtr_brevitas.checkpoint import ModelInfo, read_float_weights, read_info
-from qadtr_brevitas.data.split import Progress, Split
+from qadtr_brevitas.data.split import Progress, Split, differing_class, numbered
 from qadtr_brevitas.errors import DataError
 from qadtr_brevitas.models.create import create_float_model, fixed_size_args, model_config, own_image_size
 from qadtr_brevitas.quant import ConversionReport, SwitchableModel, convert
@@ -31,7 +31,7 @@ def fit_data(recipe: Recipe) -> Recipe:
     """The recipe, with the image size and crop of its model where the data set has images of different sizes.
 
     Raises:
-        DataError: the data are missing or damaged.
+        DataError: the data are missing or damaged, or the images of the model are not square.
         UsageError, CheckpointError: as `build_model`.
     """
     dataset, section = recipe.data.dataset, recipe.model
@@ -39,7 +39,12 @@ def fit_data(recipe: Recipe) -> Recipe:
         return recipe
     size, crop = own_image_size(section.name, section.args)
     if section.checkpoint is not None and _is_model_dir(section.checkpoint):
-        size = read_info(section.checkpoint).image_size[0]
+        size, width = read_info(section.checkpoint).image_size
+        if size != width:
+            raise DataError(
+                f"{section.checkpoint} is for images of {size}x{width}, but those of the data have different sizes and "
+                f"would be made square: give images that all are {size}x{width}"
+            )
     data = recipe.data.model_copy(update={"dataset": dataset.fitted(size, crop)})
     return recipe.model_copy(update={"data": data})
 
@@ -73,13 +78,18 @@ def build_splits(section: DataSection, *, seed: int, progress: Progress | None =
     """Loads the data, and holds out `val_share` of the training images.
 
     Raises:
-        DataError: the data are missing or damaged.
+        DataError: the data are missing or damaged, or no training image is left.
     """
     train = build_split(section, "train", seed=seed, progress=progress)
     test = build_split(section, "test", seed=seed, progress=progress)
     if not section.val_share:
         return Splits(train, None, test)
-    val, train = train.divide(max(1, round(section.val_share * len(train))), seed=seed)
+    held_out = max(1, round(section.val_share * len(train)))
+    if held_out >= len(train):
+        raise DataError(
+            f"data.val_share={section.val_share:g} leaves none of the {len(train)} training images: give a smaller one"
+        )
+    val, train = train.divide(held_out, seed=seed)
     return Splits(train, val, test)
 
 
@@ -90,9 +100,9 @@ def no_images(section: ModelSection) -> Split:
         UsageError, CheckpointError: as `build_model`.
     """
     size, _ = own_image_size(section.name, section.args)
-    classes = section.num_classes or model_config(section.name).get("num_classes", 1000)
     labels = torch.empty(0, dtype=torch.int64)
-    return Split(torch.empty(0, 3, size, size, dtype=torch.uint8), labels, tuple(map(str, range(classes))))
+    classes = numbered(section.num_classes or _own_classes(section))
+    return Split(torch.empty(0, 3, size, size, dtype=torch.uint8), labels, classes)
 
 
 def build_model(section: ModelSection, *, num_classes: int, image_size: tuple[int, int]) -> nn.Module:
@@ -116,12 +126,16 @@ def build_model(section: ModelSection, *, num_classes: int, image_size: tuple[in
     return model
 
 
-def build_switchable(recipe: Recipe, train: Split) -> tuple[SwitchableModel, ConversionReport, ModelInfo]:
+def build_switchable(
+    recipe: Recipe, train: Split, *, only_ranges: bool = False
+) -> tuple[SwitchableModel, ConversionReport, ModelInfo]:
     """Makes the float network for the images and converts it; it is not yet calibrated.
 
     Args:
         recipe: its sections `model`, `data` and `quant` are read.
         train: the training images, for their size and classes.
+        only_ranges: the images only serve to choose ranges, so a network that has weights keeps its classes and their
+            names, whatever the classes of the images are.
 
     Returns:
         The switchable model, what was done to each layer, and what `save_model` needs.
@@ -131,9 +145,13 @@ def build_switchable(recipe: Recipe, train: Split) -> tuple[SwitchableModel, Con
             the network can take.
         UsageError, CheckpointError: as `build_model` and `convert`.
     """
-    num_classes = recipe.model.num_classes or len(train.classes)
-    check_classes(num_classes, train)
-    net = build_model(recipe.model, num_classes=num_classes, image_size=train.image_size)
+    data = recipe.data.model_dump(mode="json")["dataset"]
+    if only_ranges:
+        classes, data = _kept_classes(recipe.model, train, data)
+    else:
+        classes = train.classes
+        check_classes(recipe.model.num_classes or len(classes), train)
+    net = build_model(recipe.model, num_classes=len(classes), image_size=train.image_size)
     mean, std = _pixel_statistics(recipe.model, net)
     quant = recipe.quant.model_dump(mode="json", exclude={"calibration"})
     if recipe.quant.calibration.bias_correction:
@@ -143,13 +161,13 @@ def build_switchable(recipe: Recipe, train: Split) -> tuple[SwitchableModel, Con
     info = ModelInfo(
         name=name,
         args=args,
-        num_classes=num_classes,
+        num_classes=len(classes),
         image_size=train.image_size,
-        classes=train.classes,
+        classes=classes,
         mean=mean,
         std=std,
         quant=quant,
-        data=recipe.data.model_dump(mode="json")["dataset"],
+        data=data,
     )
     return model, report, info
 
@@ -165,6 +183,24 @@ def check_classes(num_classes: int, images: Split) -> None:
             f"the data have {len(images.classes)} classes, but the model has {num_classes}: "
             "use other data, or set model.num_classes to null and train"
         )
+
+
+def _kept_classes(
+    section: ModelSection, images: Split, data: Mapping[str, Any]
+) -> tuple[tuple[str, ...], Mapping[str, Any] | None]:
+    """The names of a network's own classes, and the data set they are of, if that is known."""
+    if section.checkpoint is not None and _is_model_dir(section.checkpoint):
+        stored = read_info(section.checkpoint)
+        if len(stored.classes) != len(images.classes) or differing_class(stored.classes, images.classes) is not None:
+            return stored.classes, stored.data
+        return (images.classes if stored.classes == numbered(len(stored.classes)) else stored.classes), data
+    count = section.num_classes or (_own_classes(section) if section.pretrained else len(images.classes))
+    return (images.classes, data) if count == len(images.classes) else (numbered(count), None)
+
+
+def _own_classes(section: ModelSection) -> int:
+    """Outputs of the network as its library makes it."""
+    return model_config(section.name).get("num_classes", 1000)
 
 
 def _is_model_dir(checkpoint: str) -> bool:

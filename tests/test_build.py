@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -11,7 +12,7 @@ from safetensors.torch import save_file
 
 from qadtr_brevitas.build import build_model, build_split, build_splits, build_switchable, check_classes, fit_data
 from qadtr_brevitas.calibration import calibrate_on
-from qadtr_brevitas.checkpoint import ModelInfo, load_model, save_model
+from qadtr_brevitas.checkpoint import ModelInfo, load_model, read_info, save_model
 from qadtr_brevitas.data.image_folder import ImageFolder
 from qadtr_brevitas.data.shapes import Shapes
 from qadtr_brevitas.errors import CheckpointError, DataError, UsageError
@@ -247,3 +248,62 @@ def test_wrong_number_of_classes() -> None:
     with pytest.raises(DataError, match="the data have 3 classes, but the model has 10: use other data, or set"):
         build_switchable(wanted, train)
     check_classes(3, train)
+
+
+def test_validation_leaves_some_images_to_train_on() -> None:
+    with pytest.raises(DataError, match=r"data.val_share=0.999 leaves none of the 60 training images"):
+        build_splits(data_section(val_share=0.999), seed=0)
+
+
+class TestImagesThatOnlyChooseRanges:
+    """A network with weights keeps its classes."""
+
+    def info(self, folder: Path | None = None, images: dict[str, Any] | None = None, **model: Any) -> ModelInfo:
+        wanted = recipe(name="cifar_resnet8", **({} if folder is None else {"checkpoint": str(folder)}), **model)
+        section = DataSection.model_validate({"dataset": {**SHAPES, **(images or {})}})
+        wanted = wanted.model_copy(update={"data": section})
+        train = build_split(wanted.data, "train", seed=0)
+        return build_switchable(wanted, train, only_ranges=True)[2]
+
+    def saved(self, folder: Path) -> Path:
+        wanted = recipe(name="cifar_resnet8")
+        model, _, info = build_switchable(wanted, build_split(wanted.data, "train", seed=0))
+        save_model(folder, model, info)
+        return folder
+
+    def test_published_network(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        made: list[int] = []
+
+        def create(name: str, *, num_classes: int, **kwargs: Any) -> Any:
+            made.append(num_classes)
+            return timm.create_model(name, num_classes=num_classes)
+
+        monkeypatch.setattr("qadtr_brevitas.build.create_float_model", create)
+        info = self.info(pretrained=True)
+        assert made == [10]
+        assert (info.num_classes, info.classes, info.data) == (10, tuple("0123456789"), None)
+
+    def test_network_of_a_folder(self, tmp_path: Path) -> None:
+        folder = self.saved(tmp_path / "model")
+        stored = read_info(folder)
+        same = self.info(folder)
+        assert (same.classes, same.data) == (stored.classes, stored.data)
+        other = self.info(folder, images={"classes": 2}, num_classes=3)
+        assert (other.classes, other.data) == (stored.classes, stored.data)
+
+    def test_network_without_weights_takes_the_classes_of_the_images(self) -> None:
+        assert self.info(images={"classes": 2}).num_classes == 2
+
+
+def test_images_of_a_model_that_are_not_square_are_not_made_so(tmp_path: Path) -> None:
+    wanted = recipe(name="cifar_resnet8")
+    model, _, info = build_switchable(wanted, build_split(wanted.data, "train", seed=0))
+    save_model(tmp_path / "model", model, dataclasses.replace(info, image_size=(16, 24)))
+    for number in range(8):
+        folder = tmp_path / "images" / f"class{number % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20 + number, 30)).save(folder / f"{number}.png")
+    section = {"dataset": {"name": "image-folder", "root": str(tmp_path / "images"), "holdout": 2}}
+    other = Recipe.model_validate({"model": {"checkpoint": str(tmp_path / "model")}, "data": section})
+    with pytest.raises(DataError, match="is for images of 16x24, but those of the data have different sizes"):
+        fit_data(other)

@@ -13,6 +13,7 @@ from qadtr_brevitas.cli.common import (
     examples,
     option_block,
     output_options,
+    plain_name,
     progress,
     say,
     seed_option,
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from qadtr_brevitas.recipe import Recipe
 
 _NOT_HERE = ("seed", "train")
-_OWN_FOLDERS = ("last", "best")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +123,7 @@ def command(**options: Any) -> None:
     """
     given = _Given(**options)
     recipe, has_data = _make_recipe(given)
-    output = given.output or Path("models") / _plain_name(given.model)
+    output = given.output or Path("models") / plain_name(given.model)
     if output.exists() and not (given.overwrite or given.dry_run):
         raise UsageError(f"{output} is there already: choose another folder with -o, or replace it with --overwrite")
     report = _convert(recipe, has_data, None if given.dry_run else output)
@@ -194,12 +194,6 @@ def _put(fields: dict[str, Any], parts: list[str], value: Any) -> None:
     fields[parts[-1]] = value
 
 
-def _plain_name(model: str) -> str:
-    """The end of a name or path; a model inside a run goes by the name of the run."""
-    path = Path(model).resolve() if Path(model).is_dir() else Path(model)
-    return path.parent.name if path.name in _OWN_FOLDERS else path.name
-
-
 def _convert(recipe: Recipe, has_data: bool, output: Path | None) -> ConversionReport:
     from dataclasses import replace
 
@@ -212,7 +206,12 @@ def _convert(recipe: Recipe, has_data: bool, output: Path | None) -> ConversionR
     recipe = fit_data(recipe)
     section = recipe.quant.calibration
     train = _load(recipe, only_size=output is None)
-    model, report, info = build_switchable(recipe, train)
+    model, report, info = build_switchable(recipe, train, only_ranges=True)
+    if info.num_classes != len(train.classes):
+        say(
+            f"the network keeps its {info.num_classes} classes: "
+            f"the images, of {len(train.classes)} classes, only serve to choose ranges"
+        )
     if output is not None:
         with progress("calibrating") as report_batches:
             calibrate_on(model, train, section, seed=recipe.seed, progress=report_batches)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
@@ -98,6 +98,18 @@ class Split:
         chosen = torch.zeros(len(self), dtype=torch.bool)
         chosen[_drawn(self.labels, count, seed)] = True
         return self.subset(chosen.nonzero().flatten()), self.subset((~chosen).nonzero().flatten())
+
+
+def numbered(count: int) -> tuple[str, ...]:
+    """Names for classes that have none."""
+    return tuple(map(str, range(count)))
+
+
+def differing_class(expected: Sequence[str], given: Sequence[str]) -> int | None:
+    """The first of as many classes that goes by another name; None if none does, or one side has only numbers."""
+    if numbered(len(expected)) in (tuple(expected), tuple(given)):
+        return None
+    return next((label for label, (a, b) in enumerate(zip(expected, given, strict=True)) if a != b), None)
 
 
 def balanced_indices(labels: Tensor, count: int, *, seed: int) -> Tensor:

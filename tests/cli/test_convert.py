@@ -13,8 +13,9 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from qadtr_brevitas.checkpoint import load_model
+from qadtr_brevitas.cli.common import plain_name
 from qadtr_brevitas.cli.conversion_table import percent
-from qadtr_brevitas.cli.convert import _Given, _make_recipe, _plain_name, command
+from qadtr_brevitas.cli.convert import _Given, _make_recipe, command
 from qadtr_brevitas.cli.main import cli
 from qadtr_brevitas.cli.plugin_options import find_dataset
 from qadtr_brevitas.data.shapes import Shapes
@@ -243,9 +244,11 @@ def test_folders_that_are_no_model(tmp_path: Path) -> None:
         ("hf-hub:timm/resnet18.a1_in1k", "resnet18.a1_in1k"),
         ("runs/vit", "vit"),
         ("{tmp}/vit/last", "vit"),
+        ("{tmp}/vit/best", "vit-best"),
         ("{tmp}/vit", "vit"),
     ],
 )
 def test_the_name_of_the_output(model: str, name: str, tmp_path: Path) -> None:
-    (tmp_path / "vit" / "last").mkdir(parents=True)
-    assert _plain_name(model.format(tmp=tmp_path)) == name
+    for folder in ("last", "best"):
+        (tmp_path / "vit" / folder).mkdir(parents=True)
+    assert plain_name(model.format(tmp=tmp_path)) == name
