@@ -12,7 +12,7 @@ from torch import nn
 
 from qadtr_brevitas.attacks.patch import Patch
 from qadtr_brevitas.checkpoint import ModelInfo, load_model, resolve_model_dir
-from qadtr_brevitas.data.split import Split
+from qadtr_brevitas.data.split import Split, differing_class
 from qadtr_brevitas.errors import DataError, UsageError
 from qadtr_brevitas.fingerprints import fingerprint_file, fingerprint_tensors
 from qadtr_brevitas.report import PatchFacts, SourceFacts, VariantFacts
@@ -40,7 +40,7 @@ class Subject:
     path: str = ""
 
     def check_data(self, split: Split, *, data: str) -> None:
-        """Checks that images are of the size, and their classes as many, as the model was made for.
+        """Checks that images are of the size, and their classes those, that the model was made for.
 
         Raises:
             DataError: they are not.
@@ -51,6 +51,12 @@ class Subject:
             raise DataError(
                 f"data set {data} has {given}, model {self.name} is for {self.info.num_classes} classes and "
                 f"{height}x{width}: choose the data set it was trained on with --data NAME[:ROOT]"
+            )
+        if (label := differing_class(self.info.classes, split.classes)) is not None:
+            raise DataError(
+                f"class {label} of data set {data} is {split.classes[label]!r}, that of model {self.name} is "
+                f"{self.info.classes[label]!r}: give data with the same classes in the same order (class folders are "
+                "sorted by name)"
             )
 
 
@@ -119,6 +125,12 @@ def load_patches(places: Sequence[Path]) -> list[Contender]:
     files = list(dict.fromkeys(file for place in places for file in _patch_files(place)))
     names = unique_names([file.with_suffix("") for file in files])
     return [Contender(name, Patch.load(file), str(file)) for file, name in zip(files, names, strict=True)]
+
+
+def patch_folder(model_dir: Path) -> Path:
+    """Where the patches made on a model are: for `last` of a run, which is the run's model, those of the run."""
+    own, folder = model_dir / PATCH_FOLDER, model_dir.resolve()
+    return folder.parent / PATCH_FOLDER if folder.name == "last" and not own.is_dir() else own
 
 
 def unique_names(paths: Sequence[Path]) -> list[str]:

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from qadtr_brevitas.errors import CheckpointError, UsageError
-from qadtr_brevitas.subjects import load_patches, unique_names
-from tests.evaluation_fakes import white_patch
+from qadtr_brevitas.errors import CheckpointError, DataError, UsageError
+from qadtr_brevitas.subjects import load_patches, patch_folder, unique_names
+from tests.evaluation_fakes import coded_split, reader, white_patch
 
 
 @pytest.mark.parametrize(
@@ -59,3 +60,23 @@ def test_missing_patches_are_named(tmp_path: Path) -> None:
     (tmp_path / "broken.safetensors").write_bytes(b"no patch")
     with pytest.raises(CheckpointError, match="broken"):
         load_patches([tmp_path])
+
+
+def test_data_of_other_or_otherwise_ordered_classes_are_refused() -> None:
+    subject, split = reader(), coded_split()
+    subject.check_data(split, data="coded")
+    turned = replace(split, classes=(*split.classes[:2], *split.classes[:1:-1]))
+    with pytest.raises(
+        DataError, match="class 2 of data set coded is 'd', that of model reader is 'c': give data with"
+    ):
+        subject.check_data(turned, data="coded")
+    subject.check_data(replace(split, classes=tuple("0123")), data="of numbers for names")
+
+
+def test_patches_of_a_run_are_those_of_its_last_model(tmp_path: Path) -> None:
+    for folder in ("last", "best"):
+        (tmp_path / "run" / folder).mkdir(parents=True)
+    assert patch_folder(tmp_path / "run") == patch_folder(tmp_path / "run" / "last") == tmp_path / "run" / "patches"
+    assert patch_folder(tmp_path / "run" / "best") == tmp_path / "run" / "best" / "patches"
+    (tmp_path / "run" / "last" / "patches").mkdir()
+    assert patch_folder(tmp_path / "run" / "last") == tmp_path / "run" / "last" / "patches"

@@ -84,14 +84,14 @@ def command(
     plugin = _make_attack(attack, overrides)
     wanted = parse_accesses(precisions) if precisions else None
     dataset = find_dataset([model_dir], data)
-    default = model_dir / "patches"
-    output = output or (default / protocol if protocol else default)
 
     from qadtr_brevitas.craft import DEFAULT_TARGETS, CraftSetup, craft
     from qadtr_brevitas.device import resolve_device
-    from qadtr_brevitas.subjects import load_subjects
+    from qadtr_brevitas.subjects import load_subjects, patch_folder
     from qadtr_brevitas.unseen import craft_unseen
 
+    default = patch_folder(model_dir) / protocol if protocol else patch_folder(model_dir)
+    output = output or default
     where = resolve_device(device)
     subject = load_subjects([model_dir], device=where)[0]
     train, judge = _divide(load_split(dataset, "train"), train_images, held_out, seed=seed)

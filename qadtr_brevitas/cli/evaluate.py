@@ -166,12 +166,12 @@ def _tell_left_out(patches: Sequence[Contender], grid: Grid, *, alone: bool) -> 
 
 def _patch_places(given: Options) -> Sequence[Path]:
     """Where patches are; where nothing is said and there are other attacks, those that are there."""
-    from qadtr_brevitas.subjects import PATCH_FOLDER
+    from qadtr_brevitas.subjects import patch_folder
 
     if given.patches or given.clean:
         return given.patches
-    own = [path / PATCH_FOLDER for path in given.model_dirs]
-    surrogates = [path / PATCH_FOLDER for path in given.surrogates]
+    own = list(map(patch_folder, given.model_dirs))
+    surrogates = list(map(patch_folder, given.surrogates))
     needed = [] if given.attacks or given.audit or given.certify else own
     return [folder for folder in (*own, *surrogates) if folder in needed or any(folder.glob("*.safetensors"))]
 
