@@ -12,6 +12,7 @@ from qadtr_brevitas.cli.common import (
     emit,
     examples,
     output_options,
+    plain_name,
     progress,
     say,
     seed_option,
@@ -115,9 +116,9 @@ def command(**options: Any) -> None:
     """Write a model at one precision as a file for other tools, and prove that it computes the same.
 
     qonnx holds any bit-widths, as Brevitas writes them; qcdq is standard ONNX, up to 8 bit, and ort the same with
-    BatchNorms merged, which onnxruntime runs in integers. finn and hls4ml are folders to build with these FPGA
-    compilers, for models made by `convert --target`. The file is executed on test images and under the model's patches;
-    one that computes something else is not kept.
+    BatchNorms merged, which onnxruntime runs in integers (below 8 bit the biases that it rounds often move too much).
+    finn and hls4ml are folders to build with these FPGA compilers, for models made by `convert --target`. The file is
+    executed on test images and under the model's patches; one that computes something else is not kept.
     """
     given = _Options(**options)
     _check_unverified(given)
@@ -169,7 +170,7 @@ def _check_unverified(given: _Options) -> None:
 def _outputs(given: _Options) -> dict[Precision, Path]:
     """The folder for each precision."""
     wanted = list(dict.fromkeys(map(Precision.parse, given.precisions)))
-    name = given.model_dir.resolve().name
+    name = plain_name(given.model_dir)
     outputs: dict[Precision, Path] = {}
     for precision in wanted:
         bits = str(precision).replace("32", "float")
@@ -184,9 +185,9 @@ def _outputs(given: _Options) -> dict[Precision, Path]:
 
 
 def _patches(given: _Options, precision: Precision) -> list[tuple[str, Patch]]:
-    from qadtr_brevitas.subjects import PATCH_FOLDER, load_patches
+    from qadtr_brevitas.subjects import load_patches, patch_folder
 
-    own = given.model_dir / PATCH_FOLDER
+    own = patch_folder(given.model_dir)
     if given.patches:
         return [(contender.name, contender.patch) for contender in load_patches(given.patches)]
     found = load_patches([own]) if any(own.glob("*.safetensors")) else []

@@ -45,6 +45,7 @@ class Format:
         load: gives what the file computes.
         takes_bytes: it takes pixels as bytes, so images are rounded to these before anything is compared.
         compiler: the FPGA compiler that it is for; what this needs besides is written beside the file.
+        remedy: what to do where a file computes something else, in one sentence with a space behind it.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Format:
     load: Callable[[Path], Classifier]
     takes_bytes: bool = False
     compiler: Compiler | None = None
+    remedy: str = ""
 
 
 def _write_qonnx(frozen: nn.Module, image: Tensor, path: Path) -> None:
@@ -202,7 +204,14 @@ FORMATS = {
     for form in (
         Format("qonnx", "arbitrary bit-widths, as Brevitas writes them", 32, _write_qonnx, _load_qonnx),
         Format("qcdq", "standard ONNX for onnxruntime, up to 8 bit", 8, _write_qcdq, _load_onnxruntime),
-        Format("ort", "standard ONNX that onnxruntime fuses, fast at 8 bit on CPUs", 8, _write_fused, _load_fused),
+        Format(
+            "ort",
+            "standard ONNX that onnxruntime fuses, fast, for 8 bit on CPUs",
+            8,
+            _write_fused,
+            _load_fused,
+            remedy="Integers round biases, which moves more the fewer the bits are: -f qcdq computes the same. ",
+        ),
         Format("finn", "a folder to build with FINN", 8, _write_finn, _load_finn, takes_bytes=True, compiler="finn"),
         Format("hls4ml", "a folder to build with hls4ml", 8, _write_hls4ml, _load_qonnx, compiler="hls4ml"),
     )

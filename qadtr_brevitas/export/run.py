@@ -119,7 +119,7 @@ def export(
             agreement = compare(
                 frozen, form.load(file), split, patches, as_bytes=form.takes_bytes, seed=seed, progress=progress
             )
-            check(agreement, tolerance=tolerance)
+            check(agreement, tolerance=tolerance, remedy=form.remedy)
             if form.compiler == "finn":
                 ties = count_ties(frozen, split)
                 check_ties(ties)

@@ -109,8 +109,13 @@ def compare(
     )
 
 
-def check(agreement: Agreement, *, tolerance: float = TOLERANCE) -> None:
+def check(agreement: Agreement, *, tolerance: float = TOLERANCE, remedy: str = "") -> None:
     """Refuses a file that computes something else.
+
+    Args:
+        agreement: what was found.
+        tolerance: largest difference of the median image's logits, in shares of the largest logit.
+        remedy: what to do first of all, in the words of the error.
 
     Raises:
         ExportError: a difference larger than rounding explains.
@@ -134,7 +139,7 @@ def check(agreement: Agreement, *, tolerance: float = TOLERANCE) -> None:
     if wrong := [words for is_wrong, words in found if is_wrong]:
         raise ExportError(
             f"the exported file does not compute what the network computes ({'; '.join(wrong)}; {agreement.images} "
-            "images): nothing was kept. To look at the file all the same, give --no-verify"
+            f"images): nothing was kept. {remedy}To look at the file all the same, give --no-verify"
         )
 
 

@@ -6,9 +6,11 @@ import math
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 import torch
+from onnx import numpy_helper
 from torch import nn
 
 from qadtr_brevitas.export import FORMATS
@@ -74,3 +76,19 @@ def test_what_is_not_quantized_is_left_alone(tmp_path: Path) -> None:
     found = FORMATS["ort"].load(tmp_path / MODEL_FILE)(IMAGES)
     with torch.no_grad():
         assert (found - frozen(IMAGES)).abs().amax(1).median() < 0.01 * found.abs().max()
+
+
+def test_weights_of_few_bits_use_whole_bytes(tmp_path: Path) -> None:
+    given = subject(plain(), precisions=(4,))
+    frozen = write(given, 4, tmp_path)
+    graph = onnx.load(str(tmp_path / MODEL_FILE)).graph
+    filters = [t for t in graph.initializer if t.data_type == onnx.TensorProto.INT8 and len(t.dims) == 4]
+    stored = list(map(numpy_helper.to_array, filters))
+    assert len(stored) == 3
+    for weights in stored:
+        peaks = np.abs(weights.reshape(len(weights), -1).astype(int)).max(1)
+        assert ((peaks > 56) | (peaks == 0)).all()
+    with torch.no_grad():
+        expected = frozen(IMAGES)
+    found = FORMATS["ort"].load(tmp_path / MODEL_FILE)(IMAGES)
+    assert (found - expected).abs().amax(1).median() < 0.02 * expected.abs().max()
