@@ -23,6 +23,8 @@ Pixels: TypeAlias = "numpy.ndarray[tuple[int, ...], numpy.dtype[numpy.uint8]]"
 
 CHUNK = 128
 THREADS = 8
+# Read as 32 bit by Pillow, some by earlier versions only.
+_GRAYS_OF_16_BIT = ("PNG", "PPM")
 # Decoding that takes less than this is not worth a file.
 CACHE_FROM_SECONDS = 2.0
 
@@ -87,7 +89,7 @@ def _decode(path: str, size: tuple[int, ...], shorter: int | None) -> Pixels:
     """One image, uint8 (3, H, W), its shorter side resized unless that is None."""
     try:
         with Image.open(path) as file:
-            image = file.convert("RGB")
+            image = _eight_bit(path, file).convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise _unreadable(path, error) from error
     height, width = size
@@ -99,6 +101,15 @@ def _decode(path: str, size: tuple[int, ...], shorter: int | None) -> Pixels:
             "set data.dataset.image_size to bring all to one size"
         )
     return numpy.asarray(image).transpose(2, 0, 1)
+
+
+def _eight_bit(path: str, image: Image.Image) -> Image.Image:
+    """The upper byte of 16-bit grays, which Pillow would clip to white; it does so with 16-bit colors itself."""
+    if image.mode not in ("F", "I") and not image.mode.startswith("I;16"):
+        return image
+    if image.mode == "F" or (image.mode == "I" and image.format not in _GRAYS_OF_16_BIT):
+        raise DataError(f"{path} has grays of 32 bit, whose black and white are not known: save it with 8 or 16 bit")
+    return Image.fromarray((numpy.asarray(image) >> 8).astype(numpy.uint8))
 
 
 def _resize(image: Image.Image, shorter: int) -> Image.Image:

@@ -15,6 +15,8 @@ from qadtr_brevitas.errors import DataError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 FOLDERS = {"train": ("train",), "test": ("test", "val")}
+# What macOS adds to archives.
+_NO_CLASSES = ("__MACOSX",)
 LAYOUT = "ROOT/{train,test}/<class>/<image>"
 
 
@@ -150,7 +152,8 @@ def _split_folder(root: Path, *splits: str) -> Path | None:
 
 
 def _class_names(folder: Path) -> tuple[str, ...]:
-    return tuple(sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != "."))
+    names = (entry.name for entry in os.scandir(folder) if entry.is_dir())
+    return tuple(sorted(name for name in names if name[0] != "." and name not in _NO_CLASSES))
 
 
 def _check_same_classes(root: Path, split: str) -> None:

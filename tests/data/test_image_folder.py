@@ -76,6 +76,24 @@ def test_mixed_sizes_need_an_image_size(folder: Path) -> None:
         ImageFolder(root=str(folder)).load("train")
 
 
+def test_grays_of_16_bit_keep_their_upper_byte(folder: Path) -> None:
+    grays = numpy.random.default_rng(0).integers(0, 65536, (8, 8), dtype=numpy.uint16)
+    Image.fromarray(grays).save(folder / "train" / "cat" / "0.png")
+    image = ImageFolder(root=str(folder)).load("train").images[0]
+    assert all(numpy.array_equal(channel.numpy(), grays >> 8) for channel in image)
+
+
+def test_grays_whose_range_is_not_known_are_refused(folder: Path) -> None:
+    Image.fromarray(numpy.ones((8, 8), numpy.float32)).save(folder / "train" / "cat" / "0.png", format="tiff")
+    with pytest.raises(DataError, match=r"cat/0.png has grays of 32 bit, .*: save it with 8 or 16 bit"):
+        ImageFolder(root=str(folder)).load("train")
+
+
+def test_what_macos_adds_to_archives_is_no_class(folder: Path) -> None:
+    (folder / "train" / "__MACOSX").mkdir()
+    assert ImageFolder(root=str(folder)).load("train").classes == ("cat", "dog")
+
+
 @pytest.mark.parametrize("content", [b"", b"no image at all", "half"])
 @pytest.mark.parametrize("name", ["cat/0.png", "dog/1.png"])
 def test_a_corrupt_image_is_named(folder: Path, name: str, content: bytes | str) -> None:
