@@ -101,14 +101,19 @@ def train(
     run = Path(output)
     saved = open_run(run, recipe, resume=resume, overwrite=overwrite)
     observer = observer or Observer()
-    if saved and saved.state.finished:
+    has_model = (run / LAST_FOLDER).is_dir()
+    if saved and saved.state.finished and has_model:
         observer.on_message(
             f"{run} is finished: nothing to do (another -o, or --resume never --overwrite, trains anew)"
         )
         return run
     accelerator = start_processes(recipe.train, device)
     try:
-        _Trainer(recipe, run, accelerator, observer, saved).train()
+        trainer = _Trainer(recipe, run, accelerator, observer, saved)
+        if saved and saved.state.finished:
+            trainer.write_again()
+        else:
+            trainer.train()
     finally:
         accelerator.end_training()
     return run
@@ -138,6 +143,8 @@ class _Trainer:
             calibration_count(recipe.quant.calibration, len(self.train_split))
         model, _, self.info = build_switchable(fitted, self.train_split)
         check_precisions(model, recipe)
+        # Only to find its mistakes before anything is written.
+        make_optimizer(model, recipe.train.optimizer)
         if saved:
             # Before any optimizer exists: loading replaces Brevitas's parameters.
             model.load_state_dict(saved.model)
@@ -173,6 +180,11 @@ class _Trainer:
         finally:
             if self.log:
                 self.log.close()
+
+    def write_again(self) -> None:
+        """Writes the model of a finished run, which somebody has removed."""
+        self._write_model(LAST_FOLDER, self.model)
+        self.observer.on_message(f"{self.run} is finished: wrote its model {self.run / LAST_FOLDER} again")
 
     def _train_phase(self, phase: Phase) -> None:
         if phase.name == "quantized" and self.state.step == phase.first_step:

@@ -108,7 +108,9 @@ def open_run(run: Path, recipe: Recipe, *, resume: Literal["auto", "never"], ove
     if (run / CONFIG).is_file() or (run / WEIGHTS).is_file():
         # It, and not the run's own model, would be what other commands find there.
         raise UsageError(f"{run} holds a model that no run wrote: choose another folder with -o")
-    if not (run / RECIPE_FILE).is_file() or (resume == "never" and overwrite):
+    begun = (run / _STATE_FILE).is_file() or (run / LAST_FOLDER).is_dir()
+    # A recipe alone is of a run that ended before it had anything to keep.
+    if not begun or not (run / RECIPE_FILE).is_file() or (resume == "never" and overwrite):
         return None
     if resume == "never":
         raise UsageError(

@@ -210,6 +210,7 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path) -> None:
 def test_recipes_that_cannot_be_trained_are_refused(tmp_path: Path, keys: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         train(make_recipe(**{**SHORT, **keys}), tmp_path, device="cpu")
+    assert not list(tmp_path.iterdir())
 
 
 def test_thresholds_norms_and_biases_have_no_weight_decay(tmp_path: Path) -> None:

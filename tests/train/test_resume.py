@@ -120,6 +120,24 @@ def test_finished_run_does_nothing(whole: Path) -> None:
     assert (whole / "last" / "model.safetensors").stat().st_mtime_ns == before
 
 
+def test_finished_run_writes_a_model_that_was_removed(whole: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(whole, tmp_path / "run")
+    shutil.rmtree(run / "last")
+    recorder = Recorder()
+    train(make_recipe(), run, device="cpu", observer=recorder)
+    assert "is finished: wrote its model" in recorder.messages[0]
+    assert not recorder.steps
+    assert same_weights(run, whole)
+    assert lines(run) == lines(whole)
+
+
+def test_run_that_kept_nothing_does_not_stand_in_the_way(whole: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    shutil.copy(whole / "recipe.yaml", tmp_path / "run")
+    train(make_recipe(epochs=1), tmp_path / "run", device="cpu")
+    assert (tmp_path / "run" / "last").is_dir()
+
+
 def test_other_recipe_is_refused_and_keys_are_named(whole: Path) -> None:
     with pytest.raises(
         UsageError, match=r"another recipe, which differs in train\.epochs, train\.optimizer\.lr: choose"
