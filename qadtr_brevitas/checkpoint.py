@@ -147,13 +147,14 @@ def read_info(path: str | Path) -> ModelInfo:
     known = {field.name for field in fields(ModelInfo)}
     try:
         info = ModelInfo(**{key: value for key, value in config.items() if key in known})
-    except TypeError as error:
-        raise CheckpointError(f"{file} lacks a key ({error}): save the model again") from error
-    height, width = info.image_size
-    return replace(
-        info,
-        image_size=(height, width),
-        classes=tuple(info.classes),
-        mean=tuple(info.mean),
-        std=tuple(info.std),
-    )
+        height, width = info.image_size
+        parse_precisions(info.quant["precisions"])
+        return replace(
+            info,
+            image_size=(height, width),
+            classes=tuple(info.classes),
+            mean=tuple(info.mean),
+            std=tuple(info.std),
+        )
+    except (KeyError, TypeError, ValueError, UsageError) as error:
+        raise CheckpointError(f"{file} lacks a key or has a wrong value ({error}): save the model again") from error

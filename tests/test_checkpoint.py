@@ -138,9 +138,11 @@ def test_a_missing_file(gone: str, message: str, model: SwitchableModel, tmp_pat
     [
         ({"format": 2}, "has format 2, but this version reads up to 1: pip install -U qadtr-brevitas"),
         ({"format": None}, "is not the config of a switchable model"),
-        ({"classes": None}, r"config.json lacks a key \(.*classes.*\): save the model again"),
+        ({"classes": None}, r"config.json lacks a key or has a wrong value \(.*classes.*\): save the model again"),
+        ({"image_size": 32}, r"config.json lacks a key or has a wrong value"),
+        ({"quant": {"edge": "8bit"}}, r"config.json lacks a key or has a wrong value \('precisions'\)"),
         ({"quant": {"precisions": [32, 8]}}, "config.json and model.safetensors do not fit"),
-        ({"quant": {"unknown": 1}}, "config.json and model.safetensors do not fit"),
+        ({"quant": {"precisions": [32, 4], "unknown": 1}}, "config.json and model.safetensors do not fit"),
         ({"num_classes": 5}, "config.json and model.safetensors do not fit"),
         ({"name": "cifar_resnet_20"}, "config.json and model.safetensors do not fit .*did you mean cifar_resnet20"),
     ],
