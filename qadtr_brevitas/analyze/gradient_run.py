@@ -112,7 +112,7 @@ def _records(
             errors, share = squared_errors(found[precision], reference, pixels)
             if region == "zeros around the patch":
                 # The same errors over all pixels of the image.
-                errors = errors * pixels.flatten(1).double().mean(dim=1)
+                errors = errors * pixels.flatten(1).cpu().double().mean(dim=1)
             measured = {
                 "cosine": Average.of(cosines(found[precision], reference, pixels)),
                 "mse": Average.of(errors),
