@@ -16,11 +16,15 @@ _DEVICE = re.compile(r"cpu|mps|cuda(?::(\d+))?")
 def resolve_device(name: str = "auto") -> torch.device:
     """Turns `auto`, `cpu`, `cuda`, `cuda:N` or `mps` into a device that exists; `auto` takes cuda, then mps, then cpu.
 
+    On GPUs convolutions are set to compute in full float32: TF32, which PyTorch would take, cuts quantized operands to
+    10 bit and moves some of them to other levels.
+
     Raises:
         UsageError: the name cannot be read, or this computer has no such device (those it has are named).
     """
     import torch
 
+    torch.backends.cudnn.allow_tf32 = False
     existing = _existing()
     if name == "auto":
         return torch.device(next(device for device in ("cuda:0", "mps", "cpu") if device in existing))

@@ -23,6 +23,7 @@ from torch import Tensor
 
 # 256 kB of floats: a block of input and output stays in a core's L2 cache through all passes over it.
 _BLOCK = 1 << 16
+_SMALLEST_HALF = 2.0**-24
 
 
 class _QuantizeActivation(torch.autograd.Function):
@@ -35,7 +36,8 @@ class _QuantizeActivation(torch.autograd.Function):
         if ctx.blocks:
             y = _quantize_blocks(x, scale.detach().reshape(()), lo, hi)
         else:
-            y = torch.clamp_(torch.round_(x / scale.to(x.dtype)), lo, hi).mul_(scale.to(x.dtype))
+            step = _step(scale, x.dtype)
+            y = torch.clamp_(torch.round_(x / step), lo, hi).mul_(step)
         if ctx.needs_input_grad[1] or not keep_input:
             ctx.save_for_backward(scale, y, *([x] if keep_input else []))
         else:
@@ -51,7 +53,7 @@ class _QuantizeActivation(torch.autograd.Function):
             low, high = (_end(scale.reshape(()), level, x.dtype).item() for level in (ctx.lo, ctx.hi))
             dx, dot = _backward_blocks(_like(grads[0], x), x, y, low, high)
         else:
-            low, high = (_end(scale.to(x.dtype), level, x.dtype) for level in (ctx.lo, ctx.hi))
+            low, high = (_end(_step(scale, x.dtype), level, x.dtype) for level in (ctx.lo, ctx.hi))
             dx, dot = _backward(grads[0], x, y, low, high)
         return dx, None if dot is None else (dot / scale).to(scale.dtype), None, None, None
 
@@ -71,7 +73,7 @@ class _QuantizeImages(torch.autograd.Function):
                 torch.div(s, step[:, None], out=t)
                 t.round_().clamp_(lo, hi).mul_(step[:, None])
             return y
-        step = scale.to(x.dtype).repeat_interleave(len(x) // len(scale)).view(-1, *(1,) * (x.dim() - 1))
+        step = _step(scale, x.dtype).repeat_interleave(len(x) // len(scale)).view(-1, *(1,) * (x.dim() - 1))
         return torch.clamp_(torch.round_(x / step), lo, hi).mul_(step)
 
     @staticmethod
@@ -99,6 +101,12 @@ class _QuantizeWeight(torch.autograd.Function):
         (g,) = grads
         dw = g * ((levels > ctx.lo) & (levels < ctx.hi))
         return dw, (g * y - dw * levels).sum_to_size(ctx.scale_shape), None, None
+
+
+def _step(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The step in the activations' type; float16 would make 0 of one below its smallest number."""
+    step = scale.to(dtype)
+    return step.clamp(min=_SMALLEST_HALF) if dtype == torch.float16 else step
 
 
 def quantize_activation(x: Tensor, scale: Tensor, lo: int, hi: int, *, keep_input: bool = True) -> Tensor:

@@ -99,6 +99,15 @@ def test_clipped_values_pass_no_gradient_but_to_the_step(dtype: torch.dtype, str
         assert scale.grad.item() == pytest.approx(2 * 127 + 2 * 128, rel=0.01)
 
 
+def test_float16_makes_no_nothing_of_a_tiny_step() -> None:
+    x = torch.tensor([0.0, 1e-7, 0.5], dtype=torch.float16, requires_grad=True)
+    y = quantize_activation(x, torch.tensor(1e-9), 0, 255)
+    y.sum().backward()
+    assert y.isfinite().all()
+    assert x.grad.isfinite().all()
+    assert y[0] == 0
+
+
 def test_gradient_of_any_layout_is_accepted() -> None:
     x = inputs(4, 6).requires_grad_()
     quantize_activation(x, torch.tensor(0.2), -8, 7).mean().backward()
