@@ -163,7 +163,9 @@ def _cache_file(listing: Listing, image_size: int | None, crop: float) -> Path:
 
 def _read_cache(cache: Path, shape: tuple[int, ...]) -> Pixels | None:
     try:
-        kept = numpy.load(cache, allow_pickle=False)
+        # The processes of torchrun share one copy in memory.
+        several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        kept = numpy.load(cache, allow_pickle=False, mmap_mode="c" if several else None)
     except (OSError, ValueError, EOFError):
         return None
     return kept if kept.shape == shape and kept.dtype == numpy.uint8 else None
