@@ -3,7 +3,8 @@
 A patch of an image's own gets a handful of steps, and a network learns to ignore what these make of it. What breaks
 such a network is a patch that was made for hundreds of steps on many images, and that costs too much to do anew in
 each training step. So these go on where the last step left them (after Shafahi et al. 2020, "Universal Adversarial
-Training", for perturbations of whole images).
+Training", for perturbations of whole images). Each process of a training keeps its own and improves them on its part of
+the batch: with more processes they stay as strong where the batch grows with them.
 """
 
 from __future__ import annotations

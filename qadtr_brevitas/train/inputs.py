@@ -68,7 +68,9 @@ class Inputs:
             All images, and how many of the first are attacked.
         """
         attack = self.recipe.train.attack
-        count = 0 if attack is None else round(len(images) * attack.share)
+        # Rounded once for all processes, or shares of small batches would differ with their number.
+        everywhere = 0 if attack is None else round(self.recipe.train.batch_size * attack.share)
+        count = min(len(images), len(range(self.rank, everywhere, self.processes)))
         if attack is None or count == 0:
             return images, 0
         rng = generator(self.recipe.seed, "attack", step, str(precision), self.rank)

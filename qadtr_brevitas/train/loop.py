@@ -2,7 +2,7 @@
 
 Four independent choices of the recipe make a defense: precision schedule, attack, regularizers, gradient rule. A run
 that was stopped at any moment goes on with the same command and ends with the same weights, bit for bit on the same
-machine, because everything random derives from (seed, step, rank).
+CPU, because everything random derives from (seed, step, rank); GPUs add some gradients in an order of their own.
 """
 
 from __future__ import annotations
@@ -40,13 +40,14 @@ from qadtr_brevitas.train.setup import (
     Phase,
     all_memories,
     average_norm_statistics,
+    check_agreement,
     check_precisions,
     make_optimizer,
     make_scheduler,
     own_memory,
     parallel,
     plan,
-    start_processes,
+    started_processes,
 )
 from qadtr_brevitas.train.state import (
     BEST_FOLDER,
@@ -93,7 +94,8 @@ def train(
         The run directory.
 
     Raises:
-        UsageError: the directory holds another run, or the recipe does not fit model, data or device.
+        UsageError: the directory holds another run, or not the same one for every process, or the recipe does not fit
+            model, data or device.
         TrainingError: the loss is no longer finite; the last good state stays on disk.
         Interrupted: stopped by Ctrl-C or SIGTERM; the state is saved.
         CheckpointError: something cannot be written or read; what was written before stays.
@@ -101,21 +103,21 @@ def train(
     run = Path(output)
     saved = open_run(run, recipe, resume=resume, overwrite=overwrite)
     observer = observer or Observer()
+    finished = saved is not None and saved.state.finished
     has_model = (run / LAST_FOLDER).is_dir()
-    if saved and saved.state.finished and has_model:
-        observer.on_message(
-            f"{run} is finished: nothing to do (another -o, or --resume never --overwrite, trains anew)"
-        )
-        return run
-    accelerator = start_processes(recipe.train, device)
-    try:
+    with started_processes(recipe.train, device) as accelerator:
+        # Before the first of them writes anything.
+        check_agreement(run, (saved.state.step if saved else -1, finished, has_model), accelerator)
+        if finished and has_model:
+            observer.on_message(
+                f"{run} is finished: nothing to do (another -o, or --resume never --overwrite, trains anew)"
+            )
+            return run
         trainer = _Trainer(recipe, run, accelerator, observer, saved)
-        if saved and saved.state.finished:
+        if finished:
             trainer.write_again()
         else:
             trainer.train()
-    finally:
-        accelerator.end_training()
     return run
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
@@ -21,6 +24,8 @@ from qadtr_brevitas.training.gir_optimizer import GIR_KEY
 
 FLOAT = Precision(FLOAT_BITS, FLOAT_BITS)
 _FIRST_LR = 0.01
+# Whole numbers up to 2^11 are exact.
+_FLOAT16_BITS = 11
 _RUNNING = ("running_mean", "running_var")
 
 
@@ -77,19 +82,34 @@ def plan(train: TrainSection, images: int) -> list[Phase]:
     return [phase for phase in phases if phase.epochs]
 
 
-def start_processes(train: TrainSection, device: str) -> Accelerator:
+@contextmanager
+def started_processes(train: TrainSection, device: str) -> Generator[Accelerator]:
     """Joins the processes that torchrun started, or stands alone, with device and mixed precision set up.
 
     Raises:
-        UsageError: no such device, fp16 off a GPU, or a batch that cannot be shared equally.
+        UsageError: no such device, one GPU for several processes, fp16 off a GPU, or a batch that cannot be shared
+            equally.
     """
+    joined = torch.distributed.is_available() and torch.distributed.is_initialized()
+    accelerator = _start_processes(train, device)
+    try:
+        yield accelerator
+    finally:
+        # A group that the caller made is the caller's to end.
+        if not joined:
+            accelerator.end_training()
+
+
+def _start_processes(train: TrainSection, device: str) -> Accelerator:
+    if ":" in device and "LOCAL_RANK" in os.environ:
+        raise UsageError(f"device {device!r} is a single GPU, and torchrun gives each process one of its own: use cuda")
     wanted = resolve_device(device)
     if train.amp == "fp16" and wanted.type == "cpu":
         raise UsageError("train.amp=fp16 needs a GPU: give train.amp=bf16 or train.amp=no")
     if wanted.type == "cuda" and device != "auto":
         torch.cuda.set_device(wanted)
-    # Accelerate keeps the first mixed precision of a process for good; another run of it may want another one.
-    AcceleratorState._reset_state()  # pyright: ignore[reportPrivateUsage]
+    # Accelerate keeps the first device and mixed precision of a process for good; another run of it may want others.
+    AcceleratorState._reset_state(reset_partial_state=True)  # pyright: ignore[reportPrivateUsage]
     accelerator = Accelerator(cpu=wanted.type == "cpu", mixed_precision=train.amp)
     if train.batch_size % accelerator.num_processes:
         raise UsageError(
@@ -97,6 +117,26 @@ def start_processes(train: TrainSection, device: str) -> Accelerator:
             "give a multiple of their number"
         )
     return accelerator
+
+
+def check_agreement(run: Path, found: tuple[int, bool, bool], accelerator: Accelerator) -> None:
+    """Makes sure that every process has found the same in the run directory; call it in all of them.
+
+    Args:
+        run: the directory.
+        found: the step of the state or -1, whether the run is finished, and whether its model is there.
+        accelerator: of this process.
+
+    Raises:
+        UsageError: they have not, so each would train something else.
+    """
+    own = torch.tensor([found], dtype=torch.int64, device=accelerator.device)
+    everywhere = cast(Tensor, accelerator.gather(own))
+    if (everywhere != everywhere[0]).any():
+        steps = ", ".join("none" if step < 0 else str(step) for step in everywhere[:, 0].tolist())
+        raise UsageError(
+            f"the processes do not find the same state in {run} (steps: {steps}): put it on a disk that all of them see"
+        )
 
 
 def parallel(model: nn.Module, accelerator: Accelerator) -> nn.Module:
@@ -113,7 +153,7 @@ def parallel(model: nn.Module, accelerator: Accelerator) -> nn.Module:
         model,
         device_ids=None if accelerator.device.type == "cpu" else [accelerator.device],
         find_unused_parameters=True,
-        broadcast_buffers=False,
+        forward_sync_buffers=False,
     )
 
 
@@ -139,14 +179,19 @@ def own_memory(memories: Memory, rank: int, device: torch.device) -> Memory:
 
 
 def check_precisions(model: nn.Module, recipe: Recipe) -> None:
-    """Makes sure that the model has every precision the schedule may draw.
+    """Makes sure that the model has every precision the schedule may draw, and float16 the levels of each.
 
     Raises:
         UsageError: it has not.
     """
     possible: Callable[[], tuple[Precision, ...]] | None = getattr(recipe.train.precision, "possible", None)
-    if possible is not None:
-        precisions_or_all(model, possible())
+    drawn = precisions_or_all(model, None if possible is None else possible())
+    most = max((p.act for p in drawn if not p.is_float), default=0)
+    if recipe.train.amp == "fp16" and most > _FLOAT16_BITS:
+        raise UsageError(
+            f"train.amp=fp16 holds activations of up to {_FLOAT16_BITS} bit, and the precisions go up to {most}: "
+            "give train.amp=bf16 or train.amp=no"
+        )
     if recipe.train.float_epochs or recipe.train.regularizers:
         precisions_or_all(model, (FLOAT,))
 

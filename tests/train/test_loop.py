@@ -293,6 +293,7 @@ keys = dict(epochs=3, float_epochs=1, norm_batches=0, regularizers=["distillatio
 t.train(make_recipe(**keys), sys.argv[1], device="cpu")
 import os
 torch.save(models[0].state_dict(), f"{sys.argv[1]}/rank{os.environ['RANK']}.pt")
+t.train(make_recipe(epochs=1, float_epochs=0, attack=None), f"{sys.argv[1]}-again", device="cpu")
 """
 
 
@@ -306,6 +307,7 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory, repository: Path) ->
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run([*launcher, str(script), str(run)], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert (run.parent / "run-again" / "last").is_dir()
     return run
 
 
