@@ -61,7 +61,7 @@ class CraftSetup:
         held_out: images to choose and to score them on; none of `train`, and none of the test split.
         output: folder for the patches.
         data: name and settings of the data set, kept with each patch.
-        seed: the same seed gives the same patches.
+        seed: the same seed gives the same patches, bit for bit on the same CPU.
         batch_size: images in one forward pass of the held-out score.
         device: where to compute.
         float32: make patches in float32 alone; otherwise at 32 bit in bfloat16, where the CPU is faster at that
