@@ -131,7 +131,10 @@ def command(**options: Any) -> None:
     if given.dry_run:
         say("nothing written; without --dry-run the model is calibrated and saved")
     else:
-        say(f"wrote {output}; next: qadtr-brevitas attack {output}")
+        from qadtr_brevitas.checkpoint import read_info
+
+        data = "" if read_info(output).data else " --data NAME[:ROOT]"
+        say(f"wrote {output}; next: qadtr-brevitas attack {output}{data}")
 
 
 def _make_recipe(given: _Given) -> tuple[Recipe, bool]:
