@@ -330,9 +330,9 @@ def test_attacks_without_gradients_are_black_box() -> None:
 
 
 def test_parameters_get_no_gradients(tmp_path: Path) -> None:
-    info = replace(reader().info, num_classes=CLASSES, image_size=(SIDE, SIDE))
-    subject = Subject("net", make_switchable(), "weights", info)
     split = train_split().balanced(6, seed=0)
+    info = replace(reader().info, num_classes=CLASSES, classes=split.classes, image_size=(SIDE, SIDE))
+    subject = Subject("net", make_switchable(), "weights", info)
     attack = NamedAttack("a-qapa", AQapa(steps=1, sizes=(4,), quantize_image=False))
     report = run(tmp_path, [subject], split=split, attacks=[attack], eot=[parse_access("32+4")])
     assert {facts.source.precision for facts in report.attacks} == {"32", "4", "32+4"}

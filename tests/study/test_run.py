@@ -318,7 +318,7 @@ def test_a_run_of_another_version_is_told_and_kept(tmp_path: Path) -> None:
     file = write_study(tmp_path)
     _, plan, _ = planned(file, scale="smoke")
     folder = plan.parts[0].folder
-    folder.mkdir(parents=True)
+    (folder / "last").mkdir(parents=True)
     (folder / "recipe.yaml").write_text("seed: 7\n")
     with pytest.raises(StudyError, match=r"train plain: .* holds a run of another recipe, which differs in"):
         run(file, scale="smoke")
