@@ -101,7 +101,7 @@ def no_images(section: ModelSection) -> Split:
     """
     size, _ = own_image_size(section.name, section.args)
     labels = torch.empty(0, dtype=torch.int64)
-    classes = numbered(section.num_classes or _own_classes(section))
+    classes = numbered(section.num_classes or own_classes(section))
     return Split(torch.empty(0, 3, size, size, dtype=torch.uint8), labels, classes)
 
 
@@ -185,6 +185,15 @@ def check_classes(num_classes: int, images: Split) -> None:
         )
 
 
+def own_classes(section: ModelSection) -> int:
+    """Outputs of the network as its library makes it, and of the weights published for it.
+
+    Raises:
+        UsageError, CheckpointError: as `build_model`.
+    """
+    return model_config(section.name).get("num_classes", 1000)
+
+
 def _kept_classes(
     section: ModelSection, images: Split, data: Mapping[str, Any]
 ) -> tuple[tuple[str, ...], Mapping[str, Any] | None]:
@@ -194,13 +203,8 @@ def _kept_classes(
         if len(stored.classes) != len(images.classes) or differing_class(stored.classes, images.classes) is not None:
             return stored.classes, stored.data
         return (images.classes if stored.classes == numbered(len(stored.classes)) else stored.classes), data
-    count = section.num_classes or (_own_classes(section) if section.pretrained else len(images.classes))
+    count = section.num_classes or (own_classes(section) if section.pretrained else len(images.classes))
     return (images.classes, data) if count == len(images.classes) else (numbered(count), None)
-
-
-def _own_classes(section: ModelSection) -> int:
-    """Outputs of the network as its library makes it."""
-    return model_config(section.name).get("num_classes", 1000)
 
 
 def _is_model_dir(checkpoint: str) -> bool:

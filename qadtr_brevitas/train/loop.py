@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from qadtr_brevitas.build import build_splits, build_switchable, fit_data
+from qadtr_brevitas.build import build_splits, build_switchable, fit_data, own_classes
 from qadtr_brevitas.calibration import calibrate_on, calibration_count
 from qadtr_brevitas.checkpoint import ModelInfo, load_model, save_model
 from qadtr_brevitas.data.split import Split
@@ -164,6 +164,9 @@ class _Trainer:
         if self.is_main and self.saved is None:
             start_run(self.run, self.recipe)
         self.accelerator.wait_for_everyone()
+        own, count = own_classes(self.recipe.model), self.info.num_classes
+        if self.recipe.model.pretrained and not self.saved and own != count:
+            self.observer.on_message(f"the classifier begins anew: for {count} classes, the weights are for {own}")
         if self.saved:
             self._tell_resumed(self.saved)
             if self.saved.scaler and self.accelerator.scaler:

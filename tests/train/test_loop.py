@@ -123,6 +123,14 @@ def test_validation_is_due_every_so_many_epochs_and_at_the_end(tmp_path: Path) -
     assert [record.val_accuracy is not None for record in recorder.epochs] == [False, True, True]
 
 
+def test_weights_of_other_classes_are_told(tmp_path: Path) -> None:
+    plain = make_recipe(**SHORT)
+    assert not observe(plain, tmp_path / "plain").messages
+    pretrained = plain.model_copy(update={"model": plain.model.model_copy(update={"pretrained": True})})
+    told = observe(pretrained, tmp_path / "pretrained").messages
+    assert told == ["the classifier begins anew: for 3 classes, the weights are for 1000"]
+
+
 def test_sandwich_trains_three_precisions_a_step(tmp_path: Path) -> None:
     precision = {"schedule": "sandwich", "choices": [32, 4, 2]}
     recorder = observe(make_recipe(**{**SHORT, "gradient": "gir"}, precision=precision), tmp_path)
