@@ -41,6 +41,7 @@ from qadtr_brevitas.train.setup import (
     all_memories,
     average_norm_statistics,
     check_agreement,
+    check_optimizer,
     check_precisions,
     make_optimizer,
     make_scheduler,
@@ -145,8 +146,7 @@ class _Trainer:
             calibration_count(recipe.quant.calibration, len(self.train_split))
         model, _, self.info = build_switchable(fitted, self.train_split)
         check_precisions(model, recipe)
-        # Only to find its mistakes before anything is written.
-        make_optimizer(model, recipe.train.optimizer)
+        check_optimizer(recipe.train.optimizer)
         if saved:
             # Before any optimizer exists: loading replaces Brevitas's parameters.
             model.load_state_dict(saved.model)
@@ -164,13 +164,12 @@ class _Trainer:
         if self.is_main and self.saved is None:
             start_run(self.run, self.recipe)
         self.accelerator.wait_for_everyone()
-        own, count = own_classes(self.recipe.model), self.info.num_classes
-        if self.recipe.model.pretrained and not self.saved and own != count:
-            self.observer.on_message(f"the classifier begins anew: for {count} classes, the weights are for {own}")
         if self.saved:
             self._tell_resumed(self.saved)
             if self.saved.scaler and self.accelerator.scaler:
                 self.accelerator.scaler.load_state_dict(self.saved.scaler)
+        elif self.recipe.model.pretrained:
+            self._tell_new_classifier()
         if self.is_main:
             self.log = RunLog(self.run / METRICS_FILE, self.run / TENSORBOARD_FOLDER, step=self.state.step)
         last = self.phases[-1]
@@ -377,6 +376,11 @@ class _Trainer:
         if self.log:
             self.log.epoch(record)
         self.observer.on_epoch(record)
+
+    def _tell_new_classifier(self) -> None:
+        own, count = own_classes(self.recipe.model), self.info.num_classes
+        if own != count:
+            self.observer.on_message(f"the classifier begins anew: for {count} classes, the weights are for {own}")
 
     def _tell_resumed(self, saved: Saved) -> None:
         self.observer.on_message(f"going on in {self.run} after step {saved.state.step}")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from accelerate import Accelerator
@@ -21,6 +21,9 @@ from qadtr_brevitas.precision import FLOAT_BITS, Precision
 from qadtr_brevitas.quant import precisions_or_all, quantizer_parameters
 from qadtr_brevitas.recipe import OptimizerSection, Recipe, TrainSection
 from qadtr_brevitas.training.gir_optimizer import GIR_KEY
+
+if TYPE_CHECKING:
+    from timm.optim import OptimInfo
 
 FLOAT = Precision(FLOAT_BITS, FLOAT_BITS)
 _FIRST_LR = 0.01
@@ -196,6 +199,21 @@ def check_precisions(model: nn.Module, recipe: Recipe) -> None:
         precisions_or_all(model, (FLOAT,))
 
 
+def check_optimizer(section: OptimizerSection) -> OptimInfo:
+    """What timm says of the optimizer, before any is made.
+
+    Raises:
+        UsageError: timm has no optimizer of that name.
+    """
+    from timm.optim import get_optimizer_info, list_optimizers
+
+    try:
+        return get_optimizer_info(section.name)
+    except ValueError:
+        hint = suggest(section.name, map(str, list_optimizers()))
+        raise UsageError(f"timm has no optimizer {section.name!r}: {hint}") from None
+
+
 def make_optimizer(model: nn.Module, section: OptimizerSection) -> torch.optim.Optimizer:
     """An optimizer by timm's name, with no weight decay on norms, biases and quantizer thresholds.
 
@@ -204,13 +222,9 @@ def make_optimizer(model: nn.Module, section: OptimizerSection) -> torch.optim.O
     Raises:
         UsageError: timm has no optimizer of that name.
     """
-    from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
+    from timm.optim import create_optimizer_v2
 
-    try:
-        info = get_optimizer_info(section.name)
-    except ValueError:
-        hint = suggest(section.name, map(str, list_optimizers()))
-        raise UsageError(f"timm has no optimizer {section.name!r}: {hint}") from None
+    info = check_optimizer(section)
     adam_like = info.has_betas and not info.has_momentum and info.num_betas == 2
     extra: dict[str, Any] = {"betas": (section.momentum, 0.999)} if adam_like else {}
     return create_optimizer_v2(
