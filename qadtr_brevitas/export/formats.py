@@ -45,7 +45,7 @@ class Format:
         load: gives what the file computes.
         takes_bytes: it takes pixels as bytes, so images are rounded to these before anything is compared.
         compiler: the FPGA compiler that it is for; what this needs besides is written beside the file.
-        remedy: what to do where a file computes something else, in one sentence with a space behind it.
+        remedy: what to do where a file computes something else, a sentence.
     """
 
     name: str
@@ -210,7 +210,7 @@ FORMATS = {
             8,
             _write_fused,
             _load_fused,
-            remedy="Integers round biases, which moves more the fewer the bits are: -f qcdq computes the same. ",
+            remedy="Integers round biases, which moves more the fewer the bits are: -f qcdq computes the same.",
         ),
         Format("finn", "a folder to build with FINN", 8, _write_finn, _load_finn, takes_bytes=True, compiler="finn"),
         Format("hls4ml", "a folder to build with hls4ml", 8, _write_hls4ml, _load_qonnx, compiler="hls4ml"),

@@ -26,6 +26,7 @@ TOLERANCE = 0.02
 _SAME_CLASS = 0.99
 _BATCH = 50
 _ASR_POINTS = 0.005
+_LOOK = "To look at the file all the same, give --no-verify"
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def check(agreement: Agreement, *, tolerance: float = TOLERANCE, remedy: str = "
     Args:
         agreement: what was found.
         tolerance: largest difference of the median image's logits, in shares of the largest logit.
-        remedy: what to do first of all, in the words of the error.
+        remedy: what to do first of all, a sentence of the error.
 
     Raises:
         ExportError: a difference larger than rounding explains.
@@ -139,7 +140,7 @@ def check(agreement: Agreement, *, tolerance: float = TOLERANCE, remedy: str = "
     if wrong := [words for is_wrong, words in found if is_wrong]:
         raise ExportError(
             f"the exported file does not compute what the network computes ({'; '.join(wrong)}; {agreement.images} "
-            f"images): nothing was kept. {remedy}To look at the file all the same, give --no-verify"
+            f"images): nothing was kept. {' '.join(filter(None, (remedy, _LOOK)))}"
         )
 
 
