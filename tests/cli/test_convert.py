@@ -11,6 +11,8 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from PIL import Image
+from safetensors.torch import save_file
+from timm import create_model
 
 from qadtr_brevitas.checkpoint import load_model
 from qadtr_brevitas.cli.common import plain_name
@@ -180,6 +182,22 @@ def test_photos_of_any_size_are_brought_to_that_of_the_model(
     small = CliRunner().invoke(cli, [*arguments[:-1], str(tmp_path / "other"), "--samples", "17"])
     assert small.exit_code == 1
     assert "is to look at 17 training images, there are 16" in small.stderr
+
+
+def test_a_published_network_keeps_its_classes_and_asks_for_data(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    weights = tmp_path / "weights.safetensors"
+    save_file(create_model("cifar_resnet8").state_dict(), weights)
+    published = f"model.args.pretrained_cfg_overlay={{file: {weights}}}"
+    data = ["--calibrate", f"image-folder:{photos}", "data.dataset.holdout=3", "quant.precisions=[32,8]"]
+    result = convert("--pretrained", published, *data, "-o", tmp_path / "model")
+    assert result.exit_code == 0, result.output
+    assert "the network keeps its 10 classes: the images, of 3 classes, only serve to choose ranges" in result.stderr
+    assert f"next: qadtr-brevitas attack {tmp_path / 'model'} --data NAME[:ROOT]" in result.stderr
+    _, info = load_model(tmp_path / "model")
+    assert (info.num_classes, info.data) == (10, None)
 
 
 def test_keeps_a_directory_that_is_there(tmp_path: Path) -> None:

@@ -259,6 +259,20 @@ def test_decoded_images_are_kept(folder: Path, cache: Path, monkeypatch: pytest.
 
 
 @pytest.mark.usefixtures("always_cached")
+def test_processes_of_torchrun_share_decoded_images(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = ImageFolder(root=str(folder))
+    alone = dataset.load("train").images
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    (file,) = (cache / "decoded").iterdir()
+    assert isinstance(decode._read_cache(file, tuple(alone.shape)), numpy.memmap)
+    shared = dataset.load("train").images
+    assert torch.equal(shared, alone)
+    # Changes stay in the process that makes them.
+    shared.zero_()
+    assert torch.equal(dataset.load("train").images, alone)
+
+
+@pytest.mark.usefixtures("always_cached")
 @pytest.mark.parametrize("change", ["new image", "other pixels", "damaged cache", "other size"])
 def test_stale_caches_are_not_used(folder: Path, cache: Path, change: str) -> None:
     dataset = ImageFolder(root=str(folder))

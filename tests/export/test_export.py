@@ -117,10 +117,20 @@ class Wrong(nn.Module):
 
 def test_a_file_that_computes_something_else_is_not_kept(tmp_path: Path) -> None:
     true = FORMATS["qcdq"]
-    lying = Format("lying", "", 8, lambda frozen, image, path: true.write(Wrong(frozen), image, path), true.load)
+    lying = Format(
+        "lying",
+        "",
+        8,
+        lambda frozen, image, path: true.write(Wrong(frozen), image, path),
+        true.load,
+        remedy="Give -f qcdq.",
+    )
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old").touch()
-    with pytest.raises(ExportError, match=r"does not compute what the network computes .*same class.*--no-verify"):
+    with pytest.raises(
+        ExportError,
+        match=r"does not compute what the network computes .*same class.*kept\. Give -f qcdq\. To .*--no-verify",
+    ):
         export(subject("cnn"), Precision.parse(4), lying, tmp_path / "out", split=SPLIT)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["old"]
