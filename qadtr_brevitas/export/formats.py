@@ -210,7 +210,7 @@ FORMATS = {
             8,
             _write_fused,
             _load_fused,
-            remedy="Integers round biases, which moves more the fewer the bits are: -f qcdq computes the same.",
+            remedy="ort rounds biases to integers, which tells the more the fewer the bits: -f qcdq computes the same.",
         ),
         Format("finn", "a folder to build with FINN", 8, _write_finn, _load_finn, takes_bytes=True, compiler="finn"),
         Format("hls4ml", "a folder to build with hls4ml", 8, _write_hls4ml, _load_qonnx, compiler="hls4ml"),
