@@ -34,9 +34,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
-from qadtr_brevitas.memory import keep_freed_memory
+from qadtr_brevitas.core.device import keep_freed_memory
+from qadtr_brevitas.core.precision import DEFAULT_BITS
 from qadtr_brevitas.models.create import create_float_model
-from qadtr_brevitas.precision import DEFAULT_BITS
 from qadtr_brevitas.quant import SwitchableModel, calibrate, convert, frozen_weights, set_precision
 
 Step = Callable[[], object]

@@ -38,17 +38,16 @@ from torch import nn
 from qadtr_brevitas.attacks.gap import Gap
 from qadtr_brevitas.attacks.lavan import Lavan
 from qadtr_brevitas.attacks.patch import Patch
+from qadtr_brevitas.core.device import has_fast_bf16, keep_freed_memory
+from qadtr_brevitas.core.precision import DEFAULT_BITS
+from qadtr_brevitas.core.seeding import generator
 from qadtr_brevitas.data.image_folder import Cifar10
 from qadtr_brevitas.data.shapes import Shapes
 from qadtr_brevitas.data.split import Split
-from qadtr_brevitas.device import has_fast_bf16
-from qadtr_brevitas.memory import keep_freed_memory
-from qadtr_brevitas.metrics import score
-from qadtr_brevitas.precision import DEFAULT_BITS
-from qadtr_brevitas.predict import predict
+from qadtr_brevitas.evaluation.metrics import score
+from qadtr_brevitas.evaluation.predict import predict
+from qadtr_brevitas.models.weights import load_into, load_weights
 from qadtr_brevitas.quant import at_precision, calibrate, convert, folded_norms, frozen_weights
-from qadtr_brevitas.seeding import generator
-from qadtr_brevitas.weights import load_into, load_weights
 
 SIDE, BATCH, TARGET, LR = 8, 64, 5, 0.1
 WEIGHTS = "resnet20_cifar10.safetensors"

@@ -48,9 +48,9 @@ def make_case(name: str, images: int) -> Case:
     """The network with published weights and CIFAR-10, where these are, or with random weights and noise."""
     import torch
 
+    from qadtr_brevitas.core.registry import DATASETS
     from qadtr_brevitas.models.create import create_float_model, own_image_size
-    from qadtr_brevitas.registry import DATASETS
-    from qadtr_brevitas.weights import load_into, load_weights
+    from qadtr_brevitas.models.weights import load_into, load_weights
 
     torch.manual_seed(0)
     checkpoint = Path(os.environ.get("QADTR_BREVITAS_DATA", ".")) / CHECKPOINT
@@ -93,7 +93,7 @@ def make_forms(
 
     import torch
 
-    from qadtr_brevitas.export import FORMATS
+    from qadtr_brevitas.exporting import FORMATS
     from qadtr_brevitas.quant import freeze
 
     floats, quantized = freeze(model, 32), freeze(model, BITS)

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from examples.timm_sweep.levels import Seen, seen_levels
 from qadtr_brevitas.quant import ConversionReport, SwitchableModel, at_precision, calibrate, convert, freeze
-from qadtr_brevitas.quant.functions import QuantizedProduct
 from qadtr_brevitas.quant.layers import SwitchableConv2d, SwitchableLinear, SwitchableReLU
-from qadtr_brevitas.quant.products import ROWS_ARE_CHANNELS
+from qadtr_brevitas.quant.products import ROWS_ARE_CHANNELS, QuantizedProduct
 from qadtr_brevitas.quant.quantizers import SwitchableQuant
 from qadtr_brevitas.quant.switch import observing
 

@@ -9,7 +9,7 @@ from itertools import count
 from examples.timm_sweep.check import WrongResult, check_conversion
 from examples.timm_sweep.choose import create, smallest_input, smallest_model
 from examples.timm_sweep.processes import Record
-from qadtr_brevitas.errors import UsageError
+from qadtr_brevitas.core.errors import UsageError
 
 
 def check_module(record: Record) -> Iterator[Record]:

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
+import torch
 from pydantic import model_validator
+from torch import Tensor
 
-from qadtr_brevitas.errors import UsageError
-from qadtr_brevitas.plugin import STRICT, Field, dataclass
-from qadtr_brevitas.precision import DEFAULT_BITS, FLOAT_BITS, MAX_BITS, MIN_BITS
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
-    from qadtr_brevitas.attacks.base import Memory, Model
-    from qadtr_brevitas.attacks.canvas import Canvas
-    from qadtr_brevitas.attacks.per_image import Attempt
-    from qadtr_brevitas.precision import Precision
+from qadtr_brevitas.attacks.base import Memory, Model
+from qadtr_brevitas.attacks.fake_quantize import fake_quantize
+from qadtr_brevitas.attacks.geometry import shape_mask
+from qadtr_brevitas.attacks.patch_pool import Canvas, kept_patches
+from qadtr_brevitas.attacks.per_image import Aim, Attempt
+from qadtr_brevitas.attacks.starts import shrunk
+from qadtr_brevitas.core.errors import UsageError
+from qadtr_brevitas.core.plugin import Field, plugin
+from qadtr_brevitas.core.precision import DEFAULT_BITS, FLOAT_BITS, MAX_BITS, MIN_BITS, Precision
 
 _SHARES = (6 / 32, 8 / 32, 10 / 32)
 
@@ -26,7 +25,7 @@ Choice = TypeVar("Choice")
 Bits = Annotated[int, Field(ge=MIN_BITS, le=MAX_BITS)] | Literal[32]
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@plugin
 class AQapa:
     """Adaptive quantization-aware patches (QADT-R, eq. 1): x_adv = Q_b(x) (1 - M) + Q_b(p) M.
 
@@ -139,8 +138,6 @@ class AQapa:
             UsageError: a size larger than the images, the model has no class `target`, or there is no memory to keep
                 universal patches in.
         """
-        import torch
-
         if self.universal and memory is None:
             raise UsageError(
                 f"a-qapa universal={self.universal:g} keeps patches over a training, and outside of one has none: "
@@ -149,7 +146,6 @@ class AQapa:
         count = round(len(images) * self.universal)
         if memory is None or count == 0:
             return self._fresh(model, images, labels, generator=generator, precision=precision)
-        from qadtr_brevitas.attacks.kept_patches import kept_patches
 
         canvas = self._canvas(images[:count], generator, precision)
         side = max(self._sides(images))
@@ -169,8 +165,6 @@ class AQapa:
         precision: Precision | None,
     ) -> Tensor:
         """Images, each under a patch of its own."""
-        import torch
-
         best: Attempt | None = None
         for _ in range(self.restarts):
             canvas = self._canvas(images, generator, precision)
@@ -193,12 +187,6 @@ class AQapa:
 
     def _canvas(self, images: Tensor, generator: torch.Generator, precision: Precision | None) -> Canvas:
         """The images, and a size, a shape and a bit-width for all patches on them."""
-        import torch
-
-        from qadtr_brevitas.attacks.canvas import Canvas
-        from qadtr_brevitas.attacks.fake_quantize import fake_quantize
-        from qadtr_brevitas.attacks.shapes import shape_mask
-
         side = _choose(self._sides(images), generator)
         mask = shape_mask(_choose(self.shapes, generator), side)
         bits = FLOAT_BITS if precision is None else precision.act
@@ -214,8 +202,6 @@ class AQapa:
 
     def _starts(self, images: Tensor, size: tuple[int, int], generator: torch.Generator) -> Tensor:
         """Patches (N, 3, h, w) to start from. No picture is chosen for its loss: that would cost passes."""
-        from qadtr_brevitas.attacks.starts import shrunk
-
         count = len(images)
         noise = _draw(count, 3, *size, like=images, generator=generator)
         if self.init == "uniform":
@@ -227,8 +213,6 @@ class AQapa:
 
     def _attempt(self, model: Model, patched: Tensor, labels: Tensor, shifts: Tensor | None) -> Attempt:
         """How patched images do."""
-        from qadtr_brevitas.attacks.per_image import Aim
-
         logits = model(patched)
         if shifts is None:
             return Aim.at(self.target, labels, loss="cross-entropy").attempt(patched, logits)
@@ -243,14 +227,10 @@ class AQapa:
 
 def _draw(*size: int, like: Tensor, generator: torch.Generator) -> Tensor:
     """Uniform in [0, 1), on the device of `like`."""
-    import torch
-
     return torch.rand(*size, generator=generator, device=generator.device).to(like.device)
 
 
 def _choose(choices: Sequence[Choice], generator: torch.Generator) -> Choice:
-    import torch
-
     return choices[int(torch.randint(len(choices), (), generator=generator, device=generator.device))]
 
 

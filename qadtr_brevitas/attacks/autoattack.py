@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
+import torch
+from torch import Tensor
+
+from qadtr_brevitas.attacks.base import Model
+from qadtr_brevitas.attacks.library import Guard, seeded
 from qadtr_brevitas.attacks.pixel import Distance
-from qadtr_brevitas.plugin import STRICT, Field, dataclass
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
-    from qadtr_brevitas.attacks.base import Model
-    from qadtr_brevitas.precision import Precision
+from qadtr_brevitas.core.errors import UsageError
+from qadtr_brevitas.core.plugin import Field, plugin
+from qadtr_brevitas.core.precision import Precision
 
 _TARGETS = 9
 _LEAST_CLASSES = {"standard": 4, "rand": 3}
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@plugin
 class AutoAttack:
     """AutoAttack (Croce & Hein 2020), untargeted, in the maximum norm.
 
@@ -47,10 +47,6 @@ class AutoAttack:
         Raises:
             UsageError: pyautoattack is not installed, or the model has too few classes for the attacks' losses.
         """
-        import torch
-
-        from qadtr_brevitas.attacks.guard import Guard, seeded
-
         library = _library()
         guarded = Guard(model)
         with torch.no_grad():
@@ -65,8 +61,6 @@ class AutoAttack:
         return adversarial.detach()
 
     def _check(self, classes: int) -> None:
-        from qadtr_brevitas.errors import UsageError
-
         if classes < _LEAST_CLASSES[self.version]:
             raise UsageError(
                 f"autoattack version={self.version} needs {_LEAST_CLASSES[self.version]} classes or more, the model "
@@ -78,8 +72,6 @@ def _library() -> Any:
     try:
         import pyautoattack
     except ImportError:
-        from qadtr_brevitas.errors import UsageError
-
         raise UsageError(
             "autoattack needs a package that is not installed: pip install qadtr-brevitas[autoattack]"
         ) from None

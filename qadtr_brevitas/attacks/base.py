@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol, TypeAlias
+from typing import Protocol, TypeAlias
 
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
+import torch
+from torch import Tensor
 
-    from qadtr_brevitas.attacks.patch import Patch
-    from qadtr_brevitas.precision import Precision
+from qadtr_brevitas.attacks.patch import Patch
+from qadtr_brevitas.core.precision import Precision
 
 Model: TypeAlias = "Callable[[Tensor], Tensor]"
 """Images (N, 3, H, W) in [0, 1] to logits (N, classes). In evaluation mode, at the precision to be attacked."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qadtr_brevitas.precision import FLOAT_BITS
+from qadtr_brevitas.core.precision import FLOAT_BITS
 
 PATCH_FILE_BITS = 8
 """Patches live on the grid of 8-bit images: they are quantized before they are scored, not when they are saved."""

@@ -2,17 +2,20 @@
 
 A patch has a texture (3, h, w), a mask (h, w) of the pixels it covers, and a corner per image: row and column
 of its top left pixel. Every function takes all images of a batch at once.
+
+What a patch covers: masks of simple shapes, exact to the pixel, and their budgets.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qadtr_brevitas.errors import UsageError
+from qadtr_brevitas.core.errors import UsageError
 
 Place: TypeAlias = Literal["random"] | tuple[int, int]
 Box: TypeAlias = tuple[int, int, int, int]
@@ -222,3 +225,66 @@ def _window_index(images: Tensor, size: tuple[int, int], corners: Tensor) -> Ten
     starts = corners[:, 0] * width + corners[:, 1]
     index = starts[:, None].to(images.device) + offsets.flatten().to(images.device)
     return index[:, None, :].expand(-1, images.shape[1], -1)
+
+
+Shape: TypeAlias = Literal["square", "rectangle", "disc"]
+
+
+def shape_mask(shape: Shape, size: int | tuple[int, int]) -> Tensor:
+    """The pixels a shape covers.
+
+    Args:
+        shape: `square` and `disc` take one side or diameter in pixels; `rectangle` takes (height, width).
+            A disc covers the pixels whose center lies in the circle.
+        size: in pixels.
+
+    Returns:
+        Boolean mask (h, w).
+
+    Raises:
+        UsageError: a size that does not go with the shape or is not positive.
+    """
+    if isinstance(size, int) == (shape == "rectangle"):
+        raise UsageError(f"size {size} does not fit shape {shape}: give a {_SIZE_RULE[shape]}")
+    height, width = (size, size) if isinstance(size, int) else size
+    if min(height, width) < 1:
+        raise UsageError(f"patch size {size} is not possible: give at least 1 pixel a side")
+    if shape != "disc":
+        return torch.ones(height, width, dtype=torch.bool)
+    # Twice the distances, so that everything stays an exact integer.
+    offsets = 2 * torch.arange(height) - (height - 1)
+    return offsets[:, None] ** 2 + offsets**2 <= height**2
+
+
+_SIZE_RULE = {
+    "square": "single number, its side in pixels, such as size=8",
+    "disc": "single number, its diameter in pixels, such as size=8",
+    "rectangle": "height and a width in pixels, such as size=[6, 10]",
+}
+
+
+def side_for_share(share: float, image_size: tuple[int, int], shape: Shape = "square") -> int:
+    """The largest side (or diameter) in pixels whose mask covers at most a share of the image.
+
+    For a square this is int(sqrt(NP * H * W)), what the literature's "noise percentage" NP means: a share of the
+    pixels, not of a norm.
+
+    Raises:
+        UsageError: a rectangle, which a share alone does not determine, or a share too small for one pixel.
+    """
+    if shape == "rectangle":
+        raise UsageError("a share of the pixels does not determine a rectangle: give size=[height, width] instead")
+    # The tolerance keeps 0.0625 * 32 * 32 and the like, exact on paper, from falling just short.
+    pixels = math.floor(share * image_size[0] * image_size[1] + 1e-6)
+    side = math.isqrt(pixels if shape == "square" else pixels * 3 // 2)
+    while side > 0 and int(shape_mask(shape, side).sum()) > pixels:
+        side -= 1
+    if side < 1:
+        raise UsageError(f"np={share} of a {image_size[0]}x{image_size[1]} image is less than one pixel: give more")
+    return side
+
+
+def bounding_box(mask: Tensor) -> tuple[int, int, int, int]:
+    """(row, column, height, width) of the smallest box around the pixels of a mask (h, w) that covers any."""
+    (rows, columns) = (mask.any(1).nonzero().flatten().tolist(), mask.any(0).nonzero().flatten().tolist())
+    return rows[0], columns[0], rows[-1] - rows[0] + 1, columns[-1] - columns[0] + 1

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Iterator
+from typing import ClassVar
 
-from qadtr_brevitas.attacks.image_patch import ImagePatch
-from qadtr_brevitas.attacks.patch_fields import SearchFields
-from qadtr_brevitas.plugin import STRICT, dataclass
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from qadtr_brevitas.attacks.per_image import Attempt, Task
+from qadtr_brevitas.attacks.engine import Descent
+from qadtr_brevitas.attacks.per_image import Attempt, ImagePatch, Task, search_patches
+from qadtr_brevitas.attacks.starts import start_patches
+from qadtr_brevitas.attacks.universal import SearchFields
+from qadtr_brevitas.core.plugin import plugin
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@plugin
 class Lavan(SearchFields, ImagePatch):
     """LaVAN patch (Karmon et al. 2018, image domain): values in [0, 1], a place of its own in every image.
 
@@ -34,10 +32,6 @@ class Lavan(SearchFields, ImagePatch):
 
     def attempts(self, task: Task) -> Iterator[Attempt]:
         """One search from each start, at places drawn anew."""
-        from qadtr_brevitas.attacks.descent import Descent
-        from qadtr_brevitas.attacks.per_image import search_patches
-        from qadtr_brevitas.attacks.starts import start_patches
-
         scene = task.scene(self.target, loss=self.loss)
         descent = Descent(steps=self.steps, step_rule=self.step_rule, lr=self.step_size, cosine=self.cosine)
         for _ in range(self.restarts):

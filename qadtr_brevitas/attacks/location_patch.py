@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from collections.abc import Iterator
+from typing import Annotated, Literal
 
 from pydantic import model_validator
 
-from qadtr_brevitas.attacks.image_patch import ImagePatch
+from qadtr_brevitas.attacks.engine import Descent
+from qadtr_brevitas.attacks.geometry import Box, place_corners
 from qadtr_brevitas.attacks.patch_fields import Index
-from qadtr_brevitas.plugin import STRICT, Field, dataclass
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from qadtr_brevitas.attacks.geometry import Box
-    from qadtr_brevitas.attacks.per_image import Attempt, Task
+from qadtr_brevitas.attacks.per_image import Attempt, ImagePatch, Task, search_patches
+from qadtr_brevitas.attacks.relocation import Ground, Moves
+from qadtr_brevitas.attacks.starts import start_patches
+from qadtr_brevitas.core.plugin import Field, plugin
 
 _PBAT_CENTER = 10 / 32
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@plugin
 class LocationPatch(ImagePatch):
     """Location-optimized patch per image (Rao, Stutz, Schiele 2020, "Adversarial Training against ... Patches").
 
@@ -66,12 +65,6 @@ class LocationPatch(ImagePatch):
 
     def attempts(self, task: Task) -> Iterator[Attempt]:
         """One search from each start, at places drawn anew."""
-        from qadtr_brevitas.attacks.descent import Descent
-        from qadtr_brevitas.attacks.geometry import place_corners
-        from qadtr_brevitas.attacks.moves import Ground, Moves
-        from qadtr_brevitas.attacks.per_image import search_patches
-        from qadtr_brevitas.attacks.starts import start_patches
-
         count, image_size, size, draw = len(task.images), task.image_size, task.size, task.generator
         scene = task.scene(self.target, loss=self.loss)
         descent = Descent(steps=self.steps, step_rule="sign", lr=self.step_size, cosine=False)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qadtr_brevitas.errors import UsageError
+from qadtr_brevitas.core.errors import UsageError
 
 AttackLoss: TypeAlias = Literal["logits", "cross-entropy", "margin"]
 

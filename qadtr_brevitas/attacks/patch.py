@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -17,8 +18,8 @@ from torch import Tensor
 from qadtr_brevitas import __version__
 from qadtr_brevitas.attacks.fake_quantize import PATCH_FILE_BITS, fake_quantize
 from qadtr_brevitas.attacks.geometry import Box, Place, paste, place_corners
-from qadtr_brevitas.errors import CheckpointError, UsageError
-from qadtr_brevitas.files import write_atomically
+from qadtr_brevitas.core.errors import CheckpointError, UsageError
+from qadtr_brevitas.core.files import write_atomically
 
 FORMAT = "qadtr_brevitas.patch"
 FORMAT_VERSION = 1
@@ -145,8 +146,6 @@ class Patch:
 
     def _draw(self, path: Path) -> None:
         """The patch enlarged without smoothing; pixels outside the mask are transparent."""
-        from PIL import Image
-
         pixels = torch.cat([self.texture, self.mask[None].float()]).mul(255).round().to(torch.uint8).cpu()
         scale = max(1, _PICTURE_SIDE // max(self.size))
         enlarged = pixels.repeat_interleave(scale, 1).repeat_interleave(scale, 2).permute(1, 2, 0).contiguous()

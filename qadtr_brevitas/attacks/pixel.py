@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
-from qadtr_brevitas.plugin import STRICT, Field, dataclass
+import torch
+from torch import Tensor
 
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
-    from qadtr_brevitas.attacks.base import Model
-    from qadtr_brevitas.attacks.per_image import Attempt
-    from qadtr_brevitas.precision import Precision
+from qadtr_brevitas.attacks.base import Model
+from qadtr_brevitas.attacks.library import Guard, seeded
+from qadtr_brevitas.attacks.per_image import Aim, Attempt, best_of
+from qadtr_brevitas.core.plugin import Field, plugin
+from qadtr_brevitas.core.precision import Precision
 
 Distance = Annotated[
     float, Field(ge=0, le=1, description="largest change of a value, in [0, 1] units: 8/255 is 0.0314")
@@ -24,7 +23,7 @@ StepSize = Annotated[
 Target = Annotated[int | None, Field(ge=0, description="class to be seen instead; null: any wrong one")]
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@plugin
 class PixelAttack:
     """What the attacks of the library share. A subclass names the library's class and its settings."""
 
@@ -75,9 +74,6 @@ class PixelAttack:
 
         if self.runs == 1:
             return one_run()
-        import torch
-
-        from qadtr_brevitas.attacks.per_image import Aim, best_of
 
         aim = Aim.at(self.target, labels, loss="cross-entropy")
 
@@ -89,7 +85,7 @@ class PixelAttack:
             return best_of(attempt() for _ in range(self.runs)).images
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@plugin
 class Fgsm(PixelAttack):
     """FGSM (Goodfellow et al. 2015): x + eps sign(gradient of the cross-entropy) in one step, clipped to [0, 1]."""
 
@@ -99,7 +95,7 @@ class Fgsm(PixelAttack):
         return {}
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@plugin
 class Pgd(PixelAttack):
     """PGD (Madry et al. 2018): sign steps from a random start, projected to the eps ball and to [0, 1].
 
@@ -122,7 +118,7 @@ class Pgd(PixelAttack):
         return {"alpha": self.alpha or self.eps / 4, "steps": self.steps, "random_start": self.random_start}
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@plugin
 class MiFgsm(PixelAttack):
     """MI-FGSM (Dong et al. 2018): sign steps along an average of gradients, each divided by its mean size."""
 
@@ -146,10 +142,7 @@ def _run(
     **settings: Any,
 ) -> Tensor:
     """Runs a torchattack class and makes good what it leaves undone."""
-    import torch
     import torchattack
-
-    from qadtr_brevitas.attacks.guard import Guard, seeded
 
     attack = getattr(torchattack, name)(
         Guard(model, target=target), device=images.device, targeted=target is not None, **settings

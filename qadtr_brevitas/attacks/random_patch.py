@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import Annotated, ClassVar
 
-from qadtr_brevitas.attacks.image_patch import ImagePatch
-from qadtr_brevitas.plugin import STRICT, Field, dataclass
+import torch
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+from qadtr_brevitas.attacks.base import Model, Progress
+from qadtr_brevitas.attacks.fake_quantize import PATCH_FILE_BITS, fake_quantize
+from qadtr_brevitas.attacks.patch import Patch, versions
+from qadtr_brevitas.attacks.per_image import Attempt, ImagePatch, Task
+from qadtr_brevitas.attacks.starts import start_patches, start_texture
+from qadtr_brevitas.core.plugin import Field, plugin
+from qadtr_brevitas.core.seeding import generator
 
-    from torch import Tensor
 
-    from qadtr_brevitas.attacks.base import Model, Progress
-    from qadtr_brevitas.attacks.patch import Patch
-    from qadtr_brevitas.attacks.per_image import Attempt, Task
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@plugin
 class RandomPatch(ImagePatch):
     """A patch of uniform noise, the baseline every optimized patch has to beat.
 
@@ -53,11 +53,6 @@ class RandomPatch(ImagePatch):
         Raises:
             UsageError: the patch does not fit on the images.
         """
-        from qadtr_brevitas.attacks.fake_quantize import PATCH_FILE_BITS, fake_quantize
-        from qadtr_brevitas.attacks.patch import Patch, versions
-        from qadtr_brevitas.attacks.starts import start_texture
-        from qadtr_brevitas.seeding import generator
-
         mask = self.mask((images.shape[-2], images.shape[-1]))
         drawn = start_texture("uniform", (mask.shape[0], mask.shape[1]), generator=generator(seed, "random patch"))
         meta = {
@@ -76,10 +71,6 @@ class RandomPatch(ImagePatch):
 
     def attempts(self, task: Task) -> Iterator[Attempt]:
         """Patches of noise, each at a place of its own; the model is only asked for its outputs."""
-        import torch
-
-        from qadtr_brevitas.attacks.starts import start_patches
-
         scene = task.scene(None, loss="margin")
 
         @torch.no_grad()

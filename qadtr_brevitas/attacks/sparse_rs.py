@@ -1,20 +1,26 @@
-"""Sparse-RS patches: random search with nothing but the network's outputs, the check on gradient attacks."""
+"""Sparse-RS patches: random search with nothing but the network's outputs, the check on gradient attacks.
+
+The random search of Sparse-RS: squares of one color and places, kept if the loss falls. No gradients.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Annotated, ClassVar, Literal
 
-from qadtr_brevitas.attacks.image_patch import ImagePatch
+import torch
+from torch import Tensor
+
 from qadtr_brevitas.attacks.patch_fields import Index
-from qadtr_brevitas.plugin import STRICT, Field, dataclass
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from qadtr_brevitas.attacks.per_image import Attempt, Task
+from qadtr_brevitas.attacks.per_image import Attempt, ImagePatch, Scene, Task
+from qadtr_brevitas.attacks.relocation import Ground
+from qadtr_brevitas.core.plugin import Field, plugin
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@plugin
 class SparseRs(ImagePatch):
     """Image-specific Sparse-RS patch (Croce et al. 2022, "Sparse-RS", section on patches), black box.
 
@@ -47,9 +53,6 @@ class SparseRs(ImagePatch):
 
     def attempts(self, task: Task) -> Iterator[Attempt]:
         """One search from each start, at places drawn anew; the model is only asked for its outputs."""
-        from qadtr_brevitas.attacks.moves import Ground
-        from qadtr_brevitas.attacks.random_search import RandomSearch
-
         count, image_size, size = len(task.images), task.image_size, task.size
         targeted = self.target is not None
         search = RandomSearch(
@@ -62,3 +65,128 @@ class SparseRs(ImagePatch):
             generator=task.generator,
         )
         return (search.run() for _ in range(self.restarts))
+
+
+_START_SQUARES = 1000
+_ENOUGH_SQUARES_A_PIXEL = 8
+_SCHEDULE = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
+"""After so many queries of 10,000 the share of the patch that a change covers is halved once more."""
+_FIRST_REACH = 0.75
+_CHANNELS = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomSearch:
+    """A search for the patch and the place of every image.
+
+    Args:
+        scene: images and aim.
+        draw_corners: random corners (N, 2) to start at.
+        ground: where patches may move; None: they stay.
+        queries: forward passes for an image, at most.
+        alpha: share of the patch that a change covers at first.
+        move_every: queries between tries to move.
+        generator: draws starts, changes and moves, for every image alike whether it is done or not: what is drawn for
+            one image does not depend on how the others do.
+    """
+
+    scene: Scene
+    draw_corners: Callable[[], Tensor]
+    ground: Ground | None
+    queries: int
+    alpha: float
+    move_every: int
+    generator: torch.Generator
+
+    @torch.no_grad()
+    def run(self) -> Attempt:
+        """Searches until every image is a success or the queries are spent."""
+        patches = self._start()
+        corners = self.draw_corners().to(patches.device, copy=True)
+        best = self.scene.attempt(patches, corners)
+        for query in range(1, self.queries):
+            left = (~best.success).nonzero().squeeze(1)
+            if len(left) == 0:
+                break
+            new_patches, new_corners = self._change(patches, corners, query)
+            tried = self.scene.only(left).attempt(new_patches[left], new_corners[left])
+            accepted = tried.beats(best.only(left))
+            index = left[accepted]
+            patches[index], corners[index] = new_patches[index], new_corners[index]
+            best = best.updated(index, tried.only(accepted))
+        return best
+
+    def sides(self, query: int) -> tuple[int, int]:
+        """Height and width in pixels of the square that is changed in a query."""
+        spent = int(query / self.queries * 10_000)
+        share = self.alpha / 2 ** sum(spent > mark for mark in _SCHEDULE)
+        height, width = self._size
+        return max(1, int(math.sqrt(share) * height)), max(1, int(math.sqrt(share) * width))
+
+    @cached_property
+    def single_channels_from(self) -> int:
+        """The query from which on a change is one channel of one pixel: half of what is left when squares are done."""
+        first = next((query for query in range(self.queries) if self.sides(query) == (1, 1)), self.queries)
+        return first + (self.queries - first) // 2
+
+    @property
+    def _size(self) -> tuple[int, int]:
+        return self.scene.mask.shape[0], self.scene.mask.shape[1]
+
+    def _draw(self, low: int, high: int, *shape: int) -> Tensor:
+        """Uniform integers from low to below high."""
+        device = self.scene.images.device
+        return torch.randint(low, high, shape, generator=self.generator, device=self.generator.device).to(device)
+
+    def _start(self) -> Tensor:
+        """Patches (N, 3, h, w) painted over with small squares of random colors."""
+        count, (height, width) = len(self.scene.images), self._size
+        patches = self.scene.images.new_zeros(count, _CHANNELS, height, width)
+        largest = max(1, math.ceil(math.sqrt(min(height, width))) - 1)
+        # Where patches are small the rest would only cover each other.
+        for _ in range(min(_START_SQUARES, _ENOUGH_SQUARES_A_PIXEL * height * width)):
+            side = self._draw(1, largest + 1, count)
+            patches = torch.where(self._window(side, side), self._colors(), patches)
+        return patches
+
+    def _change(self, patches: Tensor, corners: Tensor, query: int) -> tuple[Tensor, Tensor]:
+        """Patches and corners to try next: either are changed, in every image."""
+        left = 1 - query / self.queries
+        rows, columns = (int(_FIRST_REACH * left * side) for side in self.scene.images.shape[-2:])
+        if self.ground is not None and query % self.move_every == 0 and (rows or columns):
+            offsets = [self._draw(-reach, reach + 1, len(corners)) for reach in (rows, columns)]
+            return patches, self.ground.shifted(corners, torch.stack(offsets, 1))
+        height, width = (corners.new_full((len(corners),), side) for side in self.sides(query))
+        window = self._window(height, width)
+        if self.sides(query) != (1, 1):
+            return torch.where(window, self._colors(), patches), corners
+        return torch.where(window & self._flips(query), 1 - patches, patches), corners
+
+    def _window(self, heights: Tensor, widths: Tensor) -> Tensor:
+        """Boolean (N, 1, h, w): one rectangle of the given size (N,) anywhere in each patch."""
+        inside = [self._span(sides, length) for sides, length in zip((heights, widths), self._size, strict=True)]
+        return inside[0][:, None, :, None] & inside[1][:, None, None, :]
+
+    def _span(self, sides: Tensor, length: int) -> Tensor:
+        """Boolean (N, length): a run of so many pixels anywhere."""
+        first = self._uniform(length - sides + 1)[:, None]
+        pixels = torch.arange(length, device=sides.device)
+        return (pixels >= first) & (pixels < first + sides[:, None])
+
+    def _uniform(self, highs: Tensor) -> Tensor:
+        """(N,) uniform integers from 0 to below each of `highs`."""
+        drawn = torch.rand(len(highs), generator=self.generator, device=self.generator.device).to(highs.device)
+        # The product may round up to the bound itself.
+        return torch.minimum((drawn * highs).long(), highs - 1)
+
+    def _colors(self) -> Tensor:
+        return self._draw(0, 2, len(self.scene.images), _CHANNELS, 1, 1).to(self.scene.images)
+
+    def _flips(self, query: int) -> Tensor:
+        """Boolean (N, 3, 1, 1): the channels to invert: one, or any so that the color is another one."""
+        channels = torch.arange(_CHANNELS, device=self.scene.images.device)
+        if query >= self.single_channels_from:
+            flips = self._draw(0, _CHANNELS, len(self.scene.images))[:, None] == channels
+        else:
+            flips = (self._draw(1, 2**_CHANNELS, len(self.scene.images))[:, None] >> channels) & 1 == 1
+        return flips[:, :, None, None]

@@ -8,14 +8,13 @@ search that begins at noise says little about such a network.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-if TYPE_CHECKING:
-    from qadtr_brevitas.attacks.per_image import Scene
+from qadtr_brevitas.attacks.per_image import Scene
 
 Init: TypeAlias = Literal["image", "uniform", "gray"]
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qadtr_brevitas.attacks.shapes import bounding_box
+from qadtr_brevitas.attacks.geometry import bounding_box
 
 
 def transform_patch(

@@ -7,18 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qadtr_brevitas.cli.common import emit, examples, progress, say, work_options
+from qadtr_brevitas.cli.common import RecordedCommand, command_line, emit, examples, progress, say, work_options
 from qadtr_brevitas.cli.plugin_options import dataset_settings, find_dataset, load_split, make_plugin
-from qadtr_brevitas.cli.recorded import RecordedCommand, command_line
-from qadtr_brevitas.errors import UsageError
-from qadtr_brevitas.recipe.slots import slot_name
-from qadtr_brevitas.registry import ANALYSES
+from qadtr_brevitas.config.slots import slot_name
+from qadtr_brevitas.core.errors import UsageError
+from qadtr_brevitas.core.registry import ANALYSES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from qadtr_brevitas.analyze import AnalysisData
-    from qadtr_brevitas.analyze.document import AnalysisReport
+    from qadtr_brevitas.reproduce.analyses import AnalysisData
+    from qadtr_brevitas.reproduce.analyses.document import AnalysisReport
 
 
 @click.command(
@@ -58,10 +57,10 @@ def command(
     dataset = find_dataset(paths, data)
     output = output or paths[0] / "analysis" / analysis
 
-    from qadtr_brevitas.analyze import run_analysis
-    from qadtr_brevitas.analyze.document import read_analysis
-    from qadtr_brevitas.device import resolve_device
-    from qadtr_brevitas.subjects import load_subjects
+    from qadtr_brevitas.core.device import resolve_device
+    from qadtr_brevitas.evaluation.entries import load_subjects
+    from qadtr_brevitas.reproduce.analyses import run_analysis
+    from qadtr_brevitas.reproduce.analyses.document import read_analysis
 
     where = resolve_device(device)
     models = load_subjects(paths, device=where)
@@ -93,7 +92,7 @@ def _divide(arguments: Sequence[str]) -> tuple[list[Path], list[str]]:
 
 
 def _read_data(dataset: Any, images: int | None, *, seed: int) -> AnalysisData:
-    from qadtr_brevitas.analyze import AnalysisData
+    from qadtr_brevitas.reproduce.analyses import AnalysisData
 
     test = load_split(dataset, "test", limit=images, seed=seed)
     if images is not None:
@@ -105,6 +104,6 @@ def _read_data(dataset: Any, images: int | None, *, seed: int) -> AnalysisData:
 def _print(report: AnalysisReport) -> None:
     from rich.console import Group
 
-    from qadtr_brevitas.report.files import rich_table
+    from qadtr_brevitas.evaluation.report.files import rich_table
 
     emit(report.model_dump(mode="json"), Group(*(rich_table(table.table()) for table in report.tables)))

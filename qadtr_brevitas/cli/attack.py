@@ -9,17 +9,17 @@ import click
 
 from qadtr_brevitas.cli.common import emit, examples, progress, say, work_options
 from qadtr_brevitas.cli.plugin_options import dataset_settings, find_dataset, load_split, make_plugin
-from qadtr_brevitas.errors import UsageError, suggest
-from qadtr_brevitas.recipe.slots import slot_name
-from qadtr_brevitas.registry import ATTACKS
-from qadtr_brevitas.sources import parse_accesses
+from qadtr_brevitas.config.slots import slot_name
+from qadtr_brevitas.core.errors import UsageError, suggest
+from qadtr_brevitas.core.registry import ATTACKS
+from qadtr_brevitas.quant.inference import parse_accesses
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from qadtr_brevitas.craft import Crafted
     from qadtr_brevitas.data.split import Split
-    from qadtr_brevitas.report.layout import Table
+    from qadtr_brevitas.evaluation.craft import Crafted
+    from qadtr_brevitas.evaluation.report.layout import Table
 
 _TRAIN_IMAGES = 10_000
 _HELD_OUT = 1_000
@@ -85,10 +85,10 @@ def command(
     wanted = parse_accesses(precisions) if precisions else None
     dataset = find_dataset([model_dir], data)
 
-    from qadtr_brevitas.craft import DEFAULT_TARGETS, CraftSetup, craft
-    from qadtr_brevitas.device import resolve_device
-    from qadtr_brevitas.subjects import load_subjects, patch_folder
-    from qadtr_brevitas.unseen import craft_unseen
+    from qadtr_brevitas.core.device import resolve_device
+    from qadtr_brevitas.evaluation.craft import DEFAULT_TARGETS, CraftSetup, craft
+    from qadtr_brevitas.evaluation.entries import load_subjects, patch_folder
+    from qadtr_brevitas.evaluation.unseen import craft_unseen
 
     default = patch_folder(model_dir) / protocol if protocol else patch_folder(model_dir)
     output = output or default
@@ -166,7 +166,7 @@ def _read_target(word: str, classes: Sequence[str]) -> int | None:
 
 
 def _print(crafted: Sequence[Crafted], classes: Sequence[str]) -> None:
-    from qadtr_brevitas.report.files import rich_table
+    from qadtr_brevitas.evaluation.report.files import rich_table
 
     data = [
         {
@@ -184,7 +184,7 @@ def _print(crafted: Sequence[Crafted], classes: Sequence[str]) -> None:
 
 
 def _table(crafted: Sequence[Crafted], classes: Sequence[str]) -> Table:
-    from qadtr_brevitas.report.layout import EMPTY, Table, bits
+    from qadtr_brevitas.evaluation.report.layout import EMPTY, Table, bits
 
     sources = list(dict.fromkeys(patch.source for patch in crafted))
     cells = {(patch.kind, patch.target, patch.source): patch.held_out for patch in crafted}

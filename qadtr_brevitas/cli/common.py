@@ -9,12 +9,15 @@ def command(device: str, seed: int) -> None:
         ...                         # report(done, total), or report(done, total, "loss 1.2")
     emit(data, table)               # the table, or `data` as JSON with --json
     say("wrote report.json; next: qadtr-brevitas ...")
+
+A command that remembers how it was called, for reports that say how to redo them.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -210,3 +213,20 @@ def _set_threads(context: click.Context, parameter: click.Parameter, value: int 
     os.environ["OMP_NUM_THREADS"] = str(value)
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(value)
+
+
+_KEY = "qadtr_brevitas.command_line"
+
+
+class RecordedCommand(click.Command):
+    """Keeps its arguments as they were typed; `command_line` gives them back."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Keeps the arguments and parses them as always."""
+        ctx.meta[_KEY] = shlex.join(["qadtr-brevitas", ctx.info_name or "", *args])
+        return super().parse_args(ctx, args)
+
+
+def command_line() -> str:
+    """The command that is running, as it can be typed in a shell."""
+    return str(click.get_current_context().meta[_KEY])

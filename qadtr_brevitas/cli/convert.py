@@ -21,12 +21,12 @@ from qadtr_brevitas.cli.common import (
 )
 from qadtr_brevitas.cli.conversion_table import conversion_table
 from qadtr_brevitas.cli.plugin_options import read_choice
-from qadtr_brevitas.errors import UsageError
+from qadtr_brevitas.core.errors import UsageError
 
 if TYPE_CHECKING:
+    from qadtr_brevitas.config import Recipe
     from qadtr_brevitas.data.split import Split
     from qadtr_brevitas.quant import ConversionReport
-    from qadtr_brevitas.recipe import Recipe
 
 _NOT_HERE = ("seed", "train")
 
@@ -131,7 +131,7 @@ def command(**options: Any) -> None:
     if given.dry_run:
         say("nothing written; without --dry-run the model is calibrated and saved")
     else:
-        from qadtr_brevitas.checkpoint import read_info
+        from qadtr_brevitas.pipeline.checkpoint import read_info
 
         data = "" if read_info(output).data else " --data NAME[:ROOT]"
         say(f"wrote {output}; next: qadtr-brevitas attack {output}{data}")
@@ -139,7 +139,7 @@ def command(**options: Any) -> None:
 
 def _make_recipe(given: _Given) -> tuple[Recipe, bool]:
     """The recipe that options, overrides and, for a MODEL directory, its config add up to; and if it names its data."""
-    from qadtr_brevitas.recipe import make_recipe
+    from qadtr_brevitas.config import make_recipe
 
     keys = given.keys()
     _check_overrides(given.overrides, keys)
@@ -176,7 +176,7 @@ def _model_keys(given: _Given) -> dict[str, Any]:
         if value:
             raise UsageError(f"{given.model} is a folder with weights of its own: leave {option} out")
 
-    from qadtr_brevitas.checkpoint import read_info
+    from qadtr_brevitas.pipeline.checkpoint import read_info
 
     info = read_info(given.model)
     made_on = {} if info.data is None else {"data.dataset": info.data}
@@ -200,9 +200,9 @@ def _put(fields: dict[str, Any], parts: list[str], value: Any) -> None:
 def _convert(recipe: Recipe, has_data: bool, output: Path | None) -> ConversionReport:
     from dataclasses import replace
 
-    from qadtr_brevitas.build import build_switchable, fit_data, no_images
-    from qadtr_brevitas.calibration import calibrate_on
-    from qadtr_brevitas.checkpoint import save_model
+    from qadtr_brevitas.pipeline.build import build_switchable, fit_data, no_images
+    from qadtr_brevitas.pipeline.calibration import calibrate_on
+    from qadtr_brevitas.pipeline.checkpoint import save_model
 
     if output is None and not has_data:
         return build_switchable(recipe, no_images(recipe.model))[1]
@@ -224,8 +224,8 @@ def _convert(recipe: Recipe, has_data: bool, output: Path | None) -> ConversionR
 
 def _load(recipe: Recipe, *, only_size: bool) -> Split:
     """The images to calibrate on, and no others; a single one where only their size and classes are asked for."""
-    from qadtr_brevitas.build import build_split
-    from qadtr_brevitas.calibration import DEFAULT_IMAGES
+    from qadtr_brevitas.pipeline.build import build_split
+    from qadtr_brevitas.pipeline.calibration import DEFAULT_IMAGES
 
     limit = 1 if only_size else recipe.quant.calibration.samples or DEFAULT_IMAGES
     with progress("reading images") as report:

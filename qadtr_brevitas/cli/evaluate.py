@@ -7,23 +7,33 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qadtr_brevitas.cli.audit_options import audit_options, check_audit_options, run_audits
-from qadtr_brevitas.cli.common import be_quiet, emit, examples, progress, say, work_options
+from qadtr_brevitas.cli.common import (
+    RecordedCommand,
+    be_quiet,
+    command_line,
+    emit,
+    examples,
+    progress,
+    say,
+    work_options,
+)
 from qadtr_brevitas.cli.evaluate_options import (
     Options,
+    audit_options,
     certify_options,
+    check_audit_options,
     check_certify,
     check_clean,
     move_options,
     plan_options,
+    run_audits,
     work_division,
 )
 from qadtr_brevitas.cli.plugin_options import dataset_settings, find_dataset, load_split, make_from_slot
-from qadtr_brevitas.cli.recorded import RecordedCommand, command_line
-from qadtr_brevitas.errors import UsageError
-from qadtr_brevitas.recipe.slots import slot_name
-from qadtr_brevitas.registry import ATTACKS
-from qadtr_brevitas.sources import parse_accesses
+from qadtr_brevitas.config.slots import slot_name
+from qadtr_brevitas.core.errors import UsageError
+from qadtr_brevitas.core.registry import ATTACKS
+from qadtr_brevitas.quant.inference import parse_accesses
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -31,12 +41,12 @@ if TYPE_CHECKING:
     import torch
     from rich.console import RenderableType
 
-    from qadtr_brevitas.audit import AuditReport
-    from qadtr_brevitas.evaluate import CellStore, Grid
-    from qadtr_brevitas.evaluate.share import Share
-    from qadtr_brevitas.report import Report
-    from qadtr_brevitas.sources import Access
-    from qadtr_brevitas.subjects import Contender
+    from qadtr_brevitas.auditing import AuditReport
+    from qadtr_brevitas.evaluation import CellStore, Grid
+    from qadtr_brevitas.evaluation.entries import Contender
+    from qadtr_brevitas.evaluation.report import Report
+    from qadtr_brevitas.evaluation.sharding import Share
+    from qadtr_brevitas.quant.inference import Access
 
 
 @click.command(
@@ -81,9 +91,9 @@ def command(**options: Any) -> None:
     wanted = parse_accesses(given.precisions) if given.precisions else None
     dataset = find_dataset(given.model_dirs, given.data)
 
-    from qadtr_brevitas.device import resolve_device
-    from qadtr_brevitas.evaluate import CellStore, compute
-    from qadtr_brevitas.evaluate.share import Share, local_device, process_share, together
+    from qadtr_brevitas.core.device import resolve_device
+    from qadtr_brevitas.evaluation import CellStore, compute
+    from qadtr_brevitas.evaluation.sharding import Share, local_device, process_share, together
 
     processes = process_share()
     shard = Share.parse(given.shard) if given.shard else None
@@ -110,12 +120,12 @@ def _plan(
     given: Options, plugins: Sequence[Any], wanted: Sequence[Access] | None, dataset: Any, *, device: torch.device
 ) -> tuple[Grid, list[Contender]]:
     """What to evaluate, and the patches as they were made."""
-    from qadtr_brevitas.certify import MASKS_PER_SIDE
-    from qadtr_brevitas.evaluate import Grid, NamedAttack
-    from qadtr_brevitas.evaluate.certification import Certification
-    from qadtr_brevitas.evaluate.plan import read_means
-    from qadtr_brevitas.evaluate.variants import Moves
-    from qadtr_brevitas.subjects import load_patches, load_subjects
+    from qadtr_brevitas.evaluation import Grid, NamedAttack
+    from qadtr_brevitas.evaluation.certification import Certification
+    from qadtr_brevitas.evaluation.entries import load_patches, load_subjects
+    from qadtr_brevitas.evaluation.grid import read_means
+    from qadtr_brevitas.evaluation.patch_cleanser import MASKS_PER_SIDE
+    from qadtr_brevitas.evaluation.variants import Moves
 
     attacks = [NamedAttack(slot_name(plugin), plugin) for plugin in plugins]
     means = read_means(given.eot, attacks)
@@ -166,7 +176,7 @@ def _tell_left_out(patches: Sequence[Contender], grid: Grid, *, alone: bool) -> 
 
 def _patch_places(given: Options) -> Sequence[Path]:
     """Where patches are; where nothing is said and there are other attacks, those that are there."""
-    from qadtr_brevitas.subjects import patch_folder
+    from qadtr_brevitas.evaluation.entries import patch_folder
 
     if given.patches or given.clean:
         return given.patches
@@ -177,7 +187,7 @@ def _patch_places(given: Options) -> Sequence[Path]:
 
 
 def _tell_missing(shard: Share, count: int, grid: Grid, store: CellStore) -> None:
-    from qadtr_brevitas.evaluate.share import missing_by_share
+    from qadtr_brevitas.evaluation.sharding import missing_by_share
 
     missing = missing_by_share(grid.jobs(), store, shard.of)
     emit({"shard": str(shard), "cells": count, "missing": {str(share): cells for share, cells in missing.items()}})
@@ -192,10 +202,10 @@ def _tell_missing(shard: Share, count: int, grid: Grid, store: CellStore) -> Non
 def _report(
     grid: Grid, store: CellStore, patches: list[Contender], given: Options, *, output: Path, device: torch.device
 ) -> None:
-    from qadtr_brevitas.audit.tables import write_audits
-    from qadtr_brevitas.evaluate import make_report
-    from qadtr_brevitas.gallery import draw_pictures
-    from qadtr_brevitas.report.files import write_report
+    from qadtr_brevitas.auditing.tables import write_audits
+    from qadtr_brevitas.evaluation import make_report
+    from qadtr_brevitas.evaluation.report.files import write_report
+    from qadtr_brevitas.evaluation.report.gallery import draw_pictures
 
     report = make_report(grid, store, device=str(device), command=command_line())
     pictures = draw_pictures(report, grid.subjects, patches, grid.split, folder=output, device=device)
@@ -215,9 +225,9 @@ def _report(
 def _terminal(report: Report, audits: Sequence[AuditReport]) -> RenderableType:
     from rich.console import Group
 
-    from qadtr_brevitas.audit.tables import audit_tables
-    from qadtr_brevitas.report.files import rich_table
-    from qadtr_brevitas.report.tables import terminal_tables
+    from qadtr_brevitas.auditing.tables import audit_tables
+    from qadtr_brevitas.evaluation.report.files import rich_table
+    from qadtr_brevitas.evaluation.report.summaries import terminal_tables
 
     tables = terminal_tables(report) + (audit_tables(audits) if audits else [])
     return Group(*(rich_table(table) for table in tables))

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qadtr_brevitas.cli.common import (
+    RecordedCommand,
+    command_line,
     emit,
     examples,
     output_options,
@@ -21,13 +23,12 @@ from qadtr_brevitas.cli.common import (
 )
 from qadtr_brevitas.cli.export_tables import export_tables
 from qadtr_brevitas.cli.plugin_options import find_dataset, load_split
-from qadtr_brevitas.cli.recorded import RecordedCommand, command_line
-from qadtr_brevitas.errors import UsageError
-from qadtr_brevitas.precision import Precision
+from qadtr_brevitas.core.errors import UsageError
+from qadtr_brevitas.core.precision import Precision
 
 if TYPE_CHECKING:
     from qadtr_brevitas.attacks.patch import Patch
-    from qadtr_brevitas.export import ExportReport
+    from qadtr_brevitas.exporting import ExportReport
 
 _FORMATS = ("qonnx", "qcdq", "ort", "finn", "hls4ml")
 
@@ -125,9 +126,9 @@ def command(**options: Any) -> None:
     outputs = _outputs(given)
     dataset = find_dataset([given.model_dir], given.data) if given.verify else None
 
-    from qadtr_brevitas.export import FORMATS, Build, export
+    from qadtr_brevitas.evaluation.entries import load_subjects
+    from qadtr_brevitas.exporting import FORMATS, Build, export
     from qadtr_brevitas.quant import precisions_or_all
-    from qadtr_brevitas.subjects import load_subjects
 
     (subject,) = load_subjects([given.model_dir])
     # Before the first of several is made.
@@ -185,7 +186,7 @@ def _outputs(given: _Options) -> dict[Precision, Path]:
 
 
 def _patches(given: _Options, precision: Precision) -> list[tuple[str, Patch]]:
-    from qadtr_brevitas.subjects import load_patches, patch_folder
+    from qadtr_brevitas.evaluation.entries import load_patches, patch_folder
 
     own = patch_folder(given.model_dir)
     if given.patches:

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qadtr_brevitas.export import ExportReport
-    from qadtr_brevitas.report.layout import Table
+    from qadtr_brevitas.evaluation.report.layout import Table
+    from qadtr_brevitas.exporting import ExportReport
 
 _RESOURCES = (("lut", "LUT"), ("bram_18k", "BRAM 18k"), ("uram", "URAM"), ("dsp", "DSP"))
 
@@ -23,7 +23,7 @@ def export_tables(reports: Sequence[ExportReport]) -> Any:
 
 
 def _rich(table: Table) -> Any:
-    from qadtr_brevitas.report.files import rich_table
+    from qadtr_brevitas.evaluation.report.files import rich_table
 
     return rich_table(table)
 
@@ -40,7 +40,7 @@ def _parts(report: ExportReport) -> Iterator[Any]:
 
 
 def _agreement(report: ExportReport) -> Table:
-    from qadtr_brevitas.report.layout import Table
+    from qadtr_brevitas.evaluation.report.layout import Table
 
     found = report.agreement
     assert found is not None
@@ -63,7 +63,7 @@ def _agreement(report: ExportReport) -> Table:
 
 
 def _costs(report: ExportReport) -> Table:
-    from qadtr_brevitas.report.layout import Table
+    from qadtr_brevitas.evaluation.report.layout import Table
 
     found = report.estimate
     assert found is not None
@@ -81,7 +81,7 @@ def _costs(report: ExportReport) -> Table:
 
 
 def _side_by_side(reports: Sequence[ExportReport]) -> Table:
-    from qadtr_brevitas.report.layout import Table
+    from qadtr_brevitas.evaluation.report.layout import Table
 
     costs = any(report.estimate is not None for report in reports)
     header = ("precision", "accuracy (%)", "mean ASR (%)", "MB")

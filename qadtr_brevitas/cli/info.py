@@ -23,7 +23,7 @@ from qadtr_brevitas.cli.common import emit, examples, output_options
 @output_options
 def command(path: Path) -> None:
     """Say what PATH is: a model, run, patch, report or weights file, and what is known about it."""
-    from qadtr_brevitas.describe import describe
+    from qadtr_brevitas.pipeline.inspect import describe
 
     facts = describe(path)
     emit(facts, "\n".join(_lines(facts)))

@@ -6,10 +6,10 @@ from fnmatch import fnmatch
 
 import click
 
-from qadtr_brevitas import recipe_files
 from qadtr_brevitas.cli.common import emit, examples, output_options
-from qadtr_brevitas.errors import UsageError, suggest
-from qadtr_brevitas.registry import REGISTRIES
+from qadtr_brevitas.config import shipped
+from qadtr_brevitas.core.errors import UsageError, suggest
+from qadtr_brevitas.core.registry import REGISTRIES
 
 KINDS = ("models", *REGISTRIES, "recipes", "defenses", "studies")
 
@@ -42,9 +42,9 @@ def command(kind: str, pattern: str) -> None:
 
 
 _FILES = {
-    "recipes": recipe_files.shipped_recipes,
-    "defenses": recipe_files.shipped_defenses,
-    "studies": recipe_files.shipped_studies,
+    "recipes": shipped.shipped_recipes,
+    "defenses": shipped.shipped_defenses,
+    "studies": shipped.shipped_studies,
 }
 
 
@@ -54,7 +54,7 @@ def _entries(kind: str, pattern: str) -> dict[str, str]:
 
         return model_names(pattern)
     if kind in _FILES:
-        shipped = _FILES[kind]().items()
-        return {name: recipe_files.recipe_description(path) for name, path in shipped if fnmatch(name, pattern)}
+        found = _FILES[kind]().items()
+        return {name: shipped.recipe_description(path) for name, path in found if fnmatch(name, pattern)}
     registry = REGISTRIES[kind]
     return {name: registry.describe(name) for name in registry.names(pattern)}

@@ -12,8 +12,8 @@ import click
 
 from qadtr_brevitas import __version__
 from qadtr_brevitas.cli import common
-from qadtr_brevitas.errors import QadtrError, UsageError
-from qadtr_brevitas.memory import keep_freed_memory
+from qadtr_brevitas.core.device import keep_freed_memory
+from qadtr_brevitas.core.errors import QadtrError, UsageError
 
 COMMANDS = {
     "convert": ("qadtr_brevitas.cli.convert", "Turn a float model into a switchable quantized one."),

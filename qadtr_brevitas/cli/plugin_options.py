@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from pydantic import TypeAdapter, ValidationError
 
-from qadtr_brevitas.errors import Problem, RecipeError, UsageError
-from qadtr_brevitas.files import read_json
-from qadtr_brevitas.recipe.problems import dotted, explain, fields_of
-from qadtr_brevitas.recipe.slots import Slot, slot_name
-from qadtr_brevitas.recipe.source import YamlError, parse
-from qadtr_brevitas.registry import DATASETS, Registry
+from qadtr_brevitas.config.problems import dotted, explain, fields_of
+from qadtr_brevitas.config.slots import Slot, slot_name
+from qadtr_brevitas.config.source import YamlError, parse
+from qadtr_brevitas.core.errors import Problem, RecipeError, UsageError
+from qadtr_brevitas.core.files import read_json
+from qadtr_brevitas.core.registry import DATASETS, Registry
 
 if TYPE_CHECKING:
     from qadtr_brevitas.data.split import Split
@@ -105,7 +105,7 @@ def find_dataset(model_dirs: Sequence[Path], choice: str | None) -> Any:
     found = [_made_on(path) for path in model_dirs]
     for path, dataset in zip(model_dirs, found, strict=True):
         if dataset is None:
-            from qadtr_brevitas.checkpoint import resolve_model_dir
+            from qadtr_brevitas.pipeline.checkpoint import resolve_model_dir
 
             resolve_model_dir(path)
             raise UsageError(
@@ -136,7 +136,7 @@ def _made_on(model_dir: Path) -> Any:
     for folder in (model_dir, model_dir / "last"):
         if (folder / CONFIG_FILE).is_file() and (made_on := _named_in(folder / CONFIG_FILE)):
             return made_on
-    from qadtr_brevitas.recipe import load_recipe
+    from qadtr_brevitas.config import load_recipe
 
     # A model directory inside a run, last/ or best/, has the run's recipe beside it.
     for folder in (model_dir, model_dir.resolve().parent):

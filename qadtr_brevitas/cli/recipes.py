@@ -6,8 +6,8 @@ from pathlib import Path
 
 import click
 
-from qadtr_brevitas import recipe_files
 from qadtr_brevitas.cli.common import emit, examples, output_options, say
+from qadtr_brevitas.config import shipped
 
 
 @click.group(
@@ -35,12 +35,10 @@ def list_(pattern: str) -> None:
 
     from rich.table import Table
 
-    shipped = recipe_files.shipped_recipes() | {
-        f"RECIPE+{name}": path for name, path in recipe_files.shipped_defenses().items()
-    }
-    found = {name: path for name, path in shipped.items() if fnmatch(name, pattern)}
+    named = shipped.shipped_recipes() | {f"RECIPE+{name}": path for name, path in shipped.shipped_defenses().items()}
+    found = {name: path for name, path in named.items() if fnmatch(name, pattern)}
     table = Table(box=None, pad_edge=False, show_header=False)
-    rows = [{"name": name, "description": recipe_files.recipe_description(path)} for name, path in found.items()]
+    rows = [{"name": name, "description": shipped.recipe_description(path)} for name, path in found.items()]
     for row in rows:
         table.add_row(row["name"], row["description"])
     emit(rows, table)
@@ -62,10 +60,10 @@ def show(recipe: str, overrides: tuple[str, ...], keys: bool) -> None:
     """Print a recipe: as it was written or, with --keys, --json, a defense or overrides, as it is understood."""
     from qadtr_brevitas.cli.common import wants_json
 
-    if not (keys or overrides or wants_json() or len(recipe_files.split_name(recipe)) > 1):
-        path = recipe_files.find_recipe(recipe)
+    if not (keys or overrides or wants_json() or len(shipped.split_name(recipe)) > 1):
+        path = shipped.find_recipe(recipe)
         return emit(None, path.read_text(encoding="utf-8", errors="replace").rstrip("\n"))
-    from qadtr_brevitas.recipe import load_recipe
+    from qadtr_brevitas.config import load_recipe
 
     loaded = load_recipe(recipe, overrides)
     emit(loaded.model_dump(mode="json"), loaded.dump_yaml(describe=True).rstrip("\n"))
@@ -78,7 +76,7 @@ def show(recipe: str, overrides: tuple[str, ...], keys: bool) -> None:
 @output_options
 def copy(recipe: str, target: Path, force: bool) -> None:
     """Copy a recipe to TARGET, a file or a folder (here, if left out), to change it."""
-    written = recipe_files.copy_recipe(recipe, target, force=force)
+    written = shipped.copy_recipe(recipe, target, force=force)
     emit({"written": str(written)})
     say(f"wrote {written}; next: qadtr-brevitas train {written} -o DIR")
 
@@ -89,11 +87,11 @@ def copy(recipe: str, target: Path, force: bool) -> None:
 @output_options
 def validate(recipe: str, overrides: tuple[str, ...]) -> None:
     """Check a recipe, with overrides as `train` takes them; every mistake is listed at once, with its line."""
-    from qadtr_brevitas.recipe import load_recipe
+    from qadtr_brevitas.config import load_recipe
 
     load_recipe(recipe, overrides)
     # Of several parts together there is no single file.
-    parts = recipe_files.split_name(recipe)
-    path = str(recipe_files.find_recipe(recipe)) if len(parts) == 1 else recipe
+    parts = shipped.split_name(recipe)
+    path = str(shipped.find_recipe(recipe)) if len(parts) == 1 else recipe
     emit({"recipe": path, "valid": True})
     say(f"{path} is valid; next: qadtr-brevitas train {' '.join((recipe, *overrides))} -o DIR")

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import click
 
-from qadtr_brevitas.cli.common import emit, examples, output_options, say
-from qadtr_brevitas.cli.recorded import RecordedCommand, command_line
+from qadtr_brevitas.cli.common import RecordedCommand, command_line, emit, examples, output_options, say
 
 
 @click.command(
@@ -30,7 +29,7 @@ def command(folders: tuple[Path, ...], title: str, output: Path) -> None:
     The page is one file with its pictures inside. What an audit says stands above the tables it concerns, and every
     figure says how it was made. The same tables are written as Markdown and CSV beside it.
     """
-    from qadtr_brevitas.page import build_page, check_path, read_parts, write_page
+    from qadtr_brevitas.reproduce.page import build_page, check_path, read_parts, write_page
 
     check_path(output)
     page = build_page(read_parts(folders), title=title, command=command_line())

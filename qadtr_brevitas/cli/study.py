@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qadtr_brevitas.cli.common import (
+    RecordedCommand,
+    command_line,
     device_option,
     emit,
     examples,
@@ -19,11 +21,10 @@ from qadtr_brevitas.cli.common import (
     say,
     threads_option,
 )
-from qadtr_brevitas.cli.recorded import RecordedCommand, command_line
 
 if TYPE_CHECKING:
-    from qadtr_brevitas.study.plan import Plan
-    from qadtr_brevitas.study.sections import Study
+    from qadtr_brevitas.reproduce.study.plan import Plan
+    from qadtr_brevitas.reproduce.study.sections import Study
 
 _SHARED = "work"
 
@@ -83,25 +84,25 @@ def command(**options: Any) -> None:
     use the same networks and patches.
     """
     given = _Given(**options)
-    from qadtr_brevitas.study.file import load_study
+    from qadtr_brevitas.reproduce.study.file import load_study
 
     # Checked before anything heavy is imported.
     study = load_study(given.study, given.overrides, scale=given.scale)
     output = given.output or Path("studies") / f"{Path(given.study).stem}-{given.scale}"
     work = given.work or output.resolve().parent / _SHARED
 
-    from qadtr_brevitas.evaluate.share import Share
-    from qadtr_brevitas.study.plan import make_plan
+    from qadtr_brevitas.evaluation.sharding import Share
+    from qadtr_brevitas.reproduce.study.plan import make_plan
 
     share = Share.parse(given.shard) if given.shard else None
     plan = make_plan(study, work=work, output=output)
     if given.dry_run:
         return _show(plan)
 
-    from qadtr_brevitas.device import resolve_device
-    from qadtr_brevitas.study.claims import Claims
-    from qadtr_brevitas.study.run import carry_out
-    from qadtr_brevitas.study.workshop import Workshop
+    from qadtr_brevitas.core.device import resolve_device
+    from qadtr_brevitas.reproduce.study.claims import Claims
+    from qadtr_brevitas.reproduce.study.resources import Workshop
+    from qadtr_brevitas.reproduce.study.run import carry_out
 
     workshop = Workshop(work, str(resolve_device(given.device)), given.processes, command_line())
     with _bars() as begin:
@@ -135,8 +136,8 @@ def _show(plan: Plan) -> None:
 def _report(study: Study, plan: Plan, output: Path, *, scale: str) -> None:
     from rich.console import Group
 
-    from qadtr_brevitas.report.files import rich_table
-    from qadtr_brevitas.study.summary import PAGE_FILE, STUDY_FILE, summary_tables, write_study
+    from qadtr_brevitas.evaluation.report.files import rich_table
+    from qadtr_brevitas.reproduce.study.summary import PAGE_FILE, STUDY_FILE, summary_tables, write_study
 
     written = write_study(study, plan, output, scale=scale, command=command_line())
     emit(

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from qadtr_brevitas.cli.common import Report
-    from qadtr_brevitas.train.log import EpochRecord, Observer
+    from qadtr_brevitas.training.log import EpochRecord, Observer
 
 
 @click.command(
@@ -65,7 +65,7 @@ def command(
     KEY=VALUE changes a key of the recipe, for instance train.epochs=3; --seed is short for seed=. A run that was
     stopped, however, goes on when the same command is given again.
     """
-    from qadtr_brevitas.recipe import load_recipe
+    from qadtr_brevitas.config import load_recipe
 
     # Checked before anything heavy is imported.
     resolved = load_recipe(recipe, (*overrides, *([] if seed is None else [f"seed={seed}"])))
@@ -73,7 +73,7 @@ def command(
     # Under torchrun only the first process talks.
     is_main = os.environ.get("RANK", "0") == "0"
 
-    from qadtr_brevitas.train import train
+    from qadtr_brevitas.training.loop import train
 
     with progress(f"training {run}") as report:
         train(
@@ -90,7 +90,7 @@ def command(
 
 def _observer(report: Report) -> Observer:
     """Progress on a terminal; off it, one line per epoch. Both on stderr."""
-    from qadtr_brevitas.train.log import Observer, StepRecord
+    from qadtr_brevitas.training.log import Observer, StepRecord
 
     console = stderr()
 
@@ -150,8 +150,8 @@ def _line(record: EpochRecord, epochs: int) -> str:
 
 def _tell(run: Path) -> None:
     """Prints the run's last accuracies, what was written, and the next command."""
-    from qadtr_brevitas.train.log import last_epoch
-    from qadtr_brevitas.train.state import BEST_FOLDER, LAST_FOLDER, METRICS_FILE
+    from qadtr_brevitas.training.log import last_epoch
+    from qadtr_brevitas.training.state import BEST_FOLDER, LAST_FOLDER, METRICS_FILE
 
     record = last_epoch(run / METRICS_FILE)
     models = [str(run / name) for name in (LAST_FOLDER, BEST_FOLDER) if (run / name).is_dir()]

@@ -14,10 +14,9 @@ from typing import TypeAlias
 import numpy
 from PIL import Image
 
-from qadtr_brevitas.data.listing import Listing
-from qadtr_brevitas.data.places import cache_folder
-from qadtr_brevitas.errors import DataError, QadtrError
-from qadtr_brevitas.files import write_atomically
+from qadtr_brevitas.core.errors import DataError, QadtrError
+from qadtr_brevitas.core.files import write_atomically
+from qadtr_brevitas.data.listing import Listing, cache_folder
 
 Pixels: TypeAlias = "numpy.ndarray[tuple[int, ...], numpy.dtype[numpy.uint8]]"
 

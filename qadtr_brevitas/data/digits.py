@@ -8,15 +8,16 @@ also ships. The color, place and size of the drawing are ours.
 from __future__ import annotations
 
 from importlib.resources import files
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
-from qadtr_brevitas.data.split_names import check_split
-from qadtr_brevitas.plugin import STRICT, Field, dataclass
+import numpy
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor
 
-if TYPE_CHECKING:
-    from torch import Generator, Tensor
-
-    from qadtr_brevitas.data.split import Progress, Split
+from qadtr_brevitas.core.plugin import Field, plugin
+from qadtr_brevitas.core.seeding import generator
+from qadtr_brevitas.data.split import Progress, Split, check_split
 
 IMAGE_SIZE = 32
 DRAWN_SIZE = 24
@@ -25,7 +26,7 @@ TEST_IMAGES = 360
 MIN_CONTRAST = 0.4
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@plugin
 class Digits:
     """Handwritten digits in random colors at random places: 1,437 images for training and 360 for testing, 10 classes.
 
@@ -46,9 +47,6 @@ class Digits:
         Raises:
             UsageError: another split.
         """
-        from qadtr_brevitas.data.split import Split
-        from qadtr_brevitas.seeding import generator
-
         check_split(split)
         ink, labels = _read()
         images = _draw(ink, generator(self.seed, "digits"))
@@ -59,9 +57,6 @@ class Digits:
 
 def _read() -> tuple[Tensor, Tensor]:
     """Ink in [0, 1], float32 (1797, 8, 8), and labels int64 (1797,)."""
-    import numpy
-    import torch
-
     with files("qadtr_brevitas.data").joinpath("digits.npz").open("rb") as file:
         stored = numpy.load(file, allow_pickle=False)
         ink, labels = torch.from_numpy(stored["images"]), torch.from_numpy(stored["labels"])
@@ -70,9 +65,6 @@ def _read() -> tuple[Tensor, Tensor]:
 
 def _draw(ink: Tensor, generator: Generator) -> Tensor:
     """Draws ink (N, 8, 8) larger, each at its own place and in its own two colors, uint8 (N, 3, 32, 32)."""
-    import torch
-    import torch.nn.functional as F
-
     count = len(ink)
     drawn = F.interpolate(ink[:, None], size=DRAWN_SIZE, mode="bilinear", align_corners=False)[:, 0]
     top, left = torch.randint(IMAGE_SIZE - DRAWN_SIZE + 1, (2, count, 1), generator=generator)
@@ -88,8 +80,6 @@ def _draw(ink: Tensor, generator: Generator) -> Tensor:
 
 def _colors(count: int, generator: Generator) -> tuple[Tensor, Tensor]:
     """Background and foreground in [0, 1], each (N, 3, 1, 1), whose luminances differ by at least MIN_CONTRAST."""
-    import torch
-
     luminance = torch.tensor([0.299, 0.587, 0.114])
     background = torch.rand(count, 1, 3, generator=generator)
     candidates = torch.rand(count, 8, 3, generator=generator)

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import Annotated, ClassVar
 
-from qadtr_brevitas.errors import DataError, UsageError
-from qadtr_brevitas.plugin import STRICT, Field, dataclass
+import torch
 
-if TYPE_CHECKING:
-    from qadtr_brevitas.data.listing import Listing
-    from qadtr_brevitas.data.split import Progress, Split
+from qadtr_brevitas.core.errors import DataError, UsageError
+from qadtr_brevitas.core.plugin import Field, plugin
+from qadtr_brevitas.data.decode import read_images, size_of
+from qadtr_brevitas.data.listing import Listing, find_root, list_images
+from qadtr_brevitas.data.split import Progress, Split, balanced_indices
 
 SIZES_LOOKED_AT = 64
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@plugin
 class ImageFolder:
     """Any images (png, jpg, jpeg, webp, bmp) laid out as ROOT/{train,test}/<class>/<image>; `val` also serves as test.
 
@@ -57,11 +58,6 @@ class ImageFolder:
             DataError: a missing or empty folder, an image that cannot be read, images of different sizes without
                 `image_size`, or more than `max_gb` of them.
         """
-        import torch
-
-        from qadtr_brevitas.data.decode import read_images
-        from qadtr_brevitas.data.split import Split, balanced_indices
-
         if self.crop is not None and self.image_size is None:
             raise UsageError(f"data.dataset.crop={self.crop:g} needs a size to crop to: set data.dataset.image_size")
         listing, drawn_from = self._list(split), None
@@ -82,8 +78,6 @@ class ImageFolder:
         Raises:
             DataError: a missing or empty folder, or an image that cannot be read.
         """
-        from qadtr_brevitas.data.decode import size_of
-
         if self.image_size is not None:
             return False
         paths = self._list("train").paths
@@ -99,8 +93,6 @@ class ImageFolder:
         return replace(self, image_size=image_size, crop=crop if self.crop is None else self.crop)
 
     def _list(self, split: str) -> Listing:
-        from qadtr_brevitas.data.listing import find_root, list_images
-
         listing = list_images(find_root(self.root, name=self.folder_name), split, holdout=self.holdout)
         self.check(listing, split)
         return listing
@@ -113,7 +105,7 @@ class ImageFolder:
         """
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@plugin
 class Cifar10(ImageFolder):
     """CIFAR-10 (Krizhevsky 2009): 50,000 images for training and 10,000 for testing, 32x32, 10 classes.
 

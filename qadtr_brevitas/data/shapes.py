@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
-from qadtr_brevitas.data.split_names import check_split
-from qadtr_brevitas.plugin import STRICT, Field, dataclass
+import torch
+from torch import Generator, Tensor
 
-if TYPE_CHECKING:
-    from torch import Generator, Tensor
-
-    from qadtr_brevitas.data.split import Progress, Split
+from qadtr_brevitas.core.plugin import Field, plugin
+from qadtr_brevitas.core.seeding import generator
+from qadtr_brevitas.data.split import Progress, Split, check_split
 
 SHAPES = ("circle", "square", "triangle", "cross", "ring", "diamond", "bar", "column", "saltire", "frame")
 # Images drawn at once, which bounds the memory large ones take.
 CHUNK = 256
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@plugin
 class Shapes:
     """One colored shape on each image, at a random place and size on a background of noise; classes are the shapes."""
 
@@ -39,11 +38,6 @@ class Shapes:
         Raises:
             UsageError: another split.
         """
-        import torch
-
-        from qadtr_brevitas.data.split import Split
-        from qadtr_brevitas.seeding import generator
-
         check_split(split)
         count = self.train_images if split == "train" else self.test_images
         labels = torch.arange(count) % self.classes
@@ -58,8 +52,6 @@ class Shapes:
 
 def _draw(labels: Tensor, size: int, generator: Generator) -> Tensor:
     """Draws the shapes `labels` (N,), uint8 (N, 3, size, size)."""
-    import torch
-
     count = len(labels)
     radius = torch.empty(count, 1, 1).uniform_(0.25, 0.4, generator=generator)
     center = radius + (1 - 2 * radius) * torch.rand(2, count, 1, 1, generator=generator)

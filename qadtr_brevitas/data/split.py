@@ -1,4 +1,9 @@
-"""Split: the images of one split of a data set, all in memory as bytes."""
+"""Split: the images of one split of a data set, all in memory as bytes.
+
+The order in which an epoch visits the images.
+
+The two splits every data set has.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +14,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from qadtr_brevitas.errors import DataError, UsageError
-from qadtr_brevitas.seeding import generator
+from qadtr_brevitas.core.errors import DataError, UsageError
+from qadtr_brevitas.core.seeding import generator
 
 Progress: TypeAlias = Callable[[int, int], object]
 """Is told (images done, images in all) while a split loads."""
@@ -135,3 +140,21 @@ def _drawn(labels: Tensor, count: int, seed: int) -> Tensor:
     turn = torch.empty_like(labels)
     turn[by_class] = torch.arange(len(labels)) - first_of_class[labels[by_class]]
     return shuffled[turn[shuffled].argsort(stable=True)[:count]]
+
+
+def epoch_order(count: int, *, seed: int, epoch: int) -> Tensor:
+    """A random permutation of 0..count-1, int64, the same whenever seed and epoch are."""
+    return torch.randperm(count, generator=generator(seed, "order", epoch))
+
+
+SPLITS = ("train", "test")
+
+
+def check_split(split: str) -> None:
+    """Refuses any other name.
+
+    Raises:
+        UsageError: the split is neither "train" nor "test".
+    """
+    if split not in SPLITS:
+        raise UsageError(f"unknown split {split!r}: choose from {', '.join(SPLITS)}")

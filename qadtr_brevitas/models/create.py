@@ -8,7 +8,7 @@ from typing import Any
 import timm
 from torch import nn
 
-from qadtr_brevitas.errors import CheckpointError, UsageError
+from qadtr_brevitas.core.errors import CheckpointError, UsageError
 from qadtr_brevitas.models.torchvision_models import (
     create_torchvision_model,
     torchvision_config,

@@ -1,36 +1,127 @@
-"""A constant per output channel and precision that a layer adds to its bias."""
+"""Bias correction: outputs of layers keep the means they have in the float network (Nagel et al. 2019, section 4.2).
+
+Quantization shifts the mean output of a channel, and shifts add up from layer to layer. At each precision each
+convolution and linear layer therefore adds a constant per channel, measured on images.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from qadtr_brevitas.precision import Precision
-from qadtr_brevitas.quant.switch import Switch
+from qadtr_brevitas.core.precision import Precision
+from qadtr_brevitas.quant.layers import BiasCorrection, SwitchableConv2d, SwitchableLinear
+from qadtr_brevitas.quant.products import hidden_products
+from qadtr_brevitas.quant.switch import (
+    allowed_precisions,
+    at_precision,
+    evaluating,
+    frozen_weights,
+    switch_of,
+)
+
+Layer = SwitchableConv2d | SwitchableLinear
+# For each layer, in the order of its calls: the mean output per channel, (out,), and over how many images it was taken.
+OutputMeans = dict[Layer, list[tuple[Tensor, int]]]
 
 
-class BiasCorrection(nn.Module):
-    """What a layer adds to its bias at each precision below 32.
+def add_bias_correction(model: nn.Module) -> None:
+    """Gives every convolution and linear layer that has none a bias correction of 0, in place."""
+    for layer in _layers(model):
+        if layer.bias_correction is None:
+            layer.bias_correction = BiasCorrection(switch_of(model), layer.weight.detach().flatten(1)[:, 0])
+
+
+def reset_bias_correction(model: nn.Module) -> None:
+    """Sets every bias correction to 0, in place."""
+    for module in model.modules():
+        if isinstance(module, BiasCorrection):
+            for offset in module.buffers():
+                offset.zero_()
+
+
+def corrected_precisions(model: nn.Module) -> list[Precision]:
+    """The precisions that biases are corrected for: all below 32."""
+    return [precision for precision in allowed_precisions(model) if not precision.is_float]
+
+
+@contextmanager
+def output_means(model: nn.Module, *, enabled: bool = True) -> Generator[OutputMeans]:
+    """Collects the mean outputs of all layers for the duration of a block, unless disabled."""
+    means: OutputMeans = {layer: [] for layer in _layers(model)} if enabled else {}
+
+    def note(layer: Layer, _: object, y: Tensor) -> None:
+        means[layer].append((_channel_means(layer, y), len(y)))
+
+    with _hooked(means, note):
+        yield means
+
+
+def correct_biases(
+    model: nn.Module, batches: Iterable[Tensor], means: OutputMeans, count_batch: Callable[[], object]
+) -> None:
+    """Measures the bias corrections of every precision; before, they must be 0.
+
+    In each batch the output of each layer is shifted at once, so that later layers see what they will see. A
+    correction is the mean of these shifts over all images: exact on one batch, close on many.
 
     Args:
-        switch: the model's switch.
-        like: a tensor with one value per output channel, whose device and type are taken.
+        model: a calibrated switchable model; only its bias corrections change, in place.
+        batches: the images that `means` were taken on, in the same order.
+        means: those of the float network.
+        count_batch: is called after each batch.
     """
+    add_bias_correction(model)
+    for precision in corrected_precisions(model):
+        # Weights are held quantized for one precision at a time only.
+        with evaluating(model), at_precision(model, precision), frozen_weights(model), _shifting(means) as shifts:
+            for images in batches:
+                model(images)
+                count_batch()
+        for layer, found in shifts.items():
+            assert layer.bias_correction is not None
+            offset = layer.bias_correction.offset(precision)
+            images = torch.tensor([count for _, count in means[layer]], dtype=offset.dtype, device=offset.device)
+            offset.copy_(torch.stack(found, dim=1) @ images / images.sum())
 
-    def __init__(self, switch: Switch, like: Tensor) -> None:
-        super().__init__()
-        self.switch = switch
-        for precision in switch.allowed:
-            if not precision.is_float:
-                self.register_buffer(str(precision), torch.zeros_like(like))
 
-    def offset(self, precision: Precision) -> Tensor:
-        """What is added at a precision below 32, (out,)."""
-        return self.get_buffer(str(precision))
+@contextmanager
+def _shifting(means: OutputMeans) -> Generator[dict[Layer, list[Tensor]]]:
+    """Shifts every output to the mean it has in the float network, and collects the shifts, (out,) each."""
+    shifts: dict[Layer, list[Tensor]] = {layer: [] for layer, found in means.items() if found}
 
-    def forward(self, bias: Tensor | None) -> Tensor | None:
-        """The corrected bias at the precision in force, (out,)."""
-        if self.switch.precision.is_float:
-            return bias
-        offset = self.offset(self.switch.precision)
-        return offset if bias is None else bias + offset
+    def shift(layer: Layer, _: object, y: Tensor) -> Tensor:
+        mean, _ = means[layer][len(shifts[layer])]
+        shifts[layer].append(mean - _channel_means(layer, y))
+        return y + shifts[layer][-1].view(-1, *(1,) * (y.dim() - 2 if isinstance(layer, SwitchableConv2d) else 0))
+
+    with _hooked(shifts, shift):
+        yield shifts
+
+
+@contextmanager
+def _hooked(layers: Iterable[Layer], hook: Callable[[Layer, object, Tensor], Tensor | None]) -> Generator[None]:
+    def hidden_hook(layer: Layer, args: object, y: Tensor) -> Tensor | None:
+        # A block that quantizes its own products and sums watches what its layers call, and these are none of them.
+        with hidden_products():
+            return hook(layer, args, y)
+
+    handles = [layer.register_forward_hook(hidden_hook) for layer in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _layers(model: nn.Module) -> list[Layer]:
+    return [module for module in model.modules() if isinstance(module, SwitchableConv2d | SwitchableLinear)]
+
+
+def _channel_means(layer: Layer, y: Tensor) -> Tensor:
+    """Mean of each output channel, (out,): the second dimension of a convolution's output, the last of a linear's."""
+    channel = 1 if isinstance(layer, SwitchableConv2d) else y.dim() - 1
+    return y.mean([d for d in range(y.dim()) if d != channel])

@@ -10,17 +10,16 @@ from typing import get_args
 import torch
 from torch import Tensor, nn
 
-from qadtr_brevitas.errors import UsageError
-from qadtr_brevitas.quant.correct_biases import (
+from qadtr_brevitas.core.errors import UsageError
+from qadtr_brevitas.quant.bias_correction import (
     correct_biases,
     corrected_precisions,
     output_means,
     reset_bias_correction,
 )
 from qadtr_brevitas.quant.norm import copy_float_statistics
-from qadtr_brevitas.quant.observe import Observations
 from qadtr_brevitas.quant.quantizers import SwitchableActQuant, SwitchableQuant, SwitchableWeightQuant
-from qadtr_brevitas.quant.ranges import Method, Sample, all_of, least_error, percentiles, thinned
+from qadtr_brevitas.quant.ranges import Method, Observations, Sample, all_of, least_error, percentiles, thinned
 from qadtr_brevitas.quant.switch import Observer, observing
 
 

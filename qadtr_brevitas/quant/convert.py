@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qadtr_brevitas.errors import UsageError
-from qadtr_brevitas.precision import DEFAULT_BITS, FLOAT_BITS, PrecisionLike, parse_precisions
+from qadtr_brevitas.core.errors import UsageError
+from qadtr_brevitas.core.precision import DEFAULT_BITS, FLOAT_BITS, PrecisionLike, parse_precisions
+from qadtr_brevitas.quant.bias_correction import add_bias_correction
 from qadtr_brevitas.quant.conversion_report import ConversionReport, LayerReport
-from qadtr_brevitas.quant.correct_biases import add_bias_correction
 from qadtr_brevitas.quant.model import SwitchableModel
 from qadtr_brevitas.quant.norm import BATCH_NORMS
 from qadtr_brevitas.quant.plan import Activations, Edge, Norm, Plan, Residual, Target, mark_edges

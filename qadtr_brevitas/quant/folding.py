@@ -16,15 +16,14 @@ from __future__ import annotations
 from collections.abc import Generator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from qadtr_brevitas.errors import UsageError
-from qadtr_brevitas.precision import Precision
+from qadtr_brevitas.core.errors import UsageError
+from qadtr_brevitas.core.precision import Precision
 from qadtr_brevitas.quant.layers import SwitchableConv2d
 from qadtr_brevitas.quant.norm import SwitchableBatchNorm, norms
 from qadtr_brevitas.quant.switch import Switch, observing, switch_of
@@ -35,7 +34,7 @@ _SAME_DIRECTION = 0.9
 
 
 @dataclass(frozen=True)
-class Folding:
+class FoldedNorms:
     """Which norms are folded, and the weights this gives, made once for each precision.
 
     Args:
@@ -51,7 +50,7 @@ class Folding:
     bf16: bool = False
     made: dict[tuple[nn.Module, Precision], tuple[Tensor, Tensor | None]] = field(default_factory=dict)
 
-    @cached_property
+    @property
     def norms(self) -> frozenset[nn.Module]:
         """The norms that are folded, and have nothing left to do."""
         return frozenset(self.behind.values())
@@ -87,7 +86,7 @@ class Folding:
 
 
 @contextmanager
-def folded_norms(model: nn.Module, images: Tensor, *, bf16: bool = False) -> Generator[Folding]:
+def folded_norms(model: nn.Module, images: Tensor, *, bf16: bool = False) -> Generator[FoldedNorms]:
     """Folds the BatchNorms of a model into its convolutions inside a block, where this is the same function.
 
     Args:
@@ -107,26 +106,26 @@ def folded_norms(model: nn.Module, images: Tensor, *, bf16: bool = False) -> Gen
         raise UsageError("norms are folded with their running statistics: call eval() on the model first")
     before, switch.folding = switch.folding, None
     try:
-        switch.folding = _possible(model, switch, images, bf16=bf16)
-        yield switch.folding
+        switch.folding = folding = _possible(model, switch, images, bf16=bf16)
+        yield folding
     finally:
         switch.folding = before
 
 
-def _possible(model: nn.Module, switch: Switch, images: Tensor, *, bf16: bool) -> Folding:
+def _possible(model: nn.Module, switch: Switch, images: Tensor, *, bf16: bool) -> FoldedNorms:
     """As much as leaves the function what it is: something else may read what a layer gives, or change it."""
     with observing(model, lambda quantizer, tensor: None):
         expected, behind = _follow(model, images)
         for found, in_place in ((behind, True), (behind, False), ({}, True)):
-            switch.folding = Folding(switch, found, in_place)
+            switch.folding = FoldedNorms(switch, found, in_place)
             exact = _forward_and_back(model, images)
             if exact is not None and _close(exact[0], expected):
-                switch.folding = Folding(switch, found, in_place, bf16)
+                switch.folding = FoldedNorms(switch, found, in_place, bf16)
                 rounded = _forward_and_back(model, images) if bf16 else None
                 kept = rounded is not None and _same_direction(rounded[1], exact[1])
                 # Anew: the weights that were made in this block are not quantized.
-                return Folding(switch, found, in_place, kept)
-    return Folding(switch, {})
+                return FoldedNorms(switch, found, in_place, kept)
+    return FoldedNorms(switch, {})
 
 
 def _forward_and_back(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor] | None:

@@ -15,8 +15,7 @@ from brevitas.quant import (
 )
 from torch import Tensor, nn
 
-from qadtr_brevitas.precision import PrecisionLike
-from qadtr_brevitas.quant.functions import QuantizedFunctions, hide_products, restore_products
+from qadtr_brevitas.core.precision import PrecisionLike
 from qadtr_brevitas.quant.layers import (
     SwitchableConv2d,
     SwitchableGate,
@@ -28,6 +27,7 @@ from qadtr_brevitas.quant.layers import (
 )
 from qadtr_brevitas.quant.model import SwitchableModel
 from qadtr_brevitas.quant.norm import SwitchableBatchNorm
+from qadtr_brevitas.quant.products import QuantizedFunctions, hide_products, restore_products
 from qadtr_brevitas.quant.quantizers import (
     SwitchableActProxy,
     SwitchableQuant,

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from qadtr_brevitas.precision import FLOAT_BITS, MIN_BITS
+from qadtr_brevitas.core.precision import FLOAT_BITS, MIN_BITS
 from qadtr_brevitas.quant.probe import Operand, Probe, Product
 from qadtr_brevitas.quant.provenance import IMAGE
 from qadtr_brevitas.quant.quantizers import EDGE_BITS, SwitchableWeightQuant, act_injector, weight_injector

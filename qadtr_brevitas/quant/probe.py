@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from qadtr_brevitas.errors import UsageError
+from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.quant.products import ATTENTION, CLOSED, SUM, is_product, is_sum, opened, operands
 from qadtr_brevitas.quant.provenance import IMAGE, Facts, Provenance, tensors_in
 

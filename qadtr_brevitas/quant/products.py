@@ -1,14 +1,27 @@
-"""The functions that multiply and accumulate, and where their operands stand in a call; and sums, where they count."""
+"""Quantized operands for products that a module computes itself: attention, standardized convolutions, einsums.
+
+Such a module keeps its own forward. Below 32 bit it runs under a mode that hands each product quantized operands; at
+32 bit nothing is in its way, so the result is exact and attention takes PyTorch's fused kernel.
+
+The functions that multiply and accumulate, and where their operands stand in a call; and sums, where they count.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from types import FunctionType
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from qadtr_brevitas.core.errors import UsageError
+from qadtr_brevitas.quant.switch import Switch
 
 # An operand: what it is called here, its position, and the name it has as a keyword argument.
 Place = tuple[str, int, str]
@@ -91,3 +104,205 @@ def call_with(
 
 def _einsum_operands(args: Sequence[Any]) -> Sequence[Tensor]:
     return args[1] if len(args) == 2 and isinstance(args[1], list | tuple) else args[1:]
+
+
+class QuantizedProduct(nn.Module):
+    """A product with quantized operands.
+
+    Args:
+        function: name of the function.
+        quantizers: a module for each operand that is to be quantized, by what it is called in the product.
+    """
+
+    def __init__(self, function: str, quantizers: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        self.function = function
+        self.operands = nn.ModuleDict(quantizers)
+
+    def quantized(self, label: str, x: Tensor) -> Tensor:
+        """The operand of that name, quantized if it has a quantizer."""
+        return self.operands[label](x) if label in self.operands else x
+
+    def forward(self, function: Function, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Calls the function as it was called, but with quantized operands."""
+        found = operands(self.function, args, kwargs)
+        new = {label: self.quantized(label, x) for label, x in found.items()}
+        return call_with(new, function, self.function, args, kwargs)
+
+    def extra_repr(self) -> str:
+        return self.function
+
+
+class QuantizedSum(QuantizedProduct):
+    """A sum of two tensors on the levels of one quantizer, so that hardware adds integers.
+
+    Args:
+        quantizer: a module for both; None where the sum is left as it is.
+    """
+
+    def __init__(self, quantizer: nn.Module | None) -> None:
+        super().__init__(SUM, {} if quantizer is None else {"both": quantizer})
+
+    def quantized(self, label: str, x: Tensor) -> Tensor:
+        return super().quantized("both", x)
+
+    def forward(self, function: Function, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        # In place, it would change what the quantizer keeps for its gradient.
+        return super().forward(torch.add if self.operands else function, args, kwargs)
+
+
+class QuantizedAttention(QuantizedProduct):
+    """Scaled dot-product attention in two products, with the probabilities between them quantized as well."""
+
+    def forward(self, function: Function, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Computes what torch's scaled_dot_product_attention does, on quantized operands."""
+        return self._attend(*args, **kwargs)
+
+    def _attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        if enable_gqa:
+            groups = query.shape[-3] // key.shape[-3]
+            key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
+        factor = query.shape[-1] ** -0.5 if scale is None else scale
+        query, key = self.quantized("query", query), self.quantized("key", key)
+        logits = (query * factor) @ key.transpose(-2, -1)
+        if is_causal:
+            attn_mask = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).tril()
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            logits = logits.masked_fill(~attn_mask, -torch.inf)
+        elif attn_mask is not None:
+            logits = logits + attn_mask
+        probabilities = self.quantized("probabilities", logits.softmax(-1))
+        if dropout_p:
+            probabilities = F.dropout(probabilities, dropout_p)
+        return probabilities @ self.quantized("value", value)
+
+
+class ProductQuant(nn.ModuleList):
+    """The quantized products of one module, in the order in which its forward computes them.
+
+    Args:
+        products: one for each; those that stay as they are have no quantizers.
+        switch: the model's switch; None where they are always to be quantized, as in a frozen model.
+    """
+
+    def __init__(self, products: Iterable[QuantizedProduct], switch: Switch | None) -> None:
+        super().__init__(products)
+        self.switch = switch
+        self.has_sums = any(isinstance(product, QuantizedSum) for product in self)
+
+    @property
+    def is_active(self) -> bool:
+        """False at 32 bit, unless quantizers are being shown what they will quantize."""
+        switch = self.switch
+        return switch is None or switch.observer is not None or not switch.precision.is_float
+
+
+class _Hidden(threading.local):
+    """How many computations are under way, in this thread, whose products no interception is to touch."""
+
+    depth = 0
+
+
+_hidden = _Hidden()
+
+
+@contextmanager
+def hidden_products() -> Generator[None]:
+    """Keeps an enclosing module from taking the products inside for some of its own."""
+    _hidden.depth += 1
+    try:
+        yield
+    finally:
+        _hidden.depth -= 1
+
+
+class _Interception(TorchFunctionMode):
+    """Hands each product of a forward, in order, to the module that quantizes its operands."""
+
+    def __init__(self, products: Iterator[QuantizedProduct], *, sums: bool) -> None:
+        super().__init__()
+        self._products = products
+        self._sums = sums
+
+    def __torch_function__(
+        self, func: Function, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
+        if _hidden.depth:
+            return func(*args, **kwargs)
+        if (inside := opened(func)) is not None:
+            with self:
+                return inside(*args, **kwargs)
+        if self._sums and is_sum(name, args, kwargs):
+            name = SUM
+        elif not is_product(name, args):
+            return func(*args, **kwargs)
+        product = next(self._products, None)
+        if product is None or product.function != name:
+            raise UsageError(
+                f"the network calls {name} where it did not when it was converted: use it in the mode and with the "
+                "image size it was converted for"
+            )
+        with hidden_products():
+            return product(func, args, kwargs)
+
+
+class QuantizedFunctions(nn.Module):
+    """Mixed into the class of a module that computes products itself."""
+
+    product_quant: ProductQuant
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.product_quant.is_active:
+            return super().forward(*args, **kwargs)
+        products = iter(self.product_quant)
+        with _Interception(products, sums=self.product_quant.has_sums):  # pyright: ignore[reportArgumentType]
+            return super().forward(*args, **kwargs)
+
+
+def quantize_products(module: nn.Module, products: ProductQuant) -> None:
+    """Makes a module compute its own products on quantized operands, in place; it keeps its name and attributes.
+
+    Args:
+        module: any module, whose forward computes these products in this order.
+        products: what quantizes their operands.
+    """
+    module.__class__ = _quantized_class(type(module))
+    module.product_quant = products
+
+
+def restore_products(module: QuantizedFunctions) -> None:
+    """Undoes `quantize_products`."""
+    del module.product_quant
+    module.__class__ = type(module).__mro__[2]
+
+
+def hide_products(layer: nn.Module) -> None:
+    """Hides the products of a layer that stays float, or of a stock one with quantizers of its own.
+
+    Switchable layers do so themselves.
+    """
+
+    def enter(module: nn.Module, args: Any) -> None:
+        _hidden.depth += 1
+
+    def leave(module: nn.Module, args: Any, y: Any) -> None:
+        _hidden.depth -= 1
+
+    layer.register_forward_pre_hook(enter)
+    layer.register_forward_hook(leave, always_call=True)
+
+
+@cache
+def _quantized_class(base: type[nn.Module]) -> type[nn.Module]:
+    return type(f"Quantized{base.__name__}", (QuantizedFunctions, base), {"__module__": base.__module__})

@@ -17,8 +17,8 @@ from brevitas.proxy import ActQuantProxyFromInjector, WeightQuantProxyFromInject
 from brevitas.quant_tensor import IntQuantTensor
 from torch import Tensor, nn
 
-from qadtr_brevitas.errors import UsageError
-from qadtr_brevitas.precision import FLOAT_BITS
+from qadtr_brevitas.core.errors import UsageError
+from qadtr_brevitas.core.precision import FLOAT_BITS
 from qadtr_brevitas.quant.fake_quantize import quantize_activation, quantize_images, quantize_weight
 from qadtr_brevitas.quant.switch import Switch
 

@@ -7,15 +7,7 @@ from typing import Any
 import timm.layers
 from torch import nn
 
-from qadtr_brevitas.errors import UsageError
-from qadtr_brevitas.quant.functions import (
-    ProductQuant,
-    QuantizedAttention,
-    QuantizedProduct,
-    QuantizedSum,
-    hide_products,
-    quantize_products,
-)
+from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.quant.layers import (
     SwitchableConv2d,
     SwitchableGate,
@@ -28,7 +20,16 @@ from qadtr_brevitas.quant.layers import (
 from qadtr_brevitas.quant.norm import BATCH_NORMS, BatchNorm, SwitchableBatchNorm
 from qadtr_brevitas.quant.plan import Plan
 from qadtr_brevitas.quant.probe import Call, Operand, Product
-from qadtr_brevitas.quant.products import ATTENTION, ROWS_ARE_CHANNELS
+from qadtr_brevitas.quant.products import (
+    ATTENTION,
+    ROWS_ARE_CHANNELS,
+    ProductQuant,
+    QuantizedAttention,
+    QuantizedProduct,
+    QuantizedSum,
+    hide_products,
+    quantize_products,
+)
 from qadtr_brevitas.quant.quantizers import EDGE_BITS
 
 # Exact classes: another forward than these have would be lost with the class.

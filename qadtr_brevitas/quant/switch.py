@@ -3,20 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from qadtr_brevitas.errors import UsageError
-from qadtr_brevitas.precision import FLOAT_BITS, Precision, PrecisionLike, parse_precisions
-
-if TYPE_CHECKING:
-    from qadtr_brevitas.quant.folding import Folding
+from qadtr_brevitas.core.errors import UsageError
+from qadtr_brevitas.core.precision import FLOAT_BITS, Precision, PrecisionLike, parse_precisions
 
 # Is shown a quantizer (SwitchableQuant) and the tensor it would have to quantize.
 Observer = Callable[[Any, Tensor], None]
+
+
+class Folding(Protocol):
+    """The norms folded into convolutions while patches are made (`quant.folding.folded_norms`)."""
+
+    @property
+    def norms(self) -> frozenset[nn.Module]:
+        """The norms that are folded, and have nothing left to do."""
+        ...
+
+    @property
+    def in_place(self) -> bool:
+        """Whether ReLUs write over what they read."""
+        ...
+
+    def weights(self, conv: nn.Module, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Weights (out, in / groups, height, width) and bias (out,) of a convolution with its norm folded in."""
+        ...
+
+    def arithmetic(self, images: Tensor) -> AbstractContextManager[Any]:
+        """What a forward over images runs in, at the precision in force."""
+        ...
 
 
 class Switch:

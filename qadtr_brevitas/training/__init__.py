@@ -1,1 +1,1 @@
-"""The pieces of training: precision schedules, gradient rules, regularizers. The loop is `qadtr_brevitas.train`."""
+"""Training: the loop, and what a recipe chooses for it: schedules, inputs, gradient rules, regularizers."""

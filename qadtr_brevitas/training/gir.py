@@ -1,18 +1,26 @@
-"""Gradient-inconsistent regularization: the recipe keys. The work is done in `gir_optimizer`."""
+"""Gradient-inconsistent regularization: the recipe keys. The work is done in `gir_optimizer`.
+
+The optimizer wrapper of gradient-inconsistent regularization.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from collections import defaultdict
+from collections.abc import Callable
+from math import isnan
+from random import Random
+from typing import Annotated, Any, Literal
 
-from qadtr_brevitas.plugin import STRICT, Field, PrecisionField, dataclass
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
-if TYPE_CHECKING:
-    import torch
+from qadtr_brevitas.core.plugin import Field, PrecisionField, plugin
+from qadtr_brevitas.core.precision import Precision
+from qadtr_brevitas.core.seeding import derive_seed, generator
 
-    from qadtr_brevitas.training.gir_optimizer import GirOptimizer
 
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@plugin
 class Gir:
     """Gradient-inconsistent regularization (QADT-R, eq. 4 and 5; defaults of its Table 17).
 
@@ -55,6 +63,222 @@ class Gir:
 
     def wrap(self, optimizer: torch.optim.Optimizer, *, seed: int) -> GirOptimizer:
         """Wraps any optimizer, so that its steps see perturbed gradients; the optimizer itself is not changed."""
-        from qadtr_brevitas.training.gir_optimizer import GirOptimizer
-
         return GirOptimizer(optimizer, self, seed=seed)
+
+
+# torch's operations on lists of tensors are named with an underscore, but torch's optimizers and others build on them.
+# pyright: reportPrivateUsage=false, reportIncompatibleVariableOverride=false
+
+
+_STEP_KEY = "gir_step"
+GIR_KEY = "gir"
+
+
+class GirOptimizer(torch.optim.Optimizer):
+    """An optimizer whose `step` sees gradients perturbed by `Gir`; everything else is the wrapped optimizer's own.
+
+    Groups, state, `state_dict`, hooks and learning rate schedulers are those of the wrapped optimizer. The gradients
+    are changed in place. With a GradScaler they are perturbed after unscaling, because the wrapper does not offer the
+    fused unscaling of some optimizers.
+
+    The noise depends on (seed, step, index of the parameter) only, so every rank draws the same and replicas stay
+    equal. Parameters whose gradient is None are untouched.
+
+    Parameter groups with `"gir": False` are left alone.
+
+    Args:
+        optimizer: the optimizer to wrap.
+        rule: strength, frequency and form of the perturbation.
+        seed: seed of the noise.
+
+    Attributes:
+        last_cosine: cosine between the raw and the perturbed gradient of all parameters at the last step; None where
+            that step was not perturbed, or its gradient was zero.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, rule: Gir, *, seed: int) -> None:
+        # Not super().__init__, which would make groups and hooks of its own.
+        self.optimizer = optimizer
+        self.rule = rule
+        self.seed = seed
+        self._step = 0
+        self._precision: Precision | None = None
+        self._cosine: Tensor | None = None
+
+    def set_context(self, *, step: int, precision: Precision | None) -> None:
+        """Says which step comes next and at which precision its gradient was taken (None: not known, so perturbed).
+
+        Without it, steps are counted from 0 and every precision is perturbed.
+        """
+        self._step = step
+        self._precision = precision
+        # A step that a GradScaler skips leaves none.
+        self._cosine = None
+
+    @property
+    def last_cosine(self) -> float | None:
+        """Cosine at the last step; reading it waits for the device, so read it no more often than it is logged."""
+        if self._cosine is None:
+            return None
+        cosine = self._cosine.item()
+        return None if isnan(cosine) else cosine
+
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
+        """Perturbs the gradients in place, if it is this step's turn, and lets the wrapped optimizer step.
+
+        A closure is called once, before the perturbation: optimizers that call it again (L-BFGS) would otherwise
+        undo it.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._cosine = self._perturb() if self._is_due() else None
+        self._step += 1
+        result = self.optimizer.step()
+        return result if loss is None else loss
+
+    @torch.no_grad()
+    def _perturb(self) -> Tensor | None:
+        """Adds the perturbation to every gradient, in place, and returns the cosine (0-dim, on the device)."""
+        indexed = [(index, p.grad) for index, p in enumerate(self._parameters()) if p.grad is not None]
+        if not indexed:
+            return None
+        gradients = [gradient for _, gradient in indexed]
+        norms = _norms(gradients)
+        changes = self._noise(indexed)
+        scales = self._normalized_scales(norms)
+        if self.rule.mode == "absolute":
+            torch._foreach_mul_(changes, self.rule.alpha * self.rule.gamma * self.rule.sigma)
+        else:
+            torch._foreach_mul_(changes, list(self._relative_scales(gradients, norms * (1 + scales))))
+        torch._foreach_add_(changes, torch._foreach_mul(gradients, list(scales)))
+        if self.rule.eps_placement == "literal":
+            torch._foreach_add_(changes, self.rule.alpha * self.rule.eps)
+        cosine = _cosine(gradients, changes, norms)
+        torch._foreach_add_(gradients, changes)
+        return cosine
+
+    def _normalized_scales(self, norms: Tensor) -> Tensor:
+        """alpha * beta / (|g| + eps) for each gradient; (parameters,)."""
+        if self.rule.norm == "global":
+            norms = norms.norm().expand_as(norms)
+        if self.rule.eps_placement == "inside":
+            return self.rule.alpha * self.rule.beta / (norms + self.rule.eps)
+        return torch.where(norms > 0, self.rule.alpha * self.rule.beta / norms, 0.0)
+
+    def _relative_scales(self, gradients: list[Tensor], norms: Tensor) -> Tensor:
+        """Deviation that gives noise a norm of rho times that of the gradient; (parameters,)."""
+        sizes = norms.new_tensor([gradient.numel() for gradient in gradients])
+        if self.rule.norm == "global":
+            return (self.rule.rho * norms.norm() / sizes.sum().sqrt()).expand_as(norms)
+        return self.rule.rho * norms / sizes.sqrt()
+
+    def _noise(self, indexed: list[tuple[int, Tensor]]) -> list[Tensor]:
+        """Standard normal noise for each gradient."""
+        return [
+            torch.empty_like(gradient).normal_(
+                generator=generator(self.seed, "gir", self._step, index, device=gradient.device)
+            )
+            for index, gradient in indexed
+        ]
+
+    def _is_due(self) -> bool:
+        if self._precision is not None:
+            if self._precision.is_float and not self.rule.float_too:
+                return False
+            if self.rule.only is not None and self._precision not in self.rule.only:
+                return False
+        return Random(derive_seed(self.seed, "gir", self._step)).random() < self.rule.frequency
+
+    def _parameters(self) -> list[Tensor]:
+        groups = [group for group in self.optimizer.param_groups if group.get(GIR_KEY, True)]
+        return [parameter for group in groups for parameter in group["params"]]
+
+    # What follows hands on to the wrapped optimizer.
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return self.optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, value: list[dict[str, Any]]) -> None:
+        self.optimizer.param_groups = value
+
+    @property
+    def state(self) -> defaultdict[Tensor, Any]:
+        return self.optimizer.state
+
+    @state.setter
+    def state(self, value: defaultdict[Tensor, Any]) -> None:
+        self.optimizer.state = value
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        return self.optimizer.defaults
+
+    @defaults.setter
+    def defaults(self, value: dict[str, Any]) -> None:
+        self.optimizer.defaults = value
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As the wrapped optimizer."""
+        self.optimizer.zero_grad(set_to_none=set_to_none)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As the wrapped optimizer."""
+        self.optimizer.add_param_group(param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The wrapped optimizer's state, and the number of the next step."""
+        return {**self.optimizer.state_dict(), _STEP_KEY: self._step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores a state of this wrapper, or of the wrapped optimizer alone."""
+        own = dict(state_dict)
+        self._step = own.pop(_STEP_KEY, self._step)
+        self.optimizer.load_state_dict(own)
+
+    def register_step_pre_hook(self, hook: Any) -> RemovableHandle:
+        """As the wrapped optimizer: the hook sees the perturbed gradients."""
+        return self.optimizer.register_step_pre_hook(hook)
+
+    def register_step_post_hook(self, hook: Any) -> RemovableHandle:
+        """As the wrapped optimizer."""
+        return self.optimizer.register_step_post_hook(hook)
+
+    def register_state_dict_pre_hook(self, hook: Any, prepend: bool = False) -> RemovableHandle:
+        """As the wrapped optimizer."""
+        return self.optimizer.register_state_dict_pre_hook(hook, prepend=prepend)
+
+    def register_state_dict_post_hook(self, hook: Any, prepend: bool = False) -> RemovableHandle:
+        """As the wrapped optimizer."""
+        return self.optimizer.register_state_dict_post_hook(hook, prepend=prepend)
+
+    def register_load_state_dict_pre_hook(self, hook: Any, prepend: bool = False) -> RemovableHandle:
+        """As the wrapped optimizer."""
+        return self.optimizer.register_load_state_dict_pre_hook(hook, prepend=prepend)
+
+    def register_load_state_dict_post_hook(self, hook: Any, prepend: bool = False) -> RemovableHandle:
+        """As the wrapped optimizer."""
+        return self.optimizer.register_load_state_dict_post_hook(hook, prepend=prepend)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__.copy()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
+
+def _norms(tensors: list[Tensor]) -> Tensor:
+    """Euclidean norm of each tensor; (tensors,), on the device of the first."""
+    norms = torch._foreach_norm(tensors)
+    return torch.stack([norm.to(norms[0].device) for norm in norms])
+
+
+def _cosine(gradients: list[Tensor], changes: list[Tensor], norms: Tensor) -> Tensor:
+    """Cosine between all gradients and all gradients + changes, without a copy of either; NaN for a zero gradient."""
+    products = torch._foreach_mul(gradients, changes)
+    dot = torch.stack([product.sum().to(norms.device) for product in products]).sum()
+    raw, change = norms.square().sum(), _norms(changes).square().sum()
+    return (raw + dot) / (raw * (raw + 2 * dot + change)).sqrt()

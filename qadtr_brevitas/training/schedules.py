@@ -10,9 +10,9 @@ from typing import Annotated, Protocol
 
 from pydantic import model_validator
 
-from qadtr_brevitas.plugin import STRICT, Field, PrecisionField, dataclass
-from qadtr_brevitas.precision import DEFAULT_BITS, Precision, parse_precisions
-from qadtr_brevitas.seeding import derive_seed
+from qadtr_brevitas.core.plugin import Field, PrecisionField, plugin
+from qadtr_brevitas.core.precision import DEFAULT_BITS, Precision, parse_precisions
+from qadtr_brevitas.core.seeding import derive_seed
 
 
 class Schedule(Protocol):
@@ -44,7 +44,7 @@ Choices = Annotated[
 _DEFAULT = parse_precisions(DEFAULT_BITS)
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@plugin
 class Uniform:
     """One precision a step, all equally likely: dynamic bit-width training (QADT-R, eq. 2).
 
@@ -69,7 +69,7 @@ class Uniform:
         return _pairs(self.choices) if self.independent else self.choices
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@plugin
 class Fixed:
     """One precision throughout: standard quantization-aware training."""
 
@@ -84,7 +84,7 @@ class Fixed:
         return (self.choice,)
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@plugin
 class Cycle:
     """Each precision for some epochs in turn.
 
@@ -106,7 +106,7 @@ class Cycle:
         return self.choices
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@plugin
 class Weighted:
     """One precision a step, drawn with given weights, for instance to train low precisions more often."""
 
@@ -132,7 +132,7 @@ class Weighted:
         return self.choices
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@plugin
 class Sandwich:
     """Highest, random and lowest precision in every step (Yu and Huang 2019), which costs three steps."""
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from qadtr_brevitas.attacks.patch import Patch
-from qadtr_brevitas.seeding import generator
+from qadtr_brevitas.core.seeding import generator
 
 CLASSES = 4
 SIDE = 16

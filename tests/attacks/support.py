@@ -2,7 +2,7 @@
 
 import torch
 
-from qadtr_brevitas.seeding import generator
+from qadtr_brevitas.core.seeding import generator
 
 
 def sample(toy, count=100):

@@ -5,9 +5,9 @@ from pydantic import ValidationError
 from qadtr_brevitas.attacks.a_qapa import AQapa
 from qadtr_brevitas.attacks.fake_quantize import fake_quantize
 from qadtr_brevitas.attacks.starts import shrunk
-from qadtr_brevitas.errors import UsageError
-from qadtr_brevitas.precision import Precision
-from qadtr_brevitas.seeding import generator
+from qadtr_brevitas.core.errors import UsageError
+from qadtr_brevitas.core.precision import Precision
+from qadtr_brevitas.core.seeding import generator
 from tests.attacks.support import predictions, spy
 
 

@@ -7,8 +7,8 @@ from pydantic import ValidationError
 
 from qadtr_brevitas.attacks.autoattack import AutoAttack
 from qadtr_brevitas.attacks.pixel import Pgd
-from qadtr_brevitas.errors import UsageError
-from qadtr_brevitas.seeding import generator
+from qadtr_brevitas.core.errors import UsageError
+from qadtr_brevitas.core.seeding import generator
 from tests.attacks.support import accuracy, attacked, sample
 
 

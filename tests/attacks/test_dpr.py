@@ -5,14 +5,12 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from qadtr_brevitas.attacks.deform import Bounds
-from qadtr_brevitas.attacks.dpr import Dpr
+from qadtr_brevitas.attacks.dpr import Bounds, Dpr, polygon_mask
+from qadtr_brevitas.attacks.geometry import bounding_box
 from qadtr_brevitas.attacks.patch import Patch
-from qadtr_brevitas.attacks.polygon import polygon_mask
 from qadtr_brevitas.attacks.random_patch import RandomPatch
-from qadtr_brevitas.attacks.shapes import bounding_box
-from qadtr_brevitas.errors import UsageError
-from qadtr_brevitas.seeding import generator
+from qadtr_brevitas.core.errors import UsageError
+from qadtr_brevitas.core.seeding import generator
 
 FAST = {"size": 5, "steps": 60, "batch_size": 32, "check_every": 20}
 

@@ -3,8 +3,8 @@ import torch
 from torch import nn
 
 from qadtr_brevitas.attacks.engine import HeldOut, Search, as_float, search_texture
-from qadtr_brevitas.errors import DataError, TrainingError, UsageError
-from qadtr_brevitas.seeding import generator
+from qadtr_brevitas.core.errors import DataError, TrainingError, UsageError
+from qadtr_brevitas.core.seeding import generator
 
 SLOPE = torch.linspace(-1, 1, 27).view(3, 3, 3)
 IMAGES = torch.arange(8.0).view(8, 1, 1, 1).expand(8, 3, 1, 1)

@@ -7,8 +7,8 @@ from qadtr_brevitas.attacks.geometry import paste
 from qadtr_brevitas.attacks.patch import Patch
 from qadtr_brevitas.attacks.random_patch import RandomPatch
 from qadtr_brevitas.attacks.transforms import rotate_patch
-from qadtr_brevitas.errors import UsageError
-from qadtr_brevitas.seeding import generator
+from qadtr_brevitas.core.errors import UsageError
+from qadtr_brevitas.core.seeding import generator
 
 FAST = {"size": 6, "steps": 60, "batch_size": 32, "check_every": 20}
 

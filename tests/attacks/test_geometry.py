@@ -10,8 +10,8 @@ from qadtr_brevitas.attacks.geometry import (
     random_corners,
     windows_about,
 )
-from qadtr_brevitas.errors import UsageError
-from qadtr_brevitas.seeding import generator
+from qadtr_brevitas.core.errors import UsageError
+from qadtr_brevitas.core.seeding import generator
 
 
 def reference(images, texture, mask, corners):

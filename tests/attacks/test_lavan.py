@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from qadtr_brevitas.attacks.lavan import Lavan
 from qadtr_brevitas.attacks.patch import Patch
 from qadtr_brevitas.attacks.random_patch import RandomPatch
-from qadtr_brevitas.errors import DataError, UsageError
+from qadtr_brevitas.core.errors import DataError, UsageError
 from qadtr_brevitas.quant import convert, folded_norms
 from tests.attacks.support import attacked, corners_of, spy, target_rate
 

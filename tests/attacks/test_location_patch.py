@@ -3,11 +3,11 @@ import torch
 from pydantic import ValidationError
 
 from qadtr_brevitas.attacks.location_patch import LocationPatch
-from qadtr_brevitas.attacks.moves import Ground, Moves
 from qadtr_brevitas.attacks.per_image import Aim, Scene
-from qadtr_brevitas.errors import UsageError
-from qadtr_brevitas.recipe import Recipe
-from qadtr_brevitas.seeding import generator
+from qadtr_brevitas.attacks.relocation import Ground, Moves
+from qadtr_brevitas.config import Recipe
+from qadtr_brevitas.core.errors import UsageError
+from qadtr_brevitas.core.seeding import generator
 from tests.attacks.support import accuracy, attacked, corners_of, spy
 
 ROWS, COLUMNS = torch.meshgrid(torch.arange(16.0), torch.arange(16.0), indexing="ij")

@@ -9,11 +9,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from qadtr_brevitas.attacks.fake_quantize import fake_quantize
-from qadtr_brevitas.attacks.geometry import crop
+from qadtr_brevitas.attacks.geometry import crop, shape_mask
 from qadtr_brevitas.attacks.patch import FORMAT, Patch, versions
-from qadtr_brevitas.attacks.shapes import shape_mask
-from qadtr_brevitas.errors import CheckpointError, UsageError
-from qadtr_brevitas.seeding import generator
+from qadtr_brevitas.core.errors import CheckpointError, UsageError
+from qadtr_brevitas.core.seeding import generator
 
 META = {"attack": "lavan", "settings": {"steps": 5, "lr": 0.05}, "target": 3, "seed": 7, "versions": versions()}
 

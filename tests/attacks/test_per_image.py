@@ -8,15 +8,15 @@ from torch import nn
 
 from qadtr_brevitas.attacks.a_qapa import AQapa
 from qadtr_brevitas.attacks.autoattack import AutoAttack
-from qadtr_brevitas.attacks.descent import Descent
+from qadtr_brevitas.attacks.engine import Descent
 from qadtr_brevitas.attacks.lavan import Lavan
 from qadtr_brevitas.attacks.location_patch import LocationPatch
 from qadtr_brevitas.attacks.per_image import Aim, Attempt, Scene, best_of, search_patches
 from qadtr_brevitas.attacks.pixel import Fgsm, MiFgsm, Pgd
 from qadtr_brevitas.attacks.random_patch import RandomPatch
 from qadtr_brevitas.attacks.sparse_rs import SparseRs
-from qadtr_brevitas.errors import UsageError
-from qadtr_brevitas.seeding import generator
+from qadtr_brevitas.core.errors import UsageError
+from qadtr_brevitas.core.seeding import generator
 from tests.attacks.support import accuracy, attacked, predictions, sample, spy, target_rate
 
 PATCHES = {

@@ -4,8 +4,8 @@ import torch.nn.functional as F
 from pydantic import ValidationError
 
 from qadtr_brevitas.attacks.pixel import Fgsm, MiFgsm, Pgd
-from qadtr_brevitas.recipe import Recipe
-from qadtr_brevitas.seeding import generator
+from qadtr_brevitas.config import Recipe
+from qadtr_brevitas.core.seeding import generator
 from tests.attacks.support import accuracy, attacked, sample, target_rate
 
 EPS = 0.06

@@ -3,15 +3,15 @@ import math
 import pytest
 import torch
 
-from qadtr_brevitas.attacks.polygon import (
+from qadtr_brevitas.attacks.dpr import (
     distance_ratios,
     fit_to_pixels,
     polygon_area,
     polygon_mask,
     soft_polygon_mask,
 )
-from qadtr_brevitas.errors import UsageError
-from qadtr_brevitas.seeding import generator
+from qadtr_brevitas.core.errors import UsageError
+from qadtr_brevitas.core.seeding import generator
 
 COUNTS = [3, 7, 16, 24, 36, 50]
 

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from qadtr_brevitas.attacks.shapes import bounding_box, shape_mask, side_for_share
-from qadtr_brevitas.errors import UsageError
+from qadtr_brevitas.attacks.geometry import bounding_box, shape_mask, side_for_share
+from qadtr_brevitas.core.errors import UsageError
 
 
 @pytest.mark.parametrize("side", [1, 2, 3, 6, 7, 8, 10, 50])

@@ -2,11 +2,10 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from qadtr_brevitas.attacks.moves import Ground
 from qadtr_brevitas.attacks.per_image import Aim, Scene
-from qadtr_brevitas.attacks.random_search import RandomSearch
-from qadtr_brevitas.attacks.sparse_rs import SparseRs
-from qadtr_brevitas.seeding import generator
+from qadtr_brevitas.attacks.relocation import Ground
+from qadtr_brevitas.attacks.sparse_rs import RandomSearch, SparseRs
+from qadtr_brevitas.core.seeding import generator
 from tests.attacks.support import accuracy, attacked, sample, spy, target_rate
 
 BLIND = torch.tensor([1.0, 0.0])

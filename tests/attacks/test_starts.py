@@ -8,8 +8,8 @@ from qadtr_brevitas.attacks.lavan import Lavan
 from qadtr_brevitas.attacks.location_patch import LocationPatch
 from qadtr_brevitas.attacks.per_image import Aim, Scene
 from qadtr_brevitas.attacks.starts import best_picture, shrunk, start_patches, start_texture
-from qadtr_brevitas.errors import DataError
-from qadtr_brevitas.seeding import generator
+from qadtr_brevitas.core.errors import DataError
+from qadtr_brevitas.core.seeding import generator
 
 
 def test_noise_and_gray():

@@ -3,9 +3,9 @@ import math
 import pytest
 import torch
 
-from qadtr_brevitas.attacks.shapes import bounding_box, shape_mask
+from qadtr_brevitas.attacks.geometry import bounding_box, shape_mask
 from qadtr_brevitas.attacks.transforms import relight, rotate_patch, transform_patch, turning_reach
-from qadtr_brevitas.seeding import generator
+from qadtr_brevitas.core.seeding import generator
 
 
 def example(height=6, width=9, *, dtype=torch.float32):

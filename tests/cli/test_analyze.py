@@ -7,7 +7,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from qadtr_brevitas.cli.main import cli
-from tests.evaluation_models import make_model_dir
+from tests.evaluation.models import make_model_dir
 
 LAVAN = "attack={name: lavan, size: 4, steps: 1, batch_size: 16}"
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from qadtr_brevitas import craft
 from qadtr_brevitas.attacks.patch import Patch
 from qadtr_brevitas.cli.main import cli
-from tests.evaluation_models import make_model_dir
+from qadtr_brevitas.evaluation import craft
+from tests.evaluation.models import make_model_dir
 
 FAST = ["size=4", "steps=2", "batch_size=16", "check_every=2"]
 

@@ -6,15 +6,15 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from qadtr_brevitas.audit.checks import CHECKS
+from qadtr_brevitas.auditing.checks import CHECKS
 from qadtr_brevitas.cli.main import cli
-from tests.evaluation_models import make_model_dir
+from tests.evaluation.models import make_model_dir
 
 
 @pytest.fixture(autouse=True)
 def few_checks(monkeypatch: pytest.MonkeyPatch) -> None:
     kept = [check for check in CHECKS if check.id in {"G9", "G11", "G17"}]
-    monkeypatch.setattr("qadtr_brevitas.audit.run.CHECKS", kept)
+    monkeypatch.setattr("qadtr_brevitas.auditing.run.CHECKS", kept)
 
 
 @pytest.fixture(scope="module")

@@ -14,17 +14,17 @@ from PIL import Image
 from safetensors.torch import save_file
 from timm import create_model
 
-from qadtr_brevitas.checkpoint import load_model
 from qadtr_brevitas.cli.common import plain_name
 from qadtr_brevitas.cli.conversion_table import percent
 from qadtr_brevitas.cli.convert import _Given, _make_recipe, command
 from qadtr_brevitas.cli.main import cli
 from qadtr_brevitas.cli.plugin_options import find_dataset
+from qadtr_brevitas.config import Recipe
+from qadtr_brevitas.core.precision import parse_precisions
 from qadtr_brevitas.data.shapes import Shapes
-from qadtr_brevitas.precision import parse_precisions
+from qadtr_brevitas.pipeline.checkpoint import load_model
 from qadtr_brevitas.quant import allowed_precisions, at_precision, get_precision
-from qadtr_brevitas.recipe import Recipe
-from tests.evaluation_models import make_model_dir, train_split
+from tests.evaluation.models import make_model_dir, train_split
 
 SMALL = ["data.dataset.train_images=40", "data.dataset.test_images=10", "quant.calibration.samples=20"]
 PHOTOS = 24

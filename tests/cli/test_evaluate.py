@@ -12,10 +12,10 @@ from click.testing import CliRunner, Result
 
 from qadtr_brevitas.attacks.lavan import Lavan
 from qadtr_brevitas.cli.main import cli
-from qadtr_brevitas.craft import CraftSetup, craft
-from qadtr_brevitas.report import Report
-from qadtr_brevitas.subjects import load_subjects
-from tests.evaluation_models import make_model_dir, train_split
+from qadtr_brevitas.evaluation.craft import CraftSetup, craft
+from qadtr_brevitas.evaluation.entries import load_subjects
+from qadtr_brevitas.evaluation.report import Report
+from tests.evaluation.models import make_model_dir, train_split
 
 NOISE = "{name: a-qapa, steps: 0, sizes: [4], quantize_image: false}"
 
@@ -82,7 +82,7 @@ def test_json_is_the_report(runs: list[Path], tmp_path: Path) -> None:
 
 
 def test_killed_evaluation_goes_on(runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import qadtr_brevitas.evaluate.jobs as module
+    import qadtr_brevitas.evaluation.jobs as module
 
     calls: list[int] = []
     predict = module.predict

@@ -11,9 +11,9 @@ from click.testing import CliRunner, Result
 
 from qadtr_brevitas.attacks.lavan import Lavan
 from qadtr_brevitas.cli.main import cli
-from qadtr_brevitas.craft import CraftSetup, craft
-from qadtr_brevitas.subjects import load_subjects
-from tests.evaluation_models import make_model_dir, train_split
+from qadtr_brevitas.evaluation.craft import CraftSetup, craft
+from qadtr_brevitas.evaluation.entries import load_subjects
+from tests.evaluation.models import make_model_dir, train_split
 
 
 @pytest.fixture(scope="module")

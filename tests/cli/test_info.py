@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from qadtr_brevitas.cli.main import main
-from qadtr_brevitas.files import write_json
+from qadtr_brevitas.core.files import write_json
 
 
 @pytest.fixture

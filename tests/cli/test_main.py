@@ -14,7 +14,7 @@ import qadtr_brevitas
 from qadtr_brevitas import __version__
 from qadtr_brevitas.cli import main as main_module
 from qadtr_brevitas.cli.main import COMMANDS, cli, main
-from qadtr_brevitas.errors import CheckpointError, UsageError
+from qadtr_brevitas.core.errors import CheckpointError, UsageError
 
 SLOW_IMPORTS = {"torch", "timm", "brevitas", "pydantic", "ruamel", "rich", "numpy", "accelerate", "matplotlib"}
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from qadtr_brevitas.cli.main import main
-from qadtr_brevitas.recipe_files import find_recipe, recipe_description, shipped_recipes
+from qadtr_brevitas.config.shipped import find_recipe, recipe_description, shipped_recipes
 
 
 def test_list_has_every_recipe_with_its_description(capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from qadtr_brevitas.cli.main import main
-from tests.study.support import write_study
+from tests.reproduce.study.support import write_study
 
 SCALE = ["--scale", "smoke", "--device", "cpu"]
 

@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from qadtr_brevitas.cli.main import cli
-from tests.train.support import make_recipe, same_weights
+from tests.training.support import make_recipe, same_weights
 
 
 @pytest.fixture

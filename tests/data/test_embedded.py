@@ -5,9 +5,9 @@ from importlib.resources import files
 import pytest
 import torch
 
+from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.data.digits import MIN_CONTRAST, Digits
 from qadtr_brevitas.data.shapes import SHAPES, Shapes
-from qadtr_brevitas.errors import UsageError
 
 
 @pytest.mark.parametrize("dataset", [Digits(), Shapes(image_size=8, train_images=10, test_images=10)], ids=repr)

@@ -10,10 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
+from qadtr_brevitas.core.errors import DataError, UsageError
 from qadtr_brevitas.data import decode
-from qadtr_brevitas.data.archive import unpack
 from qadtr_brevitas.data.image_folder import Cifar10, ImageFolder
-from qadtr_brevitas.errors import DataError, UsageError
+from qadtr_brevitas.data.listing import unpack
 from tests.data.support import picture, tar_of
 
 

@@ -3,9 +3,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qadtr_brevitas.data.order import epoch_order
-from qadtr_brevitas.data.split import Split
-from qadtr_brevitas.errors import DataError, UsageError
+from qadtr_brevitas.core.errors import DataError, UsageError
+from qadtr_brevitas.data.split import Split, epoch_order
 
 
 def make_split(labels: list[int], classes: int = 3) -> Split:

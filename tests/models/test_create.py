@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torchvision.models import AlexNet_Weights, GoogLeNet_Weights
 
-from qadtr_brevitas.errors import CheckpointError, UsageError
+from qadtr_brevitas.core.errors import CheckpointError, UsageError
 from qadtr_brevitas.models.create import (
     create_float_model,
     fixed_size_args,

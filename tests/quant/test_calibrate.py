@@ -10,8 +10,8 @@ import torch
 from timm.layers import StdConv2d
 from torch import Tensor, nn
 
-from qadtr_brevitas.errors import UsageError
-from qadtr_brevitas.precision import Precision
+from qadtr_brevitas.core.errors import UsageError
+from qadtr_brevitas.core.precision import Precision
 from qadtr_brevitas.quant import (
     SwitchableModel,
     calibrate,

@@ -9,8 +9,8 @@ from brevitas.nn import QuantConv2d, QuantLinear, QuantReLU
 from brevitas.quant_tensor import IntQuantTensor
 from torch import Tensor, nn
 
-from qadtr_brevitas.errors import UsageError
-from qadtr_brevitas.precision import DEFAULT_BITS
+from qadtr_brevitas.core.errors import UsageError
+from qadtr_brevitas.core.precision import DEFAULT_BITS
 from qadtr_brevitas.quant import SwitchableModel, at_precision, calibrate, convert, set_precision
 from qadtr_brevitas.quant.quantizers import SwitchableActProxy
 from tests.quant.conftest import SIZE, randomize_norms

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qadtr_brevitas.errors import UsageError
-from qadtr_brevitas.precision import parse_precisions
+from qadtr_brevitas.core.errors import UsageError
+from qadtr_brevitas.core.precision import parse_precisions
 from qadtr_brevitas.quant import (
     SwitchableModel,
     at_precision,

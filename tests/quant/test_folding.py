@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qadtr_brevitas.errors import UsageError
+from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.models.create import create_float_model
 from qadtr_brevitas.quant import at_precision, calibrate, convert, folded_norms, frozen_weights
 from qadtr_brevitas.quant.norm import norms

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qadtr_brevitas.errors import UsageError
-from qadtr_brevitas.precision import DEFAULT_BITS
+from qadtr_brevitas.core.errors import UsageError
+from qadtr_brevitas.core.precision import DEFAULT_BITS
 from qadtr_brevitas.quant import SwitchableModel, at_precision, calibrate, convert, freeze, get_precision
 from tests.quant.conftest import SIZE, randomize_norms
 from tests.quant.test_convert import Small

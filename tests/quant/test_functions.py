@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qadtr_brevitas.errors import UsageError
+from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.quant import (
     SwitchableModel,
     at_precision,
@@ -19,7 +19,7 @@ from qadtr_brevitas.quant import (
     frozen_weights,
     set_precision,
 )
-from qadtr_brevitas.quant.functions import QuantizedAttention, QuantizedFunctions, QuantizedProduct
+from qadtr_brevitas.quant.products import QuantizedAttention, QuantizedFunctions, QuantizedProduct
 
 IMAGES = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(3))
 

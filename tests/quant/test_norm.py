@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qadtr_brevitas.errors import UsageError
-from qadtr_brevitas.precision import Precision
+from qadtr_brevitas.core.errors import UsageError
+from qadtr_brevitas.core.precision import Precision
 from qadtr_brevitas.quant import SwitchableModel, at_precision, convert, recalibrate_norms
 from qadtr_brevitas.quant.norm import SwitchableBatchNorm, norms
 from qadtr_brevitas.quant.switch import Switch

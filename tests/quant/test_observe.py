@@ -4,11 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from qadtr_brevitas.errors import UsageError
-from qadtr_brevitas.precision import parse_precisions
-from qadtr_brevitas.quant.observe import Observations
+from qadtr_brevitas.core.errors import UsageError
+from qadtr_brevitas.core.precision import parse_precisions
 from qadtr_brevitas.quant.quantizers import SwitchableActQuant
-from qadtr_brevitas.quant.ranges import percentiles
+from qadtr_brevitas.quant.ranges import Observations, percentiles
 from qadtr_brevitas.quant.switch import Switch
 
 

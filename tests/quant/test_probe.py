@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qadtr_brevitas.errors import UsageError
+from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.quant import convert
 from qadtr_brevitas.quant.probe import probe
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qadtr_brevitas.errors import UsageError
-from qadtr_brevitas.precision import DEFAULT_BITS, Precision
+from qadtr_brevitas.core.errors import UsageError
+from qadtr_brevitas.core.precision import DEFAULT_BITS, Precision
 from qadtr_brevitas.quant import (
     SwitchableModel,
     allowed_precisions,

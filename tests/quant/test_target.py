@@ -10,10 +10,10 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from qadtr_brevitas.errors import UsageError
-from qadtr_brevitas.precision import Precision
+from qadtr_brevitas.core.errors import UsageError
+from qadtr_brevitas.core.precision import Precision
 from qadtr_brevitas.quant import SwitchableModel, at_precision, calibrate, convert, freeze
-from qadtr_brevitas.quant.functions import QuantizedSum
+from qadtr_brevitas.quant.products import QuantizedSum
 from qadtr_brevitas.quant.quantizers import SwitchableActQuant, SwitchableQuant
 from qadtr_brevitas.quant.ranges import Method
 from qadtr_brevitas.quant.switch import Switch, observing

@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from qadtr_brevitas.precision import Precision
-from qadtr_brevitas.training.distillation import Distillation
+from qadtr_brevitas.core.precision import Precision
+from qadtr_brevitas.training.regularizers import Distillation
 
 FOUR, FLOAT = Precision(4, 4), Precision(32, 32)
 IMAGES = torch.zeros(2, 3, 4, 4)

@@ -8,10 +8,9 @@ import timm.scheduler
 import torch
 from torch import Tensor, nn
 
-from qadtr_brevitas.precision import Precision
-from qadtr_brevitas.seeding import generator
-from qadtr_brevitas.training.gir import Gir
-from qadtr_brevitas.training.gir_optimizer import GIR_KEY, GirOptimizer
+from qadtr_brevitas.core.precision import Precision
+from qadtr_brevitas.core.seeding import generator
+from qadtr_brevitas.training.gir import GIR_KEY, Gir, GirOptimizer
 
 GRADIENTS = (torch.tensor([[3.0, 4.0], [0.0, 0.0]]), torch.tensor([1.0, -2.0, 2.0]))
 

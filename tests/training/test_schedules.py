@@ -4,8 +4,8 @@ from typing import Any
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from qadtr_brevitas.precision import Precision, parse_precisions
-from qadtr_brevitas.registry import SCHEDULES
+from qadtr_brevitas.core.precision import Precision, parse_precisions
+from qadtr_brevitas.core.registry import SCHEDULES
 from qadtr_brevitas.training.schedules import Cycle, Fixed, Sandwich, Schedule, Uniform, Weighted
 
 BITS = (32, 8, 5, 4, 2)

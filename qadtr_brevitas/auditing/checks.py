@@ -1,0 +1,84 @@
+"""The checks G1 to G19, by their numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from qadtr_brevitas.auditing.black_box import black_box, larger_patches, noise_patches, pictures
+from qadtr_brevitas.auditing.context import Context
+from qadtr_brevitas.auditing.finding import Finding, Verdict, skipped
+from qadtr_brevitas.auditing.gradients import (
+    mean_over_precisions,
+    other_losses,
+    outputs_are_logits,
+    random_outputs,
+    smooth_loss,
+    targeted,
+    usable_gradients,
+)
+from qadtr_brevitas.auditing.sources import FEWEST_IMAGES, ablated, other_gradients, transfer, undefended_twin
+from qadtr_brevitas.auditing.steps import best_kept, more_steps, plateau, single_step
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check.
+
+    Args:
+        id: G1 to G19.
+        title: what is compared, in a few words.
+        judge: finds the verdict.
+        attacks: whether it needs images that are classified correctly.
+    """
+
+    id: str
+    title: str
+    judge: Callable[[Context], Verdict]
+    attacks: bool = True
+
+    def run(self, context: Context) -> Finding:
+        """The finding; `skipped` where too few images are classified correctly to tell anything."""
+        verdict = self.judge(context) if self._can_run(context) else skipped(_too_few(context))
+        if not all(map(math.isfinite, verdict.numbers.values())):
+            verdict = Verdict("WARN", _NOT_FINITE)
+        return Finding(
+            id=self.id, title=self.title, status=verdict.status, numbers=verdict.numbers, meaning=verdict.meaning
+        )
+
+    def _can_run(self, context: Context) -> bool:
+        return len(context) >= FEWEST_IMAGES if self.attacks else len(context.batch) > 0
+
+
+_NOT_FINITE = "the network's outputs are not finite on attacked images, so nothing can be measured: look for overflow"
+
+
+def _too_few(context: Context) -> str:
+    return (
+        f"only {len(context)} of {len(context.batch)} images are classified correctly, at least {FEWEST_IMAGES} are "
+        "needed: give more images"
+    )
+
+
+CHECKS = (
+    Check("G1", "more steps, more restarts", more_steps),
+    Check("G2", "loss has stopped falling", plateau),
+    Check("G3", "larger patches", larger_patches),
+    Check("G4", "one step against many", single_step),
+    Check("G5", "black box against white box", black_box),
+    Check("G6", "patches made elsewhere", transfer),
+    Check("G7", "patches of noise", noise_patches),
+    Check("G8", "usable gradients", usable_gradients),
+    Check("G9", "random outputs", random_outputs, attacks=False),
+    Check("G10", "mean over precisions (EOT)", mean_over_precisions),
+    Check("G11", "logits, not probabilities", outputs_are_logits, attacks=False),
+    Check("G12", "temperature and margin losses", other_losses),
+    Check("G13", "gradients of other networks", other_gradients),
+    Check("G14", "targeted against untargeted", targeted),
+    Check("G15", "best patch against last", best_kept),
+    Check("G16", "smooth loss", smooth_loss),
+    Check("G17", "undefended twin", undefended_twin),
+    Check("G18", "parts of the defense", ablated),
+    Check("G19", "pictures against noise", pictures),
+)

@@ -1,0 +1,84 @@
+"""Recipes: one YAML file says everything about a run. Checking one imports neither torch, timm nor brevitas."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from qadtr_brevitas.config.layers import read_layers
+from qadtr_brevitas.config.overrides import apply_override
+from qadtr_brevitas.config.problems import dotted, explain
+from qadtr_brevitas.config.sections import (
+    CalibrationSection,
+    DataSection,
+    ModelSection,
+    OptimizerSection,
+    QuantSection,
+    Recipe,
+    SchedulerSection,
+    TrainSection,
+)
+from qadtr_brevitas.config.shipped import find_recipe, split_name
+from qadtr_brevitas.config.slots import slot_name
+from qadtr_brevitas.config.source import Node, parse
+from qadtr_brevitas.core.errors import Problem, RecipeError
+
+__all__ = [
+    "CalibrationSection",
+    "DataSection",
+    "ModelSection",
+    "OptimizerSection",
+    "QuantSection",
+    "Recipe",
+    "SchedulerSection",
+    "TrainSection",
+    "load_recipe",
+    "make_recipe",
+    "slot_name",
+]
+
+
+def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads and checks a recipe.
+
+    Args:
+        source: a file, the name of a shipped recipe, or RECIPE+DEFENSE, the name of a shipped defense that changes it.
+        overrides: `key.sub=value` texts, as on the command line; a value of null takes the key out.
+
+    Raises:
+        UsageError: there is no such recipe or defense, or the file is no mapping.
+        RecipeError: something is wrong in it; the error lists everything that is, each with its place.
+    """
+    parts = split_name(source)
+    place = str(find_recipe(source)) if len(parts) == 1 else str(source)
+    return _checked(read_layers(source), overrides, source=place)
+
+
+def make_recipe(fields: Mapping[str, Any], overrides: Sequence[str] = (), *, source: str) -> Recipe:
+    """Checks a recipe that comes from no file.
+
+    Args:
+        fields: sections as nested mappings of plain values.
+        overrides: as of `load_recipe`.
+        source: what errors call it, for instance the command.
+
+    Raises:
+        RecipeError: something is wrong in it.
+    """
+    return _checked(parse(json.dumps(fields), line=None), overrides, source=source)
+
+
+def _checked(root: Node, overrides: Sequence[str], *, source: str) -> Recipe:
+    problems = [problem for text in overrides if (problem := apply_override(root, text))]
+    data = root.plain()
+    try:
+        recipe = Recipe.model_validate(data)
+    except ValidationError as error:
+        found = explain(error, Recipe, data)
+        problems += [Problem(dotted(place), message, root.line_of(place)) for place, message in found]
+    else:
+        if not problems:
+            return recipe
+    raise RecipeError(source, sorted(problems, key=lambda problem: problem.line or 0))

@@ -1,0 +1,256 @@
+"""The sections of a recipe. Each key has a type, a range, a default and a description; no other keys exist."""
+
+from __future__ import annotations
+
+from io import StringIO
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap, CommentedSeq
+from ruamel.yaml.representer import RoundTripRepresenter
+from ruamel.yaml.scalarstring import SingleQuotedScalarString
+
+from qadtr_brevitas.config.problems import fields_of, located_error
+from qadtr_brevitas.config.slots import Slot
+from qadtr_brevitas.core.errors import QadtrError
+from qadtr_brevitas.core.plugin import PrecisionField
+from qadtr_brevitas.core.precision import DEFAULT_BITS, Precision, parse_precisions
+from qadtr_brevitas.core.registry import ATTACKS, DATASETS, GRADIENT_RULES, REGULARIZERS, SCHEDULES
+
+DatasetSlot: TypeAlias = Annotated[Any, Slot(DATASETS)]
+ScheduleSlot: TypeAlias = Annotated[Any, Slot(SCHEDULES, key="schedule")]
+AttackSlot: TypeAlias = Annotated[Any, Slot(ATTACKS)]
+RegularizerSlot: TypeAlias = Annotated[Any, Slot(REGULARIZERS)]
+GradientSlot: TypeAlias = Annotated[Any, Slot(GRADIENT_RULES)]
+
+
+class Section(BaseModel):
+    """A frozen mapping that refuses unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
+
+
+class ModelSection(Section):
+    """The float network that is converted."""
+
+    name: str = Field(
+        default="cifar_resnet20", min_length=1, description="any timm model name, or torchvision's where timm has none"
+    )
+    pretrained: bool = Field(default=False, description="let timm load its pretrained weights")
+    checkpoint: str | None = Field(
+        default=None, description="float weights to start from: .safetensors, .pth, or a run or model directory"
+    )
+    num_classes: int | None = Field(default=None, ge=2, description="classes; null: as many as the data set has")
+    args: dict[str, Any] = Field(default={}, description="further arguments of timm.create_model")
+
+
+class DataSection(Section):
+    """Images and labels."""
+
+    dataset: DatasetSlot = Field(default="cifar10", description="the data set")
+    augment: Literal["none", "crop", "crop-flip"] = Field(default="crop-flip", description="changes to training images")
+    val_share: float = Field(default=0.0, ge=0, lt=1, description="share of training images held out to choose best/")
+    train_limit: int | None = Field(default=None, ge=1, description="use so many training images, class-balanced")
+    test_limit: int | None = Field(default=None, ge=1, description="use so many test images, class-balanced")
+
+
+class CalibrationSection(Section):
+    """How quantizer ranges are first set."""
+
+    method: Literal["mse", "minmax", "percentile"] = Field(default="mse", description="how a range is chosen")
+    percentile: float = Field(
+        default=99.99, gt=0, le=100, description="percentile only: percent of the magnitudes that are not clipped"
+    )
+    samples: int | None = Field(
+        default=None, ge=16, description="training images looked at; null: 512, or all where there are fewer"
+    )
+    bias_correction: bool = Field(
+        default=False, description="per precision, keep the mean output of every layer at that of the float network"
+    )
+
+
+class QuantSection(Section):
+    """Which layers are quantized, and to what."""
+
+    precisions: tuple[PrecisionField, ...] = Field(
+        default=parse_precisions(DEFAULT_BITS), min_length=1, description="the precisions the model can be switched to"
+    )
+    edge: Literal["8bit", "same", "float"] = Field(
+        default="8bit", description="first and last layer: at least 8 bit, same, float"
+    )
+    norm: Literal["statistics", "switchable"] = Field(
+        default="statistics", description="per precision: norm statistics only, or a whole BatchNorm"
+    )
+    residual: Literal["8bit", "same"] = Field(
+        default="8bit", description="residual streams: at least 8 bit, or as the rest"
+    )
+    narrow_range: bool = Field(default=True, description="symmetric weights; 2 bit is then ternary")
+    activations: Literal["static", "dynamic"] = Field(
+        default="static", description="activation ranges: calibrated and learned, or each image's own at run time"
+    )
+    target: Literal["finn", "hls4ml"] | None = Field(
+        default=None, description="place quantizers so that this FPGA compiler accepts the export"
+    )
+    calibration: CalibrationSection = Field(default_factory=CalibrationSection, description="first quantizer ranges")
+
+
+class OptimizerSection(Section):
+    """The optimizer, made by timm."""
+
+    name: str = Field(default="sgd", min_length=1, description="any timm optimizer name")
+    lr: float = Field(default=0.02, gt=0, description="highest learning rate, for the global batch")
+    momentum: float = Field(default=0.9, ge=0, lt=1, description="momentum, or beta1 of Adam")
+    weight_decay: float = Field(default=1e-4, ge=0, description="weight decay; none on norms, biases and thresholds")
+    threshold_lr: float = Field(default=1.0, ge=0, description="factor on the learning rate of quantizer thresholds")
+
+
+class SchedulerSection(Section):
+    """The learning rate over time; it changes with every optimizer step."""
+
+    name: Literal["cosine", "poly", "step", "constant"] = Field(default="cosine", description="shape of the curve")
+    warmup_epochs: float = Field(default=1, ge=0, description="epochs of linear warm-up, part of train.epochs")
+    min_lr: float = Field(default=0.0, ge=0, description="learning rate at the end")
+    decay_epochs: float = Field(default=30, gt=0, description="step only: epochs between two drops")
+    decay_rate: float = Field(default=0.1, gt=0, le=1, description="step only: factor at each drop")
+
+
+class TrainSection(Section):
+    """The training run: precision schedule, attack, regularizers and gradient rule are independent choices."""
+
+    epochs: int = Field(default=15, ge=1, description="epochs of quantized training")
+    batch_size: int = Field(default=128, ge=1, description="images per step, over all processes")
+    float_epochs: int = Field(default=0, ge=0, description="epochs at 32 bit before calibration, to train from scratch")
+    optimizer: OptimizerSection = Field(default_factory=OptimizerSection, description="the optimizer")
+    scheduler: SchedulerSection = Field(default_factory=SchedulerSection, description="the learning rate over time")
+    precision: ScheduleSlot = Field(default="uniform", description="which precision each step trains")
+    attack: AttackSlot | None = Field(default=None, description="adversarial inputs the steps see")
+    regularizers: tuple[RegularizerSlot, ...] = Field(default=(), description="extra losses")
+    gradient: GradientSlot | None = Field(default=None, description="what is done to gradients before a step")
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1, description="label smoothing of the cross entropy")
+    clip_grad_norm: float | None = Field(default=None, gt=0, description="largest norm of the gradient")
+    amp: Literal["no", "bf16", "fp16"] = Field(default="no", description="automatic mixed precision")
+    validate_every: int = Field(default=1, ge=1, description="epochs between two validations")
+    checkpoint_every: int = Field(default=200, ge=1, description="steps between two states to resume from")
+    norm_batches: int = Field(default=0, ge=0, description="batches that recalibrate norms at the end; 0: keep them")
+
+
+class Recipe(Section):
+    """Everything that is to be said about a run."""
+
+    seed: int = Field(default=0, ge=0, description="everything random follows from it")
+    model: ModelSection = Field(default_factory=ModelSection, description="the float network")
+    data: DataSection = Field(default_factory=DataSection, description="images and labels")
+    quant: QuantSection = Field(default_factory=QuantSection, description="quantization")
+    train: TrainSection = Field(default_factory=TrainSection, description="training")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _train_what_is_quantized(cls, data: Any) -> Any:
+        return _with_choices(data) if isinstance(data, dict) else data
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Recipe:
+        if problems := [*_precision_problems(self), *_gradient_problems(self.train), *_training_problems(self.train)]:
+            raise located_error(problems)
+        return self
+
+    def dump_yaml(self, *, describe: bool = False) -> str:
+        """The recipe as YAML with every key written out; `describe` adds each key's description as a comment."""
+        return dump_yaml(self, describe=describe)
+
+
+def _with_choices(data: dict[str, Any]) -> dict[str, Any]:
+    """A schedule that names no choices has all that the model is quantized for; a fixed one, if that is only one."""
+    quant, train = data.get("quant", {}), data.get("train", {})
+    slot = train.get("precision", "uniform") if isinstance(train, dict) else None
+    fields = {"schedule": slot} if isinstance(slot, str) else slot
+    if not isinstance(quant, dict) or "precisions" not in quant or not isinstance(fields, dict):
+        return data
+    try:
+        schedule = SCHEDULES.load(str(fields.get("schedule", fields.get("name"))))
+        precisions = parse_precisions(quant["precisions"])
+    # What is wrong is told where it is wrong, not twice.
+    except (QadtrError, TypeError):
+        return data
+    known = fields_of(schedule)
+    if "choices" in known and "choices" not in fields:
+        fields = {**fields, "choices": quant["precisions"]}
+    if "choice" in known and "choice" not in fields and len(precisions) == 1:
+        fields = {**fields, "choice": precisions[0]}
+    return {**data, "train": {**train, "precision": fields}}
+
+
+def _precision_problems(recipe: Recipe) -> list[tuple[tuple[str, ...], str]]:
+    allowed = recipe.quant.precisions
+    choices: tuple[Precision, ...] = getattr(recipe.train.precision, "choices", ())
+    if foreign := [str(precision) for precision in choices if precision not in allowed]:
+        have = ", ".join(map(str, allowed))
+        rule = f"{', '.join(foreign)} must also be in quant.precisions, which has {have}"
+        return [(("train", "precision", "choices"), rule)]
+    return []
+
+
+def _gradient_problems(train: TrainSection) -> list[tuple[tuple[str, ...], str]]:
+    """A gradient rule for precisions that never come would change nothing, without a word."""
+    rule, possible = train.gradient, getattr(train.precision, "possible", None)
+    only: tuple[Precision, ...] = getattr(rule, "only", None) or ()
+    at = ("train", "gradient", "only")
+    if possible is not None and (foreign := [str(precision) for precision in only if precision not in possible()]):
+        return [(at, f"{', '.join(foreign)} must be in train.precision, which has {', '.join(map(str, possible()))}")]
+    if any(precision.is_float for precision in only) and not getattr(rule, "float_too", True):
+        return [(at, "32 is perturbed only with float_too: true: give that too")]
+    return []
+
+
+def _training_problems(train: TrainSection) -> list[tuple[tuple[str, ...], str]]:
+    problems: list[tuple[tuple[str, ...], str]] = []
+    if train.attack is not None and not hasattr(train.attack, "share"):
+        rule = (
+            "this attack cannot be used in training, it has no key 'share'; use it with `qadtr-brevitas attack` or "
+            "`evaluate --attack`"
+        )
+        problems.append((("train", "attack"), rule))
+    if train.scheduler.warmup_epochs > train.epochs:
+        rule = f"must be at most train.epochs, which is {train.epochs}, got {train.scheduler.warmup_epochs:g}"
+        problems.append((("train", "scheduler", "warmup_epochs"), rule))
+    return problems
+
+
+class _Representer(RoundTripRepresenter):
+    """Writes null in full, where ruamel leaves the value out."""
+
+    def represent_none(self, data: None) -> Any:
+        return self.represent_scalar("tag:yaml.org,2002:null", "null")
+
+
+_Representer.add_representer(type(None), _Representer.represent_none)
+
+
+def dump_yaml(recipe: Recipe, *, describe: bool = False) -> str:
+    """The recipe with every key written out; reading it again gives an equal recipe."""
+    yaml = YAML()
+    yaml.width = 10_000
+    yaml.Representer = _Representer
+    text = StringIO()
+    yaml.dump(_node(recipe.model_dump(mode="json"), recipe if describe else None), text)
+    return text.getvalue()
+
+
+def _node(value: Any, owner: Any) -> Any:
+    """Values as ruamel's nodes; `owner`, where given, is the section or plug-in whose descriptions are added."""
+    if isinstance(value, dict):
+        node = CommentedMap({key: _node(item, getattr(owner, key, None)) for key, item in value.items()})
+        for key, field in fields_of(type(owner)).items() if owner is not None else ():
+            if field.description and not (isinstance(value.get(key), dict) and value[key]):
+                node.yaml_add_eol_comment(field.description, key, column=40)
+        if not value:
+            node.fa.set_flow_style()
+        return node
+    if isinstance(value, list):
+        node = CommentedSeq(_node(item, None) for item in value)
+        if not any(isinstance(item, (dict, list)) for item in value):
+            node.fa.set_flow_style()
+        return node
+    # Quoted, because YAML 1.1 readers take these words for booleans.
+    return SingleQuotedScalarString(value) if value in ("no", "yes", "on", "off", "n", "y") else value

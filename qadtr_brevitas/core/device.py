@@ -1,0 +1,83 @@
+"""The device a command runs on.
+
+Freed memory is kept for the next tensor.
+
+glibc gives large blocks back to the system as soon as they are free, so that each activation is fetched anew, page by
+page and filled with zeros: a twentieth to a tenth of the time of scoring a ResNet-20 on a CPU (docs/results.md).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import TYPE_CHECKING
+
+from qadtr_brevitas.core.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+_DEVICE = re.compile(r"cpu|mps|cuda(?::(\d+))?")
+
+
+def resolve_device(name: str = "auto") -> torch.device:
+    """Turns `auto`, `cpu`, `cuda`, `cuda:N` or `mps` into a device that exists; `auto` takes cuda, then mps, then cpu.
+
+    On GPUs convolutions are set to compute in full float32: TF32, which PyTorch would take, cuts quantized operands to
+    10 bit and moves some of them to other levels.
+
+    Raises:
+        UsageError: the name cannot be read, or this computer has no such device (those it has are named).
+    """
+    import torch
+
+    torch.backends.cudnn.allow_tf32 = False
+    existing = _existing()
+    if name == "auto":
+        return torch.device(next(device for device in ("cuda:0", "mps", "cpu") if device in existing))
+    match = _DEVICE.fullmatch(name)
+    if match is None:
+        raise UsageError(f"device {name!r} cannot be read: use auto, cpu, cuda, cuda:N or mps")
+    wanted = "cuda:0" if name == "cuda" else f"cuda:{int(match[1])}" if match[1] else name
+    if wanted not in existing:
+        raise UsageError(f"there is no device {name!r} here: choose auto or {', '.join(existing)}")
+    return torch.device(wanted)
+
+
+def has_fast_bf16(device: torch.device | str) -> bool:
+    """Whether a device is a CPU with units for matrices of bfloat16 (AMX), which multiply faster than float32."""
+    import torch
+
+    return torch.device(device).type == "cpu" and bool(torch.cpu.get_capabilities().get("amx_bf16"))
+
+
+def _existing() -> list[str]:
+    import torch
+
+    devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    return [*devices, "mps"] if torch.backends.mps.is_available() else devices
+
+
+# From malloc.h; the third is 1 GiB: larger blocks are too few to be worth keeping.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _KEPT = -1, -3, 1 << 30
+_CHOSEN_BY_USER = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_", "GLIBC_TUNABLES")
+
+
+def keep_freed_memory() -> bool:
+    """Lets this process keep up to 1 GiB of freed memory, which costs nothing where it is used again.
+
+    The command line calls it; programs that use the package may. Nothing changes where an environment variable of glibc
+    says otherwise, or where there is no glibc.
+
+    Returns:
+        Whether memory is kept now.
+    """
+    if any(name in os.environ for name in _CHOSEN_BY_USER):
+        return False
+    import ctypes
+
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return False
+    return mallopt(_M_TRIM_THRESHOLD, _KEPT) == 1 and mallopt(_M_MMAP_THRESHOLD, _KEPT) == 1

@@ -1,0 +1,196 @@
+"""Files are written under a temporary name and renamed, so that a crash or a full disk never leaves half a file.
+
+Content fingerprints: what tells one model, patch or data set from another, whatever its file is called.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from hashlib import blake2b
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+from qadtr_brevitas.core.errors import CheckpointError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+
+    from torch import Tensor
+
+# torch.save and safetensors report a failed write as these instead of an OSError.
+_WRITE_FAILURES = ("PytorchStreamWriter", "unexpected pos", "I/O error", "IoError")
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Makes the file `path` complete or not at all; a file that was there stays until the new one is on disk.
+
+    Args:
+        path: the file to make or replace; its folder is made if it is missing.
+        write: writes the whole file to the path it is given, which has the same suffix.
+
+    Raises:
+        CheckpointError: the disk is full, the folder cannot be written, or `path` is a folder.
+    """
+    temporary = path.with_name(f".{uuid4().hex[:8]}-{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        _sync(temporary)
+        os.replace(temporary, path)
+        _sync(path.parent)
+    except Exception as error:
+        _raise_if_not_written(path, error)
+        raise
+    finally:
+        _remove(temporary)
+
+
+def replace_directory(path: Path, fill: Callable[[Path], object]) -> None:
+    """Makes the folder `path` with exactly what `fill` writes into the empty folder it is given.
+
+    A folder that was there stays until the new one is complete. Two renames are needed to exchange folders; a crash
+    between them is undone by `recover_directory`, which is also called here first.
+
+    Raises:
+        CheckpointError: the disk is full, the folder cannot be written, or `path` is a file.
+        UsageError: `path` is the folder one is in, or one above it.
+    """
+    if path.name in ("", ".."):
+        raise UsageError(f"{path} cannot be replaced as a whole: give a folder of its own, for instance {path / 'new'}")
+    new, old = _beside(path)
+    try:
+        recover_directory(path)
+        if path.exists() and not path.is_dir():
+            raise NotADirectoryError("a file of that name is in the way")
+        _remove(new)
+        new.mkdir(parents=True)
+        fill(new)
+        for file in sorted(new.rglob("*")):
+            _sync(file)
+        _sync(new)
+        if path.exists():
+            os.replace(path, old)
+        os.replace(new, path)
+        _sync(path.parent)
+    except Exception as error:
+        recover_directory(path)
+        _remove(new)
+        _raise_if_not_written(path, error)
+        raise
+    _remove(old)
+
+
+def recover_directory(path: Path) -> None:
+    """Finishes a `replace_directory` that was interrupted between its two renames; else does nothing."""
+    new, old = _beside(path)
+    if old.exists() and not path.exists():
+        # The old folder only moves aside once the new one is complete.
+        os.replace(new if new.exists() else old, path)
+    _remove(old)
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Writes `data` as indented JSON, atomically.
+
+    Raises:
+        CheckpointError: as `write_atomically`.
+        ValueError: `data` holds NaN or an infinity, which JSON has no word for.
+    """
+    text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def read_json(path: Path) -> Any:
+    """Reads a JSON file.
+
+    Raises:
+        CheckpointError: the file is missing, cannot be read, or is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"there is no file {path}; check the path") from None
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged or not JSON ({error}); write it again") from error
+
+
+def _beside(path: Path) -> tuple[Path, Path]:
+    """Where the new and the old folder stand during an exchange."""
+    return path.with_name(f".{path.name}.new"), path.with_name(f".{path.name}.old")
+
+
+def _raise_if_not_written(path: Path, error: Exception) -> None:
+    """Words a failed write; any other error is the writer's own."""
+    if isinstance(error, OSError):
+        reason = error.strerror or str(error)
+    elif any(words in str(error) for words in _WRITE_FAILURES):
+        reason = "the disk may be full"
+    else:
+        return
+    raise CheckpointError(
+        f"cannot write {path}: {reason}; what was there is unchanged. Free some space or choose another --output"
+    ) from error
+
+
+def _sync(path: Path) -> None:
+    """Waits until the file or folder is on disk."""
+    if os.name == "nt" and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    """Removes what is there, if it can; an error that is on its way is worth more than one from here."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
+
+
+_DIGEST_BYTES = 16
+_CHUNK_BYTES = 1 << 20
+
+
+def fingerprint_file(path: Path, *, facts: Any = None) -> str:
+    """32 hex digits of a file's bytes and, if given, of JSON-like facts that change what the file means."""
+    digest = blake2b(digest_size=_DIGEST_BYTES)
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    if facts is not None:
+        digest.update(_canonical(facts))
+    return digest.hexdigest()
+
+
+def fingerprint_tensors(tensors: Iterable[Tensor], *, facts: Any = None) -> str:
+    """32 hex digits of the types, shapes and values of tensors and, if given, of JSON-like facts."""
+    digest = blake2b(digest_size=_DIGEST_BYTES)
+    for tensor in tensors:
+        array = tensor.detach().cpu().contiguous().numpy()
+        digest.update(f"{array.dtype.str}{array.shape}".encode())
+        digest.update(array.data)
+    if facts is not None:
+        digest.update(_canonical(facts))
+    return digest.hexdigest()
+
+
+def fingerprint_facts(facts: Any) -> str:
+    """32 hex digits of JSON-like facts; the order of keys does not matter."""
+    return blake2b(_canonical(facts), digest_size=_DIGEST_BYTES).hexdigest()
+
+
+def _canonical(facts: Any) -> bytes:
+    return json.dumps(facts, sort_keys=True, separators=(",", ":"), default=str).encode()

@@ -1,0 +1,46 @@
+"""The decorator every plug-in class wears: a frozen keyword-only dataclass whose fields are its recipe keys.
+
+    @plugin
+    class Lavan:
+        "Universal targeted patch (Karmon et al. 2018)."
+
+        steps: Annotated[int, Field(ge=1, description="optimizer steps")] = 500
+        surrogate: PrecisionField = Precision(32, 32)
+
+Values are checked by pydantic wherever the plug-in is made, from a recipe or from Python.
+"""
+
+from typing import Annotated, TypeAlias, TypeVar, dataclass_transform
+
+from pydantic import BeforeValidator, ConfigDict, Field, PlainSerializer
+from pydantic.dataclasses import dataclass
+
+from qadtr_brevitas.core.errors import UsageError
+from qadtr_brevitas.core.precision import Precision, PrecisionLike
+
+__all__ = ["Field", "PrecisionField", "plugin"]
+
+_STRICT = ConfigDict(extra="forbid", allow_inf_nan=False, validate_default=True)
+
+PluginClass = TypeVar("PluginClass", bound=type)
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+def plugin(cls: PluginClass) -> PluginClass:
+    """Make a class a plug-in: frozen, keyword-only, its values checked, unknown keys refused."""
+    return dataclass(frozen=True, kw_only=True, config=_STRICT)(cls)  # pyright: ignore[reportReturnType]
+
+
+def _read_precision(value: PrecisionLike) -> Precision:
+    try:
+        return Precision.parse(value)
+    except UsageError as error:
+        raise ValueError(str(error)) from error
+
+
+def _write_precision(precision: Precision) -> int | str:
+    return precision.weight if precision.is_tied else str(precision)
+
+
+PrecisionField: TypeAlias = Annotated[Precision, BeforeValidator(_read_precision), PlainSerializer(_write_precision)]
+"""Type of a field that holds a precision: reads 4, "4", "w4a8"; several are a `tuple[PrecisionField, ...]`."""

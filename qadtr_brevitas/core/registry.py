@@ -1,0 +1,145 @@
+"""Names to plug-ins, without importing them: one line here (or an entry point) per plug-in."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from functools import cache
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Any
+
+from qadtr_brevitas.core.errors import UsageError, suggest
+
+ENTRY_POINT_PREFIX = "qadtr_brevitas."
+
+
+@dataclass(frozen=True)
+class Registry:
+    """Plug-ins of one kind: name -> ("package.module:Class", one-line description).
+
+    Third-party packages add theirs through an entry point in the group `qadtr_brevitas.<kind>`, with `_` for a space.
+    """
+
+    kind: str
+    builtin: Mapping[str, tuple[str, str]]
+
+    def entries(self) -> dict[str, tuple[str, str]]:
+        """Every known plug-in, built-in ones first; an entry point cannot replace a built-in one."""
+        return {**_external(self.kind), **self.builtin}
+
+    def names(self, pattern: str = "*") -> list[str]:
+        """Names that match a shell pattern, sorted."""
+        return sorted(name for name in self.entries() if fnmatch(name, pattern))
+
+    def describe(self, name: str) -> str:
+        """The one-line description of a plug-in."""
+        return self._entry(name)[1]
+
+    def load(self, name: str) -> Any:
+        """Imports and returns the plug-in class.
+
+        Raises:
+            UsageError: the name is unknown (the nearest right one is offered).
+        """
+        module, _, attribute = self._entry(name)[0].partition(":")
+        return getattr(import_module(module), attribute)
+
+    def _entry(self, name: str) -> tuple[str, str]:
+        entries = self.entries()
+        if name not in entries:
+            raise UsageError(f"unknown {self.kind} {name!r}: {suggest(name, entries)}")
+        return entries[name]
+
+
+@cache
+def _external(kind: str) -> dict[str, tuple[str, str]]:
+    found = entry_points(group=ENTRY_POINT_PREFIX + kind.replace(" ", "_"))
+    return {point.name: (point.value, f"from {point.dist.name if point.dist else 'a plug-in'}") for point in found}
+
+
+ATTACKS = Registry(
+    "attack",
+    {
+        "a-qapa": ("qadtr_brevitas.attacks.a_qapa:AQapa", "patches made inside the quantized network (QADT-R, eq. 1)"),
+        "autoattack": ("qadtr_brevitas.attacks.autoattack:AutoAttack", "four pixel attacks (Croce & Hein 2020)"),
+        "dpr": ("qadtr_brevitas.attacks.dpr:Dpr", "universal patch of searched shape and texture (Chen et al. 2022)"),
+        "fgsm": ("qadtr_brevitas.attacks.pixel:Fgsm", "pixel attack of one step (Goodfellow et al. 2015)"),
+        "gap": ("qadtr_brevitas.attacks.gap:Gap", "universal patch under turns and scales (Brown et al. 2017)"),
+        "lavan": ("qadtr_brevitas.attacks.lavan:Lavan", "universal or per-image patch (Karmon et al. 2018)"),
+        "location-patch": ("qadtr_brevitas.attacks.location_patch:LocationPatch", "per-image patch that moves (PBAT)"),
+        "mi-fgsm": ("qadtr_brevitas.attacks.pixel:MiFgsm", "pixel attack with momentum (Dong et al. 2018)"),
+        "pgd": ("qadtr_brevitas.attacks.pixel:Pgd", "pixel attack of many steps (Madry et al. 2018)"),
+        "random-patch": ("qadtr_brevitas.attacks.random_patch:RandomPatch", "a patch of uniform noise: the baseline"),
+        "sparse-rs": ("qadtr_brevitas.attacks.sparse_rs:SparseRs", "per-image patch, black box (Croce et al. 2022)"),
+    },
+)
+
+DATASETS = Registry(
+    "dataset",
+    {
+        "cifar10": ("qadtr_brevitas.data.image_folder:Cifar10", "CIFAR-10 as image folder or tar, 32x32, 10 classes"),
+        "digits": ("qadtr_brevitas.data.digits:Digits", "UCI handwritten digits drawn in color, 32x32, embedded"),
+        "image-folder": (
+            "qadtr_brevitas.data.image_folder:ImageFolder",
+            "ROOT/{train,test}/<class>/*.<image>, or ROOT/<class>/*.<image>",
+        ),
+        "shapes": ("qadtr_brevitas.data.shapes:Shapes", "procedural colored shapes, any size and number"),
+    },
+)
+
+SCHEDULES = Registry(
+    "schedule",
+    {
+        "cycle": ("qadtr_brevitas.training.schedules:Cycle", "each precision for some epochs in turn"),
+        "fixed": ("qadtr_brevitas.training.schedules:Fixed", "one precision throughout (standard QAT)"),
+        "sandwich": ("qadtr_brevitas.training.schedules:Sandwich", "highest, random and lowest precision each step"),
+        "uniform": ("qadtr_brevitas.training.schedules:Uniform", "one precision a step, equally likely (DBWT, eq. 2)"),
+        "weighted": ("qadtr_brevitas.training.schedules:Weighted", "one precision a step, with given weights"),
+    },
+)
+
+GRADIENT_RULES = Registry(
+    "gradient rule",
+    {
+        "gir": ("qadtr_brevitas.training.gir:Gir", "gradient-inconsistent regularization (QADT-R, eq. 4 and 5)"),
+    },
+)
+
+REGULARIZERS = Registry(
+    "regularizer",
+    {
+        "distillation": ("qadtr_brevitas.training.regularizers:Distillation", "match the logits of a float teacher"),
+    },
+)
+
+ANALYSES = Registry(
+    "analysis",
+    {
+        "features": (
+            "qadtr_brevitas.reproduce.analyses.features:Features",
+            "feature maps, clean and patched (Figure 3)",
+        ),
+        "gradients": (
+            "qadtr_brevitas.reproduce.analyses.gradients:Gradients",
+            "gradients at each precision compared (Figure 4)",
+        ),
+        "pixel": (
+            "qadtr_brevitas.reproduce.analyses.pixel:Pixel",
+            "accuracy against eps under pixel attacks (Figure 1)",
+        ),
+        "size": ("qadtr_brevitas.reproduce.analyses.size:Size", "ASR by patch size (Table 21)"),
+        "spatial": (
+            "qadtr_brevitas.reproduce.analyses.spatial:Spatial",
+            "ASR of patches shifted and turned (Table 20)",
+        ),
+    },
+)
+
+REGISTRIES = {
+    "analyses": ANALYSES,
+    "attacks": ATTACKS,
+    "datasets": DATASETS,
+    "schedules": SCHEDULES,
+    "gradient-rules": GRADIENT_RULES,
+    "regularizers": REGULARIZERS,
+}

@@ -1,0 +1,182 @@
+"""What an evaluation compares: models and patches with their names, read from the folders that hold them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from qadtr_brevitas.attacks.patch import Patch
+from qadtr_brevitas.core.errors import DataError, UsageError
+from qadtr_brevitas.core.files import fingerprint_file, fingerprint_tensors
+from qadtr_brevitas.data.split import Split, differing_class
+from qadtr_brevitas.evaluation.report import PatchFacts, SourceFacts, VariantFacts
+from qadtr_brevitas.pipeline.checkpoint import ModelInfo, load_model, resolve_model_dir
+
+PATCH_FOLDER = "patches"
+_PLAIN_NAMES = ("", ".", "last", "best")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model under attack.
+
+    Args:
+        name: how tables call it; unique among the subjects.
+        model: a switchable model.
+        fingerprint: of its weights and of what gives them their meaning.
+        info: the float model it was made from, its images and classes.
+        path: where it was loaded from.
+    """
+
+    name: str
+    model: nn.Module
+    fingerprint: str
+    info: ModelInfo
+    path: str = ""
+
+    def check_data(self, split: Split, *, data: str) -> None:
+        """Checks that images are of the size, and their classes those, that the model was made for.
+
+        Raises:
+            DataError: they are not.
+        """
+        height, width = self.info.image_size
+        if (split.image_size, len(split.classes)) != ((height, width), self.info.num_classes):
+            given = f"{len(split.classes)} classes and images of {split.image_size[0]}x{split.image_size[1]}"
+            raise DataError(
+                f"data set {data} has {given}, model {self.name} is for {self.info.num_classes} classes and "
+                f"{height}x{width}: choose the data set it was trained on with --data NAME[:ROOT]"
+            )
+        if (label := differing_class(self.info.classes, split.classes)) is not None:
+            raise DataError(
+                f"class {label} of data set {data} is {split.classes[label]!r}, that of model {self.name} is "
+                f"{self.info.classes[label]!r}: give data with the same classes in the same order (class folders are "
+                "sorted by name)"
+            )
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A patch under evaluation.
+
+    Args:
+        name: how tables call it; unique among the contenders.
+        patch: the patch.
+        file: where it was loaded from; None for a control.
+        control: True for a patch of noise.
+        variant: how it was moved or turned; None for a patch as it was made.
+    """
+
+    name: str
+    patch: Patch
+    file: str | None = None
+    control: bool = False
+    variant: VariantFacts | None = None
+
+    @cached_property
+    def facts(self) -> PatchFacts:
+        """The patch's entry in the report."""
+        patch, meta = self.patch, self.patch.meta
+        height, width = patch.size
+        place = patch.place if patch.keep_out is None else (patch.place, patch.keep_out)
+        source = None
+        if "fingerprint" in meta:
+            source = SourceFacts(name=meta["model"], fingerprint=meta["fingerprint"], precision=str(meta["precision"]))
+        return PatchFacts(
+            name=self.name,
+            file=self.file,
+            fingerprint=fingerprint_tensors([patch.texture, patch.mask], facts=place),
+            attack=meta.get("attack", "unknown"),
+            settings=dict(meta.get("settings", {})),
+            target=meta.get("target"),
+            height=height,
+            width=width,
+            pixels=patch.pixels,
+            place=patch.place,
+            geometry=fingerprint_tensors([patch.mask], facts=place),
+            source=source,
+            control=self.control,
+            variant=self.variant,
+        )
+
+
+def load_subjects(paths: Sequence[Path], *, device: torch.device | str = "cpu") -> list[Subject]:
+    """Loads model or run directories, each named by its folder.
+
+    Raises:
+        UsageError: the same folder is given twice.
+        CheckpointError: a folder holds no model that can be read.
+    """
+    return [_load_subject(path, name, device) for path, name in zip(paths, unique_names(paths), strict=True)]
+
+
+def load_patches(places: Sequence[Path]) -> list[Contender]:
+    """Loads patch files and all patches of folders, each named by its file.
+
+    Raises:
+        UsageError: a place does not exist, or a folder holds no patches.
+        CheckpointError: a file is no patch.
+    """
+    files = list(dict.fromkeys(file for place in places for file in _patch_files(place)))
+    names = unique_names([file.with_suffix("") for file in files])
+    return [Contender(name, Patch.load(file), str(file)) for file, name in zip(files, names, strict=True)]
+
+
+def patch_folder(model_dir: Path) -> Path:
+    """Where the patches made on a model are: for `last` of a run, which is the run's model, those of the run."""
+    own, folder = model_dir / PATCH_FOLDER, model_dir.resolve()
+    return folder.parent / PATCH_FOLDER if folder.name == "last" and not own.is_dir() else own
+
+
+def unique_names(paths: Sequence[Path]) -> list[str]:
+    """The shortest ends of paths that tell them apart; `last` and `best` keep the name of their run.
+
+    Raises:
+        UsageError: the same path twice.
+    """
+    parts = [path.resolve().parts for path in paths]
+    for depth in range(1, max(map(len, parts), default=0) + 1):
+        names = ["/".join(_end(part, depth)) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    if not paths:
+        return []
+    repeated = next(path for path, part in zip(paths, parts, strict=True) if parts.count(part) > 1)
+    raise UsageError(f"{repeated} is given twice: name each one once")
+
+
+def _end(parts: tuple[str, ...], depth: int) -> tuple[str, ...]:
+    return parts[-(depth + 1 if parts[-1] in _PLAIN_NAMES else depth) :]
+
+
+def _load_subject(path: Path, name: str, device: torch.device | str) -> Subject:
+    folder = resolve_model_dir(path)
+    model, info = load_model(folder, device=device)
+    # The weights alone do not say how they are quantized and normalized.
+    meaning = {"name": info.name, "args": info.args, "quant": info.quant, "mean": info.mean, "std": info.std}
+    return Subject(
+        name=name,
+        # The faster layout for small convolutions, as in training.
+        model=model.eval().to(memory_format=torch.channels_last),
+        fingerprint=fingerprint_file(folder / "model.safetensors", facts=meaning),
+        info=info,
+        path=str(path),
+    )
+
+
+def _patch_files(place: Path) -> list[Path]:
+    if place.is_dir():
+        files = sorted(place.glob("*.safetensors"))
+        if not files:
+            raise UsageError(
+                f"there are no patches in {place}: make some with `qadtr-brevitas attack MODEL_DIR -o {place}`"
+            )
+        return files
+    if not place.exists():
+        raise UsageError(f"there are no patches at {place}: make some with `qadtr-brevitas attack MODEL_DIR`")
+    return [place]

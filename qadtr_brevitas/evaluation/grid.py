@@ -1,0 +1,269 @@
+"""What an evaluation has to compute: which patches and attacks meet which models and precisions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Literal, TypeAlias
+
+import torch
+
+from qadtr_brevitas.core.errors import UsageError
+from qadtr_brevitas.core.files import fingerprint_tensors
+from qadtr_brevitas.core.precision import FLOAT_BITS, Precision, PrecisionLike
+from qadtr_brevitas.core.seeding import generator
+from qadtr_brevitas.data.split import Split
+from qadtr_brevitas.evaluation.certification import PORTION, Certification, CertifyJob
+from qadtr_brevitas.evaluation.entries import Contender, Subject
+from qadtr_brevitas.evaluation.image_attacks import NamedAttack, SourcedAttack
+from qadtr_brevitas.evaluation.jobs import Bench, ChunkJob, Job, PatchJob, Victim
+from qadtr_brevitas.evaluation.predict import placements
+from qadtr_brevitas.evaluation.report import DataFacts, SourceFacts, Threat
+from qadtr_brevitas.quant import allowed_precisions, precisions_or_all
+from qadtr_brevitas.quant.inference import Access, check_differentiable, parse_access
+
+Transfer: TypeAlias = Literal["all", "float", "none"]
+"""What is moved to models and precisions it was not made on: everything, what was made at 32 bit, or nothing."""
+
+_FLOAT = Access((Precision(FLOAT_BITS, FLOAT_BITS),))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """The checked plan of an evaluation.
+
+    Every patch, a control of noise for each geometry, and every attack meet every model at every precision.
+
+    Args:
+        subjects: the models.
+        patches: the patches; with none and no attacks there are clean accuracies only.
+        split: the images and labels.
+        data_name: name of the data set, for the report.
+        data_settings: its settings, for the report.
+        available: how many images the whole test split has; None if `split` is all of it.
+        attacks: attacks on each image by itself, made on every model at every precision.
+        surrogates: models that attacks are made on as well, but that are not scored.
+        eot: several precisions together that attacks are made on as well.
+        precisions: precisions to score, or several together; None for each that a model allows. Where several are
+            scored together, attacks are made on their mean.
+        transfer: what to move to other models and precisions; white-box, EOT and control cells are always scored.
+        certifications: patches that models are certified against, at every precision.
+        seed: seed of the placements, the controls and the attacks.
+        batch_size: images in one forward pass. Attacks take the images in chunks of this size, each with a random
+            stream of its own: another size gives other attacks.
+
+    Raises:
+        UsageError: a precision that a model does not allow, a patch that does not fit the images, a certification of
+            random precisions, a target that is no class, two models, patches or attacks of one name, or surrogates from
+            which nothing may be transferred.
+        DataError: a model is for other images or another number of classes.
+    """
+
+    subjects: Sequence[Subject]
+    patches: Sequence[Contender]
+    split: Split
+    data_name: str
+    data_settings: Mapping[str, Any] = field(default_factory=dict)
+    available: int | None = None
+    attacks: Sequence[NamedAttack] = ()
+    surrogates: Sequence[Subject] = ()
+    eot: Sequence[Access] = ()
+    precisions: Sequence[PrecisionLike | Access] | None = None
+    transfer: Transfer = "all"
+    certifications: Sequence[Certification] = ()
+    seed: int = 0
+    batch_size: int = 256
+
+    def __post_init__(self) -> None:
+        if self.surrogates and self.transfer == "none":
+            raise UsageError("attacks made on a surrogate have to be transferred: give --transfer all or float with it")
+        for subject in (*self.subjects, *self.surrogates):
+            subject.check_data(self.split, data=self.data_name)
+        _check_names("models", [subject.name for subject in (*self.subjects, *self.surrogates)])
+        _check_names("patches", [contender.name for contender in self.contenders])
+        for contender in self.contenders:
+            self._check_patch(contender)
+        for attack in self.attacks:
+            self._check_target(f"attack {attack.name}", attack.target, "choose one of its classes as target")
+        _check_names("attacks", [attack.facts.name for attack, _ in self.raids], cure="give each attack once")
+        self._check_certifications()
+
+    @cached_property
+    def data(self) -> DataFacts:
+        """The report's entry of the images."""
+        return DataFacts(
+            name=self.data_name,
+            settings=dict(self.data_settings),
+            images=len(self.split),
+            available=len(self.split) if self.available is None else self.available,
+            image_size=self.split.image_size,
+            classes=self.split.classes,
+            fingerprint=fingerprint_tensors([self.split.images, self.split.labels]),
+        )
+
+    @cached_property
+    def bench(self) -> Bench:
+        """What all cells share."""
+        return Bench(self.split, self.data.fingerprint, self.seed, self.batch_size)
+
+    @cached_property
+    def contenders(self) -> tuple[Contender, ...]:
+        """The patches, and for each geometry a patch of noise as control."""
+        return (*self.patches, *controls(self.patches, seed=self.seed))
+
+    @cached_property
+    def victims(self) -> tuple[Victim, ...]:
+        """Every model at every precision that is scored."""
+        return tuple(
+            Victim(subject, precision) for subject in self.subjects for precision in self.precisions_of(subject)
+        )
+
+    @cached_property
+    def raids(self) -> tuple[tuple[SourcedAttack, tuple[Victim, ...]], ...]:
+        """Every per-image attack on every source, with the victims its images are for."""
+        found: list[tuple[SourcedAttack, tuple[Victim, ...]]] = []
+        for attack in self.attacks:
+            for subject in (*self.subjects, *self.surrogates):
+                for source in self._sources(subject):
+                    raid = SourcedAttack(attack, subject, source)
+                    victims = tuple(victim for victim in self.victims if self._is_wanted(raid.facts.source, victim))
+                    found += [(raid, victims)] if victims else []
+        return tuple(found)
+
+    def precisions_of(self, subject: Subject) -> tuple[Access, ...]:
+        """The precisions, and several together, that a model is scored at."""
+        wanted = allowed_precisions(subject.model) if self.precisions is None else self.precisions
+        found = tuple(dict.fromkeys(map(parse_access, wanted)))
+        for access in found:
+            precisions_or_all(subject.model, access.precisions)
+        return found
+
+    def contenders_of(self, victim: Victim) -> list[Contender]:
+        """The patches that are put before a victim."""
+        return [c for c in self.contenders if c.control or self._is_wanted(c.facts.source, victim)]
+
+    def jobs(self) -> list[Job]:
+        """The cells of the evaluation, in an order that depends on nothing but its arguments."""
+        patched = [PatchJob(self.bench, v, c) for v in self.victims for c in (None, *self.contenders_of(v))]
+        attacked = [
+            ChunkJob(self.bench, attack, victims, chunk) for attack, victims in self.raids for chunk in self.chunks()
+        ]
+        certified = [job for v in self.victims for c in self.certifications for job in self.certify_jobs(v, c)]
+        return [*patched, *attacked, *certified]
+
+    def certify_jobs(self, victim: Victim, certification: Certification) -> list[CertifyJob]:
+        """The cells of one certification of one victim."""
+        images = len(self.split)
+        portions = (range(start, min(start + PORTION, images)) for start in range(0, images, PORTION))
+        return [CertifyJob(self.bench, victim, certification, portion) for portion in portions]
+
+    def chunks(self) -> Iterator[range]:
+        """The test images in the portions that per-image attacks take them in."""
+        images, size = len(self.split), self.batch_size
+        return (range(start, min(start + size, images)) for start in range(0, images, size))
+
+    def targets_of(self, contender: Contender) -> list[int | None]:
+        """What a patch is scored for; a control is scored for the aims of all patches of its geometry."""
+        if not contender.control:
+            return [contender.facts.target]
+        alike = [patch.facts.target for patch in self.patches if patch.facts.geometry == contender.facts.geometry]
+        return list(dict.fromkeys(alike))
+
+    def _sources(self, subject: Subject) -> list[Access]:
+        """The precisions, and several together, that attacks on a model are made at."""
+        allowed = allowed_precisions(subject.model)
+        if subject in self.subjects:
+            scored = self.precisions_of(subject)
+        else:
+            given = map(parse_access, self.precisions or allowed)
+            scored = tuple(access for access in given if set(access.precisions) <= set(allowed))
+        # A vote has no gradient, and that of a random draw is noise: their mean is the attack that breaks both.
+        wanted = [access if access.is_single else Access(access.precisions) for access in scored]
+        if self.transfer == "float" and _FLOAT.precisions[0] in allowed:
+            wanted.append(_FLOAT)
+        for access in self.eot:
+            precisions_or_all(subject.model, access.precisions)
+        return list(dict.fromkeys((*wanted, *self.eot)))
+
+    def _is_wanted(self, source: SourceFacts | None, victim: Victim) -> bool:
+        if self.transfer == "all" or threat(source, victim) != "transfer":
+            return True
+        return self.transfer == "float" and source is not None and parse_access(source.precision) == _FLOAT
+
+    def _check_patch(self, contender: Contender) -> None:
+        source = contender.facts.source
+        try:
+            placements(contender.patch, 1, self.split.image_size, seed=self.seed)
+            if source is not None:
+                parse_access(source.precision)
+        except UsageError as error:
+            raise UsageError(f"patch {contender.name!r}: {error}") from error
+        cure = "choose the data set it was made on with --data"
+        self._check_target(f"patch {contender.name!r}", contender.facts.target, cure)
+
+    def _check_certifications(self) -> None:
+        for certification in self.certifications:
+            certification.covering(self.split.image_size)
+        for victim in self.victims:
+            if self.certifications and victim.precision.is_random:
+                raise UsageError(
+                    f"{victim} answers differently each time, so that nothing can be proved: leave out --certify, or "
+                    f"score {', '.join(map(str, victim.precision.precisions))} each by itself"
+                )
+
+    def _check_target(self, what: str, target: int | None, cure: str) -> None:
+        classes = len(self.split.classes)
+        if target is not None and not 0 <= target < classes:
+            raise UsageError(f"{what} aims at class {target}, the data set has {classes} classes: {cure}")
+
+
+def threat(source: SourceFacts | None, victim: Victim) -> Threat:
+    """What an attack made on a source knows of a victim; controls are not asked about."""
+    if source is None or source.fingerprint != victim.subject.fingerprint:
+        return "transfer"
+    if not parse_access(source.precision).is_single:
+        return "eot"
+    return "white-box" if source.precision == str(victim.precision) else "transfer"
+
+
+def controls(patches: Sequence[Contender], *, seed: int) -> list[Contender]:
+    """A patch of uniform noise, on the 8-bit grid, for each size, shape and place among the patches."""
+    found: dict[str, Contender] = {}
+    for contender in patches:
+        patch, geometry = contender.patch, contender.facts.geometry
+        if geometry in found:
+            continue
+        noise = torch.randint(256, patch.texture.shape, generator=generator(seed, "control", geometry)) / 255
+        height, width = patch.size
+        same_size = sum(other.patch.size == patch.size for other in found.values())
+        name = f"noise {height}x{width}" + (f" ({same_size + 1})" if same_size else "")
+        control = replace(patch, texture=noise, meta={"attack": "noise"})
+        found[geometry] = Contender(name, control, control=True)
+    return list(found.values())
+
+
+def read_means(texts: Sequence[str], attacks: Sequence[NamedAttack]) -> tuple[Access, ...]:
+    """Several precisions together, as 8+4+2 or random(8+4+2), that attacks are to be made on.
+
+    Raises:
+        UsageError: one that cannot be read, is of a single precision or has no gradient, or no attacks to make on it.
+    """
+    if texts and not attacks:
+        raise UsageError(
+            f"--eot {texts[0]} says what an --attack is made on: give one, or make patches on it with "
+            f"`qadtr-brevitas attack MODEL_DIR --precision {texts[0]}`"
+        )
+    means = tuple(dict.fromkeys(map(parse_access, texts)))
+    for mean in means:
+        if mean.is_single:
+            raise UsageError(
+                f"--eot {mean} is no mean: give several precisions, as 8+4+2; single ones are attacked anyway"
+            )
+        check_differentiable(mean)
+    return means
+
+
+def _check_names(kind: str, names: Sequence[str], *, cure: str = "give each a name of its own") -> None:
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise UsageError(f"two {kind} are called {repeated[0]!r}: {cure}")

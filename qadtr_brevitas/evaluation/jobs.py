@@ -1,0 +1,204 @@
+"""The units of work of an evaluation: each computes one cell and leaves it in the store."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+from qadtr_brevitas.core.seeding import generator
+from qadtr_brevitas.data.split import Split
+from qadtr_brevitas.evaluation.cells import CellKey, CellStore, ChunkKey
+from qadtr_brevitas.evaluation.entries import Contender, Subject
+from qadtr_brevitas.evaluation.image_attacks import SourcedAttack
+from qadtr_brevitas.evaluation.predict import predict
+from qadtr_brevitas.evaluation.report.layout import bits
+from qadtr_brevitas.quant import frozen_weights
+from qadtr_brevitas.quant.inference import Access, logits_at
+
+Progress: TypeAlias = Callable[[int, int, str], object]
+"""Is told finished cells, all cells, and what the last one was."""
+
+
+@dataclass(frozen=True)
+class Victim:
+    """A model at a precision, or at several together, as it is scored."""
+
+    subject: Subject
+    precision: Access
+
+    @property
+    def name(self) -> str:
+        """What a cell calls it: content, not the name of a folder."""
+        return f"{self.subject.fingerprint}@{self.precision}"
+
+    def logits(self, seed: int, *keys: int | str) -> Callable[[Tensor], Tensor]:
+        """The model as it answers; random precisions depend on the seed and on what the forwards are for."""
+        draws = generator(seed, "inference", *keys) if self.precision.is_random else None
+        return logits_at(self.subject.model, self.precision, draws=draws)
+
+    def __str__(self) -> str:
+        return f"{self.subject.name} at {bits(str(self.precision))}"
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all jobs of an evaluation share.
+
+    Args:
+        split: the images.
+        data: their fingerprint.
+        seed: of placements and attacks.
+        batch_size: images in one forward pass, and in one chunk of a per-image attack.
+    """
+
+    split: Split
+    data: str
+    seed: int
+    batch_size: int
+
+
+class Job(Protocol):
+    """One cell."""
+
+    def __str__(self) -> str:
+        """What it is, for progress."""
+        ...
+
+    def subjects(self) -> Sequence[Subject]:
+        """The models it needs."""
+        ...
+
+    def is_done(self, store: CellStore) -> bool:
+        """True where the store has the cell."""
+        ...
+
+    def compute(self, store: CellStore, device: torch.device) -> None:
+        """Computes the cell and keeps it; its models are frozen, in eval mode and on the device."""
+        ...
+
+
+@dataclass(frozen=True)
+class PatchJob:
+    """The predictions of one victim on all images, with a patch or (None) without."""
+
+    bench: Bench
+    victim: Victim
+    contender: Contender | None
+
+    def __str__(self) -> str:
+        return f"{self.victim}, {self.contender.name if self.contender else 'clean'}"
+
+    @property
+    def key(self) -> CellKey:
+        """What its predictions depend on."""
+        where = self.victim.subject.fingerprint, str(self.victim.precision), self.bench.data
+        if self.contender is None:
+            return CellKey(*where, seed=self.bench.seed if self.victim.precision.is_random else None)
+        return CellKey(*where, self.contender.facts.fingerprint, self.bench.seed)
+
+    def subjects(self) -> Sequence[Subject]:
+        """The model attacked."""
+        return [self.victim.subject]
+
+    def is_done(self, store: CellStore) -> bool:
+        """True where the store has the predictions."""
+        return store.read(self.key, images=len(self.bench.split)) is not None
+
+    def compute(self, store: CellStore, device: torch.device) -> None:
+        """Predicts and keeps."""
+        predictions = predict(
+            self.victim.logits(self.bench.seed, self.contender.facts.fingerprint if self.contender else "clean"),
+            self.bench.split,
+            patch=self.contender.patch if self.contender else None,
+            seed=self.bench.seed,
+            batch_size=self.bench.batch_size,
+            device=device,
+        )
+        store.write(self.key, predictions)
+
+
+@dataclass(frozen=True)
+class ChunkJob:
+    """The predictions of all victims on one chunk of adversarial images, which are made once."""
+
+    bench: Bench
+    attack: SourcedAttack
+    victims: tuple[Victim, ...]
+    chunk: range
+
+    def __str__(self) -> str:
+        return f"{self.attack.facts.name}, images {self.chunk.start} to {self.chunk.stop - 1}"
+
+    @property
+    def key(self) -> ChunkKey:
+        """What its adversarial images depend on."""
+        facts = self.attack.facts
+        return ChunkKey(
+            attack=facts.fingerprint,
+            source=facts.source.fingerprint,
+            source_precision=facts.source.precision,
+            data=self.bench.data,
+            seed=self.bench.seed,
+            start=self.chunk.start,
+            stop=self.chunk.stop,
+        )
+
+    def subjects(self) -> Sequence[Subject]:
+        """The model the attack is made on, and the models attacked."""
+        return [self.attack.subject, *(victim.subject for victim in self.victims)]
+
+    def is_done(self, store: CellStore) -> bool:
+        """True where the store has the predictions of every victim."""
+        return {victim.name for victim in self.victims} <= store.read_chunk(self.key).keys()
+
+    def compute(self, store: CellStore, device: torch.device) -> None:
+        """Makes the images, predicts and keeps, beside the predictions of victims that are there already."""
+        images, labels = self.bench.split.batch(torch.tensor(self.chunk), device=device)
+        adversarial = self.attack.images(images, labels, seed=self.bench.seed, chunk=self.chunk)
+        predictions: dict[str, Tensor] = {}
+        # Not inference_mode: Brevitas's quantizers fail on its tensors.
+        with torch.no_grad():
+            for victim in self.victims:
+                logits = victim.logits(self.bench.seed, self.attack.facts.name, self.chunk.start)
+                predictions[victim.name] = logits(adversarial).argmax(dim=1).cpu()
+        # Read now: another process may have attacked other victims with these images meanwhile.
+        store.write_chunk(self.key, store.read_chunk(self.key) | predictions)
+
+
+def compute(
+    jobs: Sequence[Job], store: CellStore, *, device: torch.device | str = "cpu", progress: Progress | None = None
+) -> None:
+    """Computes the jobs that are not done yet, one after the other.
+
+    Args:
+        jobs: what to do; their models are moved to the device and put in eval mode.
+        store: keeps each cell as soon as it is finished.
+        device: where the models run.
+        progress: told after each job.
+
+    Raises:
+        UsageError: an attack that gave something else than images.
+        CheckpointError: a cell cannot be written.
+    """
+    where = torch.device(device)
+    with ExitStack() as stack:
+        for subject in _distinct(subject for job in jobs for subject in job.subjects()):
+            stack.enter_context(frozen_weights(subject.model.to(where).eval()))
+        for number, job in enumerate(jobs, 1):
+            if not job.is_done(store):
+                job.compute(store, where)
+            if progress is not None:
+                progress(number, len(jobs), str(job))
+        # Written over by another process in the moment between its reading and writing.
+        for job in jobs:
+            if not job.is_done(store):
+                job.compute(store, where)
+
+
+def _distinct(subjects: Iterable[Subject]) -> Iterable[Subject]:
+    return {id(subject.model): subject for subject in subjects}.values()

@@ -1,0 +1,107 @@
+"""Chooses what the pictures of a report show, and draws them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qadtr_brevitas.core.precision import Precision
+from qadtr_brevitas.data.split import Split
+from qadtr_brevitas.evaluation.entries import Contender, Subject
+from qadtr_brevitas.evaluation.predict import placements
+from qadtr_brevitas.evaluation.report import Report
+from qadtr_brevitas.evaluation.report.plots import Sheet, Tile, draw_asr, draw_patches, draw_sheet
+from qadtr_brevitas.evaluation.report.views import families
+from qadtr_brevitas.quant import at_precision, frozen_weights
+
+_IMAGES = 6
+_PATCHES = 120
+
+
+def draw_pictures(
+    report: Report,
+    subjects: Sequence[Subject],
+    patches: Sequence[Contender],
+    split: Split,
+    *,
+    folder: Path,
+    device: torch.device | str = "cpu",
+) -> list[Path]:
+    """Draws asr.png and, of patches, patches.png and for each model with patches of its own examples-MODEL.png.
+
+    Args:
+        report: the finished evaluation of these models and patches.
+        subjects: its models.
+        patches: its patches as they were made, without the controls.
+        split: its images.
+        folder: where to.
+        device: where the models are.
+
+    Returns:
+        The files written; none without patches and attacks.
+
+    Raises:
+        CheckpointError: a file cannot be written.
+    """
+    drawn = [draw_asr(report, folder / "asr.png")] if families(report) else []
+    if not patches:
+        return drawn
+    textures = {c.name: torch.cat([c.patch.texture, c.patch.mask[None].float()]) for c in patches[:_PATCHES]}
+    drawn.append(draw_patches(report, textures, folder / "patches.png"))
+    for subject in subjects:
+        own = _own_patches(report, subject, patches)
+        if own:
+            sheet = _examples(report, subject, own, split, device)
+            drawn.append(draw_sheet(sheet, folder / f"examples-{subject.name.replace('/', '-')}.png"))
+    return drawn
+
+
+def _own_patches(report: Report, subject: Subject, patches: Sequence[Contender]) -> dict[Precision, Contender]:
+    """The first white-box patch at each precision, all of one family and, if possible, one target."""
+    own: dict[Precision, Contender] = {}
+    by_name = {contender.name: contender for contender in patches}
+    for cell in report.cells:
+        if cell.model == subject.name and cell.threat == "white-box" and cell.attack in by_name:
+            own.setdefault(Precision.parse(cell.precision), by_name[cell.attack])
+    return own
+
+
+def _examples(
+    report: Report, subject: Subject, own: dict[Precision, Contender], split: Split, device: torch.device | str
+) -> Sheet:
+    """One image of each of the first classes: not picked by outcome."""
+    targets = {contender.facts.target for contender in own.values()}
+    classes = [label for label in range(len(split.classes)) if label not in targets]
+    first = [(split.labels == label).nonzero().flatten()[:1] for label in classes]
+    indices = torch.cat(first)[:_IMAGES]
+    images, labels = split.batch(indices, device=device)
+    rows: list[list[Tile]] = [[] for _ in indices]
+    titles: list[str] = []
+    with torch.no_grad(), frozen_weights(subject.model):
+        for precision, contender in own.items():
+            with at_precision(subject.model, precision):
+                if not titles:
+                    titles.append(f"clean\nat {precision} bit")
+                    _add(rows, images, subject.model(images).argmax(1), labels, None, split)
+                corners = placements(contender.patch, len(split), split.image_size, seed=report.seed)[indices]
+                patched = contender.patch.to(device).apply(images, corners=corners.to(device))
+                _add(rows, patched, subject.model(patched).argmax(1), labels, contender.facts.target, split)
+                titles.append(f"patched\nat {precision} bit")
+    aims = ", ".join(sorted(split.classes[target] for target in targets if target is not None))
+    return Sheet(
+        title=f"{subject.name}: white-box patches" + (f" that aim at {aims}" if aims else ""),
+        columns=tuple(titles),
+        rows=tuple((split.classes[int(label)], tuple(tiles)) for label, tiles in zip(labels, rows, strict=True)),
+        note="Below each image: predicted class. Green: right; red: the target; orange: another wrong class.",
+    )
+
+
+def _add(
+    rows: list[list[Tile]], images: Tensor, predicted: Tensor, labels: Tensor, target: int | None, split: Split
+) -> None:
+    for row, image, guess, label in zip(rows, images, predicted.tolist(), labels.tolist(), strict=True):
+        verdict = "right" if guess == label else "target" if guess == target else "wrong"
+        row.append(Tile(image, split.classes[guess], verdict))

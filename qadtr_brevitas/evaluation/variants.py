@@ -1,0 +1,79 @@
+"""Patches put at a fixed place, shifted and turned: how far an attack survives where it was not made for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from qadtr_brevitas.attacks.fake_quantize import PATCH_FILE_BITS, fake_quantize
+from qadtr_brevitas.attacks.patch import Patch
+from qadtr_brevitas.attacks.transforms import rotate_patch
+from qadtr_brevitas.core.errors import UsageError
+from qadtr_brevitas.evaluation.entries import Contender
+from qadtr_brevitas.evaluation.report import VariantFacts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moves:
+    """What is done to every patch, one after the other, each a variant of its own.
+
+    Args:
+        at: row and column of the top left pixel; None leaves patches where they are made for.
+        shifts: pixels to move down and to the right from there.
+        degrees: angles to turn about the middle, there.
+    """
+
+    at: tuple[int, int] | None = None
+    shifts: Sequence[int] = ()
+    degrees: Sequence[float] = ()
+
+    def variants(self, patches: Sequence[Contender], image_size: tuple[int, int]) -> list[Contender]:
+        """Every patch in every variant.
+
+        Args:
+            patches: as they were made.
+            image_size: (H, W) in pixels.
+
+        Raises:
+            UsageError: shifts of a patch without a fixed place, or a variant that does not fit on the image.
+        """
+        return [variant for contender in patches for variant in self._of(contender, image_size)]
+
+    def _of(self, contender: Contender, image_size: tuple[int, int]) -> Iterator[Contender]:
+        patch = contender.patch if self.at is None else replace(contender.patch, place=self.at)
+        if patch.place != contender.patch.place:
+            yield self._variant(contender, patch)
+        for shift in self.shifts:
+            yield self._variant(contender, _shifted(patch, shift, image_size, name=contender.name), shift=shift)
+        for degrees in self.degrees:
+            yield self._variant(contender, _rotated(patch, degrees, image_size), degrees=degrees)
+
+    def _variant(self, contender: Contender, patch: Patch, *, shift: int = 0, degrees: float = 0) -> Contender:
+        facts = VariantFacts(of=contender.name, at=self.at, shift=shift, degrees=degrees)
+        return replace(contender, name=f"{contender.name} {facts.label}", patch=patch, variant=facts)
+
+
+def _shifted(patch: Patch, shift: int, image_size: tuple[int, int], *, name: str) -> Patch:
+    if patch.place == "random":
+        raise UsageError(f"patch {name!r} has no place to be shifted from: give one with --at ROW,COL")
+    row, column = patch.place
+    most = min(image_size[0] - patch.size[0] - row, image_size[1] - patch.size[1] - column)
+    if shift > most:
+        raise UsageError(
+            f"patch {name!r} at row {row}, column {column} cannot be shifted by {shift} pixels, it would leave the "
+            f"{image_size[0]}x{image_size[1]} image: give --shift up to {max(most, 0)}"
+        )
+    return replace(patch, place=(row + shift, column + shift))
+
+
+def _rotated(patch: Patch, degrees: float, image_size: tuple[int, int]) -> Patch:
+    """Turned about its middle, and moved into the image where its corners would stick out."""
+    texture, mask = rotate_patch(patch.texture, patch.mask, degrees)
+    place = patch.place
+    if place != "random":
+        row, column = (
+            max(0, min(start + (before - after) // 2, side - after))
+            for start, before, after, side in zip(place, patch.size, mask.shape, image_size, strict=True)
+        )
+        place = row, column
+    return replace(patch, texture=fake_quantize(texture, PATCH_FILE_BITS), mask=mask, place=place)

@@ -1,0 +1,81 @@
+"""Reading a QONNX graph: nodes, attributes, constants, and which layer of the network a node belongs to.
+
+The libraries that exports need, which are an extra.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+
+from qadtr_brevitas.core.errors import UsageError
+
+
+def library(name: str) -> Any:
+    """Imports a module of an optional library.
+
+    Raises:
+        UsageError: it is not installed.
+    """
+    try:
+        return import_module(name)
+    except ImportError as error:
+        package = name.partition(".")[0]
+        raise UsageError(
+            f"exports need {package}, which is not installed or not complete ({error}): "
+            "pip install qadtr-brevitas[export]"
+        ) from error
+
+
+# Parts of a node's name that are inside a layer.
+_INSIDE = ("input_quant", "weight_quant", "act_quant", "product_quant", "activation_impl", "export_handler")
+
+
+def attribute(node: Any, name: str, default: Any = None) -> Any:
+    """The value of a node's attribute."""
+    found = next((a for a in node.attribute if a.name == name), None)
+    return default if found is None else library("onnx").helper.get_attribute_value(found)
+
+
+def nodes_of(model: Any, *kinds: str) -> list[Any]:
+    """The nodes of some kinds, in order."""
+    return [node for node in model.graph.node if node.op_type in kinds]
+
+
+def constant(model: Any, name: str) -> Any:
+    """The value of a tensor that is the same for every image, quantized or not; None for others."""
+    value = model.get_initializer(name)
+    producer = model.find_producer(name)
+    if value is None and producer is not None and producer.op_type == "Quant":
+        return constant(model, producer.input[0])
+    return value
+
+
+def scale_of(model: Any, quant: Any) -> Any:
+    """The steps of a Quant node."""
+    return np.asarray(model.get_initializer(quant.input[1]), dtype=np.float64)
+
+
+def bits_of(model: Any, quant: Any) -> int:
+    """The bit-width of a Quant node."""
+    return int(model.get_initializer(quant.input[3]))
+
+
+def layer_of(node: Any) -> str:
+    """The name of the network's module that a node was traced in, such as layer1.0.conv1.
+
+    PyTorch writes the names of a module and of all around it, each in full where it stands in a Sequential:
+    /net/layer1/layer1.0/conv1/Conv.
+    """
+    parts: list[str] = []
+    for part in node.name.split("/")[1:-1]:
+        if part.startswith(_INSIDE):
+            break
+        if parts and part.startswith(f"{parts[-1]}."):
+            parts[-1] = part
+        else:
+            parts.append(part)
+    # The frozen model calls the network so.
+    return ".".join(parts).removeprefix("net").removeprefix(".") or "the network itself"

@@ -1,0 +1,174 @@
+"""One export: freeze, write, verify, and only then keep the folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qadtr_brevitas.attacks.patch import Patch
+from qadtr_brevitas.core.errors import ExportError, UsageError
+from qadtr_brevitas.core.files import replace_directory, write_json
+from qadtr_brevitas.core.precision import Precision
+from qadtr_brevitas.core.seeding import generator
+from qadtr_brevitas.data.split import Split
+from qadtr_brevitas.evaluation.entries import Subject
+from qadtr_brevitas.exporting.estimate import Estimate, compiler_python, estimate
+from qadtr_brevitas.exporting.folder import Build, write_build_files
+from qadtr_brevitas.exporting.formats import MODEL_FILE, Format, blockers, check_bits
+from qadtr_brevitas.exporting.rewrite import PIXELS
+from qadtr_brevitas.exporting.ties import Ties, check_ties, count_ties
+from qadtr_brevitas.exporting.verify import TOLERANCE, Agreement, Progress, check, compare
+from qadtr_brevitas.quant import at_precision, freeze
+
+REPORT_FILE = "export-report.json"
+_PACKAGES = ("qadtr-brevitas", "brevitas", "torch", "timm", "onnx", "onnxruntime", "qonnx")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportReport:
+    """What was exported, and how it was checked.
+
+    Args:
+        model: name and path of the model directory.
+        fingerprint: of its weights.
+        precision: the precision exported.
+        format: name of the format.
+        bytes: size of the model file.
+        agreement: how the file and the network agree; None if it was not verified.
+        ties: what rounding ties up changes, as FINN does; None for other formats, or if it was not verified.
+        estimate: what it costs on an FPGA; None if that was not asked for.
+        seed: of the patches' places.
+        command: command line.
+        created: date and time.
+        versions: of the packages that had a part in it.
+    """
+
+    model: str
+    fingerprint: str
+    precision: str
+    format: str
+    bytes: int
+    agreement: Agreement | None
+    ties: Ties | None
+    estimate: Estimate | None
+    seed: int
+    command: str
+    created: str
+    versions: Mapping[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def export(
+    subject: Subject,
+    precision: Precision,
+    form: Format,
+    output: Path,
+    *,
+    split: Split | None,
+    patches: Sequence[tuple[str, Patch]] = (),
+    tolerance: float = TOLERANCE,
+    build: Build | None = None,
+    with_estimate: bool = False,
+    seed: int = 0,
+    command: str = "",
+    progress: Progress | None = None,
+) -> ExportReport:
+    """Writes a folder with the model file and export-report.json, or nothing.
+
+    Args:
+        subject: the model, on the CPU.
+        precision: an allowed precision below 32 bit.
+        form: the format.
+        output: the folder; one that was there stays until the new one is complete.
+        split: images that the file is verified on; None to leave it unverified.
+        patches: names and patches whose success is compared too.
+        tolerance: largest difference of the median image's logits, in shares of the largest logit.
+        build: what to build for, for a format of a compiler.
+        with_estimate: have FINN estimate what it costs.
+        seed: seed of the patches' places.
+        command: command line, for the report.
+        progress: is told (images done, images in all).
+
+    Raises:
+        UsageError: the precision is not allowed or not below 32 bit, a library or the compiler is not installed, or
+            estimates are asked for in another format than FINN's.
+        ExportError: the format cannot hold the network, the file computes something else, or the compiler refuses it.
+        CheckpointError: the folder cannot be written.
+    """
+    _check(subject, precision, form, with_estimate=with_estimate)
+    frozen = freeze(subject.model, precision)  # pyright: ignore[reportArgumentType]
+    reports: list[ExportReport] = []
+
+    def fill(folder: Path) -> None:
+        image = _image(subject, split)
+        file = folder / MODEL_FILE
+        form.write(frozen, image, file)
+        agreement = ties = None
+        if split is not None:
+            agreement = compare(
+                frozen, form.load(file), split, patches, as_bytes=form.takes_bytes, seed=seed, progress=progress
+            )
+            check(agreement, tolerance=tolerance, remedy=form.remedy)
+            if form.compiler == "finn":
+                ties = count_ties(frozen, split)
+                check_ties(ties)
+        if form.compiler is not None:
+            write_build_files(folder, form, frozen, image, build or Build())
+        report = ExportReport(
+            model=subject.path or subject.name,
+            fingerprint=subject.fingerprint,
+            precision=str(precision),
+            format=form.name,
+            bytes=file.stat().st_size,
+            agreement=agreement,
+            ties=ties,
+            estimate=estimate(folder) if with_estimate else None,
+            seed=seed,
+            command=command,
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            versions=_versions(),
+        )
+        write_json(folder / REPORT_FILE, report.to_dict())
+        reports.append(report)
+
+    replace_directory(output, fill)
+    return reports[0]
+
+
+def _check(subject: Subject, precision: Precision, form: Format, *, with_estimate: bool) -> None:
+    check_bits(precision, form)
+    if with_estimate:
+        if form.compiler != "finn":
+            raise UsageError(f"estimates are FINN's, and the format is {form.name}: choose the format finn")
+        compiler_python("finn")
+    with at_precision(subject.model, precision):
+        if found := blockers(subject.model, form):
+            raise ExportError(f"{subject.name} cannot be exported to {form.name}: {'; '.join(found)}")
+
+
+def _image(subject: Subject, split: Split | None) -> Tensor:
+    """The first image, (1, C, H, W), or noise of whole bytes where there are none."""
+    if split is not None:
+        return split.batch(torch.arange(1))[0]
+    shape = (1, len(subject.info.mean), *subject.info.image_size)
+    return torch.randint(256, shape, generator=generator(0, "export")) / PIXELS
+
+
+def _versions() -> dict[str, str]:
+    found: dict[str, str] = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,130 @@
+"""Float weights from files of any origin. Nothing is ever unpickled that could run code."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from qadtr_brevitas.core.errors import CheckpointError
+from qadtr_brevitas.data.listing import DATA_VARIABLE, data_folder
+
+WRAPPERS = ("state_dict", "model")
+PREFIXES = ("module.", "_orig_mod.")
+
+
+def find_weights(path: str | Path) -> Path:
+    """The file of that path; a relative one is also looked for in the folder QADTR_BREVITAS_DATA names.
+
+    Raises:
+        CheckpointError: there is no such file.
+    """
+    given = Path(path).expanduser()
+    base = data_folder()
+    places = [given] if base is None or given.is_absolute() else [given, base / given]
+    for place in places:
+        if place.is_file():
+            return place
+    where = " or ".join(str(place) for place in places)
+    hint = "" if base or given.is_absolute() else f", set {DATA_VARIABLE} to the folder that holds it,"
+    raise CheckpointError(
+        f"there is no checkpoint {where}: put it there{hint} or name another with model.checkpoint=FILE "
+        "(convert: --checkpoint FILE)"
+    )
+
+
+def load_weights(path: str | Path) -> dict[str, Tensor]:
+    """Reads float weights from .safetensors, or from what torch.save wrote (.pth, .pt, .th, .bin).
+
+    A state dict inside `state_dict` or `model` is taken out, and the prefixes that DataParallel and torch.compile add
+    to names are removed.
+
+    Returns:
+        Tensors on the CPU by parameter name.
+
+    Raises:
+        CheckpointError: the file is missing, truncated, holds other objects than tensors and plain values, or holds
+            no weights.
+    """
+    file = find_weights(path)
+    stored = _read_safetensors(file) if file.suffix == ".safetensors" else _read_pickled(file)
+    for key in WRAPPERS:
+        if isinstance(stored, Mapping) and isinstance(stored.get(key), Mapping):
+            stored = stored[key]
+    if not isinstance(stored, Mapping) or not stored or not all(isinstance(value, Tensor) for value in stored.values()):
+        raise CheckpointError(f"{file} holds no weights by name: save model.state_dict() in it")
+    return {_plain_name(name): value for name, value in stored.items()}
+
+
+def load_into(model: nn.Module, weights: Mapping[str, Tensor], *, source: str, name: str) -> None:
+    """Copies weights into a float model, in place; every parameter must be there and fit.
+
+    Args:
+        model: the float model.
+        weights: by parameter name; BatchNorm's counters of batches may be missing.
+        source: what the weights came from, for the error.
+        name: of the model, for the error.
+
+    Raises:
+        CheckpointError: the weights are those of another network, or for another number of classes.
+    """
+    own = model.state_dict()
+    wrong_shape = [key for key in own if key in weights and weights[key].shape != own[key].shape]
+    missing = [key for key in own if key not in weights and not key.endswith("num_batches_tracked")]
+    unknown = [key for key in weights if key not in own]
+    classifier = _classifier_keys(model)
+    if wrong_shape and not missing and not unknown and set(wrong_shape) <= set(classifier):
+        given, wanted = len(weights[wrong_shape[0]]), len(own[wrong_shape[0]])
+        raise CheckpointError(
+            f"{source} has weights for {given} classes, but {wanted} are needed: "
+            f"use data with {given} classes, or weights for {wanted}"
+        )
+    if differing := [*missing, *wrong_shape, *unknown]:
+        shared = len(own.keys() & weights.keys()) - len(wrong_shape)
+        raise CheckpointError(
+            f"{source} does not fit {name}: they share {shared} tensors, but differ in {len(differing)}, for instance "
+            f"{', '.join(differing[:3])}; set model.name and model.args to those of the network it comes from"
+        )
+    model.load_state_dict(dict(weights))
+
+
+def _read_safetensors(file: Path) -> Any:
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise _damaged(file, error) from error
+
+
+def _read_pickled(file: Path) -> Any:
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{file} holds pickled Python objects, which could run any code, so it is not loaded. If you trust it, "
+            f"save its weights anew: python -c \"import torch; c = torch.load('{file}', weights_only=False); "
+            f"torch.save(c.get('state_dict', c), '{file.with_suffix('.weights.pth')}')\""
+        ) from error
+    except Exception as error:  # a damaged pickle can raise anything
+        raise _damaged(file, error) from error
+
+
+def _damaged(file: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"{file} is damaged or incomplete ({str(error) or type(error).__name__}): fetch it again")
+
+
+def _plain_name(name: str) -> str:
+    while stripped := next((prefix for prefix in PREFIXES if name.startswith(prefix)), None):
+        name = name.removeprefix(stripped)
+    return name
+
+
+def _classifier_keys(model: nn.Module) -> list[str]:
+    classifier = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
+    names = (classifier,) if isinstance(classifier, str) else classifier
+    return [f"{name}.{key}" for name in names for key in ("weight", "bias")]

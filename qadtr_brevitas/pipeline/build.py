@@ -1,0 +1,246 @@
+"""From recipe sections to objects: data, float model, switchable model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from timm.data import resolve_data_config
+from torch import nn
+
+from qadtr_brevitas.config import DataSection, ModelSection, Recipe
+from qadtr_brevitas.core.errors import DataError
+from qadtr_brevitas.data.split import Progress, Split, differing_class, numbered
+from qadtr_brevitas.models.create import create_float_model, fixed_size_args, model_config, own_image_size
+from qadtr_brevitas.models.weights import load_into, load_weights
+from qadtr_brevitas.pipeline.checkpoint import ModelInfo, read_float_weights, read_info
+from qadtr_brevitas.quant import ConversionReport, SwitchableModel, convert
+
+
+class Splits(NamedTuple):
+    """The images of a run: for training, for choosing the best model (or None), and for testing."""
+
+    train: Split
+    val: Split | None
+    test: Split
+
+
+def fit_data(recipe: Recipe) -> Recipe:
+    """The recipe, with the image size and crop of its model where the data set has images of different sizes.
+
+    Raises:
+        DataError: the data are missing or damaged, or the images of the model are not square.
+        UsageError, CheckpointError: as `build_model`.
+    """
+    dataset, section = recipe.data.dataset, recipe.model
+    if not hasattr(dataset, "fitted") or not dataset.needs_size():
+        return recipe
+    size, crop = own_image_size(section.name, section.args)
+    if section.checkpoint is not None and _is_model_dir(section.checkpoint):
+        size, width = read_info(section.checkpoint).image_size
+        if size != width:
+            raise DataError(
+                f"{section.checkpoint} is for images of {size}x{width}, but those of the data have different sizes and "
+                f"would be made square: give images that all are {size}x{width}"
+            )
+    data = recipe.data.model_copy(update={"dataset": dataset.fitted(size, crop)})
+    return recipe.model_copy(update={"data": data})
+
+
+def build_split(
+    section: DataSection,
+    split: Literal["train", "test"],
+    *,
+    seed: int,
+    limit: int | None = None,
+    progress: Progress | None = None,
+) -> Split:
+    """Loads one split, limited as the section says; images that are left out are not read.
+
+    Args:
+        section: what to load.
+        split: which one.
+        seed: decides which images a limit leaves.
+        limit: at most so many images, if the section allows as many.
+        progress: is told (images done, images in all).
+
+    Raises:
+        DataError: the data are missing or damaged.
+    """
+    limits = (limit, section.train_limit if split == "train" else section.test_limit)
+    smallest = min((number for number in limits if number is not None), default=None)
+    return section.dataset.load(split, limit=smallest, seed=seed, progress=progress)
+
+
+def build_splits(section: DataSection, *, seed: int, progress: Progress | None = None) -> Splits:
+    """Loads the data, and holds out `val_share` of the training images.
+
+    Raises:
+        DataError: the data are missing or damaged, or no training image is left.
+    """
+    train = build_split(section, "train", seed=seed, progress=progress)
+    test = build_split(section, "test", seed=seed, progress=progress)
+    if not section.val_share:
+        return Splits(train, None, test)
+    held_out = max(1, round(section.val_share * len(train)))
+    if held_out >= len(train):
+        raise DataError(
+            f"data.val_share={section.val_share:g} leaves none of the {len(train)} training images: give a smaller one"
+        )
+    val, train = train.divide(held_out, seed=seed)
+    return Splits(train, val, test)
+
+
+def no_images(section: ModelSection) -> Split:
+    """An empty split with the image size and the number of classes that a network is made for.
+
+    Raises:
+        UsageError, CheckpointError: as `build_model`.
+    """
+    size, _ = own_image_size(section.name, section.args)
+    labels = torch.empty(0, dtype=torch.int64)
+    classes = numbered(section.num_classes or own_classes(section))
+    return Split(torch.empty(0, 3, size, size, dtype=torch.uint8), labels, classes)
+
+
+def build_model(section: ModelSection, *, num_classes: int, image_size: tuple[int, int]) -> nn.Module:
+    """Makes the float network, with weights if the section names any.
+
+    Args:
+        section: what to make.
+        num_classes: outputs.
+        image_size: height and width of the images, in pixels.
+
+    Raises:
+        UsageError: the name or an argument is unknown.
+        DataError: the section makes the network for images of one size, and they have another.
+        CheckpointError: the weights cannot be read, or are those of another network or number of classes.
+    """
+    args = _all_args(section, image_size)
+    model = create_float_model(section.name, pretrained=section.pretrained, num_classes=num_classes, args=args)
+    if section.checkpoint is not None:
+        read = read_float_weights if _is_model_dir(section.checkpoint) else load_weights
+        load_into(model, read(section.checkpoint), source=section.checkpoint, name=section.name)
+    return model
+
+
+def build_switchable(
+    recipe: Recipe, train: Split, *, only_ranges: bool = False
+) -> tuple[SwitchableModel, ConversionReport, ModelInfo]:
+    """Makes the float network for the images and converts it; it is not yet calibrated.
+
+    Args:
+        recipe: its sections `model`, `data` and `quant` are read.
+        train: the training images, for their size and classes.
+        only_ranges: the images only serve to choose ranges, so a network that has weights keeps its classes and their
+            names, whatever the classes of the images are.
+
+    Returns:
+        The switchable model, what was done to each layer, and what `save_model` needs.
+
+    Raises:
+        DataError: the data have another number of classes than `model.num_classes`, or images of another size than
+            the network can take.
+        UsageError, CheckpointError: as `build_model` and `convert`.
+    """
+    data = recipe.data.model_dump(mode="json")["dataset"]
+    if only_ranges:
+        classes, data = _kept_classes(recipe.model, train, data)
+    else:
+        classes = train.classes
+        check_classes(recipe.model.num_classes or len(classes), train)
+    net = build_model(recipe.model, num_classes=len(classes), image_size=train.image_size)
+    mean, std = _pixel_statistics(recipe.model, net)
+    quant = recipe.quant.model_dump(mode="json", exclude={"calibration"})
+    if recipe.quant.calibration.bias_correction:
+        quant["bias_correction"] = True
+    name, args = _architecture(recipe.model, net, train.image_size)
+    model, report = convert(net, mean=mean, std=std, image_size=train.image_size, in_place=True, **quant)
+    info = ModelInfo(
+        name=name,
+        args=args,
+        num_classes=len(classes),
+        image_size=train.image_size,
+        classes=classes,
+        mean=mean,
+        std=std,
+        quant=quant,
+        data=data,
+    )
+    return model, report, info
+
+
+def check_classes(num_classes: int, images: Split) -> None:
+    """Refuses images whose number of classes is not that of the model.
+
+    Raises:
+        DataError: the numbers differ.
+    """
+    if num_classes != len(images.classes):
+        raise DataError(
+            f"the data have {len(images.classes)} classes, but the model has {num_classes}: "
+            "use other data, or set model.num_classes to null and train"
+        )
+
+
+def own_classes(section: ModelSection) -> int:
+    """Outputs of the network as its library makes it, and of the weights published for it.
+
+    Raises:
+        UsageError, CheckpointError: as `build_model`.
+    """
+    return model_config(section.name).get("num_classes", 1000)
+
+
+def _kept_classes(
+    section: ModelSection, images: Split, data: Mapping[str, Any]
+) -> tuple[tuple[str, ...], Mapping[str, Any] | None]:
+    """The names of a network's own classes, and the data set they are of, if that is known."""
+    if section.checkpoint is not None and _is_model_dir(section.checkpoint):
+        stored = read_info(section.checkpoint)
+        if len(stored.classes) != len(images.classes) or differing_class(stored.classes, images.classes) is not None:
+            return stored.classes, stored.data
+        return (images.classes if stored.classes == numbered(len(stored.classes)) else stored.classes), data
+    count = section.num_classes or (own_classes(section) if section.pretrained else len(images.classes))
+    return (images.classes, data) if count == len(images.classes) else (numbered(count), None)
+
+
+def _is_model_dir(checkpoint: str) -> bool:
+    return Path(checkpoint).expanduser().is_dir()
+
+
+def _all_args(section: ModelSection, image_size: tuple[int, int]) -> dict[str, Any]:
+    """The arguments of the section, and the image size for a network that has to be told."""
+    size_args = fixed_size_args(section.name, image_size)
+    for key, size in size_args.items():
+        given = section.args.get(key, size)
+        if _as_pair(given) != _as_pair(size):
+            height, width = _as_pair(given)
+            raise DataError(
+                f"the images are {image_size[0]}x{image_size[1]}, but model.args.{key} makes {section.name} for "
+                f"{height}x{width} only: set data.dataset.image_size={height}, or use other data"
+            )
+    return {**size_args, **section.args}
+
+
+def _as_pair(size: int | Sequence[int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def _pixel_statistics(section: ModelSection, net: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and std of pixels in [0, 1]: those the weights were trained with."""
+    if section.checkpoint is not None and _is_model_dir(section.checkpoint):
+        info = read_info(section.checkpoint)
+        return info.mean, info.std
+    config = resolve_data_config({}, model=net)
+    return tuple(config["mean"]), tuple(config["std"])
+
+
+def _architecture(section: ModelSection, net: nn.Module, image_size: tuple[int, int]) -> tuple[str, dict[str, object]]:
+    """Name and arguments that make the same network again, without the network or folder it came from."""
+    args = _all_args(section, image_size)
+    if ":" not in section.name:
+        return section.name, args
+    return net.pretrained_cfg["architecture"], {**net.pretrained_model_args, **args}  # pyright: ignore

@@ -1,0 +1,89 @@
+"""Quantizer ranges from the images of a data set, as a recipe says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from qadtr_brevitas.config import CalibrationSection
+from qadtr_brevitas.core.errors import DataError
+from qadtr_brevitas.data.split import Split
+from qadtr_brevitas.quant import SwitchableModel, allowed_precisions, calibrate
+
+DEFAULT_IMAGES, FEWEST_IMAGES = 512, 16
+
+# A batch has at most so many pixels and images: 128 of 32x32, 20 of 224x224.
+_BATCH_PIXELS, _BATCH_IMAGES = 1 << 20, 128
+
+
+def calibrate_on(
+    model: SwitchableModel,
+    images: Split,
+    section: CalibrationSection,
+    *,
+    seed: int,
+    progress: Callable[[int, int], object] | None = None,
+) -> None:
+    """Sets the quantizer ranges of every precision in place, from some of the images.
+
+    Args:
+        model: a switchable model; one of 32 bit alone has nothing to set.
+        images: training images.
+        section: how many of them to look at, and how.
+        seed: decides which.
+        progress: is told (batches done, batches in all) over everything that calibration does.
+
+    Raises:
+        DataError: as `calibration_count`.
+    """
+    if all(precision.is_float for precision in allowed_precisions(model)):
+        return
+    chosen = images.balanced(calibration_count(section, len(images)), seed=seed)
+    calibrate(
+        model,
+        CalibrationBatches(chosen, next(model.parameters()).device),
+        method=section.method,
+        percentile=section.percentile,
+        bias_correction=section.bias_correction,
+        progress=progress,
+    )
+
+
+def calibration_count(section: CalibrationSection, available: int) -> int:
+    """How many of the training images calibration looks at.
+
+    Raises:
+        DataError: there are fewer than the section asks for, or too few to tell a range from.
+    """
+    if available < FEWEST_IMAGES:
+        raise DataError(f"calibration needs at least {FEWEST_IMAGES} training images, there are {available}: add some")
+    wanted = min(DEFAULT_IMAGES, available) if section.samples is None else section.samples
+    if wanted > available:
+        raise DataError(
+            f"calibration is to look at {wanted} training images, there are {available}: "
+            f"set quant.calibration.samples={available} or less"
+        )
+    return wanted
+
+
+class CalibrationBatches(Sequence[Tensor]):
+    """Images (n, 3, H, W) in [0, 1], as float only while a batch is looked at.
+
+    Args:
+        images: all of them.
+        device: where batches are wanted.
+    """
+
+    def __init__(self, images: Split, device: torch.device) -> None:
+        height, width = images.image_size
+        size = min(_BATCH_IMAGES, max(1, _BATCH_PIXELS // (height * width)))
+        self.images, self.device = images, device
+        self.indices = torch.arange(len(images)).split(size)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return self.images.batch(self.indices[index], device=self.device)[0]

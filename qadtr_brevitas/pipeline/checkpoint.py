@@ -1,0 +1,160 @@
+"""Model directories: {model.safetensors, config.json}, everything needed to have a switchable model again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from qadtr_brevitas.core.errors import CheckpointError, UsageError
+from qadtr_brevitas.core.files import read_json, replace_directory, write_json
+from qadtr_brevitas.core.precision import parse_precisions
+from qadtr_brevitas.models.create import create_float_model
+from qadtr_brevitas.models.weights import load_weights
+from qadtr_brevitas.quant import SwitchableModel, allowed_precisions, convert
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+FORMAT = 1
+_NET = "net."
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelInfo:
+    """What a switchable model was made of.
+
+    Args:
+        name: timm name of the float network.
+        args: further arguments of `timm.create_model`.
+        num_classes: outputs.
+        image_size: height and width of the images it was made for, in pixels.
+        classes: names of the classes, in the order of the outputs.
+        mean: per channel, of pixels in [0, 1].
+        std: per channel, of pixels in [0, 1].
+        quant: keyword arguments of `convert()`; `precisions` is written as the model has them when it is saved.
+        source: what made it, for instance the name of a recipe.
+        data: the data set it was made on, as in a recipe: `{name: X, <fields of X>}`; None where that is not known.
+    """
+
+    name: str
+    args: Mapping[str, Any]
+    num_classes: int
+    image_size: tuple[int, int]
+    classes: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    quant: Mapping[str, Any]
+    source: str = ""
+    data: Mapping[str, Any] | None = None
+
+
+def save_model(path: str | Path, model: SwitchableModel, info: ModelInfo) -> None:
+    """Writes a model directory, complete or not at all; one that was there stays until the new one is on disk.
+
+    Raises:
+        CheckpointError: the disk is full or the folder cannot be written.
+    """
+    precisions = [p.weight if p.is_tied else str(p) for p in allowed_precisions(model)]
+    info = replace(info, quant={**info.quant, "precisions": precisions})
+    # Clones, because safetensors refuses tensors that share memory, as tied weights do.
+    tensors = {name: value.detach().cpu().clone().contiguous() for name, value in model.state_dict().items()}
+
+    def fill(folder: Path) -> None:
+        save_file(tensors, folder / WEIGHTS)
+        write_json(folder / CONFIG, {"format": FORMAT, **asdict(info)})
+
+    replace_directory(Path(path), fill)
+
+
+def load_model(path: str | Path, *, device: torch.device | str = "cpu") -> tuple[SwitchableModel, ModelInfo]:
+    """Reads a model or run directory; the model computes bit for bit what the saved one computed.
+
+    Returns:
+        The switchable model in eval mode on `device`, and what it was made of.
+
+    Raises:
+        CheckpointError: there is no model, it is damaged, or a newer version of this package wrote it.
+    """
+    folder = resolve_model_dir(path)
+    info = read_info(folder)
+    weights = load_weights(folder / WEIGHTS)
+    try:
+        net = create_float_model(info.name, num_classes=info.num_classes, args=info.args)
+        model, _ = convert(net, mean=info.mean, std=info.std, image_size=info.image_size, in_place=True, **info.quant)
+        model.load_state_dict(weights)
+    except (RuntimeError, TypeError, UsageError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"{folder / CONFIG} and {WEIGHTS} do not fit ({reason}): save the model again") from error
+    return model.eval().to(device), info
+
+
+def resolve_model_dir(path: str | Path) -> Path:
+    """The model directory itself, or `last/` of a run directory.
+
+    Raises:
+        CheckpointError: neither is there, or one of the two files of a model is missing.
+    """
+    given = Path(path).expanduser()
+    for folder in (given, given / "last"):
+        found = [name for name in (WEIGHTS, CONFIG) if (folder / name).is_file()]
+        if len(found) == 2:
+            return folder
+        if found:
+            missing = CONFIG if found == [WEIGHTS] else WEIGHTS
+            raise CheckpointError(f"{folder} has a {found[0]} but no {missing}: copy both files of the model")
+    raise CheckpointError(
+        f"there is no model in {given}: give a run or model directory, or make one with `qadtr-brevitas train RECIPE`"
+    )
+
+
+def read_float_weights(path: str | Path) -> dict[str, Tensor]:
+    """The 32-bit weights of a model or run directory, by their names in the float network; quantizers are left out.
+
+    Raises:
+        CheckpointError: as `load_model`, or the model was not made for 32 bit.
+    """
+    folder = resolve_model_dir(path)
+    info = read_info(folder)
+    if not any(precision.is_float for precision in parse_precisions(info.quant["precisions"])):
+        # Its norm statistics at 32 bit are whatever they were before training.
+        raise CheckpointError(
+            f"the model in {folder} has no 32 bit to start from: give one that was made with 32 in quant.precisions"
+        )
+    stored = load_weights(folder / WEIGHTS)
+    names = create_float_model(info.name, num_classes=info.num_classes, args=info.args).state_dict()
+    return {name: stored[_NET + name] for name in names if _NET + name in stored}
+
+
+def read_info(path: str | Path) -> ModelInfo:
+    """What the model of a model or run directory was made of.
+
+    Raises:
+        CheckpointError: there is no model, its config is damaged, or a newer version of this package wrote it.
+    """
+    file = resolve_model_dir(path) / CONFIG
+    config = read_json(file)
+    if not isinstance(config, dict) or not isinstance(config.get("format"), int):
+        raise CheckpointError(f"{file} is not the config of a switchable model: give a directory this package wrote")
+    if config["format"] > FORMAT:
+        raise CheckpointError(
+            f"{file} has format {config['format']}, but this version reads up to {FORMAT}: "
+            "pip install -U qadtr-brevitas"
+        )
+    known = {field.name for field in fields(ModelInfo)}
+    try:
+        info = ModelInfo(**{key: value for key, value in config.items() if key in known})
+        height, width = info.image_size
+        parse_precisions(info.quant["precisions"])
+        return replace(
+            info,
+            image_size=(height, width),
+            classes=tuple(info.classes),
+            mean=tuple(info.mean),
+            std=tuple(info.std),
+        )
+    except (KeyError, TypeError, ValueError, UsageError) as error:
+        raise CheckpointError(f"{file} lacks a key or has a wrong value ({error}): save the model again") from error

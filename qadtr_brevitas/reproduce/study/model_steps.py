@@ -1,0 +1,124 @@
+"""The parts that make models: training, conversion without training, and one precision more."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from qadtr_brevitas.config import Recipe
+from qadtr_brevitas.core.errors import TrainingError
+from qadtr_brevitas.core.files import write_atomically
+from qadtr_brevitas.core.precision import Precision
+from qadtr_brevitas.pipeline.add_precision import widen
+from qadtr_brevitas.pipeline.build import build_split, build_switchable, fit_data
+from qadtr_brevitas.pipeline.calibration import DEFAULT_IMAGES, calibrate_on
+from qadtr_brevitas.pipeline.checkpoint import save_model
+from qadtr_brevitas.reproduce.study.networks import Net
+from qadtr_brevitas.reproduce.study.resources import Workshop
+from qadtr_brevitas.reproduce.study.steps import Part, Progress
+from qadtr_brevitas.training.log import Observer, StepRecord
+from qadtr_brevitas.training.loop import train
+
+
+@dataclass(frozen=True)
+class ModelPart(Part):
+    """A network: trained, or converted and calibrated.
+
+    Args:
+        net: the network.
+    """
+
+    net: Net
+
+    def work(self, workshop: Workshop, progress: Progress) -> None:
+        """Trains it, or goes on with it; a conversion is made whole or not at all."""
+        recipe = self._recipe()
+        if not self.net.section.train:
+            _convert(recipe, self.folder)
+        elif workshop.processes > 1:
+            _train_together(recipe, self.folder, workshop)
+        else:
+            train(recipe, self.folder, device=workshop.device, observer=_Teller(progress))
+
+    def _recipe(self) -> Recipe:
+        """The recipe, with the weights to start from."""
+        recipe = self.net.recipe
+        assert recipe is not None
+        if not self.needs:
+            return recipe
+        (start,) = self.needs
+        section = recipe.model.model_copy(update={"checkpoint": str(start.folder), "pretrained": False})
+        return recipe.model_copy(update={"model": section})
+
+
+@dataclass(frozen=True)
+class FinishedModel(Part):
+    """A network that is there already."""
+
+    def is_made(self) -> bool:
+        """It is."""
+        return True
+
+    def work(self, workshop: Workshop, progress: Progress) -> None:
+        """Nothing is left to do."""
+
+
+@dataclass(frozen=True)
+class WiderModel(Part):
+    """A network at one precision more, which it was not trained for.
+
+    Args:
+        source: the network's folder.
+        precision: what is added.
+        images: how many it is calibrated on.
+        seed: decides which.
+    """
+
+    source: Path
+    precision: Precision
+    images: int
+    seed: int
+
+    def work(self, workshop: Workshop, progress: Progress) -> None:
+        """Calibrates it."""
+        images = workshop.images(self.source, "train", limit=self.images, seed=self.seed)
+        widen(self.source, self.folder, self.precision, images, seed=self.seed)
+
+
+class _Teller(Observer):
+    """Turns the steps of a training into progress."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress, self.total = progress, 0
+
+    def on_start(self, *, step: int, total_steps: int, epochs: int) -> None:
+        self.total = total_steps
+        self.progress(step, total_steps, "")
+
+    def on_step(self, record: StepRecord) -> None:
+        self.progress(record.step, self.total, f"loss {record.loss:.3f}")
+
+
+def _convert(recipe: Recipe, folder: Path) -> None:
+    fitted = fit_data(recipe)
+    section = fitted.quant.calibration
+    images = build_split(fitted.data, "train", seed=fitted.seed, limit=section.samples or DEFAULT_IMAGES)
+    model, _, info = build_switchable(fitted, images)
+    calibrate_on(model, images, section, seed=fitted.seed)
+    save_model(folder, model, replace(info, source="convert"))
+
+
+def _train_together(recipe: Recipe, folder: Path, workshop: Workshop) -> None:
+    """Trains in several processes, which torchrun starts."""
+    file = workshop.work / "recipes" / f"{folder.name}.yaml"
+    write_atomically(file, lambda path: path.write_text(recipe.dump_yaml(), encoding="utf-8"))
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(workshop.processes)]
+    training = ["-m", "qadtr_brevitas", "train", str(file), "-o", str(folder), "--device", workshop.device, "-q"]
+    done = subprocess.run([sys.executable, "-m", *launcher, *training], check=False, stdout=sys.stderr)
+    if done.returncode:
+        raise TrainingError(
+            f"torchrun ended with code {done.returncode} while training {folder}; its messages are above. The same "
+            "command goes on where it stopped"
+        )

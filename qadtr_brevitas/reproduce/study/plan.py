@@ -1,0 +1,341 @@
+"""From a study to its parts, each after those it needs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from qadtr_brevitas.config.slots import slot_name
+from qadtr_brevitas.core.errors import QadtrError, UsageError
+from qadtr_brevitas.core.files import fingerprint_facts
+from qadtr_brevitas.evaluation import NamedAttack
+from qadtr_brevitas.evaluation.unseen import SEEN_SIZE, SIDE, UnseenPatch, left_out_bits, unseen_patches
+from qadtr_brevitas.quant.inference import Access
+from qadtr_brevitas.reproduce.analyses.patches import finished_patches
+from qadtr_brevitas.reproduce.study.attack_steps import AnalysisPart, AuditPart, PatchPart, ReportPart
+from qadtr_brevitas.reproduce.study.file import OWN
+from qadtr_brevitas.reproduce.study.model_steps import FinishedModel, ModelPart, WiderModel
+from qadtr_brevitas.reproduce.study.networks import Net, make_nets
+from qadtr_brevitas.reproduce.study.resources import settings_of
+from qadtr_brevitas.reproduce.study.sections import Study, StudyAttack, StudyAudit, StudyEvaluation
+from qadtr_brevitas.reproduce.study.steps import Part
+
+REPORTS, ANALYSES = "reports", "analyses"
+_SHORT, _WIDENED_ON = 12, 512
+
+_Part = TypeVar("_Part", bound=Part)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One network under one evaluation, as tables show it.
+
+    Args:
+        net: the network.
+        evaluation: name of the evaluation.
+        part: what makes its report.
+    """
+
+    net: Net
+    evaluation: str
+    part: ReportPart
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything a study has to make.
+
+    Args:
+        parts: each after those it needs.
+        rows: networks under evaluations, in the order of the study.
+        analyses: the parts that are analyses.
+    """
+
+    parts: Sequence[Part]
+    rows: Sequence[Row]
+    analyses: Sequence[AnalysisPart]
+
+
+def make_plan(study: Study, *, work: Path, output: Path) -> Plan:
+    """The parts of a study; nothing is made yet, and nothing is read but the recipes and finished models it names.
+
+    Args:
+        study: the study.
+        work: folder of what studies share.
+        output: folder of this study.
+
+    Raises:
+        UsageError, RecipeError: a recipe that is not there or is wrong, or a network without a precision to score.
+        CheckpointError: a finished model that is not there.
+    """
+    study = study.model_copy(update={"attacks": {name: _hurried(study, spec) for name, spec in study.attacks.items()}})
+    planner = _Planner(study, work, output, make_nets(study))
+    rows = list(planner.rows())
+    analyses = list(planner.analyses())
+    return Plan(tuple(planner.parts.values()), rows, analyses)
+
+
+@dataclass(frozen=True)
+class _Planner:
+    study: Study
+    work: Path
+    output: Path
+    nets: dict[str, Net]
+    parts: dict[str, Part] = field(default_factory=dict)
+
+    def rows(self) -> Iterator[Row]:
+        reports: dict[Path, ReportPart] = {}
+        for name, evaluation in self.study.evaluations.items():
+            for net in self._nets_of(evaluation.models):
+                report = self._report(net, name, evaluation)
+                other = reports.setdefault(report.folder, report)
+                if other.row != report.row:
+                    raise UsageError(
+                        f"{other.row!r} and {report.row!r}, a network and an evaluation each, would both have their "
+                        f"report in {report.folder}: rename a model or an evaluation of the study"
+                    )
+                yield Row(net, name, report)
+                if evaluation.audit is not None:
+                    self._audit(net, report, evaluation.audit)
+
+    def analyses(self) -> Iterator[AnalysisPart]:
+        for name, section in self.study.analyses.items():
+            nets, analysis = self._nets_of(section.models), section.analysis
+            patches = _finished_patches(analysis)
+            made_of = [slot_name(analysis), settings_of(analysis), patches, [net.name for net in nets], self._budget]
+            yield self._add(
+                AnalysisPart(
+                    f"analysis {name}",
+                    self.output / ANALYSES / name,
+                    made_of,
+                    tuple(map(self._model, nets)),
+                    analysis,
+                    tuple(map(self._place, nets)),
+                    self.study.budget,
+                )
+            )
+
+    @property
+    def _budget(self) -> dict[str, Any]:
+        return self.study.budget.model_dump(mode="json")
+
+    def _add(self, part: _Part) -> _Part:
+        return self.parts.setdefault(part.key, part)  # pyright: ignore[reportReturnType]
+
+    def _nets_of(self, models: Sequence[str]) -> list[Net]:
+        """The networks of the models named, or of all that are scored."""
+        wanted = models or [name for name, model in self.study.models.items() if model.scored]
+        return [net for name in wanted for net in self.nets.values() if net.model == name]
+
+    def _place(self, net: Net) -> tuple[str, Path]:
+        """What a network is called, and where it is: two models that are made alike are made once."""
+        return net.name, self._model(net).folder
+
+    def _model(self, net: Net) -> Part:
+        folder = net.folder(self.work)
+        if net.recipe is None:
+            return self._add(FinishedModel(f"model {net.name}", folder, net.key, ()))
+        needs = (self._model(net.start),) if net.start else ()
+        verb = "train" if net.section.train else "convert"
+        return self._add(ModelPart(f"{verb} {net.name}", folder, net.key, needs, net))
+
+    def _wider(self, net: Net) -> WiderModel:
+        """The network at a bit-width that was left out of its training."""
+        precision = left_out_bits(net.precisions)
+        budget, model = self.study.budget, self._model(net)
+        images = min(budget.patch_images, _WIDENED_ON)
+        made_of = [str(precision), images, budget.seed]
+        name = f"at-{precision}-{model.key[:_SHORT]}-{fingerprint_facts(made_of)[:_SHORT]}"
+        return self._add(
+            WiderModel(
+                f"calibrate {net.name} at {precision} bit",
+                self.work / "models" / name,
+                made_of,
+                (model,),
+                model.folder,
+                precision,
+                images,
+                budget.seed,
+            )
+        )
+
+    def _report(self, net: Net, name: str, evaluation: StudyEvaluation) -> ReportPart:
+        scored = net.scored(self.study)
+        if not scored:
+            have = ", ".join(map(str, net.precisions))
+            raise UsageError(f"model {net.model} of the study has none of the precisions to score: it has {have}")
+        model = self._model(net)
+        specs = {attack: self.study.attacks[attack] for attack in evaluation.attacks}
+        # A protocol makes patches of its own of the first attack.
+        start = evaluation.attacks[0] if evaluation.protocol else None
+        patches = [part for label, spec in specs.items() if label != start for part in self._patches(net, label, spec)]
+        patches += self._unseen(net, specs[start]) if start else []
+        image = {label: spec for label, spec in specs.items() if spec.is_per_image}
+        others = {other.name: other for spec in image.values() for other in self._sources(net, spec) if other != net}
+        row = net.name if len(self.study.evaluations) == 1 else f"{net.name} {name}"
+        attacks = tuple(attack for spec in image.values() for attack in _image_attacks(spec))
+        made_of = [row, list(map(str, scored)), evaluation.model_dump(mode="json", exclude={"audit"}), self._budget]
+        names = [[(part.label, part.source) for part in patches], list(others)]
+        return self._add(
+            ReportPart(
+                f"evaluate {row}",
+                self.output / REPORTS / row.replace(" ", "-"),
+                [made_of, names, [attack.fingerprint for attack in attacks]],
+                (model, *patches, *map(self._model, others.values())),
+                row,
+                model.folder,
+                scored,
+                evaluation,
+                tuple(patches),
+                attacks,
+                tuple(map(self._place, others.values())),
+                self.study.budget,
+            )
+        )
+
+    def _audit(self, net: Net, report: ReportPart, section: StudyAudit) -> None:
+        """The audit of a network that has a report, at the single precisions it is scored at."""
+        single = [access.precisions[0] for access in report.scored if access.is_single]
+        precisions = tuple(p for p in single if p in (section.precisions or single))
+        if not precisions:
+            return
+        twin = self._alike(net, [section.twin] if section.twin else [])
+        ablations = self._alike(net, section.ablations)
+        made_of = [report.row, list(map(str, precisions)), section.model_dump(mode="json"), self._budget]
+        self._add(
+            AuditPart(
+                f"audit {report.row}",
+                report.folder,
+                made_of,
+                (report, *map(self._model, (*twin, *ablations))),
+                report.row,
+                report.model,
+                precisions,
+                section,
+                self._place(twin[0]) if twin else None,
+                tuple(map(self._place, ablations)),
+                self.study.budget,
+            )
+        )
+
+    def _alike(self, net: Net, models: Sequence[str]) -> list[Net]:
+        """Networks of other models to compare with: of the same seed and bit-width where there are such."""
+        found: list[Net] = []
+        for name in models:
+            nets = [other for other in self._nets_of([name]) if other is not net]
+            same_bits = [other for other in nets if other.bits == net.bits] or nets
+            same_seed = [other for other in same_bits if other.seed == net.seed] or same_bits
+            found += same_seed[:1] if net.model != name else []
+        return found
+
+    def _sources(self, net: Net, spec: StudyAttack) -> list[Net]:
+        """The networks an attack is made on: of several seeds the one that the victim has."""
+        found: list[Net] = []
+        for name in spec.made_on or (OWN,):
+            nets = [net] if name == OWN else self._nets_of([name])
+            alike = [other for other in nets if other.seed == net.seed]
+            found += alike or nets[:1]
+        return list(dict.fromkeys(found))
+
+    def _patches(self, net: Net, label: str, spec: StudyAttack) -> Iterator[PatchPart]:
+        if spec.is_per_image:
+            return
+        for source in self._sources(net, spec):
+            part = self._model(source)
+            for access in _accesses(spec, source, self.study):
+                yield self._patch(label, source.name, part, spec.attack, access, spec.aims)
+
+    def _unseen(self, net: Net, spec: StudyAttack) -> Iterator[PatchPart]:
+        """The protocol's patches, made where the seen ones would be."""
+        size = getattr(spec.attack, "size", None)
+        side = size * SIDE // SEEN_SIZE if isinstance(size, int) else SIDE
+        for unseen in unseen_patches(spec.attack, side):
+            for source in self._sources(net, spec):
+                if unseen.left_out_bits:
+                    wider = self._wider(source)
+                    yield self._unseen_patch(unseen, source.name, wider, Access((wider.precision,)), spec)
+                    continue
+                for access in _accesses(spec, source, self.study):
+                    yield self._unseen_patch(unseen, source.name, self._model(source), access, spec)
+
+    def _unseen_patch(
+        self, unseen: UnseenPatch, source: str, model: Part, access: Access, spec: StudyAttack
+    ) -> PatchPart:
+        return self._patch(
+            f"unseen {unseen.name}",
+            source,
+            model,
+            unseen.attack,
+            access,
+            spec.aims,
+            elsewhere=unseen.other_targets,
+        )
+
+    def _patch(
+        self,
+        label: str,
+        source: str,
+        model: Part,
+        attack: Any,
+        access: Access,
+        targets: tuple[int | None, ...],
+        *,
+        elsewhere: bool = False,
+    ) -> PatchPart:
+        budget, name = self.study.budget, slot_name(attack)
+        images = [budget.patch_images, budget.held_out, budget.seed]
+        made_of = [name, settings_of(attack), str(access), targets, elsewhere, images]
+        folder = f"{model.key[:_SHORT]}-{name}-{fingerprint_facts(made_of)[:_SHORT]}"
+        part = PatchPart(
+            f"make patches: {label} on {source} at {access}",
+            self.work / "patches" / folder,
+            made_of,
+            (model,),
+            label,
+            source,
+            model.folder,
+            attack,
+            access,
+            targets,
+            elsewhere,
+            budget,
+        )
+        # Attacks and models that come to the same share the patches, and each has its own names for them.
+        return replace(self._add(part), label=label, source=source)
+
+
+def _hurried(study: Study, spec: StudyAttack) -> StudyAttack:
+    """The attack with the number of steps that the budget allows."""
+    if study.budget.steps is None or not hasattr(spec.attack, "steps"):
+        return spec
+    return spec.model_copy(update={"attack": replace(spec.attack, steps=study.budget.steps)})
+
+
+def _finished_patches(analysis: Any) -> list[str]:
+    try:
+        return finished_patches(analysis)
+    except QadtrError:
+        # Told when the analysis is made; until then they may come.
+        return []
+
+
+def _accesses(spec: StudyAttack, source: Net, study: Study) -> list[Access]:
+    """What an attack is made at on a network; its highest precision where it has none of those asked for."""
+    # Neither votes nor random draws have a gradient worth following: their mean has.
+    wanted = spec.made_at or [
+        access if access.is_single else Access(access.precisions) for access in source.scored(study)
+    ]
+    found = [access for access in wanted if set(access.precisions) <= set(source.precisions)]
+    return list(dict.fromkeys(found)) or [Access((max(source.precisions),))]
+
+
+def _image_attacks(spec: StudyAttack) -> Iterator[NamedAttack]:
+    """An attack on each image, for every class it aims at where it aims at classes."""
+    name = slot_name(spec.attack)
+    if not hasattr(spec.attack, "target"):
+        yield NamedAttack(name, spec.attack)
+        return
+    for target in spec.aims:
+        yield NamedAttack(name, replace(spec.attack, target=target))

@@ -1,0 +1,170 @@
+"""What a run keeps on disk to go on after a stop: the recipe it was started with and one file of training state."""
+
+from __future__ import annotations
+
+import pickle
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from qadtr_brevitas.config import Recipe, load_recipe
+from qadtr_brevitas.core.errors import CheckpointError, TrainingError, UsageError
+from qadtr_brevitas.core.files import write_atomically
+from qadtr_brevitas.pipeline.checkpoint import CONFIG, WEIGHTS
+
+RECIPE_FILE, METRICS_FILE = "recipe.yaml", "metrics.jsonl"
+STATE_FOLDER, TENSORBOARD_FOLDER, LAST_FOLDER, BEST_FOLDER = "state", "tensorboard", "last", "best"
+_STATE_FILE = f"{STATE_FOLDER}/training.pt"
+_VERSION = 1
+_SHOWN_DIFFERENCES = 8
+
+
+@dataclass
+class TrainState:
+    """How far a run has come. Plain numbers: nothing else has to be restored but weights and optimizer.
+
+    Args:
+        step: optimizer steps done, over all phases.
+        finished: the run is over, final models are written.
+        best: best mean accuracy over precisions on held-out training images so far.
+        sums: sum and count of each logged figure since the epoch began.
+    """
+
+    step: int = 0
+    finished: bool = False
+    best: float | None = None
+    sums: dict[str, list[float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A training state as read from disk.
+
+    Args:
+        state: how far the run had come.
+        phase: name of the phase the optimizer belongs to.
+        processes: number of processes of the run.
+        model: the model's `state_dict`.
+        optimizer: the optimizer's `state_dict`.
+        scaler: the gradient scaler's `state_dict`, with fp16 only.
+        memory: what the attack keeps from step to step, that of each process in turn.
+    """
+
+    state: TrainState
+    phase: str
+    processes: int
+    model: dict[str, Tensor]
+    optimizer: dict[str, Any]
+    scaler: dict[str, Any] | None
+    memory: dict[str, Tensor] = field(default_factory=dict)
+
+
+def save_state(run: Path, saved: Saved) -> None:
+    """Writes the training state of a run, atomically: a state that was there stays until the new one is on disk.
+
+    Raises:
+        CheckpointError: the disk is full or cannot be written.
+    """
+    content = {**vars(saved), "state": asdict(saved.state), "version": _VERSION}
+    write_atomically(run / _STATE_FILE, lambda path: torch.save(content, path))
+
+
+def load_state(run: Path) -> Saved | None:
+    """Reads the training state of a run, on the CPU; None if it has none yet. Nothing is ever unpickled from it.
+
+    Raises:
+        CheckpointError: the file is damaged, or of another version.
+    """
+    path = run / _STATE_FILE
+    if not path.is_file():
+        return None
+    again = f"start over with --resume never --overwrite, which deletes the run in {run}"
+    try:
+        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        version = content.pop("version")
+        if version != _VERSION:
+            raise CheckpointError(f"{path} has version {version}, this release reads {_VERSION}; {again}")
+        state = TrainState(**content.pop("state"))
+        return Saved(state=state, **content)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise CheckpointError(f"{path} is damaged ({type(error).__name__}); {again}") from error
+
+
+def open_run(run: Path, recipe: Recipe, *, resume: Literal["auto", "never"], overwrite: bool) -> Saved | None:
+    """Decides how a run starts, without writing anything: from the state it returns, or from nothing (None).
+
+    Raises:
+        UsageError: the folder holds a run of another recipe (the keys that differ are named), or holds a run and
+            `resume` is never without `overwrite`; or holds a model that no run wrote; or `run` is a file.
+        CheckpointError: the state of the run is damaged.
+    """
+    if run.exists() and not run.is_dir():
+        raise UsageError(f"{run} is a file; choose another folder with -o")
+    if (run / CONFIG).is_file() or (run / WEIGHTS).is_file():
+        # It, and not the run's own model, would be what other commands find there.
+        raise UsageError(f"{run} holds a model that no run wrote: choose another folder with -o")
+    begun = (run / _STATE_FILE).is_file() or (run / LAST_FOLDER).is_dir()
+    # A recipe alone is of a run that ended before it had anything to keep.
+    if not begun or not (run / RECIPE_FILE).is_file() or (resume == "never" and overwrite):
+        return None
+    if resume == "never":
+        raise UsageError(
+            f"{run} already holds a run: choose another folder with -o, continue it with --resume auto, "
+            "or delete it with --resume never --overwrite"
+        )
+    if differences := differing_keys(load_recipe(run / RECIPE_FILE), recipe):
+        shown = ", ".join(differences[:_SHOWN_DIFFERENCES]) + (", ..." if differences[_SHOWN_DIFFERENCES:] else "")
+        raise UsageError(
+            f"{run} holds a run of another recipe, which differs in {shown}: choose another folder with -o, "
+            "or delete that run with --resume never --overwrite"
+        )
+    return load_state(run)
+
+
+def start_run(run: Path, recipe: Recipe) -> None:
+    """Removes what an earlier run left in the folder and writes the recipe as resolved.
+
+    Raises:
+        CheckpointError: the folder cannot be written.
+    """
+    # The recipe goes first: a folder without one is no run, should this be interrupted.
+    for name in (RECIPE_FILE, STATE_FOLDER, TENSORBOARD_FOLDER, LAST_FOLDER, BEST_FOLDER, METRICS_FILE):
+        path = run / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    write_atomically(run / RECIPE_FILE, lambda path: path.write_text(recipe.dump_yaml(), encoding="utf-8"))
+
+
+def differing_keys(one: Recipe, other: Recipe) -> list[str]:
+    """Dotted paths of the keys in which two recipes differ, sorted."""
+    first, second = (dict(_flatten(recipe.model_dump(mode="json"))) for recipe in (one, other))
+    return sorted(key for key in {*first, *second} if first.get(key, ...) != second.get(key, ...))
+
+
+def check_finite(model: nn.Module, step: int) -> None:
+    """Makes sure that no weight is NaN or infinite, so that a state on disk is always one to go on from.
+
+    Raises:
+        TrainingError: a weight is not finite.
+    """
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise TrainingError(
+                f"after step {step} the weights {name} are not finite; the last good state is kept. "
+                "Try a lower train.optimizer.lr, or train.clip_grad_norm=1"
+            )
+
+
+def _flatten(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _flatten(item, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, value

@@ -1,0 +1,64 @@
+import pytest
+import torch
+from torch import nn
+
+from qadtr_brevitas.attacks.library import Guard, seeded
+from qadtr_brevitas.core.errors import UsageError
+from qadtr_brevitas.core.seeding import generator
+
+
+@pytest.fixture
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 5)).eval()
+
+
+@pytest.fixture
+def images():
+    return torch.rand(4, 3, 8, 8, generator=generator(0))
+
+
+def test_gradients_of_the_images_are_the_networks_and_its_parameters_get_none(network, images):
+    plain = images.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(network(plain).square().sum(), plain)
+    guarded = images.clone().requires_grad_()
+    Guard(network)(guarded).square().sum().backward()
+    assert torch.equal(guarded.grad, expected)
+    assert all(parameter.grad is None for parameter in network.parameters())
+
+
+def test_it_can_be_gone_through_backward_again(network, images):
+    guarded = images.clone().requires_grad_()
+    logits = Guard(network)(guarded)
+    for number in range(5):
+        logits[:, number].sum().backward(retain_graph=True)
+    plain = images.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(network(plain).sum(), plain)
+    torch.testing.assert_close(guarded.grad, expected)
+
+
+def test_any_callable_will_do(network, images):
+    assert torch.equal(Guard(lambda images: network(images) / 2)(images), network(images) / 2)
+
+
+def test_a_library_cannot_reach_the_network(network):
+    guard = Guard(network)
+    assert list(guard.parameters()) == []
+    guard.train()
+    assert not network.training
+
+
+def test_a_class_that_is_not_there(network, images):
+    with pytest.raises(UsageError, match="target 5: the model has 5 classes"):
+        Guard(network, target=5)(images)
+
+
+def test_the_global_seed_is_borrowed():
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    with seeded(generator(0), torch.device("cpu")) as seed:
+        first = torch.rand(3)
+    assert torch.equal(torch.get_rng_state(), state)
+    with seeded(generator(0), torch.device("cpu")) as again:
+        assert torch.equal(torch.rand(3), first)
+    assert seed == again

@@ -1,0 +1,137 @@
+"""Checks on made-up outcomes: what is a warning and what is noise."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from qadtr_brevitas.auditing import budget
+from qadtr_brevitas.auditing.context import Context
+from qadtr_brevitas.auditing.search import Trace
+from qadtr_brevitas.auditing.victim import Passes, Victim
+from tests.auditing.conftest import SIDE, Trained, run_checks
+
+IMAGES, STEPS = 200, 40
+
+
+@pytest.fixture
+def context(trained: Trained) -> Context:
+    return trained.context(Victim(name="net", precision=None, logits=trained.net, passes=Passes()))
+
+
+def broken(count: int) -> Tensor:
+    return torch.arange(IMAGES) < count
+
+
+def set_outcomes(context: Context, *, after: dict[int, int], losses: Tensor, restarts: int = 0) -> None:
+    """Puts the outcome of the longest attack in place: images broken after so many steps, and its losses."""
+    patches = context.start()
+    none = torch.zeros(STEPS, IMAGES, dtype=torch.bool)
+    context.__dict__["longest"] = Trace({}, patches, losses, none, none)
+    context.__dict__["after"] = {steps: broken(count) for steps, count in after.items()}
+    context.__dict__["restarts_break"] = broken(restarts)
+
+
+def falling(*, late: float) -> Tensor:
+    """(41, 200) losses that fall by 1, a share of it in the last 10 steps."""
+    fall = torch.full((STEPS,), (1 - late) / (STEPS - 10))
+    fall[-10:] = late / 10
+    return torch.cat([torch.zeros(1), -fall.cumsum(0)])[:, None].expand(-1, IMAGES)
+
+
+@pytest.mark.parametrize(("last", "status"), [(105, "pass"), (109, "pass"), (112, "WARN")])
+def test_more_steps_must_not_break_clearly_more(context: Context, last: int, status: str) -> None:
+    set_outcomes(context, after={10: 90, 20: 100, 40: last}, losses=falling(late=0.0), restarts=120)
+    found = run_checks(context, "G1")["G1"]
+    assert found.status == status
+    assert found.numbers["asr 10 steps, 2 restarts"] == pytest.approx(0.6)
+    assert found.numbers["gain"] == pytest.approx((last - 100) / 200)
+
+
+@pytest.mark.parametrize(("late", "status"), [(0.04, "pass"), (0.1, "WARN")])
+def test_the_loss_must_have_stopped_falling(context: Context, late: float, status: str) -> None:
+    set_outcomes(context, after={40: 100}, losses=falling(late=late))
+    found = run_checks(context, "G2")["G2"]
+    assert (found.status, found.numbers["images left"]) == (status, 100)
+    assert found.numbers["fall in the last 10 steps"] == pytest.approx(late, abs=1e-5)
+
+
+def test_an_attack_that_breaks_all_was_long_enough(context: Context) -> None:
+    set_outcomes(context, after={40: 195}, losses=falling(late=0.5))
+    assert run_checks(context, "G2")["G2"].status == "pass"
+
+
+def test_a_loss_that_moved_on_few_images_is_not_judged(context: Context) -> None:
+    losses = falling(late=0.1).clone()
+    losses[:, 105:] = 0
+    set_outcomes(context, after={40: 100}, losses=losses)
+    found = run_checks(context, "G2")["G2"]
+    assert found.status == "skipped"
+    assert "only 5 of the 100 images left" in found.meaning
+
+
+def test_success_that_is_lost_again_is_told(context: Context) -> None:
+    set_outcomes(context, after={40: 100}, losses=falling(late=0.0))
+    found = run_checks(context, "G15")["G15"]
+    assert found.numbers["asr last patches"] < 0.1
+    assert found.status == "WARN"
+    assert "keep their best patch" in found.meaning
+
+
+def test_one_step_that_beats_many_is_told(context: Context) -> None:
+    set_outcomes(context, after={10: 0, 40: 0}, losses=falling(late=0.0))
+    found = run_checks(context, "G4")["G4"]
+    assert found.status == "WARN"
+    assert found.meaning.startswith("one step of ")
+
+
+def test_aiming_that_beats_any_class_is_told(context: Context) -> None:
+    set_outcomes(context, after={10: 0, 40: 0}, losses=falling(late=0.0))
+    assert run_checks(context, "G14")["G14"].status == "WARN"
+
+
+def test_noise_that_beats_the_attack_is_told(context: Context) -> None:
+    set_outcomes(context, after={40: 0}, losses=falling(late=0.0))
+    weak = run_checks(context, "G7")["G7"]
+    assert (weak.status, weak.numbers["noise"] > 0) == ("pass", weak.numbers["gain"] > 0)
+    context.__dict__["is_wrong"] = lambda images, labels: torch.arange(len(labels)) % 4 == 0
+    strong = run_checks(context, "G7")["G7"]
+    assert strong.status == "WARN"
+    assert "noise breaks 50 images that the optimized patches do not" in strong.meaning
+
+
+def test_other_precisions_and_their_mean_may_be_better_sources(trained: Trained) -> None:
+    def masked(images: Tensor) -> Tensor:
+        return trained.net(images.detach())
+
+    victim = Victim(
+        name="net", precision=None, logits=masked, others={"32 bit": trained.net}, full=trained.net, passes=Passes()
+    )
+    found = run_checks(trained.context(victim), "G6", "G10", "G13")
+    assert {finding.status for finding in found.values()} == {"WARN"}
+    assert "patches from 32 bit break more images" in found["G6"].meaning
+    assert "8+4+2" in found["G10"].meaning
+    assert "gradient of 32 bit breaks more images" in found["G13"].meaning
+
+
+@pytest.mark.parametrize(
+    ("counts", "status"),
+    [([20, 60, 100, 150, 200], "pass"), ([20, 60, 52, 150, 200], "pass"), ([20, 60, 40, 150, 200], "WARN")],
+)
+def test_a_larger_patch_must_not_be_worse(
+    context: Context, monkeypatch: pytest.MonkeyPatch, counts: list[int], status: str
+) -> None:
+    outcomes = dict(zip((2, 3, 4, 6, SIDE), counts, strict=True))
+    monkeypatch.setattr(budget, "_broken", lambda context, size: broken(outcomes[size[0]]))
+    found = run_checks(context, "G3")["G3"]
+    assert found.status == status
+    assert ("(3x3 to 4x4)" in found.meaning) == (status == "WARN")
+
+
+@pytest.mark.parametrize(("left", "status"), [(2, "pass"), (6, "pass"), (10, "WARN")])
+def test_an_attacker_who_chooses_every_pixel_must_succeed(
+    context: Context, monkeypatch: pytest.MonkeyPatch, left: int, status: str
+) -> None:
+    monkeypatch.setattr(budget, "_broken", lambda context, size: broken(IMAGES - left))
+    assert run_checks(context, "G3")["G3"].status == status

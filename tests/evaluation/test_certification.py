@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from torch import Tensor
+
+from qadtr_brevitas.core.errors import UsageError
+from qadtr_brevitas.evaluation import CellStore, compute, evaluate
+from qadtr_brevitas.evaluation.certification import Certification
+from qadtr_brevitas.evaluation.report import read_report
+from qadtr_brevitas.evaluation.report.files import certified_csv, write_report
+from qadtr_brevitas.evaluation.report.summaries import tables, terminal_tables
+from tests.evaluation.fakes import Reader, make_grid, reader, white_patch
+
+# Two masks together leave most of an image to be seen, so that its median stays.
+TWO = Certification(size=2, masks=6)
+
+
+def test_a_model_that_reads_the_median_is_proved_and_one_that_is_fooled_is_not(tmp_path: Path) -> None:
+    # White patches cannot move the median of the image, but a fooled reader looks for white, and masks are black.
+    report = evaluate(make_grid([reader()], certifications=[TWO]), output=tmp_path)
+    for cell in report.certified:
+        assert (cell.size, cell.masks, cell.method) == (2, 16, "double masking")
+        assert (cell.clean_accuracy.value, cell.certified_accuracy.value) == (1.0, 1.0)
+
+    class Doubter(Reader):
+        """Sees another class wherever the middle of the image is black and the rest is not."""
+
+        def forward(self, images: Tensor) -> Tensor:
+            logits = super().forward(images)
+            odd = (images[:, :, 4, 4].sum(dim=1) == 0) & (images.flatten(1).amax(dim=1) > 0)
+            logits[odd] = logits[odd].roll(1, dims=1)
+            return logits
+
+    doubted = evaluate(make_grid([reader("doubter", Doubter())], certifications=[TWO]), output=tmp_path)
+    # Of four classes the first is black all over, where a black mask changes nothing.
+    assert [cell.certified_accuracy.count for cell in doubted.certified] == [10, 10]
+    # Masks on the middle contradict the others, and no second mask contradicts them.
+    assert [cell.clean_accuracy.count for cell in doubted.certified] == [10, 10]
+
+
+def test_a_patch_cannot_change_a_certified_prediction_of_the_report(tmp_path: Path) -> None:
+    report = evaluate(make_grid([reader()], [white_patch(precision=4)], certifications=[TWO]), output=tmp_path)
+    assert all(cell.certified_accuracy.value == 1 for cell in report.certified)
+    # The undefended prediction is lost all the same: what is proved is the prediction under masks.
+    assert any(cell.asr.value == 1 for cell in report.cells)
+
+
+def test_finished_cells_are_kept_and_others_are_not_taken_for_them(tmp_path: Path) -> None:
+    model = Reader()
+    grid = make_grid([reader(model=model)], certifications=[TWO], batch_size=16)
+    store = CellStore.open(tmp_path)
+    jobs = grid.jobs()
+    # Both clean cells, and portions of 32 of the 40 images and of the rest at both precisions.
+    assert len(jobs) == 2 + 2 * 2
+    compute(jobs[:3], store)
+    first = evaluate(grid, output=tmp_path)
+    before = model.forwards
+    assert evaluate(grid, output=tmp_path).certified == first.certified
+    assert model.forwards == before
+    evaluate(make_grid([reader(model=model)], certifications=[Certification(3, 3)], batch_size=16), output=tmp_path)
+    assert model.forwards > before
+
+
+def test_tables_and_files_show_what_is_proved(tmp_path: Path) -> None:
+    report = evaluate(make_grid([reader()], certifications=[TWO, Certification(3, 2)]), output=tmp_path)
+    written = write_report(report, tmp_path)
+    assert [path.name for path in written] == [
+        "report.json",
+        "report.md",
+        "cells.csv",
+        "worst_case.csv",
+        "certified.csv",
+    ]
+    assert read_report(tmp_path) == report
+    # Programs read these keys: a change needs a new schema version.
+    keys = {"model", "precision", "method", "size", "masks", "clean_accuracy", "certified_accuracy"}
+    assert set(json.loads((tmp_path / "report.json").read_text())["certified"][0]) == keys
+    (table,) = [table for table in terminal_tables(report) if table.title == "Certified accuracy against one patch"]
+    labels = [row[1] for row in table.rows if row]
+    assert labels == [
+        "clean accuracy",
+        *(
+            f"{name}: {what}"
+            for name in ("2x2, 16 masks", "3x3, 4 masks")
+            for what in ("defended", "certified", "95 % interval")
+        ),
+    ]
+    assert "certified" in (tmp_path / "report.md").read_text()
+    lines = certified_csv(report).splitlines()
+    assert lines[0].startswith("model,precision,method,size,masks,clean_accuracy_count")
+    assert len(lines) == 1 + 2 * 2
+
+
+def test_reports_without_certifications_have_neither_table_nor_file(tmp_path: Path) -> None:
+    report = evaluate(make_grid([reader()]), output=tmp_path)
+    assert "certified.csv" not in [path.name for path in write_report(report, tmp_path)]
+    assert not [table for table in tables(report) if "Certified" in table.title]
+
+
+def test_random_precisions_and_patches_off_the_image_are_refused() -> None:
+    with pytest.raises(UsageError, match=r"reader at random\(8\+4\) answers differently each time"):
+        make_grid([reader()], certifications=[TWO], precisions=["random(8+4)"])
+    with pytest.raises(UsageError, match="a patch of 9x9 pixels does not fit on images of 8x8"):
+        make_grid([reader()], certifications=[Certification(9, 3)])

@@ -1,0 +1,143 @@
+"""Double masking against its definition, spelled out image by image, and against every patch there is."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from itertools import product
+
+import pytest
+import torch
+from torch import Tensor
+
+from qadtr_brevitas.core.errors import UsageError
+from qadtr_brevitas.evaluation.patch_cleanser import covering_masks, double_masking
+
+SIDE, PATCH, CLASSES = 5, 2, 3
+FILL = torch.full((1, 1, 1), 0.5)
+
+
+def random_model(seed: int) -> Callable[[Tensor], Tensor]:
+    """A small network on binary images whose answers depend on all pixels, and on some more than on others."""
+    generator = torch.Generator().manual_seed(seed)
+    first = torch.randn(SIDE * SIDE, 12, generator=generator)
+    last = torch.randn(12, CLASSES, generator=generator)
+    bias = torch.tensor([2.0, 0.0, 0.0])
+    return lambda images: ((images.flatten(1) - 0.5) @ first).relu() @ last + bias
+
+
+def binary_images(count: int, seed: int = 0) -> Tensor:
+    return torch.randint(2, (count, 1, SIDE, SIDE), generator=torch.Generator().manual_seed(seed)).float()
+
+
+def classes(model: Callable[[Tensor], Tensor], image: Tensor, *masks: Tensor) -> int:
+    covered = torch.stack(masks).any(dim=0)
+    return int(model(torch.where(covered, FILL, image)[None]).argmax())
+
+
+def defended_by_definition(model: Callable[[Tensor], Tensor], image: Tensor, masks: Tensor) -> int:
+    """Algorithm 1 of PatchCleanser, in the order in which it is written."""
+    alone = [classes(model, image, mask) for mask in masks]
+    counts = Counter(alone)
+    majority = min(counts, key=lambda label: (-counts[label], label))
+    for mask, label in zip(masks, alone, strict=True):
+        if label != majority and all(classes(model, image, mask, second) == label for second in masks):
+            return label
+    return majority
+
+
+def proved_by_definition(model: Callable[[Tensor], Tensor], image: Tensor, masks: Tensor) -> int:
+    seen = {classes(model, image, one, two) for one, two in product(masks, masks)}
+    return seen.pop() if len(seen) == 1 else -1
+
+
+def patched(image: Tensor) -> Iterator[Tensor]:
+    """The image under every binary patch at every place."""
+    for row, column in product(range(SIDE - PATCH + 1), repeat=2):
+        for content in product((0.0, 1.0), repeat=PATCH * PATCH):
+            other = image.clone()
+            other[:, row : row + PATCH, column : column + PATCH] = torch.tensor(content).view(PATCH, PATCH)
+            yield other
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("per_side", [2, 3])
+def test_both_outcomes_are_those_of_the_definition(seed: int, per_side: int) -> None:
+    model, images = random_model(seed), binary_images(25, seed)
+    masks = covering_masks((SIDE, SIDE), PATCH, per_side=per_side)
+    found = double_masking(model, images, masks, fill=FILL)
+    assert found.defended.tolist() == [defended_by_definition(model, image, masks) for image in images]
+    assert found.proved.tolist() == [proved_by_definition(model, image, masks) for image in images]
+
+
+def test_no_patch_changes_what_is_proved_and_some_patch_changes_the_rest() -> None:
+    masks = covering_masks((SIDE, SIDE), PATCH, per_side=2)
+    proved = changed = 0
+    for seed in range(4):
+        model, images = random_model(seed), binary_images(12, seed)
+        found = double_masking(model, images, masks, fill=FILL)
+        for image, before, label in zip(images, found.defended, found.proved, strict=True):
+            after = double_masking(model, torch.stack(list(patched(image))), masks, fill=FILL).defended
+            if label >= 0:
+                assert before == label
+                assert (after == label).all()
+                proved += 1
+            else:
+                changed += bool((after != before).any())
+    # Neither half of the test is empty.
+    assert proved > 3
+    assert changed > 3
+
+
+def test_portions_make_no_difference() -> None:
+    model, images = random_model(1), binary_images(20)
+    masks = covering_masks((SIDE, SIDE), PATCH, per_side=3)
+    whole = double_masking(model, images, masks, fill=FILL, batch_size=10_000)
+    for size in (1, 7):
+        parts = double_masking(model, images, masks, fill=FILL, batch_size=size)
+        assert parts.defended.equal(whole.defended)
+        assert parts.proved.equal(whole.proved)
+
+
+def test_images_that_failed_are_not_looked_at_again() -> None:
+    looked = 0
+
+    def model(images: Tensor) -> Tensor:
+        nonlocal looked
+        looked += len(images)
+        # Class 1 where pixels of two far corners are both covered, which single masks do not do.
+        corners = (images[:, 0, 0, 0] == 0.5) & (images[:, 0, -1, -1] == 0.5)
+        return torch.stack([1 - corners.float(), corners.float()], dim=1)
+
+    masks = covering_masks((SIDE, SIDE), PATCH, per_side=2)
+    found = double_masking(model, torch.ones(3, 1, SIDE, SIDE), masks, fill=FILL, batch_size=3)
+    assert found.proved.tolist() == [-1, -1, -1]
+    assert looked < 3 * (4 + 6)
+
+
+@pytest.mark.parametrize("side", [5, 8, 32])
+@pytest.mark.parametrize("patch", [1, 2, 5])
+@pytest.mark.parametrize("per_side", [1, 2, 3, 6])
+def test_one_mask_covers_every_patch(side: int, patch: int, per_side: int) -> None:
+    masks = covering_masks((side, side), patch, per_side=per_side)
+    assert 1 <= len(masks) <= per_side**2
+    for row, column in product(range(side - patch + 1), repeat=2):
+        assert bool(masks[:, row : row + patch, column : column + patch].flatten(1).all(dim=1).any())
+
+
+def test_masks_of_images_that_are_not_square_and_their_size() -> None:
+    masks = covering_masks((8, 32), 4, per_side=3)
+    assert masks.shape[1:] == (8, 32)
+    # Strides of ceil(5 / 3) = 2 and ceil(29 / 3) = 10 pixels: masks of 5 by 13.
+    assert set(masks.flatten(1).sum(dim=1).tolist()) == {5 * 13}
+    # Of strides of 5 pixels five reach the end of 32, so that fewer masks do than were allowed.
+    assert len(covering_masks((32, 32), 8, per_side=6)) == 25
+    assert len(covering_masks((224, 224), 32)) == 36
+
+
+@pytest.mark.parametrize("patch", [0, 9])
+def test_a_patch_that_does_not_fit_is_refused(patch: int) -> None:
+    with pytest.raises(
+        UsageError, match=rf"a patch of {patch}x{patch} pixels does not fit on images of 8x32: .* 1 to 8"
+    ):
+        covering_masks((8, 32), patch)

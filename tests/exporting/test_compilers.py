@@ -1,0 +1,142 @@
+"""The compilers themselves on what is exported: FINN to estimates of hardware, hls4ml to its bit-accurate emulation.
+
+They run where `make compilers` has put them. Networks have their real width and 32x32 images.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from torch import nn
+
+from qadtr_brevitas.cli.main import cli
+from qadtr_brevitas.core.errors import ExportError, UsageError
+from qadtr_brevitas.core.precision import Precision
+from qadtr_brevitas.exporting import FORMATS, export
+from qadtr_brevitas.exporting.estimate import compiler_python, run_compiler
+from qadtr_brevitas.models.create import create_float_model
+from tests.evaluation.models import make_model_dir
+from tests.exporting.networks import Mobile, plain, residual, subject
+
+# What is in hardware, and nothing else: no float between the image's and the logits' end.
+_HARDWARE = {
+    *("Thresholding", "FMPadding", "ConvolutionInputGenerator", "MVAU", "VVAU", "Pool", "DuplicateStreams", "Shuffle"),
+    *("ElementwiseAdd", "ElementwiseMul"),
+}
+
+
+@pytest.fixture(scope="session")
+def finn() -> None:
+    try:
+        compiler_python("finn")
+    except UsageError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def hls4ml() -> None:
+    try:
+        compiler_python("hls4ml")
+    except UsageError as error:
+        pytest.skip(str(error))
+
+
+def cifar(name: str) -> nn.Module:
+    return create_float_model(name, num_classes=4, args={})
+
+
+NETS = {
+    "resnet20b": lambda: cifar("cifar_resnet20b"),
+    "vgg16": lambda: cifar("cifar_vgg16"),
+    "mobile": Mobile,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.usefixtures("finn")
+@pytest.mark.parametrize(("name", "bits"), [("resnet20b", 4), ("vgg16", 2), ("mobile", 2)])
+def test_finn_makes_hardware_of_the_whole_network(name: str, bits: int, tmp_path: Path) -> None:
+    given = subject(NETS[name](), target="finn", precisions=(bits,), image_size=(32, 32))
+    export(given, Precision.parse(bits), FORMATS["finn"], tmp_path / "out", split=None)
+    found = run_compiler("finn", tmp_path / "out")
+    largest = np.abs(np.load(tmp_path / "out" / "expected_output.npy")).max()
+    assert set(found["differences"]) > {"step_tidy_up", "step_convert_to_hw"}
+    # In floats a value that lies between two levels may fall to either side; in FINN's integers it does not.
+    assert found["differences"]["step_convert_to_hw"] < 1e-3 * largest
+    assert set(found["hardware_layers"]) <= _HARDWARE
+    assert found["hardware_layers"]["Thresholding"] > 5
+    assert sum(layer["lut"] for layer in found["layers"]) > 1000
+    assert found["fps"] == pytest.approx(1e8 / max(layer["cycles"] for layer in found["layers"]))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.usefixtures("finn")
+def test_the_command_shows_costs_of_several_precisions_side_by_side(tmp_path: Path) -> None:
+    given = ["--data", "shapes", "model.args={}", "quant.precisions=[32,4,2]", "quant.calibration.samples=20"]
+    small = ["data.dataset.image_size=16", "data.dataset.train_images=40", "data.dataset.test_images=10"]
+    model, output = tmp_path / "model", tmp_path / "out"
+    convert = ["convert", "cifar_resnet8b", *given, *small, "--target", "finn", "-o", str(model)]
+    assert CliRunner().invoke(cli, convert).exit_code == 0
+    arguments = ["export", str(model), "-p", "4", "-p", "2", "-f", "finn", "--estimate", "--images", "10"]
+    result = CliRunner().invoke(cli, [*arguments, "-o", str(output)])
+    assert result.exit_code == 0, result.output
+    for words in ("Cost of 4 on an FPGA", "Cost of 2 on an FPGA", "Precisions side by side", "BRAM 18k", "images/s"):
+        assert words in result.stdout
+    costs = {}
+    for bits in (4, 2):
+        report = json.loads((output / str(bits) / "export-report.json").read_text())
+        costs[bits] = sum(layer["lut"] for layer in report["estimate"]["layers"])
+        folding = json.loads((output / str(bits) / "folding_config.json").read_text())
+        assert any("SIMD" in settings for settings in folding.values())
+    assert 0 < costs[2] < costs[4]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.usefixtures("hls4ml")
+@pytest.mark.parametrize(("net", "bits"), [(residual, 4), (plain, 2)])
+def test_hls4ml_computes_bit_for_bit_what_the_network_computes(net: object, bits: int, tmp_path: Path) -> None:
+    export(subject(net(), target="hls4ml"), Precision.parse(bits), FORMATS["hls4ml"], tmp_path / "out", split=None)
+    found = run_compiler("hls4ml", tmp_path / "out")
+    assert found["difference"] < 1e-6
+    assert np.load(tmp_path / "out" / "expected_output.npy").std() > 1e-2
+
+
+@pytest.fixture
+def impostor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A Python that is no compiler's."""
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho 'ModuleNotFoundError: finn' >&2\nexit 3\n")
+    python.chmod(0o755)
+    monkeypatch.setenv("QADTR_BREVITAS_FINN", str(python))
+    return python
+
+
+def test_what_a_compiler_says_is_passed_on_and_nothing_is_left(impostor: Path, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"finn does not build the network \(ModuleNotFoundError: finn\): for all"):
+        export(
+            subject(plain(), target="finn"),
+            Precision.parse(4),
+            FORMATS["finn"],
+            tmp_path / "out",
+            split=None,
+            with_estimate=True,
+        )
+    assert list(tmp_path.iterdir()) == [impostor]
+
+
+def test_a_model_that_was_not_converted_for_it_is_refused_with_its_layers(tmp_path: Path) -> None:
+    run = make_model_dir(tmp_path / "net")
+    result = CliRunner().invoke(
+        cli, ["export", str(run), "-p", "4", "-f", "finn", "--no-verify", "-o", str(tmp_path / "out")]
+    )
+    assert result.exit_code == 1
+    assert "layer1.0, layer1.1" in result.stderr
+    assert "adds activations that are not quantized" in result.stderr
+    assert not (tmp_path / "out").exists()

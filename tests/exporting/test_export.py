@@ -1,0 +1,162 @@
+"""Exports: the file computes what the network computes, or nothing is kept."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from qadtr_brevitas.attacks.patch import Patch
+from qadtr_brevitas.core.errors import ExportError, UsageError
+from qadtr_brevitas.core.precision import Precision
+from qadtr_brevitas.data.split import Split
+from qadtr_brevitas.evaluation.entries import Subject
+from qadtr_brevitas.exporting import FORMATS, export
+from qadtr_brevitas.exporting.formats import MODEL_FILE, Format
+from qadtr_brevitas.models.create import create_float_model
+from qadtr_brevitas.pipeline.checkpoint import ModelInfo
+from qadtr_brevitas.quant import at_precision, calibrate, convert
+
+NETS = {
+    "cnn": ("cifar_resnet8", {}),
+    "vit": ("vit_tiny_patch16_224", {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 2}),
+    "swin": (
+        "swin_tiny_patch4_window7_224",
+        {"img_size": 16, "patch_size": 2, "window_size": 4, "embed_dim": 16, "depths": (1, 1), "num_heads": (1, 2)},
+    ),
+}
+PRECISIONS = (32, 8, 4, 2, "w4a8", "w4a32")
+IMAGES = torch.randint(256, (6, 3, 16, 16), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+SPLIT = Split(IMAGES, torch.arange(6) % 4, ("a", "b", "c", "d"))
+
+
+def subject(name: str, **settings: object) -> Subject:
+    torch.manual_seed(0)
+    architecture, args = NETS[name]
+    net = create_float_model(architecture, num_classes=4, args=args).eval()
+    model, _ = convert(net, PRECISIONS, image_size=(16, 16), **settings)
+    calibrate(model, [SPLIT.batch(torch.arange(6))[0]])
+    info = ModelInfo(
+        name=architecture,
+        args=args,
+        num_classes=4,
+        image_size=(16, 16),
+        classes=SPLIT.classes,
+        mean=(0.5,) * 3,
+        std=(0.5,) * 3,
+        quant={},
+    )
+    return Subject(name, model.eval(), "fingerprint", info, path=f"models/{name}")
+
+
+def patch(target: int | None = 1) -> Patch:
+    texture = torch.randint(256, (3, 5, 5), generator=torch.Generator().manual_seed(2)) / 255
+    return Patch(texture=texture, mask=torch.ones(5, 5, dtype=torch.bool), place="random", meta={"target": target})
+
+
+@pytest.mark.parametrize(
+    ("net", "form", "precision"),
+    [
+        ("cnn", "qonnx", "4"),
+        ("cnn", "qonnx", "2"),
+        ("cnn", "qonnx", "w4a8"),
+        ("cnn", "qcdq", "8"),
+        ("cnn", "qcdq", "2"),
+        ("vit", "qonnx", "4"),
+        ("vit", "qcdq", "8"),
+        ("swin", "qcdq", "4"),
+    ],
+)
+def test_the_file_computes_what_the_network_computes(net: str, form: str, precision: str, tmp_path: Path) -> None:
+    given = subject(net)
+    wanted = Precision.parse(precision)
+    report = export(
+        given, wanted, FORMATS[form], tmp_path / "out", split=SPLIT, patches=[("p", patch()), ("q", patch(None))]
+    )
+    found = report.agreement
+    assert found is not None
+    assert found.images == 6
+    assert found.median_difference < 1e-2 * found.largest_logit
+    assert [p.target for p in found.patches] == [1, None]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"model.onnx", "export-report.json"}
+    content = json.loads((tmp_path / "out" / "export-report.json").read_text())
+    assert content["agreement"]["accuracy"] == found.accuracy
+    assert (content["format"], content["precision"]) == (form, str(wanted))
+
+    # Not by the code under test: the file, loaded again, against the switchable model.
+    images = SPLIT.batch(torch.arange(6))[0]
+    with at_precision(given.model, wanted), torch.no_grad():
+        expected = given.model(images)
+    exported = FORMATS[form].load(tmp_path / "out" / MODEL_FILE)(images)
+    assert (exported - expected).abs().amax(1).median() < 1e-2 * expected.abs().max()
+
+
+def test_bit_widths_are_in_the_file(tmp_path: Path) -> None:
+    import onnx
+
+    export(subject("cnn"), Precision.parse("w4a8"), FORMATS["qonnx"], tmp_path / "out", split=None)
+    graph = onnx.load(str(tmp_path / "out" / MODEL_FILE)).graph
+    values = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    widths = [int(values[node.input[3]]) for node in graph.node if node.op_type == "Quant"]
+    assert set(widths) == {4, 8}
+    assert len(graph.input) == 1
+    assert [dim.dim_value for dim in graph.input[0].type.tensor_type.shape.dim] == [1, 3, 16, 16]
+
+
+class Wrong(nn.Module):
+    """Another network than the one that was to be written."""
+
+    def __init__(self, frozen: nn.Module) -> None:
+        super().__init__()
+        self.frozen = frozen
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.frozen(images * 0.7).roll(1, 1)
+
+
+def test_a_file_that_computes_something_else_is_not_kept(tmp_path: Path) -> None:
+    true = FORMATS["qcdq"]
+    lying = Format(
+        "lying",
+        "",
+        8,
+        lambda frozen, image, path: true.write(Wrong(frozen), image, path),
+        true.load,
+        remedy="Give -f qcdq.",
+    )
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").touch()
+    with pytest.raises(
+        ExportError,
+        match=r"does not compute what the network computes .*same class.*kept\. Give -f qcdq\. To .*--no-verify",
+    ):
+        export(subject("cnn"), Precision.parse(4), lying, tmp_path / "out", split=SPLIT)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["old"]
+    report = export(subject("cnn"), Precision.parse(4), lying, tmp_path / "out", split=None)
+    assert report.agreement is None
+
+
+@pytest.mark.parametrize("precision", ["32", "w4a32"])
+def test_floats_are_refused(precision: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=f"qonnx holds integers, and at {precision} there are floats"):
+        export(subject("cnn"), Precision.parse(precision), FORMATS["qonnx"], tmp_path / "out", split=None)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_precision_the_model_does_not_have_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no precision 5"):
+        export(subject("cnn"), Precision.parse(5), FORMATS["qonnx"], tmp_path / "out", split=None)
+
+
+def test_dynamic_ranges_are_refused(tmp_path: Path) -> None:
+    dynamic = subject("cnn", activations="dynamic")
+    with pytest.raises(ExportError, match=r"ranges from each image, which qcdq has no word for.*without --dynamic"):
+        export(dynamic, Precision.parse(8), FORMATS["qcdq"], tmp_path / "out", split=None)
+
+
+def test_more_bits_than_a_format_has_room_for_are_refused(tmp_path: Path) -> None:
+    narrow = Format("narrow", "", 4, FORMATS["qcdq"].write, FORMATS["qcdq"].load)
+    with pytest.raises(ExportError, match=r"net\.conv1.* has 8 bits, more than the 4 that narrow has room for"):
+        export(subject("cnn"), Precision.parse(4), narrow, tmp_path / "out", split=None)

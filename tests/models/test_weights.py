@@ -1,0 +1,129 @@
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from qadtr_brevitas.core.errors import CheckpointError
+from qadtr_brevitas.models.create import create_float_model
+from qadtr_brevitas.models.weights import load_into, load_weights
+
+
+class Code:
+    """Runs a command when it is unpickled."""
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, ("ran",)
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("QADTR_BREVITAS_DATA", raising=False)
+    return tmp_path
+
+
+def weights() -> dict[str, torch.Tensor]:
+    return create_float_model("cifar_resnet20", num_classes=10).state_dict()
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "a.pth", "a.pt", "a.th"])
+def test_files(name: str, here: Path) -> None:
+    state = weights()
+    (save_file if name.endswith("safetensors") else torch.save)(state, here / name)
+    loaded = load_weights(here / name)
+    assert loaded.keys() == state.keys()
+    assert all(torch.equal(loaded[key], state[key]) for key in state)
+
+
+@pytest.mark.parametrize("wrapper", ["state_dict", "model"])
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "_orig_mod.module."])
+def test_wrappers_and_prefixes_are_taken_off(wrapper: str, prefix: str, here: Path) -> None:
+    state = weights()
+    stored = {wrapper: {prefix + key: value for key, value in state.items()}, "epoch": 3, "best": 0.9}
+    torch.save(stored, here / "a.pth")
+    assert load_weights("a.pth").keys() == state.keys()
+
+
+def test_relative_paths_are_also_looked_for_in_the_data_folder(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (here / "data").mkdir()
+    save_file(weights(), here / "data" / "a.safetensors")
+    with pytest.raises(CheckpointError, match=r"there is no checkpoint a.safetensors: .*set QADTR_BREVITAS_DATA"):
+        load_weights("a.safetensors")
+    monkeypatch.setenv("QADTR_BREVITAS_DATA", str(here / "data"))
+    assert load_weights("a.safetensors")
+    with pytest.raises(CheckpointError, match=r"no checkpoint b.pth or .*data/b.pth: put it there or name"):
+        load_weights("b.pth")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.00001, 0.5, 0.999])
+@pytest.mark.parametrize("kind", ["safetensors", "pth", "legacy"])
+def test_truncated_files(kind: str, share: float, here: Path) -> None:
+    file = here / ("a.safetensors" if kind == "safetensors" else "a.pth")
+    if kind == "safetensors":
+        save_file(weights(), file)
+    else:
+        torch.save(weights(), file, _use_new_zipfile_serialization=kind == "pth")
+    whole = file.read_bytes()
+    file.write_bytes(whole[: int(len(whole) * share)])
+    with pytest.raises(CheckpointError, match=rf"{file.name} is damaged or incomplete \(.+\): fetch it again"):
+        load_weights(file)
+
+
+@pytest.mark.parametrize("content", [b"hello world", b"\x00" * 100])
+@pytest.mark.parametrize("name", ["a.safetensors", "a.pth"])
+def test_files_of_another_kind(name: str, content: bytes, here: Path) -> None:
+    (here / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"a.*(is damaged or incomplete|holds pickled Python objects)"):
+        load_weights(name)
+
+
+def test_pickled_code_is_not_run_and_the_way_out_is_named(here: Path) -> None:
+    torch.save({"state_dict": weights(), "extra": Code()}, here / "a.pth")
+    with pytest.raises(CheckpointError, match=r"(?s)a.pth holds pickled Python objects.*python -c .*a.weights.pth"):
+        load_weights("a.pth")
+    assert not (here / "ran").exists()
+
+
+@pytest.mark.parametrize("stored", [{}, [1, 2], {"a": 1}, torch.zeros(3), {"state_dict": {}}])
+def test_files_without_weights(stored: object, here: Path) -> None:
+    torch.save(stored, here / "a.pth")
+    with pytest.raises(CheckpointError, match=r"a.pth holds no weights by name: save model.state_dict\(\) in it"):
+        load_weights("a.pth")
+
+
+def test_load_into_accepts_missing_counters_and_nothing_else() -> None:
+    state = {key: value for key, value in weights().items() if not key.endswith("num_batches_tracked")}
+    model = create_float_model("cifar_resnet20", num_classes=10)
+    load_into(model, state, source="a.pth", name="cifar_resnet20")
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in state.items())
+    del state["layer1.0.bn1.running_var"]
+    with pytest.raises(
+        CheckpointError,
+        match=r"a.pth does not fit .* differ in 1, for instance layer1.0.bn1.running_var; set model.name",
+    ):
+        load_into(model, state, source="a.pth", name="cifar_resnet20")
+
+
+def test_weights_of_another_network() -> None:
+    model = create_float_model("cifar_resnet32", num_classes=10)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(CheckpointError) as caught:
+        load_into(model, weights(), source="a.pth", name="cifar_resnet32")
+    assert str(caught.value) == (
+        "a.pth does not fit cifar_resnet32: they share 116 tensors, but differ in 60, for instance "
+        "layer1.3.conv1.weight, layer1.3.bn1.weight, layer1.3.bn1.bias; set model.name and model.args to those of the "
+        "network it comes from"
+    )
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in before.items())
+    with pytest.raises(
+        CheckpointError, match=r"a.pth does not fit cifar_vgg16: they share 1 tensors, but differ in 180"
+    ):
+        load_into(create_float_model("cifar_vgg16", num_classes=10), weights(), source="a.pth", name="cifar_vgg16")
+
+
+def test_weights_for_another_number_of_classes() -> None:
+    model = create_float_model("cifar_resnet20", num_classes=7)
+    with pytest.raises(CheckpointError, match=r"a.pth has weights for 10 classes, but 7 are needed: use data with 10"):
+        load_into(model, weights(), source="a.pth", name="cifar_resnet20")

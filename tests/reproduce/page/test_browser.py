@@ -1,0 +1,78 @@
+"""The page in a real browser, where there is one."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from qadtr_brevitas.reproduce.page import build_page, read_parts
+from qadtr_brevitas.reproduce.page.render import html
+from tests.reproduce.page.support import make_report, make_study
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+# A window of a phone's width is wider in headless browsers, a frame is not.
+FRAME = "<body style='margin:0'><iframe id=page src='{page}' style='border:0;width:{width}px;height:900px'></iframe>"
+MEASURE = """{frame}<pre id=out></pre>
+<script>onload = () => {{ const inside = document.getElementById('page').contentDocument;
+const wide = [...inside.querySelectorAll('body *')].filter(e => !e.closest('.table')
+  && e.getBoundingClientRect().right > {width} + 1).map(e => e.tagName);
+const drawn = [...inside.images].filter(image => image.naturalWidth > 300).length;
+document.getElementById('out').textContent = JSON.stringify([inside.documentElement.scrollWidth, wide, drawn]); }}
+</script>"""
+
+
+@pytest.fixture(scope="module")
+def browser() -> str:
+    found = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if found is None:
+        pytest.skip(f"needs a browser, one of {', '.join(BROWSERS)}")
+    return found
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    study = make_study(tmp_path_factory.mktemp("study"))
+    make_report(study / "seen")
+    file = study / "page.html"
+    file.write_text(html(build_page(read_parts([study]), title="Results")), encoding="utf-8")
+    return file
+
+
+def run(browser: str, *arguments: str) -> str:
+    common = ("--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--allow-file-access-from-files")
+    done = subprocess.run([browser, *common, *arguments], capture_output=True, text=True, timeout=120, check=True)
+    return done.stdout
+
+
+@pytest.mark.parametrize("width", [390, 1200])
+def test_nothing_is_wider_than_the_window_but_tables_which_scroll(browser: str, page: Path, width: int) -> None:
+    frame = page.with_name(f"measure-{width}.html")
+    frame.write_text(MEASURE.format(frame=FRAME.format(page=page.name, width=width), width=width))
+    # The page is dumped before images of the frame are decoded, unless time is given.
+    text = run(browser, "--virtual-time-budget=4000", "--dump-dom", f"file://{frame}")
+    measured = re.search(r"<pre id=\"out\">(.*)</pre>", text)
+    assert measured
+    assert json.loads(measured[1]) == [width, [], page.read_text().count("<img")]
+
+
+def test_a_screenshot_shows_words_and_colors(browser: str, page: Path) -> None:
+    frame, picture = page.with_name("frame.html"), page.with_name("page.png")
+    frame.write_text(FRAME.format(page=page.name, width=1200))
+    run(browser, "--window-size=1200,900", f"--screenshot={picture}", f"file://{frame}")
+    with Image.open(picture) as image:
+        assert image.size == (1200, 900)
+        colors = image.convert("RGB").getcolors(1 << 20) or []
+    assert len(colors) > 50
+    assert max(colors)[1] == (255, 255, 255)
+
+
+def test_it_prints(browser: str, page: Path) -> None:
+    printed = page.with_suffix(".pdf")
+    run(browser, f"--print-to-pdf={printed}", f"file://{page}")
+    assert printed.read_bytes().startswith(b"%PDF")

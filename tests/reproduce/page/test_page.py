@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+import csv
+import re
+from html.parser import HTMLParser
+from io import StringIO
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from qadtr_brevitas.cli.main import cli
+from qadtr_brevitas.core.errors import UsageError
+from qadtr_brevitas.reproduce.page import build_page, read_parts, write_page
+from qadtr_brevitas.reproduce.page.render import html, markdown, page_csv
+from tests.reproduce.page.support import make_audit, make_report, make_whole_study
+
+
+class Reader(HTMLParser):
+    """Collects what would be loaded or run, and checks that what is opened is closed."""
+
+    VOID = ("meta", "img", "link", "br")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.sources: list[str] = []
+        self.scripts = 0
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.scripts += tag == "script" or any(name.startswith("on") for name, _ in attrs)
+        self.sources += [value or "" for name, value in attrs if name in ("src", "srcset")]
+        if tag == "link":
+            self.sources.append("link")
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = make_whole_study(tmp_path_factory.mktemp("study"))
+    make_audit(folder / "b-seen", model="b seen", fingerprint="b seen-weights")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(study: Path) -> str:
+    return html(build_page(read_parts([study]), title="Results <of> today", command="qadtr-brevitas report x"))
+
+
+def test_the_page_is_whole_and_needs_nothing_else(page: str) -> None:
+    reader = Reader()
+    reader.feed(page)
+    assert reader.open == []
+    assert reader.scripts == 0
+    assert reader.sources
+    assert all(source.startswith("data:image/png;base64,") for source in reader.sources)
+    assert "url(" not in page
+    assert "Results &lt;of&gt; today" in page
+
+
+def test_warnings_of_the_audit_stand_above_the_tables_they_concern(page: str) -> None:
+    compared = page.index("Table 11 of the paper")
+    warning = page.index("b seen at 4 bit: G5 Black box: a black box breaks more: gradients are masked.")
+    assert warning < compared
+    assert "No audit was run on a seen, a unseen, b unseen: a low ASR may be an attack that failed" in page[:compared]
+
+
+def test_every_table_and_picture_says_how_it_was_made(page: str) -> None:
+    tables, pictures = page.count("<h4>"), page.count("<figure>")
+    assert page.count("How it was made") >= max(tables, pictures)
+    for word in (
+        "qadtr-brevitas study table11 scale=smoke",
+        "qadtr-brevitas evaluate runs/a",
+        "recipes",
+        "a recipe",
+        "seed",
+    ):
+        assert word in page
+
+
+def test_recipes_of_runs_are_inside(tmp_path: Path) -> None:
+    make_report(tmp_path, names=("a", "b"))
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "recipe.yaml").write_text("seed: 0  # <mine>\n")
+    file = tmp_path / "report.json"
+    file.write_text(file.read_text().replace("runs/a", str(run)))
+    page = html(build_page(read_parts([tmp_path]), title="Results"))
+    assert "Recipe of a</summary><pre>seed: 0  # &lt;mine&gt;" in page
+    assert f"a: {run / 'recipe.yaml'} (toy), b: a recipe (toy)" in page
+
+
+def test_what_the_paper_leaves_open_is_told(page: str) -> None:
+    assert "Whether patches are made at 32 bit or at the precision attacked is not said." in page
+
+
+def test_unseen_patches_are_told_apart(page: str) -> None:
+    assert "<h3>Evaluation unseen</h3>" in page
+    assert "PBAT, unseen patches" in page
+
+
+def test_models_of_one_evaluation_stand_in_one_table(page: str) -> None:
+    table = page[page.index("<h4>lavan 2x2: clean accuracy and ASR at each precision") :]
+    body = table[: table.index("</table>")]
+    assert "a seen" in body
+    assert "b seen" in body
+    assert "unseen" not in body
+
+
+def test_markdown_has_the_same_tables_and_links_pictures_of_folders(study: Path, tmp_path: Path) -> None:
+    (study / "a-seen" / "patches.png").write_bytes(b"png")
+    text = markdown(build_page(read_parts([study]), title="Results"), tmp_path)
+    (study / "a-seen" / "patches.png").unlink()
+    assert "#### Table 11 of the paper" in text
+    assert "> Audit: b seen at 4 bit: G5" in text
+    (link,) = re.findall(r"!\[The patches\.\]\((.*)\)", text)
+    assert (tmp_path / link).resolve() == (study / "a-seen" / "patches.png").resolve()
+
+
+def test_csv_has_every_cell_with_its_row_and_column(study: Path) -> None:
+    lines = list(csv.DictReader(StringIO(page_csv(build_page(read_parts([study]), title="Results")))))
+    found = {(line["row"], line["column"]): line["value"] for line in lines if line["table"].startswith("Table 11")}
+    assert found["PBAT, seen patches / paper", "8 bit"] == "46.7"
+    assert found["PBAT, seen patches / here, white-box", "8 bit"] == "100.0"
+    assert found["QADT-R, unseen patches / paper", "2 bit"] == "21.0"
+
+
+def test_another_kind_of_file_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    result = report(tmp_path / "nowhere", "-o", tmp_path / "report.pdf")
+    assert result.exit_code == 2
+    assert "does not end in .html: give -o" in result.stderr
+    with pytest.raises(UsageError, match=r"give -o .*page\.html"):
+        write_page(build_page([], title="x"), tmp_path / "page")
+
+
+def report(*arguments: object) -> Result:
+    return CliRunner().invoke(cli, ["report", *map(str, arguments)])
+
+
+def test_the_command_writes_three_files_and_names_them(study: Path, tmp_path: Path) -> None:
+    result = report(study, study / "a-seen", "-o", tmp_path / "page.html", "--title", "Mine")
+    assert result.exit_code == 0, result.output
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["page.csv", "page.html", "page.md"]
+    assert f"next: open {tmp_path / 'page.html'} in a browser" in result.stderr
+    assert f"qadtr-brevitas report {study}" in (tmp_path / "page.html").read_text()
+
+
+def test_a_failure_leaves_the_page_that_was_there(study: Path, tmp_path: Path) -> None:
+    (tmp_path / "page.html").write_text("earlier")
+    assert report(study, tmp_path / "nothing", "-o", tmp_path / "page.html").exit_code == 2
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["earlier"]

@@ -1,0 +1,76 @@
+"""What a run makes of its data and of a network that is not quantized."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy
+import pytest
+from PIL import Image
+
+from qadtr_brevitas.config import Recipe
+from qadtr_brevitas.core.errors import DataError
+from qadtr_brevitas.pipeline.checkpoint import load_model
+from qadtr_brevitas.training.loop import train
+from tests.training.support import Recorder, make_recipe
+
+
+def changed(recipe: Recipe, section: str, **keys: object) -> Recipe:
+    return Recipe.model_validate({**recipe.model_dump(), section: {**getattr(recipe, section).model_dump(), **keys}})
+
+
+def quick_recipe(**train_keys: object) -> Recipe:
+    plain = {"epochs": 1, "float_epochs": 0, "attack": None, "gradient": None, "regularizers": [], "norm_batches": 0}
+    return make_recipe(**{**plain, **train_keys})
+
+
+def test_a_network_of_32_bit_alone_trains_and_is_saved(tmp_path: Path) -> None:
+    recipe = quick_recipe(epochs=8, precision={"schedule": "fixed", "choice": 32}, norm_batches=2)
+    recorder = Recorder()
+    run = train(changed(recipe, "quant", precisions=[32]), tmp_path / "run", device="cpu", observer=recorder)
+    model, info = load_model(run)
+    assert [str(precision) for precision in model.switch.allowed] == ["32"]
+    assert not [name for name, _ in model.named_parameters() if "threshold" in name]
+    assert info.quant["precisions"] == [32]
+    accuracy = recorder.epochs[-1].val_accuracy
+    assert accuracy is not None
+    assert list(accuracy) == ["32"]
+    losses = [record.loss for record in recorder.steps]
+    assert sum(losses[-6:]) < 0.95 * sum(losses[:6])
+
+
+def test_the_model_says_what_it_was_trained_on(tmp_path: Path) -> None:
+    recipe = quick_recipe()
+    run = train(recipe, tmp_path / "run", device="cpu")
+    assert load_model(run)[1].data == recipe.data.model_dump(mode="json")["dataset"]
+
+
+def test_photos_are_trained_on_at_the_size_of_the_model_and_a_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for number in range(60):
+        folder = tmp_path / "photos" / f"class{number % 3}"
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = numpy.random.default_rng(number).integers(0, 256, (36 + number, 48, 3), dtype=numpy.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    dataset = {"name": "image-folder", "root": str(tmp_path / "photos"), "holdout": 5}
+    recipe = changed(quick_recipe(), "data", dataset=dataset)
+    recipe = changed(recipe, "model", name="cifar_resnet8")
+    run = train(recipe, tmp_path / "run", device="cpu")
+    _, info = load_model(run)
+    assert info.image_size == (32, 32)
+    assert info.data is not None
+    assert (info.data["image_size"], info.data["crop"]) == (32, 1.0)
+    # The same recipe is the same run, though it does not say the size.
+    recorder = Recorder()
+    train(recipe, run, device="cpu", observer=recorder)
+    assert "is finished" in recorder.messages[0]
+
+
+def test_too_few_images_to_calibrate_are_told_before_training(tmp_path: Path) -> None:
+    recipe = quick_recipe(float_epochs=1)
+    recipe = changed(recipe, "quant", calibration={"samples": 200})
+    with pytest.raises(DataError, match="is to look at 200 training images, there are 96"):
+        train(recipe, tmp_path / "run", device="cpu")
+    assert not (tmp_path / "run").exists()
