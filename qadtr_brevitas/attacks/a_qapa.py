@@ -12,7 +12,7 @@ from torch import Tensor
 from qadtr_brevitas.attacks.base import Memory, Model
 from qadtr_brevitas.attacks.fake_quantize import fake_quantize
 from qadtr_brevitas.attacks.geometry import shape_mask
-from qadtr_brevitas.attacks.patch_pool import Canvas, kept_patches
+from qadtr_brevitas.attacks.patch_pool import PatchedBatch, pool_patches
 from qadtr_brevitas.attacks.per_image import Aim, Attempt
 from qadtr_brevitas.attacks.starts import shrunk
 from qadtr_brevitas.core.errors import UsageError
@@ -47,7 +47,7 @@ class AQapa:
       on a float CIFAR ResNet-20 then already leave about 22 % accuracy (10 steps 13 %, noise 80 %).
       `targeted=true` goes towards a random other class instead, `target` towards a given one.
     - One patch p, or one for each image: the equation does not say. Default: one for each image. `universal=0.5` gives
-      half of the attacked images universal patches (`kept_patches.py`), which a few steps for each image by itself
+      half of the attacked images universal patches (`pool_patches.py`), which a few steps for each image by itself
       never come near: LAVAN does a third less to a network trained so, at the same cost (docs/results.md).
 
     As an attack to evaluate with, it needs `quantize_image=false`, or what the rounding of the image breaks would count
@@ -147,9 +147,9 @@ class AQapa:
         if memory is None or count == 0:
             return self._fresh(model, images, labels, generator=generator, precision=precision)
 
-        canvas = self._canvas(images[:count], generator, precision)
+        batch = self._batch(images[:count], generator, precision)
         side = max(self._sides(images))
-        kept = kept_patches(canvas, model, labels[:count], memory, side=side, steps=self.steps, generator=generator)
+        kept = pool_patches(batch, model, labels[:count], memory, side=side, steps=self.steps, generator=generator)
         if count == len(images):
             return kept
         rest = self._fresh(model, images[count:], labels[count:], generator=generator, precision=precision)
@@ -167,25 +167,25 @@ class AQapa:
         """Images, each under a patch of its own."""
         best: Attempt | None = None
         for _ in range(self.restarts):
-            canvas = self._canvas(images, generator, precision)
-            corners = canvas.corners(generator)
+            batch = self._batch(images, generator, precision)
+            corners = batch.corners(generator)
             shifts = _draw(len(images), like=images, generator=generator) if self.targeted else None
-            patches = self._starts(images, canvas.size, generator)
+            patches = self._starts(images, batch.size, generator)
             for _ in range(self.steps):
                 patches.requires_grad_()
-                attempt = self._attempt(model, canvas.put(patches, corners), labels, shifts)
+                attempt = self._attempt(model, batch.put(patches, corners), labels, shifts)
                 (gradient,) = torch.autograd.grad(attempt.losses.sum(), patches)
                 patches = (patches.detach() - self.step_size * gradient.sign()).clamp_(0, 1)
                 if self.keep_best:
                     best = attempt.detach().better_of(best)
             if not self.keep_best:
-                return canvas.put(patches, corners)
+                return batch.put(patches, corners)
             with torch.no_grad():
-                best = self._attempt(model, canvas.put(patches, corners), labels, shifts).better_of(best)
+                best = self._attempt(model, batch.put(patches, corners), labels, shifts).better_of(best)
         assert best is not None
         return best.images
 
-    def _canvas(self, images: Tensor, generator: torch.Generator, precision: Precision | None) -> Canvas:
+    def _batch(self, images: Tensor, generator: torch.Generator, precision: Precision | None) -> PatchedBatch:
         """The images, and a size, a shape and a bit-width for all patches on them."""
         side = _choose(self._sides(images), generator)
         mask = shape_mask(_choose(self.shapes, generator), side)
@@ -194,7 +194,7 @@ class AQapa:
         # One draw for the batch: a quantizer that differed from step to step would be a moving target.
         image_error, patch_error = (self.noise * torch.randn(2, generator=generator, device=generator.device)).tolist()
         background = fake_quantize(images, bits, step_error=image_error) if self.quantize_image else images
-        return Canvas(images=images, background=background, mask=mask, bits=patch_bits, step_error=patch_error)
+        return PatchedBatch(images=images, background=background, mask=mask, bits=patch_bits, step_error=patch_error)
 
     def _sides(self, images: Tensor) -> tuple[int, ...]:
         side = min(images.shape[-2], images.shape[-1])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qadtr_brevitas.attacks.base import Model
-from qadtr_brevitas.attacks.library import Guard, seeded
+from qadtr_brevitas.attacks.library import InputGradientModel, seeded
 from qadtr_brevitas.attacks.pixel import Distance
 from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.core.plugin import Field, plugin
@@ -48,7 +48,7 @@ class AutoAttack:
             UsageError: pyautoattack is not installed, or the model has too few classes for the attacks' losses.
         """
         library = _library()
-        guarded = Guard(model)
+        guarded = InputGradientModel(model)
         with torch.no_grad():
             classes = guarded(images[:1]).shape[1]
         self._check(classes)

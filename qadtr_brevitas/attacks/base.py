@@ -10,20 +10,13 @@ from torch import Tensor
 
 from qadtr_brevitas.attacks.patch import Patch
 from qadtr_brevitas.core.precision import Precision
+from qadtr_brevitas.core.progress import Progress
 
 Model: TypeAlias = "Callable[[Tensor], Tensor]"
 """Images (N, 3, H, W) in [0, 1] to logits (N, classes). In evaluation mode, at the precision to be attacked."""
 
 Memory: TypeAlias = "dict[str, Tensor]"
 """What an attack keeps from one training step to the next: empty before the first, saved with the run."""
-
-
-class Progress(Protocol):
-    """Told how many steps are done, of how many, and how it goes."""
-
-    def __call__(self, done: int, total: int, note: str = "") -> None:
-        """Shows it, or does nothing."""
-        ...
 
 
 class ImageAttack(Protocol):

@@ -26,7 +26,7 @@ from torch.nn.functional import pad
 from qadtr_brevitas.attacks.engine import Descent, as_float, endless_batches, round_checked
 from qadtr_brevitas.attacks.fake_quantize import PATCH_FILE_BITS, fake_quantize
 from qadtr_brevitas.attacks.geometry import blend, bounding_box
-from qadtr_brevitas.attacks.universal import Candidate, SearchFields, Task, search_under_mask
+from qadtr_brevitas.attacks.universal import Candidate, SearchFields, TextureSearch, search_under_mask
 from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.core.plugin import Field, plugin
 
@@ -64,9 +64,9 @@ class Dpr(SearchFields):
     area_weight: Annotated[float, Field(ge=0, description="weight of the area above the budget, in budgets")] = 1.0
     longest: Annotated[float, Field(ge=1, description="longest ray, in radii of a disc of the same area")] = 2.0
 
-    def search(self, task: Task, mask: Tensor) -> Candidate:
+    def search(self, texture_search: TextureSearch, mask: Tensor) -> Candidate:
         """One search from one start, with as many pixels as the mask covers."""
-        return search_shape(self, task, pixels=int(mask.sum()))
+        return search_shape(self, texture_search, pixels=int(mask.sum()))
 
 
 _FEWEST_RAYS = 3
@@ -178,31 +178,31 @@ _SHORTEST = 0.5
 _ROUNDS = 3
 
 
-def search_shape(fields: Dpr, task: Task, *, pixels: int) -> Candidate:
+def search_shape(fields: Dpr, texture_search: TextureSearch, *, pixels: int) -> Candidate:
     """Searches shape and texture, then the texture alone; returns the best by held-out score, with its exact mask.
 
     Args:
         fields: the attack's settings.
-        task: what there is to work with.
+        texture_search: what there is to work with.
         pixels: most pixels the exact mask may cover.
 
     Raises:
         TrainingError: the texture is no longer finite.
     """
     steps = max(1, round(fields.steps * fields.shape_share))
-    search = ShapeSearch(fields, task, pixels=pixels, steps=steps)
+    search = ShapeSearch(fields, texture_search, pixels=pixels, steps=steps)
     best: Candidate | None = None
     for step in range(1, steps + 1):
         search.step(step)
         if step % fields.check_every == 0 or step == steps:
             checked = search.candidate(step)
             best = checked if best is None or checked.score >= best.score else best
-        task.report(step, best.score if best else 0.0)
+        texture_search.report(step, best.score if best else 0.0)
     assert best is not None
     if steps == fields.steps:
         return best
     start, mask = search.cut(search.texture.detach())
-    last = search_under_mask(task, mask, fields.put(mask), start=start, steps_done=steps)
+    last = search_under_mask(texture_search, mask, fields.put(mask), start=start, steps_done=steps)
     return last if last.score >= best.score else best
 
 
@@ -247,20 +247,25 @@ class ShapeSearch:
 
     Args:
         fields: the attack's settings.
-        task: what there is to work with.
+        texture_search: what there is to work with.
         pixels: most pixels the exact mask may cover.
         steps: how many there will be.
     """
 
-    def __init__(self, fields: Dpr, task: Task, *, pixels: int, steps: int) -> None:
-        device, self._image_size = task.images.device, (task.images.shape[-2], task.images.shape[-1])
-        self._fields, self._task = fields, task
+    def __init__(self, fields: Dpr, texture_search: TextureSearch, *, pixels: int, steps: int) -> None:
+        device, self._image_size = (
+            texture_search.images.device,
+            (texture_search.images.shape[-2], texture_search.images.shape[-1]),
+        )
+        self._fields, self._texture_search = fields, texture_search
         self._bounds = Bounds.of(fields, pixels=pixels, image_size=self._image_size, device=device)
         self._sharpness = _sharpness(fields, pixels, steps)
-        self._places = task.stream("shape places")
-        self._batches = endless_batches(len(task.images), fields.batch_size, task.stream("shape batches"))
+        self._places = texture_search.stream("shape places")
+        self._batches = endless_batches(
+            len(texture_search.images), fields.batch_size, texture_search.stream("shape batches")
+        )
 
-        noise = 1 + _START_NOISE * torch.randn(fields.rays, generator=task.stream("shape start")).to(device)
+        noise = 1 + _START_NOISE * torch.randn(fields.rays, generator=texture_search.stream("shape start")).to(device)
         self.rays = self._bounds.hold(_radius(pixels) * noise).requires_grad_()
         self.texture = self._start().requires_grad_()
         # The cosine belongs to the texture's own phase: until then the shape it must suit is still moving.
@@ -271,12 +276,12 @@ class ShapeSearch:
     def step(self, number: int) -> None:
         """One step of both, from the same gradient; `number` counts from 1."""
         index = next(self._batches)
-        images, labels = as_float(self._task.images[index]), self._task.labels[index]
+        images, labels = as_float(self._texture_search.images[index]), self._texture_search.labels[index]
         cover = soft_polygon_mask(self.rays, self._bounds.window, sharpness=self._sharpness[number - 1])
         texture = fake_quantize(self.texture, PATCH_FILE_BITS)
         patched = blend(images, texture, cover, self._corners(len(images)))
         excess = (cover.sum() / self._bounds.pixels - 1).relu()
-        loss = self._task.loss(patched, labels) + self._fields.area_weight * excess
+        loss = self._texture_search.loss(patched, labels) + self._fields.area_weight * excess
         for_texture, self.rays.grad = torch.autograd.grad(loss, (self.texture, self.rays))
         self._descent.move(self.texture, for_texture, self._texture_steps, step=number)
         self._ray_steps.step()
@@ -297,17 +302,17 @@ class ShapeSearch:
             TrainingError: the texture is no longer finite.
         """
         texture, mask = self.cut(round_checked(self.texture, step=number))
-        return Candidate(texture=texture, mask=mask, score=self._task.score(self._fields.put(mask), texture))
+        return Candidate(texture=texture, mask=mask, score=self._texture_search.score(self._fields.put(mask), texture))
 
     @torch.no_grad()
     def _start(self) -> Tensor:
         """A texture for the window. A picture fills the shape's box; what rays may reach later is like its border."""
         mask, window = self._mask(), self._bounds.window
         if self._fields.init != "image":
-            return self._task.start_texture(window, self._fields.put(torch.ones_like(mask)))
+            return self._texture_search.start_texture(window, self._fields.put(torch.ones_like(mask)))
         row, column, height, width = bounding_box(mask)
         box = slice(row, row + height), slice(column, column + width)
-        picture = self._task.start_texture((height, width), self._fields.put(mask[box]))
+        picture = self._texture_search.start_texture((height, width), self._fields.put(mask[box]))
         beside = column, window[1] - column - width, row, window[0] - row - height
         return pad(picture[None], beside, mode="replicate")[0]
 

@@ -84,7 +84,7 @@ class Search(Descent):
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """The best texture of a search, on the 8-bit grid, and its held-out score."""
 
     texture: Tensor
@@ -101,7 +101,7 @@ def search_texture(
     search: Search,
     generator: torch.Generator,
     report: Callable[[int, float], None] | None = None,
-) -> Found:
+) -> SearchResult:
     """Descends the objective in the texture alone and keeps the best texture by score, not the last.
 
     The master texture is a float in [0, 1]. What the network sees, what is scored and what is returned is its 8-bit
@@ -124,7 +124,7 @@ def search_texture(
     optimizer = search.optimizer(texture)
     first = round_checked(start, step=0)
     # Where gradients lead nowhere, the start may be the best there is.
-    best = Found(first, score(first))
+    best = SearchResult(first, score(first))
     batches = endless_batches(len(images), search.batch_size, generator)
     for step in range(1, search.steps + 1):
         index = next(batches)
@@ -135,7 +135,7 @@ def search_texture(
         search.move(texture, gradient, optimizer, step=step)
         if step % search.check_every == 0 or step == search.steps:
             rounded = round_checked(texture, step=step)
-            checked = Found(rounded, score(rounded))
+            checked = SearchResult(rounded, score(rounded))
             # Of equals the later: it has the lower loss.
             best = checked if checked.score >= best.score else best
         if report is not None:

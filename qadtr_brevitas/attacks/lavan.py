@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import ClassVar
 
 from qadtr_brevitas.attacks.engine import Descent
-from qadtr_brevitas.attacks.per_image import Attempt, ImagePatch, Task, search_patches
+from qadtr_brevitas.attacks.per_image import Attempt, ImageAttackInputs, ImagePatch, search_patches
 from qadtr_brevitas.attacks.starts import start_patches
 from qadtr_brevitas.attacks.universal import SearchFields
 from qadtr_brevitas.core.plugin import plugin
@@ -30,12 +30,17 @@ class Lavan(SearchFields, ImagePatch):
 
     attack: ClassVar[str] = "lavan"
 
-    def attempts(self, task: Task) -> Iterator[Attempt]:
+    def attempts(self, inputs: ImageAttackInputs) -> Iterator[Attempt]:
         """One search from each start, at places drawn anew."""
-        scene = task.scene(self.target, loss=self.loss)
+        problem = inputs.problem(self.target, loss=self.loss)
         descent = Descent(steps=self.steps, step_rule=self.step_rule, lr=self.step_size, cosine=self.cosine)
         for _ in range(self.restarts):
-            corners = self.corners(len(task.images), task.image_size, task.size, generator=task.generator)
-            corners = corners.to(task.images.device)
-            patches = start_patches(self.init, scene, corners, generator=task.generator)
-            yield search_patches(scene, patches, corners, descent=descent)
+            corners = self.corners(
+                len(inputs.images),
+                inputs.image_size,
+                inputs.size,
+                generator=inputs.generator,
+            )
+            corners = corners.to(inputs.images.device)
+            patches = start_patches(self.init, problem, corners, generator=inputs.generator)
+            yield search_patches(problem, patches, corners, descent=descent)

@@ -13,7 +13,7 @@ from qadtr_brevitas.attacks.base import Model
 from qadtr_brevitas.attacks.losses import check_target
 
 
-class Guard(nn.Module):
+class InputGradientModel(nn.Module):
     """A network as a module whose backward pass reaches the images and nothing else.
 
     Libraries call `loss.backward()`, which would leave gradients on every parameter.
@@ -37,13 +37,13 @@ class Guard(nn.Module):
             UsageError: the model has no class `target`.
         """
         (model,) = self._call
-        logits = _ThroughImages.apply(images, model) if torch.is_grad_enabled() else model(images)
+        logits = _InputGradient.apply(images, model) if torch.is_grad_enabled() else model(images)
         if self._target is not None:
             check_target(self._target, classes=logits.shape[1])
         return logits
 
 
-class _ThroughImages(torch.autograd.Function):
+class _InputGradient(torch.autograd.Function):
     """A network's outputs, differentiable in its inputs only."""
 
     @staticmethod

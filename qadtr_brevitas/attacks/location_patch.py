@@ -10,8 +10,8 @@ from pydantic import model_validator
 from qadtr_brevitas.attacks.engine import Descent
 from qadtr_brevitas.attacks.geometry import Box, place_corners
 from qadtr_brevitas.attacks.patch_fields import Index
-from qadtr_brevitas.attacks.per_image import Attempt, ImagePatch, Task, search_patches
-from qadtr_brevitas.attacks.relocation import Ground, Moves
+from qadtr_brevitas.attacks.per_image import Attempt, ImageAttackInputs, ImagePatch, search_patches
+from qadtr_brevitas.attacks.relocation import AllowedCorners, Relocation
 from qadtr_brevitas.attacks.starts import start_patches
 from qadtr_brevitas.core.plugin import Field, plugin
 
@@ -63,21 +63,21 @@ class LocationPatch(ImagePatch):
             raise ValueError(f"location={self.location} moves the patch: with a fixed place give location=none")
         return self
 
-    def attempts(self, task: Task) -> Iterator[Attempt]:
+    def attempts(self, inputs: ImageAttackInputs) -> Iterator[Attempt]:
         """One search from each start, at places drawn anew."""
-        count, image_size, size, draw = len(task.images), task.image_size, task.size, task.generator
-        scene = task.scene(self.target, loss=self.loss)
+        count, image_size, size, draw = len(inputs.images), inputs.image_size, inputs.size, inputs.generator
+        problem = inputs.problem(self.target, loss=self.loss)
         descent = Descent(steps=self.steps, step_rule="sign", lr=self.step_size, cosine=False)
         box = self._box(image_size)
         moves = None
         if self.location != "none":
-            ground = Ground.outside(box, image_size, size)
-            moves = Moves(ground=ground, rule=self.location, stride=self.stride, generator=draw)
+            allowed_corners = AllowedCorners.outside(box, image_size, size)
+            moves = Relocation(allowed_corners=allowed_corners, rule=self.location, stride=self.stride, generator=draw)
         for _ in range(self.restarts):
             corners = place_corners(self.place, count, image_size, size, generator=draw, keep_out=box)
-            corners = corners.to(task.images.device)
-            patches = start_patches(self.init, scene, corners, generator=draw)
-            yield search_patches(scene, patches, corners, descent=descent, relocate=moves)
+            corners = corners.to(inputs.images.device)
+            patches = start_patches(self.init, problem, corners, generator=draw)
+            yield search_patches(problem, patches, corners, descent=descent, relocate=moves)
 
     def _box(self, image_size: tuple[int, int]) -> Box | None:
         """The pixels to leave free, in the middle unless given."""

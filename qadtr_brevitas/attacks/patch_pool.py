@@ -38,8 +38,8 @@ _LARGEST = 2.0
 """Bound of a pixel's change, in such steps."""
 
 
-def kept_patches(
-    canvas: Canvas,
+def pool_patches(
+    batch: PatchedBatch,
     model: Model,
     labels: Tensor,
     memory: Memory,
@@ -54,7 +54,7 @@ def kept_patches(
     gradient's size, but not sign steps, which make noise of a picture.
 
     Args:
-        canvas: the images, and how patches get on them.
+        batch: the images, and how patches get on them.
         model: what is attacked.
         labels: (N,).
         memory: `textures` (K, 3, side, side) in [0, 1] and `targets` (K,), -1 where a patch has not begun; made where
@@ -76,13 +76,13 @@ def kept_patches(
     count = len(labels)
     turns = torch.randperm(_PATCHES, generator=generator, device=generator.device).to(device)
     turns = turns[: min(_PATCHES, max(1, count // _IMAGES_EACH))]
-    _begin(memory, turns, canvas.images, labels, generator=generator)
+    _begin(memory, turns, batch.images, labels, generator=generator)
     share = torch.arange(count, device=device) % len(turns)
     textures, targets = memory["textures"][turns], memory["targets"][turns][share]
     misled = targets != labels
 
     def patched(textures: Tensor) -> Tensor:
-        return canvas.put(shrunk(textures, canvas.size)[share], canvas.corners(generator))
+        return batch.put(shrunk(textures, batch.size)[share], batch.corners(generator))
 
     for _ in range(steps):
         textures.requires_grad_()
@@ -107,7 +107,7 @@ def _begin(memory: Memory, turns: Tensor, pictures: Tensor, labels: Tensor, *, g
 
 
 @dataclass(frozen=True, kw_only=True)
-class Canvas:
+class PatchedBatch:
     """Images of a batch, and what is the same for all patches on them.
 
     Args:

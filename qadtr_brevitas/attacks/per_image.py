@@ -115,7 +115,7 @@ class Aim:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scene:
+class PatchProblem:
     """Images, each to get a patch of its own.
 
     Args:
@@ -135,13 +135,13 @@ class Scene:
         images = paste(self.images, fake_quantize(patches, PATCH_FILE_BITS), self.mask, corners)
         return self.aim.attempt(images, self.model(images))
 
-    def only(self, index: Tensor) -> Scene:
+    def only(self, index: Tensor) -> PatchProblem:
         """Some of the images."""
-        return Scene(model=self.model, images=self.images[index], mask=self.mask, aim=self.aim.only(index))
+        return PatchProblem(model=self.model, images=self.images[index], mask=self.mask, aim=self.aim.only(index))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Task:
+class ImageAttackInputs:
     """What an attack on single images is given.
 
     Args:
@@ -168,18 +168,18 @@ class Task:
         """Height and width of the patches."""
         return self.mask.shape[0], self.mask.shape[1]
 
-    def scene(self, target: int | None, *, loss: AttackLoss) -> Scene:
+    def problem(self, target: int | None, *, loss: AttackLoss) -> PatchProblem:
         """The images with an aim."""
         aim = Aim.at(target, self.labels, loss=loss)
-        return Scene(model=self.model, images=self.images, mask=self.mask, aim=aim)
+        return PatchProblem(model=self.model, images=self.images, mask=self.mask, aim=aim)
 
 
-Relocate: TypeAlias = Callable[[Scene, Tensor, Tensor, Attempt], tuple[Tensor, Attempt]]
+Relocate: TypeAlias = Callable[[PatchProblem, Tensor, Tensor, Attempt], tuple[Tensor, Attempt]]
 """(scene, patches, corners, attempt with them) -> corners to go on from, and the attempt with the patches there."""
 
 
 def search_patches(
-    scene: Scene, patches: Tensor, corners: Tensor, *, descent: Descent, relocate: Relocate | None = None
+    problem: PatchProblem, patches: Tensor, corners: Tensor, *, descent: Descent, relocate: Relocate | None = None
 ) -> Attempt:
     """Descends every image's loss in its own patch, and keeps the best attempt at every image.
 
@@ -187,7 +187,7 @@ def search_patches(
     iterate is an attempt, also the one after the last step. No image has an influence on another's patch.
 
     Args:
-        scene: images and aim.
+        problem: images and aim.
         patches: (N, 3, h, w) in [0, 1] to start from.
         corners: (N, 2) to start at.
         descent: steps and their rule.
@@ -198,16 +198,16 @@ def search_patches(
     optimizer = descent.optimizer(patches)
     best: Attempt | None = None
     for step in range(1, descent.steps + 1):
-        attempt = scene.attempt(patches, corners)
+        attempt = problem.attempt(patches, corners)
         (gradient,) = torch.autograd.grad(attempt.losses.sum(), patches)
         attempt = attempt.detach()
         best = attempt.better_of(best)
         if relocate is not None:
-            corners, moved = relocate(scene, patches.detach(), corners, attempt)
+            corners, moved = relocate(problem, patches.detach(), corners, attempt)
             best = moved.better_of(best)
         descent.move(patches, gradient, optimizer, step=step)
     with torch.no_grad():
-        return scene.attempt(patches, corners).better_of(best)
+        return problem.attempt(patches, corners).better_of(best)
 
 
 def best_of(attempts: Iterable[Attempt]) -> Attempt:
@@ -220,7 +220,7 @@ class ImagePatch(PatchFields):
     """A patch of its own for every image. A subclass says how each attempt is made."""
 
     @abstractmethod
-    def attempts(self, task: Task) -> Iterable[Attempt]:
+    def attempts(self, inputs: ImageAttackInputs) -> Iterable[Attempt]:
         """Independent attempts at all images, of which the best is kept for every image."""
         ...
 
@@ -249,5 +249,5 @@ class ImagePatch(PatchFields):
             UsageError: the patch does not fit on the images or beside the box, or the model has no class `target`.
         """
         mask = self.mask((images.shape[-2], images.shape[-1])).to(images.device)
-        task = Task(model=model, images=images, labels=labels, mask=mask, generator=generator)
-        return best_of(self.attempts(task)).images
+        inputs = ImageAttackInputs(model=model, images=images, labels=labels, mask=mask, generator=generator)
+        return best_of(self.attempts(inputs)).images

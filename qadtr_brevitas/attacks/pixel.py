@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qadtr_brevitas.attacks.base import Model
-from qadtr_brevitas.attacks.library import Guard, seeded
+from qadtr_brevitas.attacks.library import InputGradientModel, seeded
 from qadtr_brevitas.attacks.per_image import Aim, Attempt, best_of
 from qadtr_brevitas.core.plugin import Field, plugin
 from qadtr_brevitas.core.precision import Precision
@@ -145,7 +145,7 @@ def _run(
     import torchattack
 
     attack = getattr(torchattack, name)(
-        Guard(model, target=target), device=images.device, targeted=target is not None, **settings
+        InputGradientModel(model, target=target), device=images.device, targeted=target is not None, **settings
     )
     with seeded(generator, images.device), torch.enable_grad():
         adversarial = attack(images, labels if target is None else torch.full_like(labels, target)).detach()

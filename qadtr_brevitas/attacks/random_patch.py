@@ -9,12 +9,13 @@ from typing import Annotated, ClassVar
 import torch
 from torch import Tensor
 
-from qadtr_brevitas.attacks.base import Model, Progress
+from qadtr_brevitas.attacks.base import Model
 from qadtr_brevitas.attacks.fake_quantize import PATCH_FILE_BITS, fake_quantize
 from qadtr_brevitas.attacks.patch import Patch, versions
-from qadtr_brevitas.attacks.per_image import Attempt, ImagePatch, Task
+from qadtr_brevitas.attacks.per_image import Attempt, ImageAttackInputs, ImagePatch
 from qadtr_brevitas.attacks.starts import start_patches, start_texture
 from qadtr_brevitas.core.plugin import Field, plugin
+from qadtr_brevitas.core.progress import Progress
 from qadtr_brevitas.core.seeding import generator
 
 
@@ -69,14 +70,14 @@ class RandomPatch(ImagePatch):
         patch = Patch(texture=texture, mask=mask, place=self.place, keep_out=self.keep_out, meta=meta)
         return patch.to(images.device)
 
-    def attempts(self, task: Task) -> Iterator[Attempt]:
+    def attempts(self, inputs: ImageAttackInputs) -> Iterator[Attempt]:
         """Patches of noise, each at a place of its own; the model is only asked for its outputs."""
-        scene = task.scene(None, loss="margin")
+        problem = inputs.problem(None, loss="margin")
 
         @torch.no_grad()
         def one_draw() -> Attempt:
-            corners = self.corners(len(task.images), task.image_size, task.size, generator=task.generator)
-            corners = corners.to(task.images.device)
-            return scene.attempt(start_patches("uniform", scene, corners, generator=task.generator), corners)
+            corners = self.corners(len(inputs.images), inputs.image_size, inputs.size, generator=inputs.generator)
+            corners = corners.to(inputs.images.device)
+            return problem.attempt(start_patches("uniform", problem, corners, generator=inputs.generator), corners)
 
         return (one_draw() for _ in range(self.draws))

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from qadtr_brevitas.attacks.geometry import Box, corners_outside
-from qadtr_brevitas.attacks.per_image import Attempt, Scene
+from qadtr_brevitas.attacks.per_image import Attempt, PatchProblem
 
 _DIRECTIONS = torch.tensor([(-1, 0), (1, 0), (0, -1), (0, 1)])
 
 
 @dataclass(frozen=True)
-class Ground:
+class AllowedCorners:
     """The corners where patches may be.
 
     Args:
@@ -25,7 +25,7 @@ class Ground:
     allowed: Tensor
 
     @classmethod
-    def outside(cls, box: Box | None, image_size: tuple[int, int], patch_size: tuple[int, int]) -> Ground:
+    def outside(cls, box: Box | None, image_size: tuple[int, int], patch_size: tuple[int, int]) -> AllowedCorners:
         """Wherever a patch lies on the image and does not touch the box.
 
         Raises:
@@ -46,28 +46,30 @@ class Ground:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Moves:
+class Relocation:
     """Tries to move patches; called once a step of the search.
 
     Args:
-        ground: where they may be.
+        allowed_corners: where they may be.
         rule: `random` tries one direction for each image (one forward pass), `full` all four.
         stride: pixels.
         generator: draws directions.
     """
 
-    ground: Ground
+    allowed_corners: AllowedCorners
     rule: Literal["random", "full"]
     stride: int
     generator: torch.Generator
 
     @torch.no_grad()
-    def __call__(self, scene: Scene, patches: Tensor, corners: Tensor, attempt: Attempt) -> tuple[Tensor, Attempt]:
+    def __call__(
+        self, problem: PatchProblem, patches: Tensor, corners: Tensor, attempt: Attempt
+    ) -> tuple[Tensor, Attempt]:
         """Corners (N, 2) after the moves that lower the loss, and the attempt there."""
         start = corners
         for directions in self._directions(len(corners)):
-            places = self.ground.shifted(start, self.stride * directions)
-            tried = scene.attempt(patches, places)
+            places = self.allowed_corners.shifted(start, self.stride * directions)
+            tried = problem.attempt(patches, places)
             lower = tried.losses < attempt.losses
             corners = torch.where(lower[:, None], places, corners)
             attempt = attempt.replaced(tried, lower)

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from qadtr_brevitas.attacks.patch_fields import Index
-from qadtr_brevitas.attacks.per_image import Attempt, ImagePatch, Scene, Task
-from qadtr_brevitas.attacks.relocation import Ground
+from qadtr_brevitas.attacks.per_image import Attempt, ImageAttackInputs, ImagePatch, PatchProblem
+from qadtr_brevitas.attacks.relocation import AllowedCorners
 from qadtr_brevitas.core.plugin import Field, plugin
 
 
@@ -51,18 +51,18 @@ class SparseRs(ImagePatch):
     ] = None
     restarts: Annotated[int, Field(ge=1, description="independent runs, of which the best is kept")] = 1
 
-    def attempts(self, task: Task) -> Iterator[Attempt]:
+    def attempts(self, inputs: ImageAttackInputs) -> Iterator[Attempt]:
         """One search from each start, at places drawn anew; the model is only asked for its outputs."""
-        count, image_size, size = len(task.images), task.image_size, task.size
+        count, image_size, size = len(inputs.images), inputs.image_size, inputs.size
         targeted = self.target is not None
         search = RandomSearch(
-            scene=task.scene(self.target, loss=self.loss or ("cross-entropy" if targeted else "margin")),
-            draw_corners=lambda: self.corners(count, image_size, size, generator=task.generator),
-            ground=Ground.outside(self.keep_out, image_size, size) if self.place == "random" else None,
+            problem=inputs.problem(self.target, loss=self.loss or ("cross-entropy" if targeted else "margin")),
+            draw_corners=lambda: self.corners(count, image_size, size, generator=inputs.generator),
+            allowed_corners=AllowedCorners.outside(self.keep_out, image_size, size) if self.place == "random" else None,
             queries=self.queries,
             alpha=self.alpha or (0.1 if targeted else 0.4),
             move_every=self.move_every or (10 if targeted else 4),
-            generator=task.generator,
+            generator=inputs.generator,
         )
         return (search.run() for _ in range(self.restarts))
 
@@ -80,9 +80,9 @@ class RandomSearch:
     """A search for the patch and the place of every image.
 
     Args:
-        scene: images and aim.
+        problem: images and aim.
         draw_corners: random corners (N, 2) to start at.
-        ground: where patches may move; None: they stay.
+        allowed_corners: where patches may move; None: they stay.
         queries: forward passes for an image, at most.
         alpha: share of the patch that a change covers at first.
         move_every: queries between tries to move.
@@ -90,9 +90,9 @@ class RandomSearch:
             one image does not depend on how the others do.
     """
 
-    scene: Scene
+    problem: PatchProblem
     draw_corners: Callable[[], Tensor]
-    ground: Ground | None
+    allowed_corners: AllowedCorners | None
     queries: int
     alpha: float
     move_every: int
@@ -103,13 +103,13 @@ class RandomSearch:
         """Searches until every image is a success or the queries are spent."""
         patches = self._start()
         corners = self.draw_corners().to(patches.device, copy=True)
-        best = self.scene.attempt(patches, corners)
+        best = self.problem.attempt(patches, corners)
         for query in range(1, self.queries):
             left = (~best.success).nonzero().squeeze(1)
             if len(left) == 0:
                 break
             new_patches, new_corners = self._change(patches, corners, query)
-            tried = self.scene.only(left).attempt(new_patches[left], new_corners[left])
+            tried = self.problem.only(left).attempt(new_patches[left], new_corners[left])
             accepted = tried.beats(best.only(left))
             index = left[accepted]
             patches[index], corners[index] = new_patches[index], new_corners[index]
@@ -131,17 +131,17 @@ class RandomSearch:
 
     @property
     def _size(self) -> tuple[int, int]:
-        return self.scene.mask.shape[0], self.scene.mask.shape[1]
+        return self.problem.mask.shape[0], self.problem.mask.shape[1]
 
     def _draw(self, low: int, high: int, *shape: int) -> Tensor:
         """Uniform integers from low to below high."""
-        device = self.scene.images.device
+        device = self.problem.images.device
         return torch.randint(low, high, shape, generator=self.generator, device=self.generator.device).to(device)
 
     def _start(self) -> Tensor:
         """Patches (N, 3, h, w) painted over with small squares of random colors."""
-        count, (height, width) = len(self.scene.images), self._size
-        patches = self.scene.images.new_zeros(count, _CHANNELS, height, width)
+        count, (height, width) = len(self.problem.images), self._size
+        patches = self.problem.images.new_zeros(count, _CHANNELS, height, width)
         largest = max(1, math.ceil(math.sqrt(min(height, width))) - 1)
         # Where patches are small the rest would only cover each other.
         for _ in range(min(_START_SQUARES, _ENOUGH_SQUARES_A_PIXEL * height * width)):
@@ -152,10 +152,10 @@ class RandomSearch:
     def _change(self, patches: Tensor, corners: Tensor, query: int) -> tuple[Tensor, Tensor]:
         """Patches and corners to try next: either are changed, in every image."""
         left = 1 - query / self.queries
-        rows, columns = (int(_FIRST_REACH * left * side) for side in self.scene.images.shape[-2:])
-        if self.ground is not None and query % self.move_every == 0 and (rows or columns):
+        rows, columns = (int(_FIRST_REACH * left * side) for side in self.problem.images.shape[-2:])
+        if self.allowed_corners is not None and query % self.move_every == 0 and (rows or columns):
             offsets = [self._draw(-reach, reach + 1, len(corners)) for reach in (rows, columns)]
-            return patches, self.ground.shifted(corners, torch.stack(offsets, 1))
+            return patches, self.allowed_corners.shifted(corners, torch.stack(offsets, 1))
         height, width = (corners.new_full((len(corners),), side) for side in self.sides(query))
         window = self._window(height, width)
         if self.sides(query) != (1, 1):
@@ -180,13 +180,13 @@ class RandomSearch:
         return torch.minimum((drawn * highs).long(), highs - 1)
 
     def _colors(self) -> Tensor:
-        return self._draw(0, 2, len(self.scene.images), _CHANNELS, 1, 1).to(self.scene.images)
+        return self._draw(0, 2, len(self.problem.images), _CHANNELS, 1, 1).to(self.problem.images)
 
     def _flips(self, query: int) -> Tensor:
         """Boolean (N, 3, 1, 1): the channels to invert: one, or any so that the color is another one."""
-        channels = torch.arange(_CHANNELS, device=self.scene.images.device)
+        channels = torch.arange(_CHANNELS, device=self.problem.images.device)
         if query >= self.single_channels_from:
-            flips = self._draw(0, _CHANNELS, len(self.scene.images))[:, None] == channels
+            flips = self._draw(0, _CHANNELS, len(self.problem.images))[:, None] == channels
         else:
-            flips = (self._draw(1, 2**_CHANNELS, len(self.scene.images))[:, None] >> channels) & 1 == 1
+            flips = (self._draw(1, 2**_CHANNELS, len(self.problem.images))[:, None] >> channels) & 1 == 1
         return flips[:, :, None, None]

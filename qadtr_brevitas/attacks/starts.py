@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from qadtr_brevitas.attacks.per_image import Scene
+from qadtr_brevitas.attacks.per_image import PatchProblem
 
 Init: TypeAlias = Literal["image", "uniform", "gray"]
 
@@ -52,7 +52,7 @@ def best_picture(
     return tried[min(range(len(tried)), key=[loss(picture) for picture in tried].__getitem__)]
 
 
-def start_patches(init: Init, scene: Scene, corners: Tensor, *, generator: torch.Generator) -> Tensor:
+def start_patches(init: Init, problem: PatchProblem, corners: Tensor, *, generator: torch.Generator) -> Tensor:
     """A patch (N, 3, h, w) to start from for each image of a scene.
 
     Pictures are the other images of the scene: of those tried at an image's corner, the one with the lowest loss. So
@@ -60,26 +60,26 @@ def start_patches(init: Init, scene: Scene, corners: Tensor, *, generator: torch
 
     Args:
         init: noise, gray or pictures.
-        scene: the images, and what is wanted of them.
+        problem: the images, and what is wanted of them.
         corners: (N, 2) where the patches lie.
         generator: draws.
     """
-    shape, device = (len(scene.images), 3, *scene.mask.shape), scene.images.device
+    shape, device = (len(problem.images), 3, *problem.mask.shape), problem.images.device
     if init == "gray":
         return torch.full(shape, 0.5, device=device)
     noise = torch.rand(shape, generator=generator, device=generator.device).to(device)
-    return _pictures(scene, corners, noise, generator=generator) if init == "image" else noise
+    return _pictures(problem, corners, noise, generator=generator) if init == "image" else noise
 
 
 @torch.no_grad()
-def _pictures(scene: Scene, corners: Tensor, patches: Tensor, *, generator: torch.Generator) -> Tensor:
+def _pictures(problem: PatchProblem, corners: Tensor, patches: Tensor, *, generator: torch.Generator) -> Tensor:
     """The patches given, replaced by pictures of lower loss."""
-    labels, targets = scene.aim.labels, scene.aim.targets
-    pictures = shrunk(scene.images, (patches.shape[-2], patches.shape[-1]))
-    lowest = scene.attempt(patches, corners).losses
+    labels, targets = problem.aim.labels, problem.aim.targets
+    pictures = shrunk(problem.images, (patches.shape[-2], patches.shape[-1]))
+    lowest = problem.attempt(patches, corners).losses
     for _ in range(_PICTURES_EACH):
         drawn = torch.randperm(len(labels), generator=generator, device=generator.device).to(labels.device)
-        losses = scene.attempt(pictures[drawn], corners).losses
+        losses = problem.attempt(pictures[drawn], corners).losses
         # A picture of its own class would not mislead anybody.
         fits = labels[drawn] != labels if targets is None else labels[drawn] == targets
         better = fits & (losses < lowest)

@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from qadtr_brevitas.attacks.base import Model, Progress
+from qadtr_brevitas.attacks.base import Model
 from qadtr_brevitas.attacks.engine import HeldOut, Search, as_float, search_texture
 from qadtr_brevitas.attacks.geometry import paste
 from qadtr_brevitas.attacks.losses import attack_loss
@@ -18,6 +18,7 @@ from qadtr_brevitas.attacks.patch_fields import Index, PatchFields
 from qadtr_brevitas.attacks.starts import best_picture, start_texture
 from qadtr_brevitas.core.errors import DataError
 from qadtr_brevitas.core.plugin import Field, plugin
+from qadtr_brevitas.core.progress import Progress
 from qadtr_brevitas.core.seeding import generator
 
 _DEFAULT_LR = {"sgd": 1.0, "sign": 0.05, "adam": 0.1}
@@ -93,9 +94,9 @@ class SearchFields(PatchFields):
 
         return at_places
 
-    def search(self, task: Task, mask: Tensor) -> Candidate:
+    def search(self, texture_search: TextureSearch, mask: Tensor) -> Candidate:
         """One search from one start, under the mask of these settings."""
-        return search_under_mask(task, mask, self.put(mask))
+        return search_under_mask(texture_search, mask, self.put(mask))
 
     def fit(
         self,
@@ -126,7 +127,7 @@ class SearchFields(PatchFields):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Task:
+class TextureSearch:
     """What one search, from one start, has to work with.
 
     Args:
@@ -191,12 +192,12 @@ class Task:
 
 
 def search_under_mask(
-    task: Task, mask: Tensor, put: Put, *, start: Tensor | None = None, steps_done: int = 0
+    texture_search: TextureSearch, mask: Tensor, put: Put, *, start: Tensor | None = None, steps_done: int = 0
 ) -> Candidate:
     """Searches the texture under a mask that stays as it is.
 
     Args:
-        task: what there is to work with.
+        texture_search: what there is to work with.
         mask: boolean (h, w), on the device to compute on.
         put: how the texture gets on images.
         start: (3, h, w) in [0, 1]; None for the attack's own start.
@@ -205,16 +206,16 @@ def search_under_mask(
     Raises:
         TrainingError: the texture is no longer finite.
     """
-    places = task.stream("places")
+    places = texture_search.stream("places")
     found = search_texture(
-        task.start_texture((mask.shape[0], mask.shape[1]), put) if start is None else start,
-        task.images,
-        task.labels,
-        objective=lambda texture, images, labels: task.loss(put(texture, images, places), labels),
-        score=lambda texture: task.score(put, texture),
-        search=_search(task.fields, steps=task.fields.steps - steps_done),
-        generator=task.stream("batches"),
-        report=lambda step, best: task.report(steps_done + step, best),
+        texture_search.start_texture((mask.shape[0], mask.shape[1]), put) if start is None else start,
+        texture_search.images,
+        texture_search.labels,
+        objective=lambda texture, images, labels: texture_search.loss(put(texture, images, places), labels),
+        score=lambda texture: texture_search.score(put, texture),
+        search=_search(texture_search.fields, steps=texture_search.fields.steps - steps_done),
+        generator=texture_search.stream("batches"),
+        report=lambda step, best: texture_search.report(steps_done + step, best),
     )
     return Candidate(texture=found.texture, mask=mask, score=found.score)
 
@@ -240,7 +241,7 @@ def fit_universal(
         raise DataError("there are no images to make the patch on but those of the target class: give more images")
     if fields.init == "image" and len(pictures) == 0:
         raise DataError(f"there is no image of class {fields.target} to start from: give more images, or init=uniform")
-    first = Task(
+    first = TextureSearch(
         fields=fields,
         model=model,
         images=images,
@@ -252,7 +253,10 @@ def fit_universal(
         progress=progress,
     )
     tasks = (replace(first, fields=_begun(fields, restart), restart=restart) for restart in range(fields.restarts))
-    best = max((task.fields.search(task, mask) for task in tasks), key=lambda candidate: candidate.score)
+    best = max(
+        (texture_search.fields.search(texture_search, mask) for texture_search in tasks),
+        key=lambda candidate: candidate.score,
+    )
     meta = {
         "attack": fields.attack,
         "settings": asdict(fields),

@@ -15,13 +15,12 @@ from torch import Tensor
 
 from qadtr_brevitas.attacks.base import Model
 from qadtr_brevitas.attacks.geometry import side_for_share
-from qadtr_brevitas.attacks.per_image import Aim
-from qadtr_brevitas.attacks.per_image import Scene as SearchScene
+from qadtr_brevitas.attacks.per_image import Aim, PatchProblem
 from qadtr_brevitas.attacks.sparse_rs import RandomSearch
 from qadtr_brevitas.attacks.starts import start_patches
-from qadtr_brevitas.auditing.context import PATCH_SHARE, Context
+from qadtr_brevitas.auditing.context import PATCH_SHARE, AuditContext
 from qadtr_brevitas.auditing.finding import Verdict
-from qadtr_brevitas.auditing.search import Scene
+from qadtr_brevitas.auditing.search import PatchedImages
 from qadtr_brevitas.auditing.significance import Gain, compare, deviations, rate
 
 BLACK_BOX_THRESHOLD = 0.002
@@ -30,7 +29,7 @@ CHANGED_SHARE = 0.4
 """The share of the patch that the first changes cover, as in the official code."""
 
 
-def black_box(context: Context) -> Verdict:
+def black_box(context: AuditContext) -> Verdict:
     """Random search on the images that the white-box attacks leave, against one more start of theirs.
 
     Any further attack breaks some more images; only what gradients from another start do not find speaks of masking.
@@ -60,7 +59,7 @@ def black_box(context: Context) -> Verdict:
     return Verdict("pass", "random search finds no more than gradients from another start", numbers)
 
 
-def noise_patches(context: Context) -> Verdict:
+def noise_patches(context: AuditContext) -> Verdict:
     """Patches of noise, many for each image, on the same places."""
     draws = math.ceil(context.profile.noise_patches / len(context))
     draw, found = context.generator("noise"), torch.zeros(len(context), dtype=torch.bool)
@@ -84,7 +83,7 @@ def noise_patches(context: Context) -> Verdict:
     return Verdict("pass", "noise breaks hardly anything that the optimized patches do not", numbers)
 
 
-def random_search(context: Context, model: Model, scene: Scene) -> Tensor:
+def random_search(context: AuditContext, model: Model, scene: PatchedImages) -> Tensor:
     """Images (N, 3, H, W) with patches found by Sparse-RS's search (Croce et al. 2022), at the places of the scene.
 
     Patches that moved would be compared by their places with those of the white-box attack, not by their textures.
@@ -93,14 +92,14 @@ def random_search(context: Context, model: Model, scene: Scene) -> Tensor:
     for chunk in torch.arange(len(scene.images), device=scene.images.device).split(context.batch_size):
         part = scene.only(chunk)
         search = RandomSearch(
-            scene=SearchScene(
+            problem=PatchProblem(
                 model=model,
                 images=part.images,
                 mask=torch.ones(context.size, dtype=torch.bool, device=scene.images.device),
                 aim=Aim(part.labels, None, "margin"),
             ),
             draw_corners=lambda part=part: part.corners,
-            ground=None,
+            allowed_corners=None,
             queries=context.profile.queries,
             alpha=CHANGED_SHARE,
             move_every=1,
@@ -116,7 +115,7 @@ SHARES = (1 / 64, 9 / 256, PATCH_SHARE, 9 / 64)
 FULL_IMAGE_ASR = 0.99
 
 
-def larger_patches(context: Context) -> Verdict:
+def larger_patches(context: AuditContext) -> Verdict:
     """Success by the size of the patch, up to the whole image."""
     sides = dict.fromkeys(side_for_share(max(share, _one_pixel(context)), context.image_size) for share in SHARES)
     found = {f"{side}x{side}": _broken(context, (side, side)) for side in sides}
@@ -145,18 +144,18 @@ def larger_patches(context: Context) -> Verdict:
     return Verdict("pass", "larger patches break more images, and the whole image all of them", numbers)
 
 
-def _broken(context: Context, size: tuple[int, int]) -> Tensor:
+def _broken(context: AuditContext, size: tuple[int, int]) -> Tensor:
     """Images broken by patches of a size."""
     if size == context.size:
         return context.compared
-    scene = Scene(context.scene.images, context.scene.labels, context.corners(size))
+    scene = PatchedImages(context.scene.images, context.scene.labels, context.corners(size))
     steps = context.profile.compared_steps
     trace = context.search(context.victim.logits, steps=steps, scene=scene, start=context.start(size=size))
     # Larger patches are no attack within the budget: they do not count for the worst case.
     return context.is_wrong(scene.put(trace.best[steps]), scene.labels).cpu()
 
 
-def _one_pixel(context: Context) -> float:
+def _one_pixel(context: AuditContext) -> float:
     return 1 / (context.image_size[0] * context.image_size[1])
 
 
@@ -166,7 +165,7 @@ PICTURE_STEP = 0.03
 """Larger steps wipe a picture out before they make anything of it."""
 
 
-def pictures(context: Context) -> Verdict:
+def pictures(context: AuditContext) -> Verdict:
     """The white-box attack from pictures, on the images that it leaves from noise, against one more start at noise."""
     left = (~context.white_box).nonzero().flatten()
     numbers = {"images left by white-box": float(len(left))}
@@ -196,7 +195,7 @@ def pictures(context: Context) -> Verdict:
     return Verdict("pass", "patches that begin as pictures find no more than those that begin at noise", numbers)
 
 
-def _starts(context: Context) -> Tensor:
+def _starts(context: AuditContext) -> Tensor:
     """(n, 3, h, w) for each image the most misleading of some other images, made as small as a patch."""
     found: list[Tensor] = []
     images, labels, corners = context.scene.images, context.scene.labels, context.scene.corners
@@ -204,6 +203,6 @@ def _starts(context: Context) -> Tensor:
     draw = context.generator("pictures")
     for chunk in torch.arange(len(images), device=images.device).split(context.batch_size):
         aim = Aim(labels[chunk], None, "margin")
-        scene = SearchScene(model=context.victim.logits, images=images[chunk], mask=mask, aim=aim)
+        scene = PatchProblem(model=context.victim.logits, images=images[chunk], mask=mask, aim=aim)
         found.append(start_patches("image", scene, corners[chunk], generator=draw))
     return torch.cat(found)

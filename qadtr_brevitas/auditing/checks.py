@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from qadtr_brevitas.auditing.black_box import black_box, larger_patches, noise_patches, pictures
-from qadtr_brevitas.auditing.context import Context
+from qadtr_brevitas.auditing.context import AuditContext
 from qadtr_brevitas.auditing.finding import Finding, Verdict, skipped
 from qadtr_brevitas.auditing.gradients import (
     mean_over_precisions,
@@ -35,10 +35,10 @@ class Check:
 
     id: str
     title: str
-    judge: Callable[[Context], Verdict]
+    judge: Callable[[AuditContext], Verdict]
     attacks: bool = True
 
-    def run(self, context: Context) -> Finding:
+    def run(self, context: AuditContext) -> Finding:
         """The finding; `skipped` where too few images are classified correctly to tell anything."""
         verdict = self.judge(context) if self._can_run(context) else skipped(_too_few(context))
         if not all(map(math.isfinite, verdict.numbers.values())):
@@ -47,14 +47,14 @@ class Check:
             id=self.id, title=self.title, status=verdict.status, numbers=verdict.numbers, meaning=verdict.meaning
         )
 
-    def _can_run(self, context: Context) -> bool:
+    def _can_run(self, context: AuditContext) -> bool:
         return len(context) >= FEWEST_IMAGES if self.attacks else len(context.batch) > 0
 
 
 _NOT_FINITE = "the network's outputs are not finite on attacked images, so nothing can be measured: look for overflow"
 
 
-def _too_few(context: Context) -> str:
+def _too_few(context: AuditContext) -> str:
     return (
         f"only {len(context)} of {len(context.batch)} images are classified correctly, at least {FEWEST_IMAGES} are "
         "needed: give more images"

@@ -13,8 +13,8 @@ from torch.nn.functional import normalize
 from qadtr_brevitas.attacks.base import Model
 from qadtr_brevitas.attacks.geometry import side_for_share
 from qadtr_brevitas.auditing.finding import Profile
-from qadtr_brevitas.auditing.search import STEP_SIZE, Objective, Scene, Trace, cross_entropy, search
-from qadtr_brevitas.auditing.victim import Victim
+from qadtr_brevitas.auditing.search import STEP_SIZE, Objective, PatchedImages, SearchTrace, cross_entropy, search
+from qadtr_brevitas.auditing.victim import AuditedModel
 from qadtr_brevitas.core.seeding import generator
 
 PATCH_SHARE = 1 / 16
@@ -30,7 +30,7 @@ _BATCH_TRIED = 64
 
 
 @dataclass
-class Context:
+class AuditContext:
     """One model at one precision under audit.
 
     Args:
@@ -42,7 +42,7 @@ class Context:
         batch_size: images in one pass.
     """
 
-    victim: Victim
+    victim: AuditedModel
     profile: Profile
     batch: Tensor
     batch_labels: Tensor
@@ -69,10 +69,10 @@ class Context:
         return ~self.is_wrong(self.batch, self.batch_labels)
 
     @cached_property
-    def scene(self) -> Scene:
+    def scene(self) -> PatchedImages:
         """The images that are classified correctly, with the places of all patches."""
         corners = self.corners(self.size)
-        return Scene(self.batch[self.correct], self.batch_labels[self.correct], corners)
+        return PatchedImages(self.batch[self.correct], self.batch_labels[self.correct], corners)
 
     def __len__(self) -> int:
         return int(self.correct.sum())
@@ -110,11 +110,11 @@ class Context:
         *,
         steps: int,
         objective: Objective = cross_entropy,
-        scene: Scene | None = None,
+        scene: PatchedImages | None = None,
         start: Tensor | None = None,
         marks: tuple[int, ...] = (),
         step_size: float = STEP_SIZE,
-    ) -> Trace:
+    ) -> SearchTrace:
         """Searches patches for all images with gradients of a model, a batch at a time.
 
         Args:
@@ -158,13 +158,15 @@ class Context:
         """(n,) the images that patches (n, 3, h, w) at their places break, on the CPU."""
         return self.note(self.is_wrong(self.scene.put(patches), self.scene.labels))
 
-    def attack(self, model: Model, *, objective: Objective = cross_entropy, scene: Scene | None = None) -> Tensor:
+    def attack(
+        self, model: Model, *, objective: Objective = cross_entropy, scene: PatchedImages | None = None
+    ) -> Tensor:
         """(n,) the images broken by patches of the compared number of steps, with gradients of any model."""
         steps = self.profile.compared_steps
         return self.judge(self.search(model, steps=steps, objective=objective, scene=scene).best[steps])
 
     @cached_property
-    def longest(self) -> Trace:
+    def longest(self) -> SearchTrace:
         """The longest white-box attack, with its best patches after k, 2k and 4k steps."""
         k = self.profile.steps
         return self.search(self.victim.logits, steps=4 * k, marks=(self.profile.compared_steps, k, 2 * k))
@@ -228,8 +230,8 @@ class Context:
         yield from torch.arange(count, device=self.batch.device).split(self.batch_size)
 
 
-def _joined(traces: list[Trace]) -> Trace:
-    return Trace(
+def _joined(traces: list[SearchTrace]) -> SearchTrace:
+    return SearchTrace(
         {mark: torch.cat([trace.best[mark] for trace in traces]) for mark in traces[0].best},
         torch.cat([trace.last for trace in traces]),
         torch.cat([trace.losses for trace in traces], dim=1),

@@ -8,8 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from qadtr_brevitas.core.document import Document
 from qadtr_brevitas.core.errors import UsageError, suggest
 from qadtr_brevitas.evaluation.report import Rate
 
@@ -38,11 +39,7 @@ def skipped(reason: str) -> Verdict:
     return Verdict("skipped", reason)
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Finding(_Part):
+class Finding(Document):
     """The verdict of one check, G1 to G19; the fields are those of `Verdict`."""
 
     id: str
@@ -52,7 +49,7 @@ class Finding(_Part):
     meaning: str
 
 
-class PrecisionAudit(_Part):
+class PrecisionAudit(Document):
     """All findings of one model at one precision.
 
     Args:
@@ -81,7 +78,7 @@ class PrecisionAudit(_Part):
         return tuple(finding for finding in self.findings if finding.status == "WARN")
 
 
-class AuditReport(_Part):
+class AuditReport(Document):
     """The audit of one model; `settings` are those of the attacks inside."""
 
     schema_version: Annotated[int, Field(ge=1)] = AUDIT_SCHEMA_VERSION

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from qadtr_brevitas.attacks.base import Model
-from qadtr_brevitas.auditing.context import FORWARDS, RANDOM_ABOVE, Context
+from qadtr_brevitas.auditing.context import FORWARDS, RANDOM_ABOVE, AuditContext
 from qadtr_brevitas.auditing.finding import Verdict, skipped
 from qadtr_brevitas.auditing.search import DLR_CLASSES, Objective, dlr, margin, tempered, towards
 from qadtr_brevitas.auditing.significance import compare, deviations
@@ -25,7 +25,7 @@ NOISE_WIDTH = 8 / 255
 ROUGH_ABOVE = 0.1
 
 
-def usable_gradients(context: Context) -> Verdict:
+def usable_gradients(context: AuditContext) -> Verdict:
     """Images whose patch has no gradient to start with, or one that is no number."""
     trace = context.longest
     zero, broken = int(trace.zero[0].sum()), int(trace.broken.any(0).sum())
@@ -45,7 +45,7 @@ def usable_gradients(context: Context) -> Verdict:
     return Verdict("pass", "every image gives its patch a finite gradient that is not zero", numbers)
 
 
-def smooth_loss(context: Context) -> Verdict:
+def smooth_loss(context: AuditContext) -> Verdict:
     """Mean relative change of the margin in random directions in the patch (after IoAF, Pintor et al. 2022).
 
     The margin, because the cross-entropy of a confident network is too small to be divided by.
@@ -74,7 +74,7 @@ def smooth_loss(context: Context) -> Verdict:
     return Verdict("pass", "the loss changes little under small noise, so gradients mean something", numbers)
 
 
-def _margins(context: Context, patches: Tensor) -> Tensor:
+def _margins(context: AuditContext, patches: Tensor) -> Tensor:
     """(n,) margins of patched images, in double precision on the CPU."""
     found: list[Tensor] = []
     with torch.no_grad():
@@ -88,7 +88,7 @@ TEMPERATURES = (0.01, 0.1, 10.0, 100.0)
 LOSS_THRESHOLD, TARGETED_THRESHOLD = 0.01, 0.01
 
 
-def other_losses(context: Context) -> Verdict:
+def other_losses(context: AuditContext) -> Verdict:
     """Logits times a factor in the cross-entropy (Gupta and Ajanthan 2020), the margin, and its ratio (DLR)."""
     objectives: dict[str, Objective] = {f"logits x {factor:g}": tempered(factor) for factor in TEMPERATURES}
     objectives["margin"] = margin
@@ -108,7 +108,7 @@ def other_losses(context: Context) -> Verdict:
     return Verdict("pass", "no temperature and no margin loss is better than cross-entropy", comparison.numbers)
 
 
-def targeted(context: Context) -> Verdict:
+def targeted(context: AuditContext) -> Verdict:
     """The most likely wrong class as target, any wrong class as success."""
     scene = replace(context.scene, aims=_likeliest_wrong(context))
     found = {"likeliest wrong class": context.attack(context.victim.logits, objective=towards, scene=scene)}
@@ -123,7 +123,7 @@ def targeted(context: Context) -> Verdict:
     return Verdict("pass", "aiming at the likeliest wrong class is no better", comparison.numbers)
 
 
-def _likeliest_wrong(context: Context) -> Tensor:
+def _likeliest_wrong(context: AuditContext) -> Tensor:
     """(n,) the wrong class with the largest logit on each clean image."""
     scene = context.scene
     with torch.no_grad():
@@ -134,7 +134,7 @@ def _likeliest_wrong(context: Context) -> Tensor:
 TOLERANCE = 1e-5
 
 
-def outputs_are_logits(context: Context) -> Verdict:
+def outputs_are_logits(context: AuditContext) -> Verdict:
     """Rows that sum to 1 and stay in [0, 1] are probabilities (as AutoAttack's check, Croce and Hein 2020)."""
     with torch.no_grad():
         outputs = context.victim.logits(context.batch[: context.batch_size]).cpu().double()
@@ -153,7 +153,7 @@ def outputs_are_logits(context: Context) -> Verdict:
 EOT_THRESHOLD = 0.01
 
 
-def random_outputs(context: Context) -> Verdict:
+def random_outputs(context: AuditContext) -> Verdict:
     """Several forwards on one batch (as AutoAttack's check, Croce and Hein 2020)."""
     numbers = {"difference of outputs": context.difference, "forwards": float(FORWARDS)}
     if context.is_random:
@@ -166,7 +166,7 @@ def random_outputs(context: Context) -> Verdict:
     return Verdict("pass", "the same images give the same outputs", numbers)
 
 
-def mean_over_precisions(context: Context) -> Verdict:
+def mean_over_precisions(context: AuditContext) -> Verdict:
     """The attack that broke EMPIR (Tramer et al. 2020, section 12): all precisions' outputs in one loss."""
     victim = context.victim
     if context.is_random:

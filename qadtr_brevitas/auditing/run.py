@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from pydantic import ValidationError
 
 from qadtr_brevitas import __version__
 from qadtr_brevitas.auditing.checks import CHECKS
-from qadtr_brevitas.auditing.context import Context
+from qadtr_brevitas.auditing.context import AuditContext
 from qadtr_brevitas.auditing.finding import (
     AUDIT_SCHEMA_VERSION,
     AuditReport,
@@ -25,12 +25,13 @@ from qadtr_brevitas.auditing.finding import (
     find_profile,
 )
 from qadtr_brevitas.auditing.significance import resolution
-from qadtr_brevitas.auditing.victim import Audited, Victim, held_still, name_of, victims
+from qadtr_brevitas.auditing.victim import Audited, AuditedModel, held_still, name_of, victims
 from qadtr_brevitas.core.files import fingerprint_facts, fingerprint_tensors, write_json
 from qadtr_brevitas.core.precision import PrecisionLike
+from qadtr_brevitas.core.progress import Progress
 from qadtr_brevitas.data.split import Split
-from qadtr_brevitas.evaluation.entries import Subject
-from qadtr_brevitas.evaluation.metrics import Share
+from qadtr_brevitas.evaluation.entries import LoadedModel
+from qadtr_brevitas.evaluation.metrics import Proportion
 from qadtr_brevitas.evaluation.report import Rate
 
 AUDIT_FOLDER = "audit"
@@ -62,7 +63,7 @@ class AuditStore:
     ) -> AuditStore:
         """The store of an audit; models that were not loaded have no fingerprint and are not kept."""
         parts = [model, *([] if twin is None else [twin]), *surrogates, *ablations]
-        if folder is None or not all(isinstance(part, Subject) for part in parts):
+        if folder is None or not all(isinstance(part, LoadedModel) for part in parts):
             return cls(None, None)
         images = fingerprint_tensors([split.images, split.labels])
         groups = [
@@ -70,7 +71,7 @@ class AuditStore:
         ]
         return cls(folder / AUDIT_FOLDER, [AUDIT_SCHEMA_VERSION, __version__, groups, images, settings])
 
-    def get(self, victim: Victim, compute: Callable[[], PrecisionAudit]) -> PrecisionAudit:
+    def get(self, victim: AuditedModel, compute: Callable[[], PrecisionAudit]) -> PrecisionAudit:
         """The finished audit of a precision, or that of `compute`, which is kept.
 
         Raises:
@@ -89,13 +90,12 @@ class AuditStore:
 
 
 def _named(part: Audited) -> tuple[str, str]:
-    assert isinstance(part, Subject)
+    assert isinstance(part, LoadedModel)
     return part.name, part.fingerprint
 
 
 DEFAULT_IMAGES = 200
 
-Progress: TypeAlias = Callable[[int, int, str], object]
 """Is told finished checks, all checks, and which one comes next."""
 
 
@@ -146,7 +146,7 @@ def audit(
     chosen = split.balanced(min(images, len(split)), seed=seed)
     parts = [model, *([] if twin is None else [twin]), *surrogates, *ablations]
     for part in parts:
-        if isinstance(part, Subject):
+        if isinstance(part, LoadedModel):
             part.check_data(split, data="given here")
     store = AuditStore.of(
         folder, model, twin, surrogates, ablations, split=chosen, settings=(asdict(spending), seed, batch_size)
@@ -162,12 +162,12 @@ def audit(
                 if progress is not None:
                     progress(offset + done, len(found) * len(CHECKS), note)
 
-            context = Context(victim, spending, batch, labels, seed, batch_size)
+            context = AuditContext(victim, spending, batch, labels, seed, batch_size)
             audits.append(store.get(victim, lambda context=context, report=report: _audit(context, report)))
             report(len(CHECKS), "")
     return AuditReport(
         model=name_of(model),
-        fingerprint=model.fingerprint if isinstance(model, Subject) else None,
+        fingerprint=model.fingerprint if isinstance(model, LoadedModel) else None,
         profile=profile,
         settings=asdict(spending),
         seed=seed,
@@ -176,7 +176,7 @@ def audit(
     )
 
 
-def _audit(context: Context, report: Callable[[int, str], None]) -> PrecisionAudit:
+def _audit(context: AuditContext, report: Callable[[int, str], None]) -> PrecisionAudit:
     """All checks of one precision."""
     findings: list[Finding] = []
     for done, check in enumerate(CHECKS):
@@ -188,9 +188,9 @@ def _audit(context: Context, report: Callable[[int, str], None]) -> PrecisionAud
     )
     return PrecisionAudit(
         precision=None if victim.precision is None else str(victim.precision),
-        clean_accuracy=Rate.of(Share(n, len(context.batch))),
-        asr=Rate.of(Share(int(context.white_box.sum()), n) if attacked else Share(0, 0)),
-        worst_case=Rate.of(Share(int(context.worst_case.sum()), n) if attacked else Share(0, 0)),
+        clean_accuracy=Rate.of(Proportion(n, len(context.batch))),
+        asr=Rate.of(Proportion(int(context.white_box.sum()), n) if attacked else Proportion(0, 0)),
+        worst_case=Rate.of(Proportion(int(context.worst_case.sum()), n) if attacked else Proportion(0, 0)),
         side=context.size[0],
         resolution=resolution(n) if n else None,
         passes={"forward": victim.passes.forward, "forward and backward": victim.passes.gradient},
@@ -198,5 +198,5 @@ def _audit(context: Context, report: Callable[[int, str], None]) -> PrecisionAud
     )
 
 
-def _where(victim: Victim) -> str:
+def _where(victim: AuditedModel) -> str:
     return victim.name if victim.precision is None else f"{victim.name} at {victim.precision} bit"

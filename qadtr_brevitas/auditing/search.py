@@ -61,7 +61,7 @@ STEP_SIZE, MOMENTUM = 0.1, 0.75
 
 
 @dataclass(frozen=True)
-class Scene:
+class PatchedImages:
     """Images and where their patches go.
 
     Args:
@@ -81,14 +81,14 @@ class Scene:
         mask = torch.ones(patches.shape[-2:], dtype=torch.bool, device=patches.device)
         return paste(self.images, fake_quantize(patches, PATCH_FILE_BITS), mask, self.corners)
 
-    def only(self, index: Tensor) -> Scene:
+    def only(self, index: Tensor) -> PatchedImages:
         """The same for some of the images."""
         aims = None if self.aims is None else self.aims[index]
-        return Scene(self.images[index], self.labels[index], self.corners[index], aims)
+        return PatchedImages(self.images[index], self.labels[index], self.corners[index], aims)
 
 
 @dataclass(frozen=True)
-class Trace:
+class SearchTrace:
     """What one search went through.
 
     Args:
@@ -108,14 +108,14 @@ class Trace:
 
 def search(
     model: Model,
-    scene: Scene,
+    scene: PatchedImages,
     start: Tensor,
     *,
     steps: int,
     objective: Objective = cross_entropy,
     marks: Collection[int] = (),
     step_size: float = STEP_SIZE,
-) -> Trace:
+) -> SearchTrace:
     """Searches patches and keeps the best ones by the margin on the model that gives the gradients.
 
     Args:
@@ -151,7 +151,7 @@ def search(
         broken.append(~gradient.isfinite().flatten(1).all(1))
         velocity = MOMENTUM * velocity + _normalized(gradient.nan_to_num(0, 0, 0))
         patches = (patches.detach() - step_size * velocity.sign()).clamp(0, 1)
-    return Trace(noted, patches.detach(), torch.stack(losses), torch.stack(zero), torch.stack(broken))
+    return SearchTrace(noted, patches.detach(), torch.stack(losses), torch.stack(zero), torch.stack(broken))
 
 
 def gradient_of(loss: Tensor, patches: Tensor) -> Tensor:

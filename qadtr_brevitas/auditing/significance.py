@@ -53,7 +53,7 @@ class Gain:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class AttackComparison:
     """Several attacks against one.
 
     Args:
@@ -69,7 +69,7 @@ class Comparison:
     is_better: bool
 
 
-def compare(base: Tensor, others: Mapping[str, Tensor], *, base_name: str, threshold: float = 0.0) -> Comparison:
+def compare(base: Tensor, others: Mapping[str, Tensor], *, base_name: str, threshold: float = 0.0) -> AttackComparison:
     """Compares attacks with a base by the images they break, all boolean (N,) with N > 0.
 
     Args:
@@ -82,7 +82,7 @@ def compare(base: Tensor, others: Mapping[str, Tensor], *, base_name: str, thres
     best = max(gains, key=lambda name: gains[name].value - gains[name].noise)
     numbers = {f"asr {base_name}": rate(base)} | {f"asr {name}": rate(other) for name, other in others.items()}
     numbers |= {"gain": gains[best].value, "noise": gains[best].noise}
-    return Comparison(numbers, best, gains[best], gains[best].exceeds(threshold))
+    return AttackComparison(numbers, best, gains[best], gains[best].exceeds(threshold))
 
 
 def rate(broken: Tensor) -> float:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qadtr_brevitas.attacks.base import Model
 from qadtr_brevitas.auditing.black_box import random_search
-from qadtr_brevitas.auditing.context import Context
+from qadtr_brevitas.auditing.context import AuditContext
 from qadtr_brevitas.auditing.finding import Verdict, skipped
 from qadtr_brevitas.auditing.significance import Gain, compare, rate
 
@@ -19,7 +19,7 @@ FEWEST_IMAGES = 20
 """Fewer images than this tell nothing: half of them could change without being more than noise."""
 
 
-def transfer(context: Context) -> Verdict:
+def transfer(context: AuditContext) -> Verdict:
     """Patches made elsewhere against patches made on the network itself."""
     if not context.transfers:
         return skipped("needs a network with several precisions, --twin DIR, or other models to take patches from")
@@ -36,7 +36,7 @@ def transfer(context: Context) -> Verdict:
     )
 
 
-def other_gradients(context: Context) -> Verdict:
+def other_gradients(context: AuditContext) -> Verdict:
     """The outputs of the network with the gradients of another one (BPDA, Athalye et al. 2018)."""
     victim = context.victim
     backs = ({} if victim.full is None else {"of 32 bit": victim.full}) | {
@@ -56,7 +56,7 @@ def other_gradients(context: Context) -> Verdict:
     return Verdict("pass", "no other network's gradients are better than its own", comparison.numbers)
 
 
-def undefended_twin(context: Context) -> Verdict:
+def undefended_twin(context: AuditContext) -> Verdict:
     """The longest attack on the same network without the defense: it must succeed, or it proves nothing."""
     twin = context.victim.twin
     if twin is None:
@@ -103,7 +103,7 @@ WEAKEST_BLACK_BOX = 0.05
 """Where random search breaks less of the network without the part, it cannot show what the part is good for."""
 
 
-def ablated(context: Context) -> Verdict:
+def ablated(context: AuditContext) -> Verdict:
     """By how much each part lowers the success of white-box and of black-box patches."""
     if not context.victim.ablations:
         return skipped("needs the network trained without a part of the defense: give --ablation DIR for each part")
@@ -139,17 +139,17 @@ def ablated(context: Context) -> Verdict:
     return Verdict("pass", "no part of the defense helps against gradients alone", numbers)
 
 
-def _white_box(context: Context, model: Model, index: Tensor) -> Tensor:
+def _white_box(context: AuditContext, model: Model, index: Tensor) -> Tensor:
     scene, steps = context.scene.only(index), context.profile.compared_steps
     patches = context.search(model, steps=steps, scene=scene, start=context.start()[index]).best[steps]
     return (_predict(context, model, scene.put(patches)) != scene.labels).cpu()
 
 
-def _black_box(context: Context, model: Model, index: Tensor) -> Tensor:
+def _black_box(context: AuditContext, model: Model, index: Tensor) -> Tensor:
     scene = context.scene.only(index)
     return (_predict(context, model, random_search(context, model, scene)) != scene.labels).cpu()
 
 
-def _predict(context: Context, model: Model, images: Tensor) -> Tensor:
+def _predict(context: AuditContext, model: Model, images: Tensor) -> Tensor:
     with torch.no_grad():
         return torch.cat([model(batch).argmax(1) for batch in images.split(context.batch_size)])

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from qadtr_brevitas.auditing.context import Context
+from qadtr_brevitas.auditing.context import AuditContext
 from qadtr_brevitas.auditing.finding import Verdict, skipped
 from qadtr_brevitas.auditing.search import cross_entropy, gradient_of
 from qadtr_brevitas.auditing.significance import compare, deviations, rate
@@ -21,7 +21,7 @@ SINGLE_STEPS = (0.25, 0.5, 1.0)
 _STOOD_STILL = "the loss of no image moved, so there is nothing to judge: see G8 and G5"
 
 
-def more_steps(context: Context) -> Verdict:
+def more_steps(context: AuditContext) -> Verdict:
     """Success after k, 2k and 4k steps, and of several short attacks."""
     if _stood_still(context):
         return skipped(_STOOD_STILL)
@@ -41,7 +41,7 @@ def more_steps(context: Context) -> Verdict:
     return Verdict("pass", "twice the steps do not break more images than chance would", numbers)
 
 
-def plateau(context: Context) -> Verdict:
+def plateau(context: AuditContext) -> Verdict:
     """Whether the loss still falls (IoAF, Pintor et al. 2022), on images that the attack did not break."""
     left = ~context.longest_breaks
     numbers: dict[str, float] = {"images left": float(left.sum())}
@@ -63,7 +63,7 @@ def plateau(context: Context) -> Verdict:
     return Verdict("pass", "the loss does not clearly fall any more when the attack ends", numbers)
 
 
-def single_step(context: Context) -> Verdict:
+def single_step(context: AuditContext) -> Verdict:
     """One step of several sizes from the same start against all steps."""
     if _stood_still(context):
         return skipped(_STOOD_STILL)
@@ -81,7 +81,7 @@ def single_step(context: Context) -> Verdict:
     return Verdict("pass", "a single step is no better than many", comparison.numbers)
 
 
-def best_kept(context: Context) -> Verdict:
+def best_kept(context: AuditContext) -> Verdict:
     """The best patches of the longest attack against its last ones."""
     if _stood_still(context):
         return skipped(_STOOD_STILL)
@@ -99,12 +99,12 @@ def best_kept(context: Context) -> Verdict:
     return Verdict("pass", "the last patches are as good as the best ones on the way", comparison.numbers)
 
 
-def _stood_still(context: Context) -> bool:
+def _stood_still(context: AuditContext) -> bool:
     losses = context.longest.losses
     return bool((losses == losses[0]).all())
 
 
-def _first_direction(context: Context, start: Tensor) -> Tensor:
+def _first_direction(context: AuditContext, start: Tensor) -> Tensor:
     """Sign of the gradient of the loss in the patches to start from."""
     signs: list[Tensor] = []
     for chunk in torch.arange(len(start), device=start.device).split(context.batch_size):

@@ -13,16 +13,16 @@ from torch import Tensor, nn
 from qadtr_brevitas.attacks.base import Model
 from qadtr_brevitas.core.errors import DataError, UsageError
 from qadtr_brevitas.core.precision import Precision, PrecisionLike
-from qadtr_brevitas.evaluation.entries import Subject
+from qadtr_brevitas.evaluation.entries import LoadedModel
 from qadtr_brevitas.quant import allowed_precisions, frozen_weights, precisions_or_all
 from qadtr_brevitas.quant.inference import logits_at
 
-Audited: TypeAlias = Subject | nn.Module | Callable[[Tensor], Tensor]
+Audited: TypeAlias = LoadedModel | nn.Module | Callable[[Tensor], Tensor]
 """A loaded model, a network (switchable or not), or any function from images in [0, 1] to logits."""
 
 
 @dataclass
-class Passes:
+class ForwardCounter:
     """Counts the images that went through a network."""
 
     forward: int = 0
@@ -42,7 +42,7 @@ class Passes:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Victim:
+class AuditedModel:
     """A model at one precision and what its attacker has besides; every model is a function from images to logits.
 
     Args:
@@ -65,7 +65,7 @@ class Victim:
     twin: Model | None = None
     surrogates: dict[str, Model] = field(default_factory=dict[str, Model])
     ablations: dict[str, Model] = field(default_factory=dict[str, Model])
-    passes: Passes
+    passes: ForwardCounter
 
     def sources(self) -> dict[str, Model]:
         """Other networks that gradients may come from: surrogates and the twin."""
@@ -93,7 +93,7 @@ def victims(
     twin: Audited | None = None,
     surrogates: Sequence[Audited] = (),
     ablations: Sequence[Audited] = (),
-) -> list[Victim]:
+) -> list[AuditedModel]:
     """The model at each precision; a model that is not switchable, once.
 
     Twin, surrogates and ablations are taken at the precision of the victim where they have it, else at their first.
@@ -102,18 +102,18 @@ def victims(
         UsageError: a precision that the model does not allow, or any if it is not switchable.
     """
     network, wanted = _network(model), _precisions(model, precisions)
-    found: list[Victim] = []
+    found: list[AuditedModel] = []
     for precision in wanted:
-        passes = Passes()
+        passes = ForwardCounter()
 
-        def at(part: Audited, place: Precision | None = precision, passes: Passes = passes) -> Model:
+        def at(part: Audited, place: Precision | None = precision, passes: ForwardCounter = passes) -> Model:
             return passes.counted(_at(_network(part), place))
 
         allowed = _allowed(network)
         others = [other for other in allowed if other != precision]
         full = next((other for other in others if other.is_float), None)
         found.append(
-            Victim(
+            AuditedModel(
                 name=name_of(model),
                 precision=precision,
                 logits=at(model),
@@ -130,7 +130,7 @@ def victims(
 
 def name_of(model: Audited) -> str:
     """What findings call a model."""
-    if isinstance(model, Subject):
+    if isinstance(model, LoadedModel):
         return model.name
     return type(model).__name__ if isinstance(model, nn.Module) else getattr(model, "__name__", type(model).__name__)
 
@@ -148,7 +148,7 @@ def held_still(models: Iterable[Audited], *, device: torch.device | str) -> Gene
 
 
 def _network(model: Audited) -> nn.Module | Callable[[Tensor], Tensor]:
-    return model.model if isinstance(model, Subject) else model
+    return model.model if isinstance(model, LoadedModel) else model
 
 
 def _allowed(network: nn.Module | Callable[[Tensor], Tensor]) -> tuple[Precision, ...]:

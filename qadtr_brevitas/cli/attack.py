@@ -12,7 +12,7 @@ from qadtr_brevitas.cli.plugin_options import dataset_settings, find_dataset, lo
 from qadtr_brevitas.config.slots import slot_name
 from qadtr_brevitas.core.errors import UsageError, suggest
 from qadtr_brevitas.core.registry import ATTACKS
-from qadtr_brevitas.quant.inference import parse_accesses
+from qadtr_brevitas.quant.inference import parse_modes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -82,7 +82,7 @@ def command(
     the attack's, for instance size, steps or lr.
     """
     plugin = _make_attack(attack, overrides)
-    wanted = parse_accesses(precisions) if precisions else None
+    wanted = parse_modes(precisions) if precisions else None
     dataset = find_dataset([model_dir], data)
 
     from qadtr_brevitas.core.device import resolve_device
@@ -93,7 +93,7 @@ def command(
     default = patch_folder(model_dir) / protocol if protocol else patch_folder(model_dir)
     output = output or default
     where = resolve_device(device)
-    subject = load_subjects([model_dir], device=where)[0]
+    loaded = load_subjects([model_dir], device=where)[0]
     train, judge = _divide(load_split(dataset, "train"), train_images, held_out, seed=seed)
     aims = _read_targets(targets, train.classes)
     named = {"name": slot_name(dataset), "settings": dataset_settings(dataset)}
@@ -110,9 +110,9 @@ def command(
         )
         if protocol:
             first = list(range(min(DEFAULT_TARGETS, len(train.classes) - 1)))
-            crafted = craft_unseen(subject, plugin, setup, precisions=wanted, targets=aims or first)
+            crafted = craft_unseen(loaded, plugin, setup, precisions=wanted, targets=aims or first)
         else:
-            crafted = craft(subject, plugin, setup, name=attack, precisions=wanted, targets=aims)
+            crafted = craft(loaded, plugin, setup, name=attack, precisions=wanted, targets=aims)
     _print(crafted, train.classes)
     kept = sum(patch.kept for patch in crafted)
     chosen = "" if output == default else f" --patches {output}"

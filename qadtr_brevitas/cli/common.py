@@ -22,10 +22,12 @@ import sys
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from click.core import ParameterSource
+
+from qadtr_brevitas.core.progress import Progress
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -33,14 +35,6 @@ if TYPE_CHECKING:
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 QUIET, JSON, DEBUG = (f"qadtr_brevitas.{name}" for name in ("quiet", "json", "debug"))
-
-
-class Report(Protocol):
-    """Told how far a long task has come; `total` may be 0 as long as it is not known."""
-
-    def __call__(self, done: int, total: int, note: str = "") -> None:
-        """Says that `done` of `total` parts are done."""
-        ...
 
 
 def examples(*lines: str) -> str:
@@ -176,14 +170,15 @@ def emit(data: Any, text: RenderableType | None = None) -> None:
 
 
 @contextmanager
-def progress(description: str) -> Generator[Report]:
+def progress(description: str) -> Generator[Progress]:
     """A progress bar with the time left on stderr; silent off a terminal and under -q."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as ProgressBar
 
     console = stderr()
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     disabled = is_quiet() or not console.is_terminal
-    with Progress(*columns, TextColumn("{task.fields[note]}"), console=console, disable=disabled) as bar:
+    with ProgressBar(*columns, TextColumn("{task.fields[note]}"), console=console, disable=disabled) as bar:
         task = bar.add_task(description, total=None, note="")
 
         def report(done: int, total: int, note: str = "") -> None:

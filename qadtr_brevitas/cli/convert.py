@@ -32,7 +32,7 @@ _NOT_HERE = ("seed", "train")
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Given:
+class _ConvertOptions:
     """The command line, as click read it."""
 
     model: str
@@ -121,7 +121,7 @@ def command(**options: Any) -> None:
     The table says of every layer how it is quantized, or why it stays float. KEY=VALUE are the keys of a recipe's
     sections model, data and quant, for instance quant.edge=same; options are short for some of them.
     """
-    given = _Given(**options)
+    given = _ConvertOptions(**options)
     recipe, has_data = _make_recipe(given)
     output = given.output or Path("models") / plain_name(given.model)
     if output.exists() and not (given.overwrite or given.dry_run):
@@ -137,7 +137,7 @@ def command(**options: Any) -> None:
         say(f"wrote {output}; next: qadtr-brevitas attack {output}{data}")
 
 
-def _make_recipe(given: _Given) -> tuple[Recipe, bool]:
+def _make_recipe(given: _ConvertOptions) -> tuple[Recipe, bool]:
     """The recipe that options, overrides and, for a MODEL directory, its config add up to; and if it names its data."""
     from qadtr_brevitas.config import make_recipe
 
@@ -168,7 +168,7 @@ def _check_overrides(overrides: tuple[str, ...], keys: dict[str, Any]) -> None:
             raise UsageError(f"{text} is given by an option too: leave one of them out")
 
 
-def _model_keys(given: _Given) -> dict[str, Any]:
+def _model_keys(given: _ConvertOptions) -> dict[str, Any]:
     """What MODEL stands for."""
     if not Path(given.model).expanduser().is_dir() or _is_known(given.model):
         return {"model.name": given.model}

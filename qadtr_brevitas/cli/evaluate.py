@@ -18,7 +18,7 @@ from qadtr_brevitas.cli.common import (
     work_options,
 )
 from qadtr_brevitas.cli.evaluate_options import (
-    Options,
+    EvaluateOptions,
     audit_options,
     certify_options,
     check_audit_options,
@@ -33,7 +33,7 @@ from qadtr_brevitas.cli.plugin_options import dataset_settings, find_dataset, lo
 from qadtr_brevitas.config.slots import slot_name
 from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.core.registry import ATTACKS
-from qadtr_brevitas.quant.inference import parse_accesses
+from qadtr_brevitas.quant.inference import parse_modes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -43,10 +43,10 @@ if TYPE_CHECKING:
 
     from qadtr_brevitas.auditing import AuditReport
     from qadtr_brevitas.evaluation import CellStore, Grid
-    from qadtr_brevitas.evaluation.entries import Contender
-    from qadtr_brevitas.evaluation.report import Report
-    from qadtr_brevitas.evaluation.sharding import Share
-    from qadtr_brevitas.quant.inference import Access
+    from qadtr_brevitas.evaluation.entries import NamedPatch
+    from qadtr_brevitas.evaluation.report import EvaluationReport
+    from qadtr_brevitas.evaluation.sharding import Shard
+    from qadtr_brevitas.quant.inference import InferenceMode
 
 
 @click.command(
@@ -81,22 +81,22 @@ def command(**options: Any) -> None:
     --audit runs checks that tell a robust network from an attack that failed.
     Finished parts are kept in the output folder; called again, the command goes on where it stopped.
     """
-    given = Options(**options)
+    given = EvaluateOptions(**options)
     output = given.output or given.model_dirs[0] / "evaluation"
     # Checked before anything heavy is imported.
     check_audit_options(given)
     check_clean(given)
     check_certify(given)
     plugins = [make_from_slot(ATTACKS, text, option="--attack") for text in given.attacks]
-    wanted = parse_accesses(given.precisions) if given.precisions else None
+    wanted = parse_modes(given.precisions) if given.precisions else None
     dataset = find_dataset(given.model_dirs, given.data)
 
     from qadtr_brevitas.core.device import resolve_device
     from qadtr_brevitas.evaluation import CellStore, compute
-    from qadtr_brevitas.evaluation.sharding import Share, local_device, process_share, together
+    from qadtr_brevitas.evaluation.sharding import Shard, local_device, process_share, together
 
     processes = process_share()
-    shard = Share.parse(given.shard) if given.shard else None
+    shard = Shard.parse(given.shard) if given.shard else None
     if shard and processes.of > 1:
         raise UsageError("torchrun divides the work by itself: leave --shard out")
     if processes.number > 1:
@@ -117,15 +117,20 @@ def command(**options: Any) -> None:
 
 
 def _plan(
-    given: Options, plugins: Sequence[Any], wanted: Sequence[Access] | None, dataset: Any, *, device: torch.device
-) -> tuple[Grid, list[Contender]]:
+    given: EvaluateOptions,
+    plugins: Sequence[Any],
+    wanted: Sequence[InferenceMode] | None,
+    dataset: Any,
+    *,
+    device: torch.device,
+) -> tuple[Grid, list[NamedPatch]]:
     """What to evaluate, and the patches as they were made."""
     from qadtr_brevitas.evaluation import Grid, NamedAttack
     from qadtr_brevitas.evaluation.certification import Certification
     from qadtr_brevitas.evaluation.entries import load_patches, load_subjects
     from qadtr_brevitas.evaluation.grid import read_means
     from qadtr_brevitas.evaluation.patch_cleanser import MASKS_PER_SIDE
-    from qadtr_brevitas.evaluation.variants import Moves
+    from qadtr_brevitas.evaluation.variants import PatchVariants
 
     attacks = [NamedAttack(slot_name(plugin), plugin) for plugin in plugins]
     means = read_means(given.eot, attacks)
@@ -135,9 +140,9 @@ def _plan(
     if given.images is not None:
         # Refuses more images than there are.
         split = split.balanced(given.images, seed=given.seed)
-    moves = Moves(at=given.at, shifts=given.shifts or (), degrees=given.degrees or ())
+    moves = PatchVariants(at=given.at, shifts=given.shifts or (), degrees=given.degrees or ())
     grid = Grid(
-        subjects=models[: len(given.model_dirs)],
+        loaded_models=models[: len(given.model_dirs)],
         patches=[*patches, *moves.variants(patches, split.image_size)],
         split=split,
         data_name=slot_name(dataset),
@@ -156,13 +161,13 @@ def _plan(
     return grid, patches
 
 
-def _tell_left_out(patches: Sequence[Contender], grid: Grid, *, alone: bool) -> None:
+def _tell_left_out(patches: Sequence[NamedPatch], grid: Grid, *, alone: bool) -> None:
     """Says how many of the patches found are not scored.
 
     Raises:
         UsageError: none is, and they are all there is to score (`alone`).
     """
-    scored = {contender.name for victim in grid.victims for contender in grid.contenders_of(victim)}
+    scored = {patch_entry.name for victim in grid.victims for patch_entry in grid.patches_on(victim)}
     left_out = [patch for patch in patches if patch.name not in scored]
     if not left_out:
         return
@@ -174,7 +179,7 @@ def _tell_left_out(patches: Sequence[Contender], grid: Grid, *, alone: bool) -> 
     say(f"{len(left_out)} of {len(patches)} patches were made elsewhere (at {made_at}); {remedy}")
 
 
-def _patch_places(given: Options) -> Sequence[Path]:
+def _patch_places(given: EvaluateOptions) -> Sequence[Path]:
     """Where patches are; where nothing is said and there are other attacks, those that are there."""
     from qadtr_brevitas.evaluation.entries import patch_folder
 
@@ -186,7 +191,7 @@ def _patch_places(given: Options) -> Sequence[Path]:
     return [folder for folder in (*own, *surrogates) if folder in needed or any(folder.glob("*.safetensors"))]
 
 
-def _tell_missing(shard: Share, count: int, grid: Grid, store: CellStore) -> None:
+def _tell_missing(shard: Shard, count: int, grid: Grid, store: CellStore) -> None:
     from qadtr_brevitas.evaluation.sharding import missing_by_share
 
     missing = missing_by_share(grid.jobs(), store, shard.of)
@@ -200,7 +205,13 @@ def _tell_missing(shard: Share, count: int, grid: Grid, store: CellStore) -> Non
 
 
 def _report(
-    grid: Grid, store: CellStore, patches: list[Contender], given: Options, *, output: Path, device: torch.device
+    grid: Grid,
+    store: CellStore,
+    patches: list[NamedPatch],
+    given: EvaluateOptions,
+    *,
+    output: Path,
+    device: torch.device,
 ) -> None:
     from qadtr_brevitas.auditing.tables import write_audits
     from qadtr_brevitas.evaluation import make_report
@@ -208,7 +219,7 @@ def _report(
     from qadtr_brevitas.evaluation.report.gallery import draw_pictures
 
     report = make_report(grid, store, device=str(device), command=command_line())
-    pictures = draw_pictures(report, grid.subjects, patches, grid.split, folder=output, device=device)
+    pictures = draw_pictures(report, grid.loaded_models, patches, grid.split, folder=output, device=device)
     written = write_report(report, output, pictures=pictures)
     document = report.model_dump(mode="json")
     audits = run_audits(grid, given, output=output, device=device) if given.audit else []
@@ -217,12 +228,16 @@ def _report(
         document["audit"] = [audit.model_dump(mode="json") for audit in audits]
     emit(document, _terminal(report, audits))
     say(f"wrote {', '.join(path.name for path in [*written, *pictures])} to {output}")
-    first = grid.subjects[0].path
-    more = f"evaluate {first} OTHER_MODEL_DIR -o FOLDER" if len(grid.subjects) == 1 else f"attack {first} --target all"
+    first = grid.loaded_models[0].path
+    more = (
+        f"evaluate {first} OTHER_MODEL_DIR -o FOLDER"
+        if len(grid.loaded_models) == 1
+        else f"attack {first} --target all"
+    )
     say(f"read {output / 'report.md'}; next: qadtr-brevitas {more}")
 
 
-def _terminal(report: Report, audits: Sequence[AuditReport]) -> RenderableType:
+def _terminal(report: EvaluationReport, audits: Sequence[AuditReport]) -> RenderableType:
     from rich.console import Group
 
     from qadtr_brevitas.auditing.tables import audit_tables

@@ -14,20 +14,21 @@ import click
 
 from qadtr_brevitas.cli.common import option_block, progress, was_given
 from qadtr_brevitas.core.errors import UsageError
+from qadtr_brevitas.core.progress import part_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     import torch
 
     from qadtr_brevitas.auditing import AuditReport
     from qadtr_brevitas.core.precision import Precision
     from qadtr_brevitas.evaluation import Grid
-    from qadtr_brevitas.evaluation.entries import Subject
+    from qadtr_brevitas.evaluation.entries import LoadedModel
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class EvaluateOptions:
     """The command line, as click read it."""
 
     model_dirs: tuple[Path, ...]
@@ -58,7 +59,7 @@ class Options:
     seed: int
 
 
-def check_clean(given: Options) -> None:
+def check_clean(given: EvaluateOptions) -> None:
     """Refuses --clean together with anything that attacks.
 
     Raises:
@@ -69,7 +70,7 @@ def check_clean(given: Options) -> None:
         raise UsageError(f"--clean measures accuracy without an attack: leave out {also[0]}, or --clean")
 
 
-def check_certify(given: Options) -> None:
+def check_certify(given: EvaluateOptions) -> None:
     """Refuses a number of masks where nothing is certified.
 
     Raises:
@@ -236,7 +237,7 @@ audit_options = option_block(
 )
 
 
-def check_audit_options(given: Options) -> None:
+def check_audit_options(given: EvaluateOptions) -> None:
     """Refuses what only an audit uses where there is none.
 
     Raises:
@@ -250,7 +251,7 @@ def check_audit_options(given: Options) -> None:
             raise UsageError(f"{option} is for the audit: add --audit, or leave {option} out")
 
 
-def run_audits(grid: Grid, given: Options, *, output: Path, device: torch.device) -> list[AuditReport]:
+def run_audits(grid: Grid, given: EvaluateOptions, *, output: Path, device: torch.device) -> list[AuditReport]:
     """Audits each model of an evaluation at the precisions asked for; the other models lend it their gradients."""
     from qadtr_brevitas.auditing import audit
     from qadtr_brevitas.evaluation.entries import load_subjects
@@ -260,15 +261,15 @@ def run_audits(grid: Grid, given: Options, *, output: Path, device: torch.device
     ablations = load_subjects(given.ablations, device=device)
     audits: list[AuditReport] = []
     with progress("auditing") as report:
-        for number, subject in enumerate(grid.subjects):
-            known = [subject, *([twin] if twin else [])]
+        for number, loaded in enumerate(grid.loaded_models):
+            known = [loaded, *([twin] if twin else [])]
             audits.append(
                 audit(
-                    subject,
+                    loaded,
                     grid.split,
                     precisions=precisions,
                     twin=twin,
-                    surrogates=_others([*grid.subjects, *grid.surrogates], known),
+                    surrogates=_others([*grid.loaded_models, *grid.surrogates], known),
                     ablations=ablations,
                     images=given.audit_images,
                     seed=grid.seed,
@@ -276,7 +277,7 @@ def run_audits(grid: Grid, given: Options, *, output: Path, device: torch.device
                     device=device,
                     profile=given.audit_profile,
                     folder=output,
-                    progress=_share(report, number, len(grid.subjects)),
+                    progress=part_of(report, number, len(grid.loaded_models)),
                 )
             )
     return audits
@@ -284,22 +285,17 @@ def run_audits(grid: Grid, given: Options, *, output: Path, device: torch.device
 
 def _single(grid: Grid) -> list[Precision] | None:
     """The precisions to audit: each by itself, because several together are attacked through each of them."""
-    from qadtr_brevitas.quant.inference import parse_access
+    from qadtr_brevitas.quant.inference import parse_mode
 
     if grid.precisions is None:
         return None
-    found = [access.precisions[0] for access in map(parse_access, grid.precisions) if access.is_single]
+    found = [mode.precisions[0] for mode in map(parse_mode, grid.precisions) if mode.is_single]
     if not found:
         raise UsageError("--audit looks at one precision at a time: add one to --precision, for instance 8")
     return found
 
 
-def _others(subjects: Sequence[Subject], known: Sequence[Subject]) -> list[Subject]:
+def _others(loaded_models: Sequence[LoadedModel], known: Sequence[LoadedModel]) -> list[LoadedModel]:
     """The models of other weights than the known ones."""
-    seen = {subject.fingerprint for subject in known}
-    return [subject for subject in subjects if subject.fingerprint not in seen]
-
-
-def _share(report: Callable[[int, int, str], object], number: int, models: int) -> Callable[[int, int, str], object]:
-    """Progress of one model as a share of that of all."""
-    return lambda done, total, note: report(number * total + done, models * total, note)
+    seen = {loaded.fingerprint for loaded in known}
+    return [loaded for loaded in loaded_models if loaded.fingerprint not in seen]

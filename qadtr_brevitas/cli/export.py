@@ -34,7 +34,7 @@ _FORMATS = ("qonnx", "qcdq", "ort", "finn", "hls4ml")
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Options:
+class _ExportOptions:
     """The command line, as click read it."""
 
     model_dir: Path
@@ -121,7 +121,7 @@ def command(**options: Any) -> None:
     finn and hls4ml are folders to build with these FPGA compilers, for models made by `convert --target`. The file is
     executed on test images and under the model's patches; one that computes something else is not kept.
     """
-    given = _Options(**options)
+    given = _ExportOptions(**options)
     _check_unverified(given)
     outputs = _outputs(given)
     dataset = find_dataset([given.model_dir], given.data) if given.verify else None
@@ -130,18 +130,18 @@ def command(**options: Any) -> None:
     from qadtr_brevitas.exporting import FORMATS, Build, export
     from qadtr_brevitas.quant import precisions_or_all
 
-    (subject,) = load_subjects([given.model_dir])
+    (loaded,) = load_subjects([given.model_dir])
     # Before the first of several is made.
-    precisions_or_all(subject.model, list(outputs))
+    precisions_or_all(loaded.model, list(outputs))
     split = None
     if dataset is not None:
         split = load_split(dataset, "test", limit=given.images, seed=given.seed)
-        subject.check_data(split, data=given.data or "of the model")
+        loaded.check_data(split, data=given.data or "of the model")
     reports: list[ExportReport] = []
     for wanted, output in outputs.items():
         with progress(f"verifying {wanted}") as report_progress:
             report = export(
-                subject,
+                loaded,
                 wanted,
                 FORMATS[given.form],
                 output,
@@ -162,13 +162,13 @@ def command(**options: Any) -> None:
     emit(found[0] if len(found) == 1 else found, export_tables(reports))
 
 
-def _check_unverified(given: _Options) -> None:
+def _check_unverified(given: _ExportOptions) -> None:
     for name in ("images", "patches", "tolerance", "data"):
         if was_given(name) and not given.verify:
             raise UsageError(f"--{name} is for comparing the file with the network: leave out --no-verify or --{name}")
 
 
-def _outputs(given: _Options) -> dict[Precision, Path]:
+def _outputs(given: _ExportOptions) -> dict[Precision, Path]:
     """The folder for each precision."""
     wanted = list(dict.fromkeys(map(Precision.parse, given.precisions)))
     name = plain_name(given.model_dir)
@@ -185,11 +185,11 @@ def _outputs(given: _Options) -> dict[Precision, Path]:
     return outputs
 
 
-def _patches(given: _Options, precision: Precision) -> list[tuple[str, Patch]]:
+def _patches(given: _ExportOptions, precision: Precision) -> list[tuple[str, Patch]]:
     from qadtr_brevitas.evaluation.entries import load_patches, patch_folder
 
     own = patch_folder(given.model_dir)
     if given.patches:
-        return [(contender.name, contender.patch) for contender in load_patches(given.patches)]
+        return [(patch_entry.name, patch_entry.patch) for patch_entry in load_patches(given.patches)]
     found = load_patches([own]) if any(own.glob("*.safetensors")) else []
     return [(c.name, c.patch) for c in found if str(c.patch.meta.get("precision")) == str(precision)]

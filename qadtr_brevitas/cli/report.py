@@ -29,10 +29,10 @@ def command(folders: tuple[Path, ...], title: str, output: Path) -> None:
     The page is one file with its pictures inside. What an audit says stands above the tables it concerns, and every
     figure says how it was made. The same tables are written as Markdown and CSV beside it.
     """
-    from qadtr_brevitas.reproduce.page import build_page, check_path, read_parts, write_page
+    from qadtr_brevitas.reproduce.page import build_page, check_path, read_inputs, write_page
 
     check_path(output)
-    page = build_page(read_parts(folders), title=title, command=command_line())
+    page = build_page(read_inputs(folders), title=title, command=command_line())
     written = write_page(page, output)
     emit({"files": [str(path) for path in written], "sections": [section.title for section in page.sections]})
     say(f"wrote {', '.join(map(str, written))}")

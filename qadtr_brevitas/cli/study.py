@@ -23,14 +23,14 @@ from qadtr_brevitas.cli.common import (
 )
 
 if TYPE_CHECKING:
-    from qadtr_brevitas.reproduce.study.plan import Plan
+    from qadtr_brevitas.reproduce.study.plan import StudyPlan
     from qadtr_brevitas.reproduce.study.sections import Study
 
 _SHARED = "work"
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Given:
+class _StudyOptions:
     """The command line, as click read it."""
 
     study: str
@@ -83,7 +83,7 @@ def command(**options: Any) -> None:
     for instance budget.images=500. What is finished is kept: the same command goes on after a stop, and other studies
     use the same networks and patches.
     """
-    given = _Given(**options)
+    given = _StudyOptions(**options)
     from qadtr_brevitas.reproduce.study.file import load_study
 
     # Checked before anything heavy is imported.
@@ -91,22 +91,22 @@ def command(**options: Any) -> None:
     output = given.output or Path("studies") / f"{Path(given.study).stem}-{given.scale}"
     work = given.work or output.resolve().parent / _SHARED
 
-    from qadtr_brevitas.evaluation.sharding import Share
+    from qadtr_brevitas.evaluation.sharding import Shard
     from qadtr_brevitas.reproduce.study.plan import make_plan
 
-    share = Share.parse(given.shard) if given.shard else None
+    share = Shard.parse(given.shard) if given.shard else None
     plan = make_plan(study, work=work, output=output)
     if given.dry_run:
         return _show(plan)
 
     from qadtr_brevitas.core.device import resolve_device
     from qadtr_brevitas.reproduce.study.claims import Claims
-    from qadtr_brevitas.reproduce.study.resources import Workshop
+    from qadtr_brevitas.reproduce.study.resources import StudyResources
     from qadtr_brevitas.reproduce.study.run import carry_out
 
-    workshop = Workshop(work, str(resolve_device(given.device)), given.processes, command_line())
+    resources = StudyResources(work, str(resolve_device(given.device)), given.processes, command_line())
     with _bars() as begin:
-        carry_out(plan, workshop, Claims(work / "claims"), share=share, say=say, begin=begin)
+        carry_out(plan, resources, Claims(work / "claims"), share=share, say=say, begin=begin)
     _report(study, plan, output, scale=given.scale)
 
 
@@ -121,7 +121,7 @@ def _bars() -> Generator[Any]:
         yield begin
 
 
-def _show(plan: Plan) -> None:
+def _show(plan: StudyPlan) -> None:
     from rich.table import Table
 
     rows = [{"part": part.name, "there": part.is_made(), "folder": str(part.folder)} for part in plan.parts]
@@ -133,7 +133,7 @@ def _show(plan: Plan) -> None:
     say(f"{missing} of {len(rows)} parts are to be made; without --dry-run they are")
 
 
-def _report(study: Study, plan: Plan, output: Path, *, scale: str) -> None:
+def _report(study: Study, plan: StudyPlan, output: Path, *, scale: str) -> None:
     from rich.console import Group
 
     from qadtr_brevitas.evaluation.report.files import rich_table

@@ -24,8 +24,8 @@ from qadtr_brevitas.cli.common import (
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from qadtr_brevitas.cli.common import Report
-    from qadtr_brevitas.training.log import EpochRecord, Observer
+    from qadtr_brevitas.core.progress import Progress
+    from qadtr_brevitas.training.log import EpochRecord, TrainingObserver
 
 
 @click.command(
@@ -88,13 +88,13 @@ def command(
         _tell(run)
 
 
-def _observer(report: Report) -> Observer:
+def _observer(report: Progress) -> TrainingObserver:
     """Progress on a terminal; off it, one line per epoch. Both on stderr."""
-    from qadtr_brevitas.training.log import Observer, StepRecord
+    from qadtr_brevitas.training.log import StepRecord, TrainingObserver
 
     console = stderr()
 
-    class Teller(Observer):
+    class ProgressObserver(TrainingObserver):
         total_steps = epochs = 0
 
         def on_start(self, *, step: int, total_steps: int, epochs: int) -> None:
@@ -116,7 +116,7 @@ def _observer(report: Report) -> Observer:
         def on_message(self, message: str) -> None:
             say(message)
 
-    return Teller()
+    return ProgressObserver()
 
 
 def _table(record: EpochRecord) -> Table:

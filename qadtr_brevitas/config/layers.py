@@ -36,14 +36,14 @@ def read_layers(source: str | Path, *, find: Find = find_recipe) -> Node:
         UsageError: there is no such recipe or defense, or a file is no mapping.
         RecipeError: a file is not YAML, or is its own base.
     """
-    return without_taken_out(_Reader(find).read(source))
+    return without_removed(_LayerReader(find).read(source))
 
 
-def without_taken_out(node: Node) -> Node:
+def without_removed(node: Node) -> Node:
     """A tree without the keys that an upper layer takes out."""
     if node.children is None or node.is_list:
         return node
-    kept = {key: without_taken_out(child) for key, child in node.children.items() if not child.takes_out}
+    kept = {key: without_removed(child) for key, child in node.children.items() if not child.removes}
     return replace(node, children=kept)
 
 
@@ -59,14 +59,14 @@ def merge(lower: Node, upper: Node) -> Node:
     children = dict(lower.children)
     for key, node in upper.children.items():
         if key in children:
-            takes_out = node.children is None and node.scalar is None
-            node = replace(node, takes_out=True) if takes_out else merge(children[key], node)
+            removes = node.children is None and node.scalar is None
+            node = replace(node, removes=True) if removes else merge(children[key], node)
         children[key] = node
     return Node(upper.line, children=children)
 
 
 @dataclass(frozen=True)
-class _Reader:
+class _LayerReader:
     """Reads a file and its bases; `seen` are the files that led here, `folder` is that of the last one."""
 
     find: Find
@@ -104,7 +104,7 @@ class _Reader:
         if place in self.seen:
             raise problem(f"{base.scalar} leads back here: remove one of the two")
         try:
-            return _Reader(self.find, path.parent, (*self.seen, place)).read(base.scalar)
+            return _LayerReader(self.find, path.parent, (*self.seen, place)).read(base.scalar)
         except RecipeError:
             raise
         except UsageError as error:

@@ -25,13 +25,13 @@ RegularizerSlot: TypeAlias = Annotated[Any, Slot(REGULARIZERS)]
 GradientSlot: TypeAlias = Annotated[Any, Slot(GRADIENT_RULES)]
 
 
-class Section(BaseModel):
+class RecipeSection(BaseModel):
     """A frozen mapping that refuses unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
 
 
-class ModelSection(Section):
+class ModelSection(RecipeSection):
     """The float network that is converted."""
 
     name: str = Field(
@@ -45,7 +45,7 @@ class ModelSection(Section):
     args: dict[str, Any] = Field(default={}, description="further arguments of timm.create_model")
 
 
-class DataSection(Section):
+class DataSection(RecipeSection):
     """Images and labels."""
 
     dataset: DatasetSlot = Field(default="cifar10", description="the data set")
@@ -55,7 +55,7 @@ class DataSection(Section):
     test_limit: int | None = Field(default=None, ge=1, description="use so many test images, class-balanced")
 
 
-class CalibrationSection(Section):
+class CalibrationSection(RecipeSection):
     """How quantizer ranges are first set."""
 
     method: Literal["mse", "minmax", "percentile"] = Field(default="mse", description="how a range is chosen")
@@ -70,7 +70,7 @@ class CalibrationSection(Section):
     )
 
 
-class QuantSection(Section):
+class QuantSection(RecipeSection):
     """Which layers are quantized, and to what."""
 
     precisions: tuple[PrecisionField, ...] = Field(
@@ -95,7 +95,7 @@ class QuantSection(Section):
     calibration: CalibrationSection = Field(default_factory=CalibrationSection, description="first quantizer ranges")
 
 
-class OptimizerSection(Section):
+class OptimizerSection(RecipeSection):
     """The optimizer, made by timm."""
 
     name: str = Field(default="sgd", min_length=1, description="any timm optimizer name")
@@ -105,7 +105,7 @@ class OptimizerSection(Section):
     threshold_lr: float = Field(default=1.0, ge=0, description="factor on the learning rate of quantizer thresholds")
 
 
-class SchedulerSection(Section):
+class SchedulerSection(RecipeSection):
     """The learning rate over time; it changes with every optimizer step."""
 
     name: Literal["cosine", "poly", "step", "constant"] = Field(default="cosine", description="shape of the curve")
@@ -115,7 +115,7 @@ class SchedulerSection(Section):
     decay_rate: float = Field(default=0.1, gt=0, le=1, description="step only: factor at each drop")
 
 
-class TrainSection(Section):
+class TrainSection(RecipeSection):
     """The training run: precision schedule, attack, regularizers and gradient rule are independent choices."""
 
     epochs: int = Field(default=15, ge=1, description="epochs of quantized training")
@@ -135,7 +135,7 @@ class TrainSection(Section):
     norm_batches: int = Field(default=0, ge=0, description="batches that recalibrate norms at the end; 0: keep them")
 
 
-class Recipe(Section):
+class Recipe(RecipeSection):
     """Everything that is to be said about a run."""
 
     seed: int = Field(default=0, ge=0, description="everything random follows from it")

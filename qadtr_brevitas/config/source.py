@@ -30,7 +30,7 @@ class Node:
     scalar: Any = None
     children: dict[int | str, Node] | None = None
     is_list: bool = False
-    takes_out: bool = False
+    removes: bool = False
 
     def plain(self) -> Any:
         """The value as dicts, lists and scalars."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import blake2b
 from math import floor
@@ -16,6 +16,7 @@ from PIL import Image
 
 from qadtr_brevitas.core.errors import DataError, QadtrError
 from qadtr_brevitas.core.files import write_atomically
+from qadtr_brevitas.core.progress import Progress
 from qadtr_brevitas.data.listing import Listing, cache_folder
 
 Pixels: TypeAlias = "numpy.ndarray[tuple[int, ...], numpy.dtype[numpy.uint8]]"
@@ -34,7 +35,7 @@ def read_images(
     image_size: int | None,
     crop: float = 1.0,
     max_gb: float,
-    progress: Callable[[int, int], object] | None = None,
+    progress: Progress | None = None,
 ) -> Pixels:
     """Decodes every image of a listing to RGB, or reads what an earlier call has kept.
 

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from qadtr_brevitas.core.plugin import Field, plugin
+from qadtr_brevitas.core.progress import Progress
 from qadtr_brevitas.core.seeding import generator
-from qadtr_brevitas.data.split import Progress, Split, check_split
+from qadtr_brevitas.data.split import Split, check_split
 
 IMAGE_SIZE = 32
 DRAWN_SIZE = 24

@@ -9,9 +9,10 @@ import torch
 
 from qadtr_brevitas.core.errors import DataError, UsageError
 from qadtr_brevitas.core.plugin import Field, plugin
+from qadtr_brevitas.core.progress import Progress
 from qadtr_brevitas.data.decode import read_images, size_of
 from qadtr_brevitas.data.listing import Listing, find_root, list_images
-from qadtr_brevitas.data.split import Progress, Split, balanced_indices
+from qadtr_brevitas.data.split import Split, balanced_indices
 
 SIZES_LOOKED_AT = 64
 

@@ -8,8 +8,9 @@ import torch
 from torch import Generator, Tensor
 
 from qadtr_brevitas.core.plugin import Field, plugin
+from qadtr_brevitas.core.progress import Progress
 from qadtr_brevitas.core.seeding import generator
-from qadtr_brevitas.data.split import Progress, Split, check_split
+from qadtr_brevitas.data.split import Split, check_split
 
 SHAPES = ("circle", "square", "triangle", "cross", "ring", "diamond", "bar", "column", "saltire", "frame")
 # Images drawn at once, which bounds the memory large ones take.

@@ -7,9 +7,8 @@ The two splits every data set has.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,7 +16,6 @@ from torch import Tensor
 from qadtr_brevitas.core.errors import DataError, UsageError
 from qadtr_brevitas.core.seeding import generator
 
-Progress: TypeAlias = Callable[[int, int], object]
 """Is told (images done, images in all) while a split loads."""
 
 

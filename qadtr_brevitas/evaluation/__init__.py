@@ -11,11 +11,12 @@ from pathlib import Path
 
 import torch
 
+from qadtr_brevitas.core.progress import Progress
 from qadtr_brevitas.evaluation.cells import CellStore
 from qadtr_brevitas.evaluation.grid import Grid, Transfer
 from qadtr_brevitas.evaluation.image_attacks import NamedAttack
-from qadtr_brevitas.evaluation.jobs import Progress, compute
-from qadtr_brevitas.evaluation.report import Report
+from qadtr_brevitas.evaluation.jobs import compute
+from qadtr_brevitas.evaluation.report import EvaluationReport
 from qadtr_brevitas.evaluation.scoring import make_report
 
 __all__ = ["CellStore", "Grid", "NamedAttack", "Transfer", "compute", "evaluate", "make_report"]
@@ -29,7 +30,7 @@ def evaluate(
     device: torch.device | str = "cpu",
     command: str = "",
     progress: Progress | None = None,
-) -> Report:
+) -> EvaluationReport:
     """Computes the cells of a grid that are missing, and scores all of them.
 
     Args:

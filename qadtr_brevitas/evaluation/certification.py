@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from qadtr_brevitas.evaluation.cells import CellStore, CertifyKey
-from qadtr_brevitas.evaluation.entries import Subject
-from qadtr_brevitas.evaluation.jobs import Bench, Victim
+from qadtr_brevitas.evaluation.entries import LoadedModel
+from qadtr_brevitas.evaluation.jobs import EvaluationInputs, Victim
 from qadtr_brevitas.evaluation.patch_cleanser import Certified, covering_masks, double_masking
 
 PORTION = 32
@@ -42,7 +42,7 @@ class Certification:
 class CertifyJob:
     """The defended predictions of one victim on one chunk of images, and those that are proved."""
 
-    bench: Bench
+    inputs: EvaluationInputs
     victim: Victim
     certification: Certification
     chunk: range
@@ -55,17 +55,17 @@ class CertifyJob:
     def key(self) -> CertifyKey:
         """What its outcomes depend on."""
         return CertifyKey(
-            model=self.victim.subject.fingerprint,
+            model=self.victim.loaded.fingerprint,
             precision=str(self.victim.precision),
-            data=self.bench.data,
+            data=self.inputs.data,
             start=self.chunk.start,
             stop=self.chunk.stop,
             **asdict(self.certification),
         )
 
-    def subjects(self) -> Sequence[Subject]:
+    def loaded_models(self) -> Sequence[LoadedModel]:
         """The model."""
-        return [self.victim.subject]
+        return [self.victim.loaded]
 
     def is_done(self, store: CellStore) -> bool:
         """True where the store has the outcomes."""
@@ -78,13 +78,13 @@ class CertifyJob:
 
     def compute(self, store: CellStore, device: torch.device) -> None:
         """Looks at the images under all masks and keeps the outcomes."""
-        images, _ = self.bench.split.batch(torch.tensor(self.chunk), device=device)
+        images, _ = self.inputs.split.batch(torch.tensor(self.chunk), device=device)
         # The color that is zero after normalization tells a network least.
-        fill = torch.tensor(self.victim.subject.info.mean).view(-1, 1, 1)
-        masks = self.certification.covering(self.bench.split.image_size)
+        fill = torch.tensor(self.victim.loaded.info.mean).view(-1, 1, 1)
+        masks = self.certification.covering(self.inputs.split.image_size)
         # Not inference_mode: Brevitas's quantizers fail on its tensors.
         with torch.no_grad():
             found = double_masking(
-                self.victim.logits(self.bench.seed), images, masks, fill=fill, batch_size=self.bench.batch_size
+                self.victim.logits(self.inputs.seed), images, masks, fill=fill, batch_size=self.inputs.batch_size
             )
         store.write_chunk(self.key, {"defended": found.defended, "proved": found.proved})

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,18 +16,18 @@ from qadtr_brevitas.core.device import has_fast_bf16
 from qadtr_brevitas.core.errors import DataError, UsageError
 from qadtr_brevitas.core.files import fingerprint_facts, fingerprint_tensors
 from qadtr_brevitas.core.precision import PrecisionLike
+from qadtr_brevitas.core.progress import Progress, part_of
 from qadtr_brevitas.core.seeding import derive_seed, generator
 from qadtr_brevitas.data.split import Split
-from qadtr_brevitas.evaluation.entries import Subject
-from qadtr_brevitas.evaluation.metrics import Share, score
+from qadtr_brevitas.evaluation.entries import LoadedModel
+from qadtr_brevitas.evaluation.metrics import Proportion, score
 from qadtr_brevitas.evaluation.predict import predict
 from qadtr_brevitas.quant import allowed_precisions, folded_norms, frozen_weights, precisions_or_all
-from qadtr_brevitas.quant.inference import Access, check_differentiable, logits_at, parse_access
+from qadtr_brevitas.quant.inference import InferenceMode, check_differentiable, logits_at, parse_mode
 
 DEFAULT_TARGETS = 3
 
 
-Progress: TypeAlias = Callable[[int, int, str], object]
 """Is told optimizer steps done, all of them, and what is being made."""
 
 
@@ -46,9 +46,9 @@ class Crafted:
 
     path: Path
     kind: str
-    source: Access
+    source: InferenceMode
     target: int | None
-    held_out: Share
+    held_out: Proportion
     kept: bool
 
 
@@ -81,18 +81,18 @@ class CraftSetup:
 
 
 def craft(
-    subject: Subject,
+    loaded: LoadedModel,
     attack: Any,
     setup: CraftSetup,
     *,
     name: str,
-    precisions: Sequence[PrecisionLike | Access] | None = None,
+    precisions: Sequence[PrecisionLike | InferenceMode] | None = None,
     targets: Sequence[int | None] | None = None,
 ) -> list[Crafted]:
     """Makes the patches of every precision and target that are not in the folder yet.
 
     Args:
-        subject: the model to attack; moved to the device and put in eval mode.
+        loaded: the model to attack; moved to the device and put in eval mode.
         attack: a patch attack plug-in; its `target`, if it has one, is replaced.
         setup: images, folder, seed and device.
         name: registered name of the attack, which starts the file names.
@@ -107,17 +107,17 @@ def craft(
         CheckpointError: a patch cannot be written, or one that is there cannot be read.
     """
     train, held_out, progress = setup.train, setup.held_out, setup.progress
-    subject.check_data(train, data=setup.data.get("name", ""))
-    sources = _sources(subject, precisions)
+    loaded.check_data(train, data=setup.data.get("name", ""))
+    sources = _sources(loaded, precisions)
     aims = _targets(attack, targets, train)
     images = fingerprint_tensors([train.images, train.labels, held_out.images, held_out.labels])
     work = [(source, _aimed(attack, target), target) for source in sources for target in aims]
-    maker = _Maker(subject, name, setup, images)
+    maker = _PatchMaker(loaded, name, setup, images)
     finished: list[Crafted] = []
-    subject.model.to(setup.device).eval()
-    with frozen_weights(subject.model):
+    loaded.model.to(setup.device).eval()
+    with frozen_weights(loaded.model):
         for number, (source, aimed, target) in enumerate(work):
-            bar = progress and _Bar(progress, number, len(work), f"{source} bit, {_aim(target)}")
+            bar = part_of(progress, number, len(work), f"{source} bit, {_aim(target)}")
             finished.append(maker.make(aimed, source, target, bar))
             if progress:
                 progress(number + 1, len(work), "")
@@ -125,33 +125,20 @@ def craft(
 
 
 @dataclass(frozen=True)
-class _Bar:
-    """Turns the steps of one patch into a share of all of them."""
-
-    progress: Progress
-    number: int
-    total: int
-    note: str
-
-    def __call__(self, done: int, total: int, note: str = "") -> None:
-        self.progress(self.number * total + done, self.total * total, f"{self.note} {note}".rstrip())
-
-
-@dataclass(frozen=True)
-class _Maker:
+class _PatchMaker:
     """Makes the patches of one call; `images` is the fingerprint of those of the setup."""
 
-    subject: Subject
+    loaded: LoadedModel
     name: str
     setup: CraftSetup
     images: str
 
-    def make(self, attack: Any, source: Access, target: int | None, bar: _Bar | None) -> Crafted:
+    def make(self, attack: Any, source: InferenceMode, target: int | None, bar: Progress | None) -> Crafted:
         """One patch, made or found."""
         height, width = attack.mask(self.setup.train.image_size).shape
         kind = f"{self.name}-{height}x{width}"
         path = self.setup.output / f"{kind}-{_bits(source)}-{_aim(target)}.safetensors"
-        facts = [self.subject.fingerprint, self.name, asdict(attack), str(source), self.images, self.setup.seed]
+        facts = [self.loaded.fingerprint, self.name, asdict(attack), str(source), self.images, self.setup.seed]
         made_of = fingerprint_facts([*facts, "float32"] if self.setup.float32 else facts)
         if path.exists():
             found = Patch.load(path)
@@ -160,33 +147,33 @@ class _Maker:
                     f"{path} is there already, made from another model, images, seed or settings: "
                     "choose another folder with --output, or move it away"
                 )
-            return Crafted(path, kind, source, target, Share(*found.meta["held_out"]), kept=True)
+            return Crafted(path, kind, source, target, Proportion(*found.meta["held_out"]), kept=True)
         model = self._model(source, target)
         few = self.setup.train.batch(torch.arange(min(2, len(self.setup.train))))[0].to(self.setup.device)
         bf16 = not self.setup.float32 and has_fast_bf16(self.setup.device)
-        with folded_norms(self.subject.model, few, bf16=bf16) as folding:
+        with folded_norms(self.loaded.model, few, bf16=bf16) as folding:
             patch = self._fit(model, attack, source, target, bar)
-        rounded = any(map(folding.rounds, precisions_or_all(self.subject.model, source.precisions)))
+        rounded = any(map(folding.rounds, precisions_or_all(self.loaded.model, source.precisions)))
         share = self._score(model, patch, target)
         made = {"made_of": made_of, "bf16": rounded, "held_out": [share.count, share.n]}
         patch.with_meta(**self._source(source), **made).save(path)
         return Crafted(path, kind, source, target, share, kept=False)
 
-    def _model(self, source: Access, target: int | None) -> Model:
+    def _model(self, source: InferenceMode, target: int | None) -> Model:
         """What the attack sees; without gradients, when textures are compared, a random one draws alike each time."""
         stream = (self.setup.seed, "craft draws", str(source), _aim(target))
-        searched = logits_at(self.subject.model, source, draws=generator(*stream))
+        searched = logits_at(self.loaded.model, source, draws=generator(*stream))
         if not source.is_random:
             return searched
 
         def model(images: Tensor) -> Tensor:
             if torch.is_grad_enabled():
                 return searched(images)
-            return logits_at(self.subject.model, source, draws=generator(*stream, "scores"))(images)
+            return logits_at(self.loaded.model, source, draws=generator(*stream, "scores"))(images)
 
         return model
 
-    def _fit(self, model: Model, attack: Any, source: Access, target: int | None, bar: _Bar | None) -> Patch:
+    def _fit(self, model: Model, attack: Any, source: InferenceMode, target: int | None, bar: Progress | None) -> Patch:
         device = self.setup.device
         images, labels = (tensor.to(device) for tensor in (self.setup.train.images, self.setup.train.labels))
         judge = self.setup.held_out.images.to(device), self.setup.held_out.labels.to(device)
@@ -197,16 +184,16 @@ class _Maker:
         except DataError as error:
             raise DataError(f"{self.name} at {source} bit, {_aim(target)}: {error}") from error
 
-    def _score(self, model: Model, patch: Patch, target: int | None) -> Share:
+    def _score(self, model: Model, patch: Patch, target: int | None) -> Proportion:
         held_out, size, device = self.setup.held_out, self.setup.batch_size, self.setup.device
         clean = predict(model, held_out, batch_size=size, device=device)
         patched = predict(model, held_out, patch=patch, seed=self.setup.seed, batch_size=size, device=device)
         return score(clean, patched, held_out.labels, target=target).asr
 
-    def _source(self, source: Access) -> dict[str, Any]:
+    def _source(self, source: InferenceMode) -> dict[str, Any]:
         return {
-            "model": self.subject.name,
-            "fingerprint": self.subject.fingerprint,
+            "model": self.loaded.name,
+            "fingerprint": self.loaded.fingerprint,
             "precision": str(source),
             "data": self.setup.data,
             "train_images": len(self.setup.train),
@@ -214,13 +201,13 @@ class _Maker:
         }
 
 
-def _sources(subject: Subject, precisions: Sequence[PrecisionLike | Access] | None) -> list[Access]:
+def _sources(loaded: LoadedModel, precisions: Sequence[PrecisionLike | InferenceMode] | None) -> list[InferenceMode]:
     if precisions is None:
-        return [Access((precision,)) for precision in allowed_precisions(subject.model)]
-    sources = list(dict.fromkeys(map(parse_access, precisions)))
+        return [InferenceMode((precision,)) for precision in allowed_precisions(loaded.model)]
+    sources = list(dict.fromkeys(map(parse_mode, precisions)))
     for source in sources:
         check_differentiable(source)
-    precisions_or_all(subject.model, [precision for source in sources for precision in source.precisions])
+    precisions_or_all(loaded.model, [precision for source in sources for precision in source.precisions])
     return sources
 
 
@@ -244,5 +231,5 @@ def _aim(target: int | None) -> str:
     return "untargeted" if target is None else f"target{target}"
 
 
-def _bits(source: Access) -> str:
+def _bits(source: InferenceMode) -> str:
     return str(source) + ("bit" if all(precision.is_tied for precision in source.precisions) else "")

@@ -22,7 +22,7 @@ _PLAIN_NAMES = ("", ".", "last", "best")
 
 
 @dataclass(frozen=True)
-class Subject:
+class LoadedModel:
     """A model under attack.
 
     Args:
@@ -61,7 +61,7 @@ class Subject:
 
 
 @dataclass(frozen=True)
-class Contender:
+class NamedPatch:
     """A patch under evaluation.
 
     Args:
@@ -105,7 +105,7 @@ class Contender:
         )
 
 
-def load_subjects(paths: Sequence[Path], *, device: torch.device | str = "cpu") -> list[Subject]:
+def load_subjects(paths: Sequence[Path], *, device: torch.device | str = "cpu") -> list[LoadedModel]:
     """Loads model or run directories, each named by its folder.
 
     Raises:
@@ -115,7 +115,7 @@ def load_subjects(paths: Sequence[Path], *, device: torch.device | str = "cpu") 
     return [_load_subject(path, name, device) for path, name in zip(paths, unique_names(paths), strict=True)]
 
 
-def load_patches(places: Sequence[Path]) -> list[Contender]:
+def load_patches(places: Sequence[Path]) -> list[NamedPatch]:
     """Loads patch files and all patches of folders, each named by its file.
 
     Raises:
@@ -124,7 +124,7 @@ def load_patches(places: Sequence[Path]) -> list[Contender]:
     """
     files = list(dict.fromkeys(file for place in places for file in _patch_files(place)))
     names = unique_names([file.with_suffix("") for file in files])
-    return [Contender(name, Patch.load(file), str(file)) for file, name in zip(files, names, strict=True)]
+    return [NamedPatch(name, Patch.load(file), str(file)) for file, name in zip(files, names, strict=True)]
 
 
 def patch_folder(model_dir: Path) -> Path:
@@ -154,12 +154,12 @@ def _end(parts: tuple[str, ...], depth: int) -> tuple[str, ...]:
     return parts[-(depth + 1 if parts[-1] in _PLAIN_NAMES else depth) :]
 
 
-def _load_subject(path: Path, name: str, device: torch.device | str) -> Subject:
+def _load_subject(path: Path, name: str, device: torch.device | str) -> LoadedModel:
     folder = resolve_model_dir(path)
     model, info = load_model(folder, device=device)
     # The weights alone do not say how they are quantized and normalized.
     meaning = {"name": info.name, "args": info.args, "quant": info.quant, "mean": info.mean, "std": info.std}
-    return Subject(
+    return LoadedModel(
         name=name,
         # The faster layout for small convolutions, as in training.
         model=model.eval().to(memory_format=torch.channels_last),

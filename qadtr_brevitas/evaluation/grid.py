@@ -15,18 +15,18 @@ from qadtr_brevitas.core.precision import FLOAT_BITS, Precision, PrecisionLike
 from qadtr_brevitas.core.seeding import generator
 from qadtr_brevitas.data.split import Split
 from qadtr_brevitas.evaluation.certification import PORTION, Certification, CertifyJob
-from qadtr_brevitas.evaluation.entries import Contender, Subject
+from qadtr_brevitas.evaluation.entries import LoadedModel, NamedPatch
 from qadtr_brevitas.evaluation.image_attacks import NamedAttack, SourcedAttack
-from qadtr_brevitas.evaluation.jobs import Bench, ChunkJob, Job, PatchJob, Victim
+from qadtr_brevitas.evaluation.jobs import ChunkJob, EvaluationInputs, Job, PatchJob, Victim
 from qadtr_brevitas.evaluation.predict import placements
 from qadtr_brevitas.evaluation.report import DataFacts, SourceFacts, Threat
 from qadtr_brevitas.quant import allowed_precisions, precisions_or_all
-from qadtr_brevitas.quant.inference import Access, check_differentiable, parse_access
+from qadtr_brevitas.quant.inference import InferenceMode, check_differentiable, parse_mode
 
 Transfer: TypeAlias = Literal["all", "float", "none"]
 """What is moved to models and precisions it was not made on: everything, what was made at 32 bit, or nothing."""
 
-_FLOAT = Access((Precision(FLOAT_BITS, FLOAT_BITS),))
+_FLOAT = InferenceMode((Precision(FLOAT_BITS, FLOAT_BITS),))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ class Grid:
     Every patch, a control of noise for each geometry, and every attack meet every model at every precision.
 
     Args:
-        subjects: the models.
+        loaded_models: the models.
         patches: the patches; with none and no attacks there are clean accuracies only.
         split: the images and labels.
         data_name: name of the data set, for the report.
@@ -60,16 +60,16 @@ class Grid:
         DataError: a model is for other images or another number of classes.
     """
 
-    subjects: Sequence[Subject]
-    patches: Sequence[Contender]
+    loaded_models: Sequence[LoadedModel]
+    patches: Sequence[NamedPatch]
     split: Split
     data_name: str
     data_settings: Mapping[str, Any] = field(default_factory=dict)
     available: int | None = None
     attacks: Sequence[NamedAttack] = ()
-    surrogates: Sequence[Subject] = ()
-    eot: Sequence[Access] = ()
-    precisions: Sequence[PrecisionLike | Access] | None = None
+    surrogates: Sequence[LoadedModel] = ()
+    eot: Sequence[InferenceMode] = ()
+    precisions: Sequence[PrecisionLike | InferenceMode] | None = None
     transfer: Transfer = "all"
     certifications: Sequence[Certification] = ()
     seed: int = 0
@@ -78,15 +78,15 @@ class Grid:
     def __post_init__(self) -> None:
         if self.surrogates and self.transfer == "none":
             raise UsageError("attacks made on a surrogate have to be transferred: give --transfer all or float with it")
-        for subject in (*self.subjects, *self.surrogates):
-            subject.check_data(self.split, data=self.data_name)
-        _check_names("models", [subject.name for subject in (*self.subjects, *self.surrogates)])
-        _check_names("patches", [contender.name for contender in self.contenders])
-        for contender in self.contenders:
-            self._check_patch(contender)
+        for loaded in (*self.loaded_models, *self.surrogates):
+            loaded.check_data(self.split, data=self.data_name)
+        _check_names("models", [loaded.name for loaded in (*self.loaded_models, *self.surrogates)])
+        _check_names("patches", [patch_entry.name for patch_entry in self.patch_entries])
+        for patch_entry in self.patch_entries:
+            self._check_patch(patch_entry)
         for attack in self.attacks:
             self._check_target(f"attack {attack.name}", attack.target, "choose one of its classes as target")
-        _check_names("attacks", [attack.facts.name for attack, _ in self.raids], cure="give each attack once")
+        _check_names("attacks", [attack.facts.name for attack, _ in self.sourced_attacks], cure="give each attack once")
         self._check_certifications()
 
     @cached_property
@@ -103,12 +103,12 @@ class Grid:
         )
 
     @cached_property
-    def bench(self) -> Bench:
+    def inputs(self) -> EvaluationInputs:
         """What all cells share."""
-        return Bench(self.split, self.data.fingerprint, self.seed, self.batch_size)
+        return EvaluationInputs(self.split, self.data.fingerprint, self.seed, self.batch_size)
 
     @cached_property
-    def contenders(self) -> tuple[Contender, ...]:
+    def patch_entries(self) -> tuple[NamedPatch, ...]:
         """The patches, and for each geometry a patch of noise as control."""
         return (*self.patches, *controls(self.patches, seed=self.seed))
 
@@ -116,38 +116,40 @@ class Grid:
     def victims(self) -> tuple[Victim, ...]:
         """Every model at every precision that is scored."""
         return tuple(
-            Victim(subject, precision) for subject in self.subjects for precision in self.precisions_of(subject)
+            Victim(loaded, precision) for loaded in self.loaded_models for precision in self.precisions_of(loaded)
         )
 
     @cached_property
-    def raids(self) -> tuple[tuple[SourcedAttack, tuple[Victim, ...]], ...]:
+    def sourced_attacks(self) -> tuple[tuple[SourcedAttack, tuple[Victim, ...]], ...]:
         """Every per-image attack on every source, with the victims its images are for."""
         found: list[tuple[SourcedAttack, tuple[Victim, ...]]] = []
         for attack in self.attacks:
-            for subject in (*self.subjects, *self.surrogates):
-                for source in self._sources(subject):
-                    raid = SourcedAttack(attack, subject, source)
-                    victims = tuple(victim for victim in self.victims if self._is_wanted(raid.facts.source, victim))
-                    found += [(raid, victims)] if victims else []
+            for loaded in (*self.loaded_models, *self.surrogates):
+                for source in self._sources(loaded):
+                    sourced = SourcedAttack(attack, loaded, source)
+                    victims = tuple(victim for victim in self.victims if self._is_wanted(sourced.facts.source, victim))
+                    found += [(sourced, victims)] if victims else []
         return tuple(found)
 
-    def precisions_of(self, subject: Subject) -> tuple[Access, ...]:
+    def precisions_of(self, loaded: LoadedModel) -> tuple[InferenceMode, ...]:
         """The precisions, and several together, that a model is scored at."""
-        wanted = allowed_precisions(subject.model) if self.precisions is None else self.precisions
-        found = tuple(dict.fromkeys(map(parse_access, wanted)))
-        for access in found:
-            precisions_or_all(subject.model, access.precisions)
+        wanted = allowed_precisions(loaded.model) if self.precisions is None else self.precisions
+        found = tuple(dict.fromkeys(map(parse_mode, wanted)))
+        for mode in found:
+            precisions_or_all(loaded.model, mode.precisions)
         return found
 
-    def contenders_of(self, victim: Victim) -> list[Contender]:
+    def patches_on(self, victim: Victim) -> list[NamedPatch]:
         """The patches that are put before a victim."""
-        return [c for c in self.contenders if c.control or self._is_wanted(c.facts.source, victim)]
+        return [c for c in self.patch_entries if c.control or self._is_wanted(c.facts.source, victim)]
 
     def jobs(self) -> list[Job]:
         """The cells of the evaluation, in an order that depends on nothing but its arguments."""
-        patched = [PatchJob(self.bench, v, c) for v in self.victims for c in (None, *self.contenders_of(v))]
+        patched = [PatchJob(self.inputs, v, c) for v in self.victims for c in (None, *self.patches_on(v))]
         attacked = [
-            ChunkJob(self.bench, attack, victims, chunk) for attack, victims in self.raids for chunk in self.chunks()
+            ChunkJob(self.inputs, attack, victims, chunk)
+            for attack, victims in self.sourced_attacks
+            for chunk in self.chunks()
         ]
         certified = [job for v in self.victims for c in self.certifications for job in self.certify_jobs(v, c)]
         return [*patched, *attacked, *certified]
@@ -156,51 +158,51 @@ class Grid:
         """The cells of one certification of one victim."""
         images = len(self.split)
         portions = (range(start, min(start + PORTION, images)) for start in range(0, images, PORTION))
-        return [CertifyJob(self.bench, victim, certification, portion) for portion in portions]
+        return [CertifyJob(self.inputs, victim, certification, portion) for portion in portions]
 
     def chunks(self) -> Iterator[range]:
         """The test images in the portions that per-image attacks take them in."""
         images, size = len(self.split), self.batch_size
         return (range(start, min(start + size, images)) for start in range(0, images, size))
 
-    def targets_of(self, contender: Contender) -> list[int | None]:
+    def targets_of(self, patch_entry: NamedPatch) -> list[int | None]:
         """What a patch is scored for; a control is scored for the aims of all patches of its geometry."""
-        if not contender.control:
-            return [contender.facts.target]
-        alike = [patch.facts.target for patch in self.patches if patch.facts.geometry == contender.facts.geometry]
+        if not patch_entry.control:
+            return [patch_entry.facts.target]
+        alike = [patch.facts.target for patch in self.patches if patch.facts.geometry == patch_entry.facts.geometry]
         return list(dict.fromkeys(alike))
 
-    def _sources(self, subject: Subject) -> list[Access]:
+    def _sources(self, loaded: LoadedModel) -> list[InferenceMode]:
         """The precisions, and several together, that attacks on a model are made at."""
-        allowed = allowed_precisions(subject.model)
-        if subject in self.subjects:
-            scored = self.precisions_of(subject)
+        allowed = allowed_precisions(loaded.model)
+        if loaded in self.loaded_models:
+            scored = self.precisions_of(loaded)
         else:
-            given = map(parse_access, self.precisions or allowed)
-            scored = tuple(access for access in given if set(access.precisions) <= set(allowed))
+            given = map(parse_mode, self.precisions or allowed)
+            scored = tuple(mode for mode in given if set(mode.precisions) <= set(allowed))
         # A vote has no gradient, and that of a random draw is noise: their mean is the attack that breaks both.
-        wanted = [access if access.is_single else Access(access.precisions) for access in scored]
+        wanted = [mode if mode.is_single else InferenceMode(mode.precisions) for mode in scored]
         if self.transfer == "float" and _FLOAT.precisions[0] in allowed:
             wanted.append(_FLOAT)
-        for access in self.eot:
-            precisions_or_all(subject.model, access.precisions)
+        for mode in self.eot:
+            precisions_or_all(loaded.model, mode.precisions)
         return list(dict.fromkeys((*wanted, *self.eot)))
 
     def _is_wanted(self, source: SourceFacts | None, victim: Victim) -> bool:
         if self.transfer == "all" or threat(source, victim) != "transfer":
             return True
-        return self.transfer == "float" and source is not None and parse_access(source.precision) == _FLOAT
+        return self.transfer == "float" and source is not None and parse_mode(source.precision) == _FLOAT
 
-    def _check_patch(self, contender: Contender) -> None:
-        source = contender.facts.source
+    def _check_patch(self, patch_entry: NamedPatch) -> None:
+        source = patch_entry.facts.source
         try:
-            placements(contender.patch, 1, self.split.image_size, seed=self.seed)
+            placements(patch_entry.patch, 1, self.split.image_size, seed=self.seed)
             if source is not None:
-                parse_access(source.precision)
+                parse_mode(source.precision)
         except UsageError as error:
-            raise UsageError(f"patch {contender.name!r}: {error}") from error
+            raise UsageError(f"patch {patch_entry.name!r}: {error}") from error
         cure = "choose the data set it was made on with --data"
-        self._check_target(f"patch {contender.name!r}", contender.facts.target, cure)
+        self._check_target(f"patch {patch_entry.name!r}", patch_entry.facts.target, cure)
 
     def _check_certifications(self) -> None:
         for certification in self.certifications:
@@ -220,18 +222,18 @@ class Grid:
 
 def threat(source: SourceFacts | None, victim: Victim) -> Threat:
     """What an attack made on a source knows of a victim; controls are not asked about."""
-    if source is None or source.fingerprint != victim.subject.fingerprint:
+    if source is None or source.fingerprint != victim.loaded.fingerprint:
         return "transfer"
-    if not parse_access(source.precision).is_single:
+    if not parse_mode(source.precision).is_single:
         return "eot"
     return "white-box" if source.precision == str(victim.precision) else "transfer"
 
 
-def controls(patches: Sequence[Contender], *, seed: int) -> list[Contender]:
+def controls(patches: Sequence[NamedPatch], *, seed: int) -> list[NamedPatch]:
     """A patch of uniform noise, on the 8-bit grid, for each size, shape and place among the patches."""
-    found: dict[str, Contender] = {}
-    for contender in patches:
-        patch, geometry = contender.patch, contender.facts.geometry
+    found: dict[str, NamedPatch] = {}
+    for patch_entry in patches:
+        patch, geometry = patch_entry.patch, patch_entry.facts.geometry
         if geometry in found:
             continue
         noise = torch.randint(256, patch.texture.shape, generator=generator(seed, "control", geometry)) / 255
@@ -239,11 +241,11 @@ def controls(patches: Sequence[Contender], *, seed: int) -> list[Contender]:
         same_size = sum(other.patch.size == patch.size for other in found.values())
         name = f"noise {height}x{width}" + (f" ({same_size + 1})" if same_size else "")
         control = replace(patch, texture=noise, meta={"attack": "noise"})
-        found[geometry] = Contender(name, control, control=True)
+        found[geometry] = NamedPatch(name, control, control=True)
     return list(found.values())
 
 
-def read_means(texts: Sequence[str], attacks: Sequence[NamedAttack]) -> tuple[Access, ...]:
+def read_means(texts: Sequence[str], attacks: Sequence[NamedAttack]) -> tuple[InferenceMode, ...]:
     """Several precisions together, as 8+4+2 or random(8+4+2), that attacks are to be made on.
 
     Raises:
@@ -254,7 +256,7 @@ def read_means(texts: Sequence[str], attacks: Sequence[NamedAttack]) -> tuple[Ac
             f"--eot {texts[0]} says what an --attack is made on: give one, or make patches on it with "
             f"`qadtr-brevitas attack MODEL_DIR --precision {texts[0]}`"
         )
-    means = tuple(dict.fromkeys(map(parse_access, texts)))
+    means = tuple(dict.fromkeys(map(parse_mode, texts)))
     for mean in means:
         if mean.is_single:
             raise UsageError(

@@ -15,9 +15,9 @@ from qadtr_brevitas import __version__
 from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.core.files import fingerprint_facts
 from qadtr_brevitas.core.seeding import derive_seed, generator
-from qadtr_brevitas.evaluation.entries import Subject
+from qadtr_brevitas.evaluation.entries import LoadedModel
 from qadtr_brevitas.evaluation.report import ImageAttackFacts, SourceFacts
-from qadtr_brevitas.quant.inference import Access, logits_at
+from qadtr_brevitas.quant.inference import InferenceMode, logits_at
 
 _TOLERANCE = 1e-5
 
@@ -82,28 +82,28 @@ class SourcedAttack:
 
     Args:
         attack: the attack.
-        subject: the model it is made on.
-        access: the precision it is made at, or those that it looks at together.
+        loaded: the model it is made on.
+        mode: the precision it is made at, or those that it looks at together.
     """
 
     attack: NamedAttack
-    subject: Subject
-    access: Access
+    loaded: LoadedModel
+    mode: InferenceMode
 
     @cached_property
     def facts(self) -> ImageAttackFacts:
         """The attack's entry in the report."""
-        access, target = str(self.access), self.attack.target
+        mode, target = str(self.mode), self.attack.target
         aim = "" if target is None else f" to class {target}"
         return ImageAttackFacts(
-            name=f"{self.attack.family}{aim} on {self.subject.name} at {access}",
+            name=f"{self.attack.family}{aim} on {self.loaded.name} at {mode}",
             family=self.attack.family,
             attack=self.attack.name,
             black_box=self.attack.is_black_box,
             fingerprint=self.attack.fingerprint,
             settings=self.attack.settings,
             target=target,
-            source=SourceFacts(name=self.subject.name, fingerprint=self.subject.fingerprint, precision=access),
+            source=SourceFacts(name=self.loaded.name, fingerprint=self.loaded.fingerprint, precision=mode),
         )
 
     def images(self, images: Tensor, labels: Tensor, *, seed: int, chunk: range) -> Tensor:
@@ -125,12 +125,12 @@ class SourcedAttack:
             UsageError: the attack gave something else.
         """
         keys = ("image attack", self.attack.fingerprint, chunk.start, chunk.stop)
-        precision = self.access.precisions[0] if self.access.is_single else None
+        precision = self.mode.precisions[0] if self.mode.is_single else None
         # Attacks from libraries draw from the global generators, which no one else may notice.
         with torch.random.fork_rng(_cuda_devices(images)):
             torch.manual_seed(derive_seed(seed, *keys, "global"))
             found = self.attack.plugin.run(
-                logits_at(self.subject.model, self.access, draws=generator(seed, *keys, "precisions")),
+                logits_at(self.loaded.model, self.mode, draws=generator(seed, *keys, "precisions")),
                 images,
                 labels,
                 generator=generator(seed, *keys),

@@ -5,22 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from qadtr_brevitas.core.progress import Progress
 from qadtr_brevitas.core.seeding import generator
 from qadtr_brevitas.data.split import Split
 from qadtr_brevitas.evaluation.cells import CellKey, CellStore, ChunkKey
-from qadtr_brevitas.evaluation.entries import Contender, Subject
+from qadtr_brevitas.evaluation.entries import LoadedModel, NamedPatch
 from qadtr_brevitas.evaluation.image_attacks import SourcedAttack
 from qadtr_brevitas.evaluation.predict import predict
 from qadtr_brevitas.evaluation.report.layout import bits
 from qadtr_brevitas.quant import frozen_weights
-from qadtr_brevitas.quant.inference import Access, logits_at
+from qadtr_brevitas.quant.inference import InferenceMode, logits_at
 
-Progress: TypeAlias = Callable[[int, int, str], object]
 """Is told finished cells, all cells, and what the last one was."""
 
 
@@ -28,25 +28,25 @@ Progress: TypeAlias = Callable[[int, int, str], object]
 class Victim:
     """A model at a precision, or at several together, as it is scored."""
 
-    subject: Subject
-    precision: Access
+    loaded: LoadedModel
+    precision: InferenceMode
 
     @property
     def name(self) -> str:
         """What a cell calls it: content, not the name of a folder."""
-        return f"{self.subject.fingerprint}@{self.precision}"
+        return f"{self.loaded.fingerprint}@{self.precision}"
 
     def logits(self, seed: int, *keys: int | str) -> Callable[[Tensor], Tensor]:
         """The model as it answers; random precisions depend on the seed and on what the forwards are for."""
         draws = generator(seed, "inference", *keys) if self.precision.is_random else None
-        return logits_at(self.subject.model, self.precision, draws=draws)
+        return logits_at(self.loaded.model, self.precision, draws=draws)
 
     def __str__(self) -> str:
-        return f"{self.subject.name} at {bits(str(self.precision))}"
+        return f"{self.loaded.name} at {bits(str(self.precision))}"
 
 
 @dataclass(frozen=True)
-class Bench:
+class EvaluationInputs:
     """What all jobs of an evaluation share.
 
     Args:
@@ -69,7 +69,7 @@ class Job(Protocol):
         """What it is, for progress."""
         ...
 
-    def subjects(self) -> Sequence[Subject]:
+    def loaded_models(self) -> Sequence[LoadedModel]:
         """The models it needs."""
         ...
 
@@ -86,37 +86,37 @@ class Job(Protocol):
 class PatchJob:
     """The predictions of one victim on all images, with a patch or (None) without."""
 
-    bench: Bench
+    inputs: EvaluationInputs
     victim: Victim
-    contender: Contender | None
+    patch_entry: NamedPatch | None
 
     def __str__(self) -> str:
-        return f"{self.victim}, {self.contender.name if self.contender else 'clean'}"
+        return f"{self.victim}, {self.patch_entry.name if self.patch_entry else 'clean'}"
 
     @property
     def key(self) -> CellKey:
         """What its predictions depend on."""
-        where = self.victim.subject.fingerprint, str(self.victim.precision), self.bench.data
-        if self.contender is None:
-            return CellKey(*where, seed=self.bench.seed if self.victim.precision.is_random else None)
-        return CellKey(*where, self.contender.facts.fingerprint, self.bench.seed)
+        where = self.victim.loaded.fingerprint, str(self.victim.precision), self.inputs.data
+        if self.patch_entry is None:
+            return CellKey(*where, seed=self.inputs.seed if self.victim.precision.is_random else None)
+        return CellKey(*where, self.patch_entry.facts.fingerprint, self.inputs.seed)
 
-    def subjects(self) -> Sequence[Subject]:
+    def loaded_models(self) -> Sequence[LoadedModel]:
         """The model attacked."""
-        return [self.victim.subject]
+        return [self.victim.loaded]
 
     def is_done(self, store: CellStore) -> bool:
         """True where the store has the predictions."""
-        return store.read(self.key, images=len(self.bench.split)) is not None
+        return store.read(self.key, images=len(self.inputs.split)) is not None
 
     def compute(self, store: CellStore, device: torch.device) -> None:
         """Predicts and keeps."""
         predictions = predict(
-            self.victim.logits(self.bench.seed, self.contender.facts.fingerprint if self.contender else "clean"),
-            self.bench.split,
-            patch=self.contender.patch if self.contender else None,
-            seed=self.bench.seed,
-            batch_size=self.bench.batch_size,
+            self.victim.logits(self.inputs.seed, self.patch_entry.facts.fingerprint if self.patch_entry else "clean"),
+            self.inputs.split,
+            patch=self.patch_entry.patch if self.patch_entry else None,
+            seed=self.inputs.seed,
+            batch_size=self.inputs.batch_size,
             device=device,
         )
         store.write(self.key, predictions)
@@ -126,7 +126,7 @@ class PatchJob:
 class ChunkJob:
     """The predictions of all victims on one chunk of adversarial images, which are made once."""
 
-    bench: Bench
+    inputs: EvaluationInputs
     attack: SourcedAttack
     victims: tuple[Victim, ...]
     chunk: range
@@ -142,15 +142,15 @@ class ChunkJob:
             attack=facts.fingerprint,
             source=facts.source.fingerprint,
             source_precision=facts.source.precision,
-            data=self.bench.data,
-            seed=self.bench.seed,
+            data=self.inputs.data,
+            seed=self.inputs.seed,
             start=self.chunk.start,
             stop=self.chunk.stop,
         )
 
-    def subjects(self) -> Sequence[Subject]:
+    def loaded_models(self) -> Sequence[LoadedModel]:
         """The model the attack is made on, and the models attacked."""
-        return [self.attack.subject, *(victim.subject for victim in self.victims)]
+        return [self.attack.loaded, *(victim.loaded for victim in self.victims)]
 
     def is_done(self, store: CellStore) -> bool:
         """True where the store has the predictions of every victim."""
@@ -158,13 +158,13 @@ class ChunkJob:
 
     def compute(self, store: CellStore, device: torch.device) -> None:
         """Makes the images, predicts and keeps, beside the predictions of victims that are there already."""
-        images, labels = self.bench.split.batch(torch.tensor(self.chunk), device=device)
-        adversarial = self.attack.images(images, labels, seed=self.bench.seed, chunk=self.chunk)
+        images, labels = self.inputs.split.batch(torch.tensor(self.chunk), device=device)
+        adversarial = self.attack.images(images, labels, seed=self.inputs.seed, chunk=self.chunk)
         predictions: dict[str, Tensor] = {}
         # Not inference_mode: Brevitas's quantizers fail on its tensors.
         with torch.no_grad():
             for victim in self.victims:
-                logits = victim.logits(self.bench.seed, self.attack.facts.name, self.chunk.start)
+                logits = victim.logits(self.inputs.seed, self.attack.facts.name, self.chunk.start)
                 predictions[victim.name] = logits(adversarial).argmax(dim=1).cpu()
         # Read now: another process may have attacked other victims with these images meanwhile.
         store.write_chunk(self.key, store.read_chunk(self.key) | predictions)
@@ -187,8 +187,8 @@ def compute(
     """
     where = torch.device(device)
     with ExitStack() as stack:
-        for subject in _distinct(subject for job in jobs for subject in job.subjects()):
-            stack.enter_context(frozen_weights(subject.model.to(where).eval()))
+        for loaded in _distinct(loaded for job in jobs for loaded in job.loaded_models()):
+            stack.enter_context(frozen_weights(loaded.model.to(where).eval()))
         for number, job in enumerate(jobs, 1):
             if not job.is_done(store):
                 job.compute(store, where)
@@ -200,5 +200,5 @@ def compute(
                 job.compute(store, where)
 
 
-def _distinct(subjects: Iterable[Subject]) -> Iterable[Subject]:
-    return {id(subject.model): subject for subject in subjects}.values()
+def _distinct(loaded_models: Iterable[LoadedModel]) -> Iterable[LoadedModel]:
+    return {id(loaded.model): loaded for loaded in loaded_models}.values()

@@ -15,7 +15,7 @@ CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
-class Share:
+class Proportion:
     """A count over its denominator.
 
     Args:
@@ -54,11 +54,11 @@ class Score:
         robust_accuracy: correct both without and with the patch over all images.
     """
 
-    asr: Share
-    asr_all: Share
-    untargeted: Share
-    clean_accuracy: Share
-    robust_accuracy: Share
+    asr: Proportion
+    asr_all: Proportion
+    untargeted: Proportion
+    clean_accuracy: Proportion
+    robust_accuracy: Proportion
 
 
 def score(clean: Tensor, patched: Tensor, labels: Tensor, *, target: int | None) -> Score:
@@ -80,16 +80,16 @@ def score(clean: Tensor, patched: Tensor, labels: Tensor, *, target: int | None)
         asr = _share(successes, correct & (labels != target))
     return Score(
         asr=asr,
-        asr_all=Share(int(successes.sum()), images),
+        asr_all=Proportion(int(successes.sum()), images),
         untargeted=untargeted,
-        clean_accuracy=Share(int(correct.sum()), images),
-        robust_accuracy=Share(int((correct & ~wrong).sum()), images),
+        clean_accuracy=Proportion(int(correct.sum()), images),
+        robust_accuracy=Proportion(int((correct & ~wrong).sum()), images),
     )
 
 
-def accuracy(predictions: Tensor, labels: Tensor) -> Share:
+def accuracy(predictions: Tensor, labels: Tensor) -> Proportion:
     """Share of (N,) predictions that equal the (N,) labels."""
-    return Share(int((predictions == labels).sum()), len(labels))
+    return Proportion(int((predictions == labels).sum()), len(labels))
 
 
 def wilson(count: int, n: int) -> tuple[float, float]:
@@ -125,7 +125,7 @@ class Mean:
     shares: int
 
 
-def mean(shares: Sequence[Share]) -> Mean | None:
+def mean(shares: Sequence[Proportion]) -> Mean | None:
     """Mean of shares that count the same images; None where no share has a value."""
     counted = [share for share in shares if share.n]
     if not counted:
@@ -139,5 +139,5 @@ def mean(shares: Sequence[Share]) -> Mean | None:
     )
 
 
-def _share(successes: Tensor, among: Tensor) -> Share:
-    return Share(int((successes & among).sum()), int(among.sum()))
+def _share(successes: Tensor, among: Tensor) -> Proportion:
+    return Proportion(int((successes & among).sum()), int(among.sum()))

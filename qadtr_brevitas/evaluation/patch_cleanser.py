@@ -49,17 +49,17 @@ def double_masking(
         fill: (3, 1, 1), color of what is covered, in [0, 1].
         batch_size: masked images in one forward pass.
     """
-    look = _Looker(model, images, masks.to(images.device), fill.to(images.device), batch_size)
-    alone = look.under_each()
+    predictor = _MaskedPredictor(model, images, masks.to(images.device), fill.to(images.device), batch_size)
+    alone = predictor.under_each()
     majority = _majority(alone)
     unanimous = (alone == majority[:, None]).all(dim=1)
-    defended = torch.where(unanimous, majority, _second_round(look, alone, majority))
-    proved = torch.where(_holds_under_pairs(look, majority, unanimous), majority, UNPROVED)
+    defended = torch.where(unanimous, majority, _second_round(predictor, alone, majority))
+    proved = torch.where(_holds_under_pairs(predictor, majority, unanimous), majority, UNPROVED)
     return Certified(defended.cpu(), proved.cpu())
 
 
 @dataclass(frozen=True)
-class _Looker:
+class _MaskedPredictor:
     """Shows masked images to the model."""
 
     model: Callable[[Tensor], Tensor]
@@ -94,29 +94,29 @@ def _majority(classes: Tensor) -> Tensor:
     return torch.where(votes == most, classes, classes.max() + 1).min(dim=1).values
 
 
-def _second_round(look: _Looker, alone: Tensor, majority: Tensor) -> Tensor:
+def _second_round(predictor: _MaskedPredictor, alone: Tensor, majority: Tensor) -> Tensor:
     """(N,) class of the first mask that disagrees with most and that no second mask contradicts, else the majority."""
     images, first = (alone != majority[:, None]).nonzero(as_tuple=True)
-    masks = len(look.masks)
+    masks = len(predictor.masks)
     second = torch.arange(masks, device=first.device).repeat(len(first))
-    found = look.under(images.repeat_interleave(masks), first.repeat_interleave(masks), second).view(-1, masks)
+    found = predictor.under(images.repeat_interleave(masks), first.repeat_interleave(masks), second).view(-1, masks)
     stands = (found == alone[images, first][:, None]).all(dim=1)
     # Masks in order: the first that stands wins, as a later one must not overwrite it.
     place = torch.full_like(majority, masks).scatter_reduce(0, images[stands], first[stands], "amin")
     return torch.where(place < masks, alone.gather(1, place.clamp(max=masks - 1)[:, None])[:, 0], majority)
 
 
-def _holds_under_pairs(look: _Looker, majority: Tensor, unanimous: Tensor) -> Tensor:
+def _holds_under_pairs(predictor: _MaskedPredictor, majority: Tensor, unanimous: Tensor) -> Tensor:
     """(N,) True where every pair of different masks shows the same class as each mask alone."""
-    pairs = torch.combinations(torch.arange(len(look.masks), device=majority.device))
+    pairs = torch.combinations(torch.arange(len(predictor.masks), device=majority.device))
     open_images = unanimous.nonzero()[:, 0]
     while len(pairs) and len(open_images):
         # As many pairs as fill a batch; images that fail are not looked at again, which saves most of the work.
-        count = max(1, look.batch_size // len(open_images))
+        count = max(1, predictor.batch_size // len(open_images))
         now, pairs = pairs[:count], pairs[count:]
         images = open_images.repeat_interleave(len(now))
         first, second = now.repeat(len(open_images), 1).unbind(dim=1)
-        same = look.under(images, first, second) == majority[images]
+        same = predictor.under(images, first, second) == majority[images]
         open_images = open_images[same.view(-1, len(now)).all(dim=1)]
     holds = torch.zeros_like(unanimous)
     holds[open_images] = True

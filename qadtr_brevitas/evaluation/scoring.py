@@ -11,29 +11,29 @@ import torch
 from torch import Tensor
 
 from qadtr_brevitas.evaluation.cells import CellStore
-from qadtr_brevitas.evaluation.entries import Contender, Subject
+from qadtr_brevitas.evaluation.entries import LoadedModel, NamedPatch
 from qadtr_brevitas.evaluation.grid import Grid, threat
 from qadtr_brevitas.evaluation.image_attacks import SourcedAttack
 from qadtr_brevitas.evaluation.jobs import ChunkJob, PatchJob, Victim
-from qadtr_brevitas.evaluation.metrics import Share, accuracy, score
+from qadtr_brevitas.evaluation.metrics import Proportion, accuracy, score
 from qadtr_brevitas.evaluation.report import (
     AttackCell,
     CertifiedCell,
     CleanCell,
+    EvaluationReport,
     ModelFacts,
     Rate,
-    Report,
     Scope,
     Threat,
     WorstCase,
     versions,
 )
-from qadtr_brevitas.evaluation.report.views import told_apart
+from qadtr_brevitas.evaluation.report.views import disambiguate_patches
 
 _OWN: tuple[Threat, ...] = ("white-box", "eot")
 
 
-def make_report(grid: Grid, store: CellStore, *, device: str, command: str = "") -> Report:
+def make_report(grid: Grid, store: CellStore, *, device: str, command: str = "") -> EvaluationReport:
     """Scores the cells of a grid, all of which have to be in the store.
 
     Args:
@@ -42,7 +42,7 @@ def make_report(grid: Grid, store: CellStore, *, device: str, command: str = "")
         device: where it was computed, for the report.
         command: command line, for the report.
     """
-    reader = _Reader(grid, store)
+    reader = _PredictionReader(grid, store)
     clean: list[CleanCell] = []
     cells: list[AttackCell] = []
     worst: list[WorstCase] = []
@@ -53,16 +53,16 @@ def make_report(grid: Grid, store: CellStore, *, device: str, command: str = "")
         cells += outcome.cells()
         worst += outcome.worst_cases()
         certified += reader.certified(victim)
-    return Report(
+    return EvaluationReport(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         command=command,
         versions=versions(),
         seed=grid.seed,
         device=device,
         data=grid.data,
-        models=tuple(_model_facts(subject, grid) for subject in grid.subjects),
-        patches=told_apart([contender.facts for contender in grid.contenders]),
-        attacks=tuple(attack.facts for attack, _ in grid.raids),
+        models=tuple(_model_facts(loaded, grid) for loaded in grid.loaded_models),
+        patches=disambiguate_patches([patch_entry.facts for patch_entry in grid.patch_entries]),
+        attacks=tuple(attack.facts for attack, _ in grid.sourced_attacks),
         clean=tuple(clean),
         cells=tuple(cells),
         worst_case=tuple(worst),
@@ -83,7 +83,7 @@ class _Result:
 
 
 @dataclass(frozen=True)
-class _Outcome:
+class _VictimResults:
     """Everything one victim was put through."""
 
     victim: Victim
@@ -93,7 +93,7 @@ class _Outcome:
 
     @property
     def _where(self) -> dict[str, str]:
-        return {"model": self.victim.subject.name, "precision": str(self.victim.precision)}
+        return {"model": self.victim.loaded.name, "precision": str(self.victim.precision)}
 
     def clean_cell(self) -> CleanCell:
         return CleanCell(**self._where, accuracy=Rate.of(accuracy(self.clean, self.labels)))
@@ -120,20 +120,22 @@ class _Outcome:
             scope=scope,
             attacks=len(results),
             mean=right.double().mean().item(),
-            robust_accuracy=Rate.of(Share(int(right.all(dim=0).sum()), len(self.labels))),
+            robust_accuracy=Rate.of(Proportion(int(right.all(dim=0).sum()), len(self.labels))),
         )
 
 
 @dataclass(frozen=True)
-class _Reader:
+class _PredictionReader:
     """Finds the predictions of a victim in the store."""
 
     grid: Grid
     store: CellStore
 
-    def outcome(self, victim: Victim) -> _Outcome:
-        results = [self._patch_result(victim, contender) for contender in self.grid.contenders_of(victim)]
-        return _Outcome(victim, self.grid.split.labels, self._patched(victim, None), [*results, *self._raided(victim)])
+    def outcome(self, victim: Victim) -> _VictimResults:
+        results = [self._patch_result(victim, patch_entry) for patch_entry in self.grid.patches_on(victim)]
+        return _VictimResults(
+            victim, self.grid.split.labels, self._patched(victim, None), [*results, *self._raided(victim)]
+        )
 
     def certified(self, victim: Victim) -> Iterator[CertifiedCell]:
         """What is proved of the victim's predictions."""
@@ -144,7 +146,7 @@ class _Reader:
             labels, masks = self.grid.split.labels, certification.covering(self.grid.split.image_size)
             defended, proved = (torch.cat([getattr(part, name) for part in whole]) for name in ("defended", "proved"))
             yield CertifiedCell(
-                model=victim.subject.name,
+                model=victim.loaded.name,
                 precision=str(victim.precision),
                 size=certification.size,
                 masks=len(masks),
@@ -152,23 +154,23 @@ class _Reader:
                 certified_accuracy=Rate.of(accuracy(proved, labels)),
             )
 
-    def _patch_result(self, victim: Victim, contender: Contender) -> _Result:
+    def _patch_result(self, victim: Victim, patch_entry: NamedPatch) -> _Result:
         return _Result(
-            name=contender.name,
-            threat="control" if contender.control else threat(contender.facts.source, victim),
-            targets=self.grid.targets_of(contender),
-            predictions=self._patched(victim, contender),
-            counts=not contender.control and contender.variant is None,
+            name=patch_entry.name,
+            threat="control" if patch_entry.control else threat(patch_entry.facts.source, victim),
+            targets=self.grid.targets_of(patch_entry),
+            predictions=self._patched(victim, patch_entry),
+            counts=not patch_entry.control and patch_entry.variant is None,
         )
 
-    def _patched(self, victim: Victim, contender: Contender | None) -> Tensor:
-        job = PatchJob(self.grid.bench, victim, contender)
+    def _patched(self, victim: Victim, patch_entry: NamedPatch | None) -> Tensor:
+        job = PatchJob(self.grid.inputs, victim, patch_entry)
         predictions = self.store.read(job.key, images=len(self.grid.split))
         assert predictions is not None, f"{job} is reported before it is computed"
         return predictions
 
     def _raided(self, victim: Victim) -> Iterator[_Result]:
-        for attack, victims in self.grid.raids:
+        for attack, victims in self.grid.sourced_attacks:
             if victim in victims:
                 facts, predictions = attack.facts, self._raids[attack.facts.name][victim.name]
                 yield _Result(facts.name, threat(facts.source, victim), [facts.target], predictions, counts=True)
@@ -176,21 +178,21 @@ class _Reader:
     @cached_property
     def _raids(self) -> dict[str, dict[str, Tensor]]:
         """Name of the attack -> victim -> predictions on all images; each file is read once."""
-        return {attack.facts.name: self._chunks(attack, victims) for attack, victims in self.grid.raids}
+        return {attack.facts.name: self._chunks(attack, victims) for attack, victims in self.grid.sourced_attacks}
 
     def _chunks(self, attack: SourcedAttack, victims: tuple[Victim, ...]) -> dict[str, Tensor]:
-        jobs = [ChunkJob(self.grid.bench, attack, victims, chunk) for chunk in self.grid.chunks()]
+        jobs = [ChunkJob(self.grid.inputs, attack, victims, chunk) for chunk in self.grid.chunks()]
         found = [self.store.read_chunk(job.key) for job in jobs]
         return {victim.name: torch.cat([chunk[victim.name] for chunk in found]) for victim in victims}
 
 
-def _model_facts(subject: Subject, grid: Grid) -> ModelFacts:
+def _model_facts(loaded: LoadedModel, grid: Grid) -> ModelFacts:
     return ModelFacts(
-        name=subject.name,
-        path=subject.path,
-        fingerprint=subject.fingerprint,
-        architecture=subject.info.name,
-        settings=dict(subject.info.quant),
-        source=subject.info.source,
-        precisions=tuple(map(str, grid.precisions_of(subject))),
+        name=loaded.name,
+        path=loaded.path,
+        fingerprint=loaded.fingerprint,
+        architecture=loaded.info.name,
+        settings=dict(loaded.info.quant),
+        source=loaded.info.source,
+        precisions=tuple(map(str, grid.precisions_of(loaded))),
     )

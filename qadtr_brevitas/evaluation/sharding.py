@@ -24,7 +24,7 @@ _LONGEST_WAIT = timedelta(days=30)
 
 
 @dataclass(frozen=True)
-class Share:
+class Shard:
     """One of several shares of the same work.
 
     Args:
@@ -36,7 +36,7 @@ class Share:
     of: int
 
     @classmethod
-    def parse(cls, text: str) -> Share:
+    def parse(cls, text: str) -> Shard:
         """Reads 2/3.
 
         Raises:
@@ -55,16 +55,16 @@ class Share:
         return f"{self.number}/{self.of}"
 
 
-def missing_by_share(jobs: Sequence[Job], store: CellStore, of: int) -> dict[Share, int]:
+def missing_by_share(jobs: Sequence[Job], store: CellStore, of: int) -> dict[Shard, int]:
     """How many cells of which shares are not in the store; shares that are complete are left out."""
-    shares = [Share(number, of) for number in range(1, of + 1)]
+    shares = [Shard(number, of) for number in range(1, of + 1)]
     counts = {share: sum(not job.is_done(store) for job in share.pick(jobs)) for share in shares}
     return {share: count for share, count in counts.items() if count}
 
 
-def process_share(environment: Mapping[str, str] = os.environ) -> Share:
+def process_share(environment: Mapping[str, str] = os.environ) -> Shard:
     """The share of this process under torchrun; everything where there is no other process."""
-    return Share(int(environment.get("RANK", "0")) + 1, int(environment.get("WORLD_SIZE", "1")))
+    return Shard(int(environment.get("RANK", "0")) + 1, int(environment.get("WORLD_SIZE", "1")))
 
 
 def local_device(name: str, environment: Mapping[str, str] = os.environ) -> str:
@@ -76,7 +76,7 @@ def local_device(name: str, environment: Mapping[str, str] = os.environ) -> str:
 
 
 @contextmanager
-def together(share: Share) -> Generator[None]:
+def together(share: Shard) -> Generator[None]:
     """A block that no process of torchrun leaves before all have come to its end; nothing where there is only one."""
     if share.of == 1:
         yield

@@ -31,12 +31,13 @@ from pydantic import TypeAdapter
 from qadtr_brevitas.config.slots import Slot, slot_name
 from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.core.precision import MAX_BITS, Precision, PrecisionLike
+from qadtr_brevitas.core.progress import part_of
 from qadtr_brevitas.core.registry import ATTACKS
-from qadtr_brevitas.evaluation.craft import Crafted, CraftSetup, Progress, craft
-from qadtr_brevitas.evaluation.entries import Subject, load_subjects
-from qadtr_brevitas.pipeline.add_precision import widen
+from qadtr_brevitas.evaluation.craft import Crafted, CraftSetup, craft
+from qadtr_brevitas.evaluation.entries import LoadedModel, load_subjects
+from qadtr_brevitas.pipeline.add_precision import add_precision
 from qadtr_brevitas.quant import allowed_precisions
-from qadtr_brevitas.quant.inference import Access
+from qadtr_brevitas.quant.inference import InferenceMode
 
 SIDE, SEEN_SIZE = 32, 8
 SIZES = (6, 10, 12)
@@ -137,11 +138,11 @@ WIDER_FOLDER = "left-out-bits"
 
 
 def craft_unseen(
-    subject: Subject,
+    loaded: LoadedModel,
     seen: Any,
     setup: CraftSetup,
     *,
-    precisions: Sequence[PrecisionLike | Access] | None = None,
+    precisions: Sequence[PrecisionLike | InferenceMode] | None = None,
     targets: Sequence[int | None],
 ) -> list[Crafted]:
     """Makes the patches of the protocol that are not in the folder yet, all in one folder for `evaluate --patches`.
@@ -149,7 +150,7 @@ def craft_unseen(
     The network at a bit-width that was left out of its training is kept beside them, in `left-out-bits/`.
 
     Args:
-        subject: the model to attack.
+        loaded: the model to attack.
         seen: the patch attack that the protocol starts from; its settings are kept, but for what a kind differs in.
         setup: images, folder, seed and device.
         precisions: as of `craft`, for all kinds but the one that is made at the left-out bit-width.
@@ -163,28 +164,23 @@ def craft_unseen(
     made: list[Crafted] = []
     kinds = unseen_patches(seen, setup.train.image_size[0])
     for number, kind in enumerate(kinds):
-        victim = _at_left_out_bits(subject, setup) if kind.left_out_bits else subject
+        victim = _at_left_out_bits(loaded, setup) if kind.left_out_bits else loaded
         made += craft(
             victim,
             kind.attack,
-            replace(setup, progress=setup.progress and _of_all(setup.progress, kind, number, len(kinds))),
+            replace(setup, progress=part_of(setup.progress, number, len(kinds), kind.name)),
             name=f"unseen-{kind.name}",
-            precisions=[left_out_bits(allowed_precisions(subject.model))] if kind.left_out_bits else precisions,
+            precisions=[left_out_bits(allowed_precisions(loaded.model))] if kind.left_out_bits else precisions,
             targets=other_targets(targets, len(setup.train.classes)) if kind.other_targets else targets,
         )
     return made
 
 
-def _at_left_out_bits(subject: Subject, setup: CraftSetup) -> Subject:
+def _at_left_out_bits(loaded: LoadedModel, setup: CraftSetup) -> LoadedModel:
     """The model at a bit-width it was not trained at, made or found."""
-    precision = left_out_bits(allowed_precisions(subject.model))
-    folder = setup.output / WIDER_FOLDER / f"{subject.fingerprint[:12]}-at-{precision}"
+    precision = left_out_bits(allowed_precisions(loaded.model))
+    folder = setup.output / WIDER_FOLDER / f"{loaded.fingerprint[:12]}-at-{precision}"
     if not folder.is_dir():
         images = setup.train.limited(512, seed=setup.seed)
-        widen(Path(subject.path), folder, precision, images, seed=setup.seed)
+        add_precision(Path(loaded.path), folder, precision, images, seed=setup.seed)
     return load_subjects([folder], device=setup.device)[0]
-
-
-def _of_all(progress: Progress, kind: UnseenPatch, number: int, kinds: int) -> Progress:
-    """Progress of one kind as a share of all of them."""
-    return lambda done, total, note: progress(number * total + done, kinds * total, f"{kind.name} {note}".rstrip())

@@ -9,12 +9,12 @@ from qadtr_brevitas.attacks.fake_quantize import PATCH_FILE_BITS, fake_quantize
 from qadtr_brevitas.attacks.patch import Patch
 from qadtr_brevitas.attacks.transforms import rotate_patch
 from qadtr_brevitas.core.errors import UsageError
-from qadtr_brevitas.evaluation.entries import Contender
+from qadtr_brevitas.evaluation.entries import NamedPatch
 from qadtr_brevitas.evaluation.report import VariantFacts
 
 
 @dataclass(frozen=True, kw_only=True)
-class Moves:
+class PatchVariants:
     """What is done to every patch, one after the other, each a variant of its own.
 
     Args:
@@ -27,7 +27,7 @@ class Moves:
     shifts: Sequence[int] = ()
     degrees: Sequence[float] = ()
 
-    def variants(self, patches: Sequence[Contender], image_size: tuple[int, int]) -> list[Contender]:
+    def variants(self, patches: Sequence[NamedPatch], image_size: tuple[int, int]) -> list[NamedPatch]:
         """Every patch in every variant.
 
         Args:
@@ -37,20 +37,20 @@ class Moves:
         Raises:
             UsageError: shifts of a patch without a fixed place, or a variant that does not fit on the image.
         """
-        return [variant for contender in patches for variant in self._of(contender, image_size)]
+        return [variant for patch_entry in patches for variant in self._of(patch_entry, image_size)]
 
-    def _of(self, contender: Contender, image_size: tuple[int, int]) -> Iterator[Contender]:
-        patch = contender.patch if self.at is None else replace(contender.patch, place=self.at)
-        if patch.place != contender.patch.place:
-            yield self._variant(contender, patch)
+    def _of(self, patch_entry: NamedPatch, image_size: tuple[int, int]) -> Iterator[NamedPatch]:
+        patch = patch_entry.patch if self.at is None else replace(patch_entry.patch, place=self.at)
+        if patch.place != patch_entry.patch.place:
+            yield self._variant(patch_entry, patch)
         for shift in self.shifts:
-            yield self._variant(contender, _shifted(patch, shift, image_size, name=contender.name), shift=shift)
+            yield self._variant(patch_entry, _shifted(patch, shift, image_size, name=patch_entry.name), shift=shift)
         for degrees in self.degrees:
-            yield self._variant(contender, _rotated(patch, degrees, image_size), degrees=degrees)
+            yield self._variant(patch_entry, _rotated(patch, degrees, image_size), degrees=degrees)
 
-    def _variant(self, contender: Contender, patch: Patch, *, shift: int = 0, degrees: float = 0) -> Contender:
-        facts = VariantFacts(of=contender.name, at=self.at, shift=shift, degrees=degrees)
-        return replace(contender, name=f"{contender.name} {facts.label}", patch=patch, variant=facts)
+    def _variant(self, patch_entry: NamedPatch, patch: Patch, *, shift: int = 0, degrees: float = 0) -> NamedPatch:
+        facts = VariantFacts(of=patch_entry.name, at=self.at, shift=shift, degrees=degrees)
+        return replace(patch_entry, name=f"{patch_entry.name} {facts.label}", patch=patch, variant=facts)
 
 
 def _shifted(patch: Patch, shift: int, image_size: tuple[int, int], *, name: str) -> Patch:

@@ -16,15 +16,16 @@ from qadtr_brevitas.attacks.patch import Patch
 from qadtr_brevitas.core.errors import ExportError, UsageError
 from qadtr_brevitas.core.files import replace_directory, write_json
 from qadtr_brevitas.core.precision import Precision
+from qadtr_brevitas.core.progress import Progress
 from qadtr_brevitas.core.seeding import generator
 from qadtr_brevitas.data.split import Split
-from qadtr_brevitas.evaluation.entries import Subject
+from qadtr_brevitas.evaluation.entries import LoadedModel
 from qadtr_brevitas.exporting.estimate import Estimate, compiler_python, estimate
 from qadtr_brevitas.exporting.folder import Build, write_build_files
 from qadtr_brevitas.exporting.formats import MODEL_FILE, Format, blockers, check_bits
 from qadtr_brevitas.exporting.rewrite import PIXELS
 from qadtr_brevitas.exporting.ties import Ties, check_ties, count_ties
-from qadtr_brevitas.exporting.verify import TOLERANCE, Agreement, Progress, check, compare
+from qadtr_brevitas.exporting.verify import TOLERANCE, Agreement, check, compare
 from qadtr_brevitas.quant import at_precision, freeze
 
 REPORT_FILE = "export-report.json"
@@ -69,7 +70,7 @@ class ExportReport:
 
 
 def export(
-    subject: Subject,
+    loaded: LoadedModel,
     precision: Precision,
     form: Format,
     output: Path,
@@ -86,7 +87,7 @@ def export(
     """Writes a folder with the model file and export-report.json, or nothing.
 
     Args:
-        subject: the model, on the CPU.
+        loaded: the model, on the CPU.
         precision: an allowed precision below 32 bit.
         form: the format.
         output: the folder; one that was there stays until the new one is complete.
@@ -105,12 +106,12 @@ def export(
         ExportError: the format cannot hold the network, the file computes something else, or the compiler refuses it.
         CheckpointError: the folder cannot be written.
     """
-    _check(subject, precision, form, with_estimate=with_estimate)
-    frozen = freeze(subject.model, precision)  # pyright: ignore[reportArgumentType]
+    _check(loaded, precision, form, with_estimate=with_estimate)
+    frozen = freeze(loaded.model, precision)  # pyright: ignore[reportArgumentType]
     reports: list[ExportReport] = []
 
     def fill(folder: Path) -> None:
-        image = _image(subject, split)
+        image = _image(loaded, split)
         file = folder / MODEL_FILE
         form.write(frozen, image, file)
         agreement = ties = None
@@ -125,8 +126,8 @@ def export(
         if form.compiler is not None:
             write_build_files(folder, form, frozen, image, build or Build())
         report = ExportReport(
-            model=subject.path or subject.name,
-            fingerprint=subject.fingerprint,
+            model=loaded.path or loaded.name,
+            fingerprint=loaded.fingerprint,
             precision=str(precision),
             format=form.name,
             bytes=file.stat().st_size,
@@ -145,22 +146,22 @@ def export(
     return reports[0]
 
 
-def _check(subject: Subject, precision: Precision, form: Format, *, with_estimate: bool) -> None:
+def _check(loaded: LoadedModel, precision: Precision, form: Format, *, with_estimate: bool) -> None:
     check_bits(precision, form)
     if with_estimate:
         if form.compiler != "finn":
             raise UsageError(f"estimates are FINN's, and the format is {form.name}: choose the format finn")
         compiler_python("finn")
-    with at_precision(subject.model, precision):
-        if found := blockers(subject.model, form):
-            raise ExportError(f"{subject.name} cannot be exported to {form.name}: {'; '.join(found)}")
+    with at_precision(loaded.model, precision):
+        if found := blockers(loaded.model, form):
+            raise ExportError(f"{loaded.name} cannot be exported to {form.name}: {'; '.join(found)}")
 
 
-def _image(subject: Subject, split: Split | None) -> Tensor:
+def _image(loaded: LoadedModel, split: Split | None) -> Tensor:
     """The first image, (1, C, H, W), or noise of whole bytes where there are none."""
     if split is not None:
         return split.batch(torch.arange(1))[0]
-    shape = (1, len(subject.info.mean), *subject.info.image_size)
+    shape = (1, len(loaded.info.mean), *loaded.info.image_size)
     return torch.randint(256, shape, generator=generator(0, "export")) / PIXELS
 
 

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from qadtr_brevitas.attacks.patch import Patch
 from qadtr_brevitas.core.errors import ExportError
+from qadtr_brevitas.core.progress import Progress
 from qadtr_brevitas.data.split import Split
 from qadtr_brevitas.evaluation.metrics import accuracy, score
 from qadtr_brevitas.evaluation.predict import placements
 from qadtr_brevitas.exporting.formats import Classifier
 from qadtr_brevitas.exporting.rewrite import PIXELS
-
-Progress: TypeAlias = Callable[[int, int], object]
 
 # A value that lies between two levels falls to either side by the order of additions. At 8 bit that happens in most
 # images and moves outputs by a thousandth of their range; at 2 bit in few, by more. What is really different, such as

@@ -20,7 +20,7 @@ from qadtr_brevitas.quant import SwitchableModel, allowed_precisions, convert, r
 _FLOAT = Precision(FLOAT_BITS, FLOAT_BITS)
 
 
-def widen(source: Path, target: Path, precision: Precision, images: Split, *, seed: int) -> None:
+def add_precision(source: Path, target: Path, precision: Precision, images: Split, *, seed: int) -> None:
     """Writes a model directory like another, with one more precision; at the others it computes what that one does.
 
     The thresholds of the new precision are calibrated and its norm statistics measured on the images, with the weights

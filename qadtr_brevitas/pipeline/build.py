@@ -12,7 +12,8 @@ from torch import nn
 
 from qadtr_brevitas.config import DataSection, ModelSection, Recipe
 from qadtr_brevitas.core.errors import DataError
-from qadtr_brevitas.data.split import Progress, Split, differing_class, numbered
+from qadtr_brevitas.core.progress import Progress
+from qadtr_brevitas.data.split import Split, differing_class, numbered
 from qadtr_brevitas.models.create import create_float_model, fixed_size_args, model_config, own_image_size
 from qadtr_brevitas.models.weights import load_into, load_weights
 from qadtr_brevitas.pipeline.checkpoint import ModelInfo, read_float_weights, read_info

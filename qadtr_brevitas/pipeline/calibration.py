@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from qadtr_brevitas.config import CalibrationSection
 from qadtr_brevitas.core.errors import DataError
+from qadtr_brevitas.core.progress import Progress
 from qadtr_brevitas.data.split import Split
 from qadtr_brevitas.quant import SwitchableModel, allowed_precisions, calibrate
 
@@ -24,7 +25,7 @@ def calibrate_on(
     section: CalibrationSection,
     *,
     seed: int,
-    progress: Callable[[int, int], object] | None = None,
+    progress: Progress | None = None,
 ) -> None:
     """Sets the quantizer ranges of every precision in place, from some of the images.
 

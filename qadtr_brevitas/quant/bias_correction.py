@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from qadtr_brevitas.core.precision import Precision
 from qadtr_brevitas.quant.layers import BiasCorrection, SwitchableConv2d, SwitchableLinear
-from qadtr_brevitas.quant.products import hidden_products
+from qadtr_brevitas.quant.products import products_not_intercepted
 from qadtr_brevitas.quant.switch import (
     allowed_precisions,
     at_precision,
@@ -106,7 +106,7 @@ def _shifting(means: OutputMeans) -> Generator[dict[Layer, list[Tensor]]]:
 def _hooked(layers: Iterable[Layer], hook: Callable[[Layer, object, Tensor], Tensor | None]) -> Generator[None]:
     def hidden_hook(layer: Layer, args: object, y: Tensor) -> Tensor | None:
         # A block that quantizes its own products and sums watches what its layers call, and these are none of them.
-        with hidden_products():
+        with products_not_intercepted():
             return hook(layer, args, y)
 
     handles = [layer.register_forward_hook(hidden_hook) for layer in layers]

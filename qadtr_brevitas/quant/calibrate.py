@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from qadtr_brevitas.core.errors import UsageError
+from qadtr_brevitas.core.progress import Progress
 from qadtr_brevitas.quant.bias_correction import (
     correct_biases,
     corrected_precisions,
@@ -30,7 +31,7 @@ def calibrate(
     method: Method = "mse",
     percentile: float = 99.99,
     bias_correction: bool = False,
-    progress: Callable[[int, int], object] | None = None,
+    progress: Progress | None = None,
 ) -> None:
     """Sets the thresholds of every quantizer at every bit-width, and gives every precision the 32-bit norm statistics.
 
@@ -82,7 +83,7 @@ def _check(method: str, percentile: float) -> None:
         raise UsageError(f"percentile is {percentile}: it must be above 0 and at most 100, e.g. 99.99")
 
 
-def _counter(progress: Callable[[int, int], object] | None, total: int) -> Callable[[], None]:
+def _counter(progress: Progress | None, total: int) -> Callable[[], None]:
     """A function to call after each batch, which passes their number on."""
     done = itertools.count(1)
 

@@ -16,7 +16,7 @@ from qadtr_brevitas.quant.bias_correction import add_bias_correction
 from qadtr_brevitas.quant.conversion_report import ConversionReport, LayerReport
 from qadtr_brevitas.quant.model import SwitchableModel
 from qadtr_brevitas.quant.norm import BATCH_NORMS
-from qadtr_brevitas.quant.plan import Activations, Edge, Norm, Plan, Residual, Target, mark_edges
+from qadtr_brevitas.quant.plan import Activations, ConversionPlan, Edge, Norm, Residual, Target, mark_edges
 from qadtr_brevitas.quant.probe import Call, Probe, probe
 from qadtr_brevitas.quant.rules import converted
 from qadtr_brevitas.quant.switch import Switch
@@ -86,7 +86,7 @@ def convert(
     if target is not None:
         _check_target(target, found, edge, activations)
     mark_edges(net, found)
-    plan = Plan(
+    plan = ConversionPlan(
         switch=switch,
         edge=edge,
         residual=residual,
@@ -156,7 +156,7 @@ def _check_target(target: Target, found: Probe, edge: Edge, activations: Activat
             )
 
 
-def _convert_called(net: nn.Module, modules: dict[str, nn.Module], plan: Plan) -> Iterator[LayerReport]:
+def _convert_called(net: nn.Module, modules: dict[str, nn.Module], plan: ConversionPlan) -> Iterator[LayerReport]:
     """Converts every module that runs, and says what was done."""
     for name, call in plan.probe.calls.items():
         module, kind = modules[name], type(modules[name]).__name__
@@ -173,7 +173,9 @@ def _convert_called(net: nn.Module, modules: dict[str, nn.Module], plan: Plan) -
         yield _report(call, module, kind, note, plan, quantized=replacement is not None and not _is_norm(module))
 
 
-def _report(call: Call, module: nn.Module, kind: str, note: str, plan: Plan, *, quantized: bool) -> LayerReport:
+def _report(
+    call: Call, module: nn.Module, kind: str, note: str, plan: ConversionPlan, *, quantized: bool
+) -> LayerReport:
     parameters = sum(p.numel() for p in module.parameters(recurse=False))
     kept = [product for product in call.products if not plan.stays_float(product)]
     weights = {
@@ -220,7 +222,7 @@ def _uncalled(modules: dict[str, nn.Module], found: Probe) -> Iterator[LayerRepo
         yield LayerReport(name, type(module).__name__, is_read, note, count, count if is_read else 0)
 
 
-def _size(net: nn.Module, plan: Plan, bits: int) -> int:
+def _size(net: nn.Module, plan: ConversionPlan, bits: int) -> int:
     """Bytes of a network with weights of so many bits, each packed, and a scale for each of their channels."""
     total = sum(x.numel() * x.element_size() for x in (*net.parameters(), *net.buffers()))
     if bits == FLOAT_BITS:

@@ -20,26 +20,26 @@ from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.core.precision import Precision, PrecisionLike, parse_precisions
 from qadtr_brevitas.quant import at_precision, precisions_or_all
 
-Together: TypeAlias = Literal["mean", "random", "vote"]
+Aggregation: TypeAlias = Literal["mean", "random", "vote"]
 """The mean of the logits, one precision drawn for each image, or the class that most precisions see."""
 
-_ORDER: tuple[Together, ...] = ("vote", "random", "mean")
+_ORDER: tuple[Aggregation, ...] = ("vote", "random", "mean")
 _CALL = re.compile(r"(random|vote)\((.*)\)", flags=re.DOTALL)
 # Commas that are not inside parentheses.
 _COMMA = re.compile(r",(?![^(]*\))")
 
 
 @dataclass(frozen=True)
-class Access:
+class InferenceMode:
     """One precision, or several that are run together.
 
     Args:
         precisions: from many bits to few; usually one.
-        together: what is made of several.
+        aggregation: what is made of several.
     """
 
     precisions: tuple[Precision, ...]
-    together: Together = "mean"
+    aggregation: Aggregation = "mean"
 
     @property
     def is_single(self) -> bool:
@@ -49,73 +49,73 @@ class Access:
     @property
     def is_random(self) -> bool:
         """True where the same images may get other logits each time."""
-        return self.together == "random" and not self.is_single
+        return self.aggregation == "random" and not self.is_single
 
     def __str__(self) -> str:
         names = "+".join(map(str, self.precisions))
-        return names if self.together == "mean" or self.is_single else f"{self.together}({names})"
+        return names if self.aggregation == "mean" or self.is_single else f"{self.aggregation}({names})"
 
 
-def parse_access(value: PrecisionLike | Access | Sequence[Precision]) -> Access:
+def parse_mode(value: PrecisionLike | InferenceMode | Sequence[Precision]) -> InferenceMode:
     """Reads one precision, or several as "8+4+2", "random(8+4+2)", "vote(8+4+2)" or (their mean) a sequence.
 
     Raises:
         UsageError: a precision that cannot be read or is not possible.
     """
-    if isinstance(value, Access):
+    if isinstance(value, InferenceMode):
         return value
-    together: Together = "mean"
+    aggregation: Aggregation = "mean"
     if isinstance(value, (tuple, list)) and value and all(isinstance(part, Precision) for part in value):
         parts: Sequence[PrecisionLike] = cast("Sequence[Precision]", value)
     elif isinstance(value, str):
         call = _CALL.fullmatch(value.strip())
         if call:
-            together = cast("Together", call[1])
+            aggregation = cast("Aggregation", call[1])
         # Inside parentheses a comma is as good as a plus.
         parts = re.split(r"[+,]", call[2]) if call else value.split("+")
     else:
         parts = [cast("PrecisionLike", value)]
     precisions = tuple(sorted(parse_precisions(parts), reverse=True))
-    return Access(precisions, together if len(precisions) > 1 else "mean")
+    return InferenceMode(precisions, aggregation if len(precisions) > 1 else "mean")
 
 
-def parse_accesses(text: str) -> tuple[Access, ...]:
+def parse_modes(text: str) -> tuple[InferenceMode, ...]:
     """Reads several with commas between them, as "8,4,random(8+4)"; repeats are dropped.
 
     Raises:
         UsageError: one that cannot be read or is not possible.
     """
-    return tuple(dict.fromkeys(map(parse_access, _COMMA.split(text))))
+    return tuple(dict.fromkeys(map(parse_mode, _COMMA.split(text))))
 
 
-def access_name(value: Access | Sequence[Precision]) -> str:
-    """How it is written, in files and tables: `4`, `w4a8`, `8+4+2`, `random(8+4+2)`; `parse_access` reads it."""
-    return str(parse_access(value))
+def mode_name(value: InferenceMode | Sequence[Precision]) -> str:
+    """How it is written, in files and tables: `4`, `w4a8`, `8+4+2`, `random(8+4+2)`; `parse_mode` reads it."""
+    return str(parse_mode(value))
 
 
-def check_differentiable(access: Access) -> None:
+def check_differentiable(mode: InferenceMode) -> None:
     """Refuses what an attack cannot follow the gradient of.
 
     Raises:
         UsageError: it is a vote.
     """
-    if access.together == "vote":
-        mean = Access(access.precisions)
-        raise UsageError(f"{access} has no gradient to follow: attack the mean instead, {mean}, which breaks votes too")
+    if mode.aggregation == "vote":
+        mean = InferenceMode(mode.precisions)
+        raise UsageError(f"{mode} has no gradient to follow: attack the mean instead, {mean}, which breaks votes too")
 
 
-def sorted_accesses(names: Iterable[str]) -> list[str]:
+def sorted_modes(names: Iterable[str]) -> list[str]:
     """Names: single precisions from many bits to few, then means, random draws and votes."""
-    found = {name: parse_access(name) for name in names}
+    found = {name: parse_mode(name) for name in names}
     return sorted(
         found,
-        key=lambda name: (found[name].is_single, _ORDER.index(found[name].together), found[name].precisions),
+        key=lambda name: (found[name].is_single, _ORDER.index(found[name].aggregation), found[name].precisions),
         reverse=True,
     )
 
 
 def logits_at(
-    model: nn.Module, access: Access | Sequence[Precision], *, draws: torch.Generator | None = None
+    model: nn.Module, mode: InferenceMode | Sequence[Precision], *, draws: torch.Generator | None = None
 ) -> Callable[[Tensor], Tensor]:
     """A model as it is run, whatever precision is in force outside.
 
@@ -123,7 +123,7 @@ def logits_at(
 
     Args:
         model: a switchable model in eval mode; put it in `frozen_weights` first.
-        access: the precision, or those that are run together.
+        mode: the precision, or those that are run together.
         draws: where random precisions come from; None for torch's own stream.
 
     Returns:
@@ -133,8 +133,8 @@ def logits_at(
     Raises:
         UsageError: the model does not have one of the precisions.
     """
-    access = parse_access(access)
-    wanted = precisions_or_all(model, access.precisions)
+    mode = parse_mode(mode)
+    wanted = precisions_or_all(model, mode.precisions)
 
     def at(precision: Precision, images: Tensor) -> Tensor:
         with at_precision(model, precision):
@@ -157,4 +157,4 @@ def logits_at(
         weighted = [(1 + 0.5 ** (rank + 1)) * ballot for rank, ballot in enumerate(ballots)]
         return sum(weighted[1:], weighted[0])
 
-    return {"mean": mean, "random": drawn, "vote": votes}[access.together]
+    return {"mean": mean, "random": drawn, "vote": votes}[mode.aggregation]

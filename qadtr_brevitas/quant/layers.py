@@ -16,7 +16,7 @@ from brevitas.quant_tensor import QuantTensor
 from torch import Tensor, nn
 
 from qadtr_brevitas.core.precision import Precision
-from qadtr_brevitas.quant.products import hidden_products
+from qadtr_brevitas.quant.products import products_not_intercepted
 from qadtr_brevitas.quant.quantizers import SwitchableActProxy, SwitchableWeightProxy
 from qadtr_brevitas.quant.switch import Switch
 
@@ -48,7 +48,7 @@ class BiasCorrection(nn.Module):
         return offset if bias is None else bias + offset
 
 
-class _ShortWay:
+class _FastPath:
     """What convolutions and linear layers share."""
 
     export_mode: bool
@@ -70,7 +70,7 @@ class _ShortWay:
         weight = self.weight_quant.quantize(self.weight)
         if not torch._C._len_torch_function_stack():  # pyright: ignore[reportPrivateUsage]
             return self.inner_forward_impl(x, weight, self.bias)
-        with hidden_products():
+        with products_not_intercepted():
             return self.inner_forward_impl(x, weight, self.bias)
 
     def inner_forward_impl(self, x: Tensor, quant_weight: Tensor, quant_bias: Tensor | None) -> Tensor:
@@ -84,11 +84,11 @@ class _ShortWay:
         """Does nothing: the weights are those of a float layer."""
 
 
-class SwitchableConv2d(_ShortWay, QuantConv2d):  # pyright: ignore[reportIncompatibleVariableOverride]
+class SwitchableConv2d(_FastPath, QuantConv2d):  # pyright: ignore[reportIncompatibleVariableOverride]
     """QuantConv2d with switchable quantizers."""
 
 
-class SwitchableLinear(_ShortWay, QuantLinear):  # pyright: ignore[reportIncompatibleVariableOverride]
+class SwitchableLinear(_FastPath, QuantLinear):  # pyright: ignore[reportIncompatibleVariableOverride]
     """QuantLinear with switchable quantizers."""
 
 
@@ -115,7 +115,7 @@ def brevitas_twin(module: nn.Module, conv: Any, linear: Any, **quantizers: Any) 
     return twin
 
 
-class _ShortWayOfActivations:
+class _ActivationFastPath:
     """What quantizers of activations share."""
 
     export_mode: bool
@@ -127,11 +127,11 @@ class _ShortWayOfActivations:
         return self.act_quant.quantize(input)
 
 
-class SwitchableIdentity(_ShortWayOfActivations, QuantIdentity):  # pyright: ignore[reportIncompatibleVariableOverride]
+class SwitchableIdentity(_ActivationFastPath, QuantIdentity):  # pyright: ignore[reportIncompatibleVariableOverride]
     """QuantIdentity with a switchable quantizer, of activations or of a weight that is computed in the forward."""
 
 
-class SwitchableReLU(_ShortWayOfActivations, QuantReLU):  # pyright: ignore[reportIncompatibleVariableOverride]
+class SwitchableReLU(_ActivationFastPath, QuantReLU):  # pyright: ignore[reportIncompatibleVariableOverride]
     """QuantReLU with a switchable quantizer, which is the ReLU below 32 bit."""
 
 

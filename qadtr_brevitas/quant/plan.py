@@ -22,7 +22,7 @@ Target = Literal["finn", "hls4ml"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class ConversionPlan:
     """The settings of `convert()`, and what the probe found.
 
     Args:

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.quant.products import ATTENTION, CLOSED, SUM, is_product, is_sum, opened, operands
-from qadtr_brevitas.quant.provenance import IMAGE, Facts, Provenance, tensors_in
+from qadtr_brevitas.quant.provenance import IMAGE, Provenance, TensorFacts, tensors_in
 
 ACTIVATIONS = (nn.ReLU, nn.ReLU6)
 
@@ -111,7 +111,7 @@ class Probe:
     unseen_macs: int
 
 
-class _Watch(TorchFunctionMode):
+class _ProbeMode(TorchFunctionMode):
     """Follows tensors through functions, and notes the products of each module."""
 
     def __init__(self, known: Provenance, images: int, *, sums: bool) -> None:
@@ -135,7 +135,7 @@ class _Watch(TorchFunctionMode):
                 return inside(*args, **kwargs)
         if name in CLOSED:
             self._refuse(name)
-        facts = Facts(self.known, name, [*args, *kwargs.values()])
+        facts = TensorFacts(self.known, name, [*args, *kwargs.values()])
         before = self.counter.get_total_flops()
         y = func(*args, **kwargs)
         counted = (self.counter.get_total_flops() - before) // 2
@@ -207,7 +207,7 @@ def probe(net: nn.Module, images: Tensor, *, nonnegative: bool = False, sums: bo
         UsageError: the network does not run on such images, a module of it computes something else with each call, or
             multiplies in a function that cannot be followed.
     """
-    watch = _Watch(Provenance(net, images, nonnegative_image=nonnegative), len(images), sums=sums)
+    watch = _ProbeMode(Provenance(net, images, nonnegative_image=nonnegative), len(images), sums=sums)
     with _hooks(net, watch), torch.no_grad(), watch.counter, watch:
         try:
             net(images)
@@ -233,7 +233,7 @@ def _attention_macs(found: dict[str, Tensor]) -> int:
 
 
 @contextmanager
-def _hooks(net: nn.Module, watch: _Watch) -> Generator[None]:
+def _hooks(net: nn.Module, watch: _ProbeMode) -> Generator[None]:
     was_training = {module: module.training for module in net.modules()}
     trainable = [parameter for parameter in net.parameters() if parameter.requires_grad]
     net.eval()
@@ -252,7 +252,7 @@ def _hooks(net: nn.Module, watch: _Watch) -> Generator[None]:
             module.training = training
 
 
-def _watch(name: str, module: nn.Module, watch: _Watch) -> Sequence[Any]:
+def _watch(name: str, module: nn.Module, watch: _ProbeMode) -> Sequence[Any]:
     def enter(_: nn.Module, args: tuple[Any, ...]) -> None:
         watch.enter(name)
 

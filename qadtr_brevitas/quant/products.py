@@ -207,17 +207,17 @@ class ProductQuant(nn.ModuleList):
         return switch is None or switch.observer is not None or not switch.precision.is_float
 
 
-class _Hidden(threading.local):
+class _InterceptionPause(threading.local):
     """How many computations are under way, in this thread, whose products no interception is to touch."""
 
     depth = 0
 
 
-_hidden = _Hidden()
+_hidden = _InterceptionPause()
 
 
 @contextmanager
-def hidden_products() -> Generator[None]:
+def products_not_intercepted() -> Generator[None]:
     """Keeps an enclosing module from taking the products inside for some of its own."""
     _hidden.depth += 1
     try:
@@ -253,7 +253,7 @@ class _Interception(TorchFunctionMode):
                 f"the network calls {name} where it did not when it was converted: use it in the mode and with the "
                 "image size it was converted for"
             )
-        with hidden_products():
+        with products_not_intercepted():
             return product(func, args, kwargs)
 
 

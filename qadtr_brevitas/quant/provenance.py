@@ -39,7 +39,7 @@ _SIGN_KEEPING = _PRESERVING | _POOLS | _names("amax cat concat interpolate max s
 _SHAPED_AS = _names("empty_like full_like new_empty new_full new_ones new_tensor new_zeros ones_like zeros_like")
 
 
-class Facts:
+class TensorFacts:
     """What is known of the arguments of one call.
 
     Args:
@@ -113,7 +113,7 @@ class Provenance:
         self._nonnegative.add(id(x))
         self._alive.append(x)
 
-    def follow(self, facts: Facts, result: Any) -> None:
+    def follow(self, facts: TensorFacts, result: Any) -> None:
         """Notes what is known of the result of a call, from what was known of its arguments before it."""
         if facts.name == "__setitem__" and facts.first is not None and not facts.is_fixed:
             self._forget(facts.first)

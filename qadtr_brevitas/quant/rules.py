@@ -18,7 +18,7 @@ from qadtr_brevitas.quant.layers import (
     brevitas_twin,
 )
 from qadtr_brevitas.quant.norm import BATCH_NORMS, BatchNorm, SwitchableBatchNorm
-from qadtr_brevitas.quant.plan import Plan
+from qadtr_brevitas.quant.plan import ConversionPlan
 from qadtr_brevitas.quant.probe import Call, Operand, Product
 from qadtr_brevitas.quant.products import (
     ATTENTION,
@@ -49,7 +49,7 @@ _FLOAT_NOTES: dict[type[nn.Module], str] = {
 }
 
 
-def converted(call: Call, module: nn.Module, plan: Plan) -> tuple[nn.Module | None, str] | None:
+def converted(call: Call, module: nn.Module, plan: ConversionPlan) -> tuple[nn.Module | None, str] | None:
     """What takes the place of a module, and a note of what it does.
 
     Args:
@@ -95,7 +95,7 @@ def _left_float(products: list[Product]) -> str:
     return "stays float: first or last layer with edge=float"
 
 
-def _activation(call: Call, module: nn.Module, plan: Plan) -> tuple[nn.Module, str]:
+def _activation(call: Call, module: nn.Module, plan: ConversionPlan) -> tuple[nn.Module, str]:
     wide = plan.is_wide_stream(call.name)
     min_bits = EDGE_BITS if wide else 0
     stream = ", residual stream, at least 8 bit" if wide else ""
@@ -105,7 +105,7 @@ def _activation(call: Call, module: nn.Module, plan: Plan) -> tuple[nn.Module, s
     return SwitchableReLU(act_quant=plan.activation(signed=False, min_bits=min_bits)), "unsigned, per tensor" + stream
 
 
-def _norm(module: nn.Module, plan: Plan) -> tuple[nn.Module | None, str]:
+def _norm(module: nn.Module, plan: ConversionPlan) -> tuple[nn.Module | None, str]:
     assert isinstance(module, BatchNorm)
     if not module.track_running_stats:
         return None, "stays float: has no running statistics"
@@ -122,7 +122,7 @@ def _float_note(module: nn.Module) -> str:
     return f"stays float: computes no products; {_NEXT}"
 
 
-def _layer(product: Product, module: nn.Module, plan: Plan) -> nn.Module:
+def _layer(product: Product, module: nn.Module, plan: ConversionPlan) -> nn.Module:
     assert isinstance(module, nn.Conv2d | nn.Linear)
     min_bits = plan.min_bits(product)
     shape = (module.weight.shape[0] if plan.is_per_channel(module) else 1, *(1,) * (module.weight.dim() - 1))
@@ -134,7 +134,7 @@ def _layer(product: Product, module: nn.Module, plan: Plan) -> nn.Module:
     return brevitas_twin(module, SwitchableConv2d, SwitchableLinear, weight_quant=weight_quant, input_quant=input_quant)
 
 
-def _layer_note(product: Product, module: nn.Module, plan: Plan) -> str:
+def _layer_note(product: Product, module: nn.Module, plan: ConversionPlan) -> str:
     note = f"weights {'per channel' if plan.is_per_channel(module) else 'per tensor'}"
     read, _ = product.operands
     if not plan.is_quantized(read):
@@ -142,7 +142,7 @@ def _layer_note(product: Product, module: nn.Module, plan: Plan) -> str:
     return note + _at_least(plan.min_bits(product))
 
 
-def _with_products(call: Call, module: nn.Module, plan: Plan) -> nn.Module:
+def _with_products(call: Call, module: nn.Module, plan: ConversionPlan) -> nn.Module:
     if plan.activations == "dynamic" and isinstance(module, nn.MultiheadAttention):
         raise UsageError(
             f"{call.name or 'the network'} is a MultiheadAttention, in which each token holds all images: dynamic "
@@ -153,7 +153,7 @@ def _with_products(call: Call, module: nn.Module, plan: Plan) -> nn.Module:
     return module
 
 
-def _quantized_product(product: Product, plan: Plan) -> QuantizedProduct:
+def _quantized_product(product: Product, plan: ConversionPlan) -> QuantizedProduct:
     kind = QuantizedAttention if product.name == ATTENTION else QuantizedProduct
     if product.is_sum:
         is_float = plan.stays_float(product)
@@ -171,7 +171,7 @@ def _quantized_product(product: Product, plan: Plan) -> QuantizedProduct:
     return kind(product.name, quantizers)
 
 
-def _operand_quant(operand: Operand, product: Product, plan: Plan) -> Any:
+def _operand_quant(operand: Operand, product: Product, plan: ConversionPlan) -> Any:
     min_bits = plan.min_bits(product)
     if not _is_weight(operand, product):
         return plan.activation(signed=not operand.nonnegative, min_bits=min_bits)
@@ -185,11 +185,11 @@ def _is_weight(operand: Operand, product: Product) -> bool:
     return operand.fixed and product.name != ATTENTION
 
 
-def _is_per_channel(product: Product, plan: Plan) -> bool:
+def _is_per_channel(product: Product, plan: ConversionPlan) -> bool:
     return plan.per_channel and product.name in ROWS_ARE_CHANNELS
 
 
-def _product_note(product: Product, plan: Plan) -> str:
+def _product_note(product: Product, plan: ConversionPlan) -> str:
     if plan.stays_float(product):
         return f"{product.name} {_left_float([product])}"
     if product.is_sum:
@@ -200,7 +200,7 @@ def _product_note(product: Product, plan: Plan) -> str:
     return f"{product.name} of {', '.join(parts)}{_at_least(plan.min_bits(product))}"
 
 
-def _operand_note(operand: Operand, product: Product, plan: Plan) -> str:
+def _operand_note(operand: Operand, product: Product, plan: ConversionPlan) -> str:
     if plan.is_quantized(operand):
         return f"quantized {operand.label}"
     if _is_weight(operand, product):

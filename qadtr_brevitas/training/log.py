@@ -67,7 +67,7 @@ class EpochRecord:
     kind: Literal["epoch", "final"] = "epoch"
 
 
-class Observer:
+class TrainingObserver:
     """Told what a run does; override what is of interest. Called in the main process only."""
 
     def on_start(self, *, step: int, total_steps: int, epochs: int) -> None:

@@ -39,10 +39,10 @@ from qadtr_brevitas.quant import (
     set_precision,
 )
 from qadtr_brevitas.training.inputs import Inputs, NormBatches
-from qadtr_brevitas.training.log import EpochRecord, Observer, RunLog, StepRecord
+from qadtr_brevitas.training.log import EpochRecord, RunLog, StepRecord, TrainingObserver
 from qadtr_brevitas.training.setup import (
     FLOAT,
-    Phase,
+    TrainingPhase,
     all_memories,
     average_norm_statistics,
     check_agreement,
@@ -60,7 +60,7 @@ from qadtr_brevitas.training.state import (
     LAST_FOLDER,
     METRICS_FILE,
     TENSORBOARD_FOLDER,
-    Saved,
+    SavedState,
     TrainState,
     check_finite,
     open_run,
@@ -100,7 +100,7 @@ def train(
     *,
     resume: Literal["auto", "never"] = "auto",
     overwrite: bool = False,
-    observer: Observer | None = None,
+    observer: TrainingObserver | None = None,
     device: str = "auto",
 ) -> Path:
     """Trains a switchable model as a recipe says, and writes a run directory.
@@ -131,7 +131,7 @@ def train(
     """
     run = Path(output)
     saved = open_run(run, recipe, resume=resume, overwrite=overwrite)
-    observer = observer or Observer()
+    observer = observer or TrainingObserver()
     finished = saved is not None and saved.state.finished
     has_model = (run / LAST_FOLDER).is_dir()
     with started_processes(recipe.train, device) as accelerator:
@@ -154,11 +154,11 @@ class _Trainer:
     """One run in one process."""
 
     def __init__(
-        self, recipe: Recipe, run: Path, accelerator: Accelerator, observer: Observer, saved: Saved | None
+        self, recipe: Recipe, run: Path, accelerator: Accelerator, observer: TrainingObserver, saved: SavedState | None
     ) -> None:
         self.recipe, self.run, self.accelerator, self.saved = recipe, run, accelerator, saved
         self.is_main = accelerator.is_main_process
-        self.observer = observer if self.is_main else Observer()
+        self.observer = observer if self.is_main else TrainingObserver()
         self.rank, self.processes = accelerator.process_index, accelerator.num_processes
         self.device = accelerator.device
         self.state = saved.state if saved else TrainState()
@@ -218,7 +218,7 @@ class _Trainer:
         self._write_model(LAST_FOLDER, self.model)
         self.observer.on_message(f"{self.run} is finished: wrote its model {self.run / LAST_FOLDER} again")
 
-    def _train_phase(self, phase: Phase) -> None:
+    def _train_phase(self, phase: TrainingPhase) -> None:
         if phase.name == "quantized" and self.state.step == phase.first_step:
             calibrate_on(self.model, self.train_split, self.recipe.quant.calibration, seed=self.recipe.seed)
         optimizer = make_optimizer(self.model, self.recipe.train.optimizer)
@@ -245,7 +245,7 @@ class _Trainer:
                     f"stopped after step {self.state.step}; the state is saved in {self.run}: the same command goes on"
                 )
 
-    def _train_step(self, phase: Phase, forward: nn.Module, optimizer: Any, rule: Any) -> None:
+    def _train_step(self, phase: TrainingPhase, forward: nn.Module, optimizer: Any, rule: Any) -> None:
         """One optimizer step, at one precision or at several with their losses averaged."""
         started = time.perf_counter()
         recipe, step = self.recipe, self.state.step
@@ -325,7 +325,7 @@ class _Trainer:
             )
         return mean
 
-    def _end_epoch(self, phase: Phase) -> None:
+    def _end_epoch(self, phase: TrainingPhase) -> None:
         """Validates if it is due, logs the epoch and writes the models."""
         epoch = self.state.step // phase.steps_per_epoch - 1
         is_last = self.state.step == self.phases[-1].end_step
@@ -346,7 +346,7 @@ class _Trainer:
             self._write_model(BEST_FOLDER, self.model)
         self._log_epoch(phase, epoch, means=means, val_accuracy=accuracy, best=best)
 
-    def _finish(self, last: Phase) -> None:
+    def _finish(self, last: TrainingPhase) -> None:
         """Recalibrates norm statistics, validates once more, and marks the run as finished."""
         batches = NormBatches(self.recipe, self.train_split, self.device)
         epoch = last.first_epoch + last.epochs - 1
@@ -364,7 +364,7 @@ class _Trainer:
         self.state.finished = True
         self._save(last, None)
 
-    def _save(self, phase: Phase, optimizer: torch.optim.Optimizer | None) -> None:
+    def _save(self, phase: TrainingPhase, optimizer: torch.optim.Optimizer | None) -> None:
         """Writes the training state, once all processes are here."""
         check_finite(self.model, self.state.step)
         self.accelerator.wait_for_everyone()
@@ -373,7 +373,7 @@ class _Trainer:
             scaler = self.accelerator.scaler
             save_state(
                 self.run,
-                Saved(
+                SavedState(
                     state=self.state,
                     phase=phase.name,
                     processes=self.processes,
@@ -399,7 +399,7 @@ class _Trainer:
             self.log.step(record)
         self.observer.on_step(record)
 
-    def _log_epoch(self, phase: Phase, epoch: int, **figures: Any) -> None:
+    def _log_epoch(self, phase: TrainingPhase, epoch: int, **figures: Any) -> None:
         record = EpochRecord(step=self.state.step, epoch=epoch, phase=phase.name, split=self.split_name, **figures)
         if self.log:
             self.log.epoch(record)
@@ -410,7 +410,7 @@ class _Trainer:
         if own != count:
             self.observer.on_message(f"the classifier begins anew: for {count} classes, the weights are for {own}")
 
-    def _tell_resumed(self, saved: Saved) -> None:
+    def _tell_resumed(self, saved: SavedState) -> None:
         self.observer.on_message(f"going on in {self.run} after step {saved.state.step}")
         if saved.processes != self.processes:
             self.observer.on_message(

@@ -32,7 +32,7 @@ _RUNNING = ("running_mean", "running_var")
 
 
 @dataclass(frozen=True)
-class Phase:
+class TrainingPhase:
     """A stretch of epochs with an optimizer and a learning rate curve of its own.
 
     Args:
@@ -65,7 +65,7 @@ class Phase:
         return recipe.train.precision.precisions(step, seed=recipe.seed, epoch=epoch, epochs=self.epochs)
 
 
-def plan(train: TrainSection, images: int) -> list[Phase]:
+def plan(train: TrainSection, images: int) -> list[TrainingPhase]:
     """The phases of a run over `images` training images; the last incomplete batch of an epoch is left out.
 
     Raises:
@@ -78,8 +78,8 @@ def plan(train: TrainSection, images: int) -> list[Phase]:
             f"give train.batch_size={images} or less"
         )
     phases = [
-        Phase("float", 0, train.float_epochs, steps),
-        Phase("quantized", train.float_epochs, train.epochs, steps),
+        TrainingPhase("float", 0, train.float_epochs, steps),
+        TrainingPhase("quantized", train.float_epochs, train.epochs, steps),
     ]
     return [phase for phase in phases if phase.epochs]
 
@@ -232,7 +232,7 @@ def make_optimizer(model: nn.Module, section: OptimizerSection) -> torch.optim.O
     )
 
 
-def make_scheduler(optimizer: torch.optim.Optimizer, train: TrainSection, phase: Phase) -> Any:
+def make_scheduler(optimizer: torch.optim.Optimizer, train: TrainSection, phase: TrainingPhase) -> Any:
     """A scheduler by timm over one phase, to be told the number of steps since the phase began after each step."""
     section = train.scheduler
     scheduler, _ = create_scheduler_v2(

@@ -42,7 +42,7 @@ class TrainState:
 
 
 @dataclass(frozen=True)
-class Saved:
+class SavedState:
     """A training state as read from disk.
 
     Args:
@@ -64,7 +64,7 @@ class Saved:
     memory: dict[str, Tensor] = field(default_factory=dict)
 
 
-def save_state(run: Path, saved: Saved) -> None:
+def save_state(run: Path, saved: SavedState) -> None:
     """Writes the training state of a run, atomically: a state that was there stays until the new one is on disk.
 
     Raises:
@@ -74,7 +74,7 @@ def save_state(run: Path, saved: Saved) -> None:
     write_atomically(run / _STATE_FILE, lambda path: torch.save(content, path))
 
 
-def load_state(run: Path) -> Saved | None:
+def load_state(run: Path) -> SavedState | None:
     """Reads the training state of a run, on the CPU; None if it has none yet. Nothing is ever unpickled from it.
 
     Raises:
@@ -90,12 +90,12 @@ def load_state(run: Path) -> Saved | None:
         if version != _VERSION:
             raise CheckpointError(f"{path} has version {version}, this release reads {_VERSION}; {again}")
         state = TrainState(**content.pop("state"))
-        return Saved(state=state, **content)
+        return SavedState(state=state, **content)
     except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, AttributeError, OSError) as error:
         raise CheckpointError(f"{path} is damaged ({type(error).__name__}); {again}") from error
 
 
-def open_run(run: Path, recipe: Recipe, *, resume: Literal["auto", "never"], overwrite: bool) -> Saved | None:
+def open_run(run: Path, recipe: Recipe, *, resume: Literal["auto", "never"], overwrite: bool) -> SavedState | None:
     """Decides how a run starts, without writing anything: from the state it returns, or from nothing (None).
 
     Raises:

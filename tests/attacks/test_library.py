@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from qadtr_brevitas.attacks.library import Guard, seeded
+from qadtr_brevitas.attacks.library import InputGradientModel, seeded
 from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.core.seeding import generator
 
@@ -22,14 +22,14 @@ def test_gradients_of_the_images_are_the_networks_and_its_parameters_get_none(ne
     plain = images.clone().requires_grad_()
     (expected,) = torch.autograd.grad(network(plain).square().sum(), plain)
     guarded = images.clone().requires_grad_()
-    Guard(network)(guarded).square().sum().backward()
+    InputGradientModel(network)(guarded).square().sum().backward()
     assert torch.equal(guarded.grad, expected)
     assert all(parameter.grad is None for parameter in network.parameters())
 
 
 def test_it_can_be_gone_through_backward_again(network, images):
     guarded = images.clone().requires_grad_()
-    logits = Guard(network)(guarded)
+    logits = InputGradientModel(network)(guarded)
     for number in range(5):
         logits[:, number].sum().backward(retain_graph=True)
     plain = images.clone().requires_grad_()
@@ -38,11 +38,11 @@ def test_it_can_be_gone_through_backward_again(network, images):
 
 
 def test_any_callable_will_do(network, images):
-    assert torch.equal(Guard(lambda images: network(images) / 2)(images), network(images) / 2)
+    assert torch.equal(InputGradientModel(lambda images: network(images) / 2)(images), network(images) / 2)
 
 
 def test_a_library_cannot_reach_the_network(network):
-    guard = Guard(network)
+    guard = InputGradientModel(network)
     assert list(guard.parameters()) == []
     guard.train()
     assert not network.training
@@ -50,7 +50,7 @@ def test_a_library_cannot_reach_the_network(network):
 
 def test_a_class_that_is_not_there(network, images):
     with pytest.raises(UsageError, match="target 5: the model has 5 classes"):
-        Guard(network, target=5)(images)
+        InputGradientModel(network, target=5)(images)
 
 
 def test_the_global_seed_is_borrowed():

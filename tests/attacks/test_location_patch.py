@@ -3,8 +3,8 @@ import torch
 from pydantic import ValidationError
 
 from qadtr_brevitas.attacks.location_patch import LocationPatch
-from qadtr_brevitas.attacks.per_image import Aim, Scene
-from qadtr_brevitas.attacks.relocation import Ground, Moves
+from qadtr_brevitas.attacks.per_image import Aim, PatchProblem
+from qadtr_brevitas.attacks.relocation import AllowedCorners, Relocation
 from qadtr_brevitas.config import Recipe
 from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.core.seeding import generator
@@ -148,24 +148,26 @@ def test_bad_fields(fields, message):
 
 
 def test_shifted_corners():
-    ground = Ground.outside((4, 4, 2, 2), (10, 10), (3, 3))
+    allowed_corners = AllowedCorners.outside((4, 4, 2, 2), (10, 10), (3, 3))
     corners = torch.tensor([[0, 0], [0, 6], [7, 7], [2, 0], [6, 3]])
     offsets = torch.tensor([[-2, 1], [0, 5], [3, -1], [0, 2], [0, 1]])
     # Over the border: ends at it. Into the box: not made.
-    assert ground.shifted(corners, offsets).tolist() == [[0, 1], [0, 7], [7, 6], [2, 0], [6, 4]]
+    assert allowed_corners.shifted(corners, offsets).tolist() == [[0, 1], [0, 7], [7, 6], [2, 0], [6, 4]]
 
 
 def test_random_directions_are_all_four():
     seen = []
-    scene = Scene(
+    problem = PatchProblem(
         model=spy(towards(COLUMNS), seen),
         images=torch.zeros(400, 3, 16, 16),
         mask=torch.ones(4, 4, dtype=torch.bool),
         aim=Aim.at(None, torch.zeros(400, dtype=torch.long), loss="margin"),
     )
     patches, corners = torch.ones(400, 3, 4, 4), torch.full((400, 2), 6)
-    moves = Moves(ground=Ground.outside(None, (16, 16), (4, 4)), rule="random", stride=2, generator=generator(0))
-    moved, attempt = moves(scene, patches, corners, scene.attempt(patches, corners))
+    moves = Relocation(
+        allowed_corners=AllowedCorners.outside(None, (16, 16), (4, 4)), rule="random", stride=2, generator=generator(0)
+    )
+    moved, attempt = moves(problem, patches, corners, problem.attempt(patches, corners))
     tried = corners_of(seen[-1]) - 6
     assert {tuple(offset) for offset in tried.tolist()} == {(-2, 0), (2, 0), (0, -2), (0, 2)}
     # Only the moves to the right lower the loss.

@@ -11,7 +11,7 @@ from qadtr_brevitas.attacks.autoattack import AutoAttack
 from qadtr_brevitas.attacks.engine import Descent
 from qadtr_brevitas.attacks.lavan import Lavan
 from qadtr_brevitas.attacks.location_patch import LocationPatch
-from qadtr_brevitas.attacks.per_image import Aim, Attempt, Scene, best_of, search_patches
+from qadtr_brevitas.attacks.per_image import Aim, Attempt, PatchProblem, best_of, search_patches
 from qadtr_brevitas.attacks.pixel import Fgsm, MiFgsm, Pgd
 from qadtr_brevitas.attacks.random_patch import RandomPatch
 from qadtr_brevitas.attacks.sparse_rs import SparseRs
@@ -210,7 +210,7 @@ class Brightness(nn.Module):
 
 def search(model, *, steps, lr, start=0.25):
     images, labels = torch.zeros(3, 3, 4, 4), torch.zeros(3, dtype=torch.long)
-    scene = Scene(
+    problem = PatchProblem(
         model=model,
         images=images,
         mask=torch.ones(4, 4, dtype=torch.bool),
@@ -218,7 +218,7 @@ def search(model, *, steps, lr, start=0.25):
     )
     patches, corners = torch.full((3, 3, 4, 4), start), torch.zeros(3, 2, dtype=torch.long)
     descent = Descent(steps=steps, step_rule="sign", lr=lr, cosine=False)
-    return search_patches(scene, patches, corners, descent=descent)
+    return search_patches(problem, patches, corners, descent=descent)
 
 
 def test_the_last_update_is_scored():
@@ -248,8 +248,8 @@ def test_equal_steps_move_equally():
     images, labels = torch.zeros(1, 3, 4, 4), torch.zeros(1, dtype=torch.long)
     mask, corners = torch.ones(4, 4, dtype=torch.bool), torch.zeros(1, 2, dtype=torch.long)
     model = spy(Brightness(), seen)
-    scene = Scene(model=model, images=images, mask=mask, aim=Aim.at(None, labels, loss="margin"))
+    problem = PatchProblem(model=model, images=images, mask=mask, aim=Aim.at(None, labels, loss="margin"))
     descent = Descent(steps=3, step_rule="sgd", lr=4.8, cosine=False)
-    search_patches(scene, torch.full((1, 3, 4, 4), 0.2), corners, descent=descent)
+    search_patches(problem, torch.full((1, 3, 4, 4), 0.2), corners, descent=descent)
     # The margin falls by 2 per unit of brightness, each of the 48 values has a share in it.
     assert [images.mean().item() for images in seen] == pytest.approx([0.2, 0.4, 0.6, 0.8], abs=0.01)

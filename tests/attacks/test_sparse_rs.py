@@ -2,8 +2,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from qadtr_brevitas.attacks.per_image import Aim, Scene
-from qadtr_brevitas.attacks.relocation import Ground
+from qadtr_brevitas.attacks.per_image import Aim, PatchProblem
+from qadtr_brevitas.attacks.relocation import AllowedCorners
 from qadtr_brevitas.attacks.sparse_rs import RandomSearch, SparseRs
 from qadtr_brevitas.core.seeding import generator
 from tests.attacks.support import accuracy, attacked, sample, spy, target_rate
@@ -26,12 +26,12 @@ def run(model, *, count=20, seed=0, **fields):
 def search(*, queries, size=20, image_size=64, alpha=0.4, count=1, model=light):
     images, labels = torch.zeros(count, 3, image_size, image_size), torch.zeros(count, dtype=torch.long)
     mask = torch.ones(size, size, dtype=torch.bool)
-    scene = Scene(model=model, images=images, mask=mask, aim=Aim.at(None, labels, loss="margin"))
-    ground = Ground.outside(None, (image_size, image_size), (size, size))
+    problem = PatchProblem(model=model, images=images, mask=mask, aim=Aim.at(None, labels, loss="margin"))
+    allowed_corners = AllowedCorners.outside(None, (image_size, image_size), (size, size))
     return RandomSearch(
-        scene=scene,
+        problem=problem,
         draw_corners=lambda: torch.full((count, 2), 6),
-        ground=ground,
+        allowed_corners=allowed_corners,
         queries=queries,
         alpha=alpha,
         move_every=4,

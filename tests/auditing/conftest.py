@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from qadtr_brevitas.auditing.checks import CHECKS
-from qadtr_brevitas.auditing.context import Context
+from qadtr_brevitas.auditing.context import AuditContext
 from qadtr_brevitas.auditing.finding import Finding, Profile
-from qadtr_brevitas.auditing.victim import Audited, Victim, held_still, victims
+from qadtr_brevitas.auditing.victim import Audited, AuditedModel, held_still, victims
 from qadtr_brevitas.core.seeding import generator
 from qadtr_brevitas.data.split import Split
 
@@ -28,10 +28,10 @@ class Trained:
     net: nn.Module
     split: Split
 
-    def context(self, victim: Victim) -> Context:
+    def context(self, victim: AuditedModel) -> AuditContext:
         """What the checks of a victim share, with small attacks."""
         batch, labels = self.split.batch(torch.arange(len(self.split)))
-        return Context(victim, SMALL, batch, labels, seed=0, batch_size=256)
+        return AuditContext(victim, SMALL, batch, labels, seed=0, batch_size=256)
 
     def findings(self, model: Audited, *ids: str, **others: object) -> dict[str, Finding]:
         """Some of the findings, at the model's first precision."""
@@ -40,7 +40,7 @@ class Trained:
             return run_checks(self.context(victim), *ids)
 
 
-def run_checks(context: Context, *ids: str) -> dict[str, Finding]:
+def run_checks(context: AuditContext, *ids: str) -> dict[str, Finding]:
     """Some of the findings."""
     return {check.id: check.run(context) for check in CHECKS if check.id in ids}
 

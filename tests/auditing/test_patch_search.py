@@ -5,17 +5,26 @@ import torch
 from torch import Tensor
 
 from qadtr_brevitas.attacks.geometry import random_corners
-from qadtr_brevitas.auditing.search import Scene, cross_entropy, dlr, gradient_of, margin, search, tempered, towards
+from qadtr_brevitas.auditing.search import (
+    PatchedImages,
+    cross_entropy,
+    dlr,
+    gradient_of,
+    margin,
+    search,
+    tempered,
+    towards,
+)
 from qadtr_brevitas.core.seeding import generator
 from tests.auditing.conftest import SIDE, Trained
 
 SIZE = 4
 
 
-def scene_of(trained: Trained, count: int = 40) -> Scene:
+def scene_of(trained: Trained, count: int = 40) -> PatchedImages:
     images, labels = trained.split.batch(torch.arange(count))
     corners = random_corners(count, (SIDE, SIDE), (SIZE, SIZE), generator=generator(0, "places"))
-    return Scene(images, labels, corners)
+    return PatchedImages(images, labels, corners)
 
 
 def noise(count: int = 40) -> Tensor:
@@ -54,7 +63,7 @@ def test_every_iterate_is_judged_the_last_one_included(trained: Trained) -> None
 def test_aims_replace_the_labels_in_the_objective_only(trained: Trained) -> None:
     scene = scene_of(trained)
     aims = (scene.labels + 1) % 5
-    aimed = Scene(scene.images, scene.labels, scene.corners, aims)
+    aimed = PatchedImages(scene.images, scene.labels, scene.corners, aims)
     patches = search(trained.net, aimed, noise(), steps=20, objective=towards).last
     with torch.no_grad():
         before, after = trained.net(scene.put(noise())), trained.net(scene.put(patches))

@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 from qadtr_brevitas.auditing import AuditReport, audit
 from qadtr_brevitas.auditing.checks import CHECKS
-from qadtr_brevitas.auditing.context import Context
+from qadtr_brevitas.auditing.context import AuditContext
 from qadtr_brevitas.auditing.finding import PrecisionAudit
 from qadtr_brevitas.auditing.tables import AUDIT_FILE, audit_tables, write_audits
 from qadtr_brevitas.core.errors import DataError, UsageError
 from qadtr_brevitas.core.files import read_json
 from qadtr_brevitas.evaluation.entries import load_subjects
-from qadtr_brevitas.evaluation.metrics import Share
+from qadtr_brevitas.evaluation.metrics import Proportion
 from qadtr_brevitas.evaluation.report import Rate
 from qadtr_brevitas.evaluation.report.files import markdown_table
 from tests.auditing.conftest import CLASSES, Trained, gratings, make_net, train
@@ -137,24 +137,24 @@ def test_an_unknown_profile_is_named(trained: Trained) -> None:
 def test_finished_precisions_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
 
-    def counted(context: Context, report: object) -> PrecisionAudit:
+    def counted(context: AuditContext, report: object) -> PrecisionAudit:
         calls.append(str(context.victim.precision))
-        nothing = Rate.of(Share(0, 0))
+        nothing = Rate.of(Proportion(0, 0))
         facts = {"clean_accuracy": nothing, "asr": nothing, "worst_case": nothing, "resolution": None, "passes": {}}
         return PrecisionAudit(precision=calls[-1], side=4, findings=(), **facts)
 
     monkeypatch.setattr("qadtr_brevitas.auditing.run._audit", counted)
-    subject = load_subjects([make_model_dir(tmp_path / "net")])[0]
+    loaded = load_subjects([make_model_dir(tmp_path / "net")])[0]
 
     def again(folder: Path | None, **settings: Any) -> AuditReport:
-        return audit(subject, train_split(), images=30, folder=folder, **settings)
+        return audit(loaded, train_split(), images=30, folder=folder, **settings)
 
     first = again(tmp_path, precisions=[4])
     assert again(tmp_path, precisions=[4]) == first
     assert calls == ["4"]
     again(tmp_path)
     assert calls == ["4", "32"]
-    for settings in ({"seed": 1}, {"twin": subject}, {"profile": "full"}):
+    for settings in ({"seed": 1}, {"twin": loaded}, {"profile": "full"}):
         again(tmp_path, precisions=[4], **settings)
     assert calls[2:] == ["4"] * 3
     again(None, precisions=[4])

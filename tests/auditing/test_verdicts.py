@@ -7,28 +7,28 @@ import torch
 from torch import Tensor
 
 from qadtr_brevitas.auditing import budget
-from qadtr_brevitas.auditing.context import Context
-from qadtr_brevitas.auditing.search import Trace
-from qadtr_brevitas.auditing.victim import Passes, Victim
+from qadtr_brevitas.auditing.context import AuditContext
+from qadtr_brevitas.auditing.search import SearchTrace
+from qadtr_brevitas.auditing.victim import AuditedModel, ForwardCounter
 from tests.auditing.conftest import SIDE, Trained, run_checks
 
 IMAGES, STEPS = 200, 40
 
 
 @pytest.fixture
-def context(trained: Trained) -> Context:
-    return trained.context(Victim(name="net", precision=None, logits=trained.net, passes=Passes()))
+def context(trained: Trained) -> AuditContext:
+    return trained.context(AuditedModel(name="net", precision=None, logits=trained.net, passes=ForwardCounter()))
 
 
 def broken(count: int) -> Tensor:
     return torch.arange(IMAGES) < count
 
 
-def set_outcomes(context: Context, *, after: dict[int, int], losses: Tensor, restarts: int = 0) -> None:
+def set_outcomes(context: AuditContext, *, after: dict[int, int], losses: Tensor, restarts: int = 0) -> None:
     """Puts the outcome of the longest attack in place: images broken after so many steps, and its losses."""
     patches = context.start()
     none = torch.zeros(STEPS, IMAGES, dtype=torch.bool)
-    context.__dict__["longest"] = Trace({}, patches, losses, none, none)
+    context.__dict__["longest"] = SearchTrace({}, patches, losses, none, none)
     context.__dict__["after"] = {steps: broken(count) for steps, count in after.items()}
     context.__dict__["restarts_break"] = broken(restarts)
 
@@ -41,7 +41,7 @@ def falling(*, late: float) -> Tensor:
 
 
 @pytest.mark.parametrize(("last", "status"), [(105, "pass"), (109, "pass"), (112, "WARN")])
-def test_more_steps_must_not_break_clearly_more(context: Context, last: int, status: str) -> None:
+def test_more_steps_must_not_break_clearly_more(context: AuditContext, last: int, status: str) -> None:
     set_outcomes(context, after={10: 90, 20: 100, 40: last}, losses=falling(late=0.0), restarts=120)
     found = run_checks(context, "G1")["G1"]
     assert found.status == status
@@ -50,19 +50,19 @@ def test_more_steps_must_not_break_clearly_more(context: Context, last: int, sta
 
 
 @pytest.mark.parametrize(("late", "status"), [(0.04, "pass"), (0.1, "WARN")])
-def test_the_loss_must_have_stopped_falling(context: Context, late: float, status: str) -> None:
+def test_the_loss_must_have_stopped_falling(context: AuditContext, late: float, status: str) -> None:
     set_outcomes(context, after={40: 100}, losses=falling(late=late))
     found = run_checks(context, "G2")["G2"]
     assert (found.status, found.numbers["images left"]) == (status, 100)
     assert found.numbers["fall in the last 10 steps"] == pytest.approx(late, abs=1e-5)
 
 
-def test_an_attack_that_breaks_all_was_long_enough(context: Context) -> None:
+def test_an_attack_that_breaks_all_was_long_enough(context: AuditContext) -> None:
     set_outcomes(context, after={40: 195}, losses=falling(late=0.5))
     assert run_checks(context, "G2")["G2"].status == "pass"
 
 
-def test_a_loss_that_moved_on_few_images_is_not_judged(context: Context) -> None:
+def test_a_loss_that_moved_on_few_images_is_not_judged(context: AuditContext) -> None:
     losses = falling(late=0.1).clone()
     losses[:, 105:] = 0
     set_outcomes(context, after={40: 100}, losses=losses)
@@ -71,7 +71,7 @@ def test_a_loss_that_moved_on_few_images_is_not_judged(context: Context) -> None
     assert "only 5 of the 100 images left" in found.meaning
 
 
-def test_success_that_is_lost_again_is_told(context: Context) -> None:
+def test_success_that_is_lost_again_is_told(context: AuditContext) -> None:
     set_outcomes(context, after={40: 100}, losses=falling(late=0.0))
     found = run_checks(context, "G15")["G15"]
     assert found.numbers["asr last patches"] < 0.1
@@ -79,19 +79,19 @@ def test_success_that_is_lost_again_is_told(context: Context) -> None:
     assert "keep their best patch" in found.meaning
 
 
-def test_one_step_that_beats_many_is_told(context: Context) -> None:
+def test_one_step_that_beats_many_is_told(context: AuditContext) -> None:
     set_outcomes(context, after={10: 0, 40: 0}, losses=falling(late=0.0))
     found = run_checks(context, "G4")["G4"]
     assert found.status == "WARN"
     assert found.meaning.startswith("one step of ")
 
 
-def test_aiming_that_beats_any_class_is_told(context: Context) -> None:
+def test_aiming_that_beats_any_class_is_told(context: AuditContext) -> None:
     set_outcomes(context, after={10: 0, 40: 0}, losses=falling(late=0.0))
     assert run_checks(context, "G14")["G14"].status == "WARN"
 
 
-def test_noise_that_beats_the_attack_is_told(context: Context) -> None:
+def test_noise_that_beats_the_attack_is_told(context: AuditContext) -> None:
     set_outcomes(context, after={40: 0}, losses=falling(late=0.0))
     weak = run_checks(context, "G7")["G7"]
     assert (weak.status, weak.numbers["noise"] > 0) == ("pass", weak.numbers["gain"] > 0)
@@ -105,8 +105,13 @@ def test_other_precisions_and_their_mean_may_be_better_sources(trained: Trained)
     def masked(images: Tensor) -> Tensor:
         return trained.net(images.detach())
 
-    victim = Victim(
-        name="net", precision=None, logits=masked, others={"32 bit": trained.net}, full=trained.net, passes=Passes()
+    victim = AuditedModel(
+        name="net",
+        precision=None,
+        logits=masked,
+        others={"32 bit": trained.net},
+        full=trained.net,
+        passes=ForwardCounter(),
     )
     found = run_checks(trained.context(victim), "G6", "G10", "G13")
     assert {finding.status for finding in found.values()} == {"WARN"}
@@ -120,7 +125,7 @@ def test_other_precisions_and_their_mean_may_be_better_sources(trained: Trained)
     [([20, 60, 100, 150, 200], "pass"), ([20, 60, 52, 150, 200], "pass"), ([20, 60, 40, 150, 200], "WARN")],
 )
 def test_a_larger_patch_must_not_be_worse(
-    context: Context, monkeypatch: pytest.MonkeyPatch, counts: list[int], status: str
+    context: AuditContext, monkeypatch: pytest.MonkeyPatch, counts: list[int], status: str
 ) -> None:
     outcomes = dict(zip((2, 3, 4, 6, SIDE), counts, strict=True))
     monkeypatch.setattr(budget, "_broken", lambda context, size: broken(outcomes[size[0]]))
@@ -131,7 +136,7 @@ def test_a_larger_patch_must_not_be_worse(
 
 @pytest.mark.parametrize(("left", "status"), [(2, "pass"), (6, "pass"), (10, "WARN")])
 def test_an_attacker_who_chooses_every_pixel_must_succeed(
-    context: Context, monkeypatch: pytest.MonkeyPatch, left: int, status: str
+    context: AuditContext, monkeypatch: pytest.MonkeyPatch, left: int, status: str
 ) -> None:
     monkeypatch.setattr(budget, "_broken", lambda context, size: broken(IMAGES - left))
     assert run_checks(context, "G3")["G3"].status == status

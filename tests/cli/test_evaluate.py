@@ -14,7 +14,7 @@ from qadtr_brevitas.attacks.lavan import Lavan
 from qadtr_brevitas.cli.main import cli
 from qadtr_brevitas.evaluation.craft import CraftSetup, craft
 from qadtr_brevitas.evaluation.entries import load_subjects
-from qadtr_brevitas.evaluation.report import Report
+from qadtr_brevitas.evaluation.report import EvaluationReport
 from tests.evaluation.models import make_model_dir, train_split
 
 NOISE = "{name: a-qapa, steps: 0, sizes: [4], quantize_image: false}"
@@ -64,7 +64,7 @@ def test_two_models_are_compared_in_the_first_table(runs: list[Path], tmp_path: 
     text = result.stdout
     assert text.index("first") < text.index("ASR white-box") < text.index("second")
     assert text.count("ASR white-box") == 2
-    report = Report.model_validate_json((tmp_path / "report.json").read_bytes())
+    report = EvaluationReport.model_validate_json((tmp_path / "report.json").read_bytes())
     assert [model.name for model in report.models] == ["first", "second"]
     assert len(report.cells) == 2 * 2 * (8 + 2)
     assert {cell.threat for cell in report.cells} == {"white-box", "transfer", "control"}

@@ -15,8 +15,8 @@ from qadtr_brevitas.attacks.patch import Patch
 from qadtr_brevitas.core.precision import Precision, parse_precisions
 from qadtr_brevitas.data.split import Split
 from qadtr_brevitas.evaluation import Grid, evaluate
-from qadtr_brevitas.evaluation.entries import Contender, Subject
-from qadtr_brevitas.evaluation.report import Report
+from qadtr_brevitas.evaluation.entries import LoadedModel, NamedPatch
+from qadtr_brevitas.evaluation.report import EvaluationReport
 from qadtr_brevitas.pipeline.checkpoint import ModelInfo
 from qadtr_brevitas.quant.switch import Switch
 
@@ -51,7 +51,7 @@ class Reader(nn.Module):
         return one_hot(classes, CLASSES).float()
 
 
-def reader(name: str = "reader", model: Reader | None = None, *, fingerprint: str | None = None) -> Subject:
+def reader(name: str = "reader", model: Reader | None = None, *, fingerprint: str | None = None) -> LoadedModel:
     """A subject around a Reader."""
     info = ModelInfo(
         name="toy",
@@ -64,7 +64,7 @@ def reader(name: str = "reader", model: Reader | None = None, *, fingerprint: st
         quant={"edge": "8bit"},
         source="a recipe",
     )
-    return Subject(name, model or Reader(), fingerprint or f"{name}-weights", info, path=f"runs/{name}")
+    return LoadedModel(name, model or Reader(), fingerprint or f"{name}-weights", info, path=f"runs/{name}")
 
 
 def white_patch(
@@ -75,7 +75,7 @@ def white_patch(
     model: str = "reader",
     precision: int = 4,
     place: tuple[int, int] | None = None,
-) -> Contender:
+) -> NamedPatch:
     """A white patch, said to be made on a subject of that name at that precision."""
     meta = {
         "attack": "lavan",
@@ -86,28 +86,33 @@ def white_patch(
         "precision": str(Precision(precision, precision)),
     }
     mask = torch.ones(side, side, dtype=torch.bool)
-    return Contender(name, Patch(texture=torch.ones(3, side, side), mask=mask, place=place or "random", meta=meta))
+    return NamedPatch(name, Patch(texture=torch.ones(3, side, side), mask=mask, place=place or "random", meta=meta))
 
 
 def make_grid(
-    subjects: Sequence[Subject], patches: Sequence[Contender] = (), split: Split | None = None, **settings: Any
+    loaded_models: Sequence[LoadedModel],
+    patches: Sequence[NamedPatch] = (),
+    split: Split | None = None,
+    **settings: Any,
 ) -> Grid:
     """A grid on the coded images."""
-    return Grid(subjects=subjects, patches=patches, split=split or coded_split(), data_name="coded", **settings)
+    return Grid(
+        loaded_models=loaded_models, patches=patches, split=split or coded_split(), data_name="coded", **settings
+    )
 
 
 def small_report(
     tmp_path: Path, *, models: Sequence[str] = ("reader",), targets: Sequence[int | None] = (2,)
-) -> Report:
+) -> EvaluationReport:
     """The report of a white-box patch at each precision, for each model and target."""
-    subjects = [reader(name, Reader(fooled_at=(8, 4) if name == "reader" else (4,))) for name in models]
+    loaded_models = [reader(name, Reader(fooled_at=(8, 4) if name == "reader" else (4,))) for name in models]
     patches = [
         white_patch(f"{name}-{bits}-{target}", model=name, precision=bits, target=target)
         for name in models
         for bits in (8, 4)
         for target in targets
     ]
-    return evaluate(make_grid(subjects, patches), output=tmp_path, command="qadtr-brevitas evaluate x")
+    return evaluate(make_grid(loaded_models, patches), output=tmp_path, command="qadtr-brevitas evaluate x")
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from qadtr_brevitas.attacks.random_patch import RandomPatch
 from qadtr_brevitas.core.errors import CheckpointError, DataError, UsageError
 from qadtr_brevitas.data.split import Split
 from qadtr_brevitas.evaluation.craft import Crafted, CraftSetup, craft
-from qadtr_brevitas.evaluation.entries import Contender, Subject
-from qadtr_brevitas.quant.inference import access_name
+from qadtr_brevitas.evaluation.entries import LoadedModel, NamedPatch
+from qadtr_brevitas.quant.inference import mode_name
 from qadtr_brevitas.quant.switch import switch_of
 from tests.evaluation.fakes import Reader, coded_split, reader
 
@@ -53,24 +53,24 @@ def empty_log() -> None:
     LOG.clear()
 
 
-def make(output: Path, attack: Any = None, subject: Subject | None = None, **settings: Any) -> list[Crafted]:
+def make(output: Path, attack: Any = None, loaded: LoadedModel | None = None, **settings: Any) -> list[Crafted]:
     train, held_out = coded_split().divide(20, seed=0)
     chosen: dict[str, Any] = {"progress": lambda done, total, note: None, **settings}
     aims = {key: chosen.pop(key) for key in ("precisions", "targets") if key in chosen}
     setup = CraftSetup(train=train, held_out=held_out, output=output, data={"name": "coded"}, **chosen)
-    return craft(subject or reader(), attack or White(), setup, name="white", **aims)
+    return craft(loaded or reader(), attack or White(), setup, name="white", **aims)
 
 
 def test_norms_are_folded_while_a_patch_is_made_and_no_longer(tmp_path: Path) -> None:
-    subject, folded = reader(), []
-    switch = switch_of(subject.model)
+    loaded, folded = reader(), []
+    switch = switch_of(loaded.model)
 
     class Spy(White):
         def fit(self, *args: Any, **settings: Any) -> Patch:
             folded.append(switch.folding is not None)
             return super().fit(*args, **settings)
 
-    make(tmp_path, Spy(), subject, targets=[2])
+    make(tmp_path, Spy(), loaded, targets=[2])
     assert folded == [True, True]
     assert switch.folding is None
 
@@ -89,7 +89,7 @@ def test_a_patch_for_each_precision_and_target(tmp_path: Path) -> None:
 
 def test_patch_knows_where_it_comes_from(tmp_path: Path) -> None:
     made = make(tmp_path, precisions=[4], targets=[2])
-    facts = Contender("patch", Patch.load(made[0].path)).facts
+    facts = NamedPatch("patch", Patch.load(made[0].path)).facts
     assert facts.source is not None
     assert facts.source.model_dump() == {"name": "reader", "fingerprint": "reader-weights", "precision": "4"}
     assert (facts.attack, facts.target, facts.settings) == ("white", 2, {"side": 2})
@@ -103,13 +103,13 @@ def test_mean_over_precisions_has_a_name_and_a_stream_of_its_own(tmp_path: Path)
         "white-2x2-8bit-target2.safetensors",
         "white-2x2-8+4bit-target2.safetensors",
     ]
-    assert [access_name(patch.source) for patch in made] == ["8", "8+4"]
+    assert [mode_name(patch.source) for patch in made] == ["8", "8+4"]
     assert len({seed for _, seed in LOG}) == 2
-    facts = Contender("patch", Patch.load(made[1].path)).facts
+    facts = NamedPatch("patch", Patch.load(made[1].path)).facts
     assert facts.source is not None
     assert facts.source.precision == "8+4"
     # Fooled at 8 bit alone, the mean of the logits is a tie, which argmax gives to the lower class.
-    half = make(tmp_path / "half", subject=reader(model=Reader(fooled_at=(8,))), precisions=["8+4"], targets=[2])
+    half = make(tmp_path / "half", loaded=reader(model=Reader(fooled_at=(8,))), precisions=["8+4"], targets=[2])
     assert half[0].held_out.count == 5
     assert [patch.kept for patch in make(tmp_path, precisions=["4+8"], targets=[2])] == [True]
     with pytest.raises(UsageError, match="no precision 5: it was converted for 8, 4"):

@@ -63,14 +63,14 @@ def test_missing_patches_are_named(tmp_path: Path) -> None:
 
 
 def test_data_of_other_or_otherwise_ordered_classes_are_refused() -> None:
-    subject, split = reader(), coded_split()
-    subject.check_data(split, data="coded")
+    loaded, split = reader(), coded_split()
+    loaded.check_data(split, data="coded")
     turned = replace(split, classes=(*split.classes[:2], *split.classes[:1:-1]))
     with pytest.raises(
         DataError, match="class 2 of data set coded is 'd', that of model reader is 'c': give data with"
     ):
-        subject.check_data(turned, data="coded")
-    subject.check_data(replace(split, classes=tuple("0123")), data="of numbers for names")
+        loaded.check_data(turned, data="coded")
+    loaded.check_data(replace(split, classes=tuple("0123")), data="of numbers for names")
 
 
 def test_patches_of_a_run_are_those_of_its_last_model(tmp_path: Path) -> None:

@@ -9,18 +9,20 @@ import torch
 
 from qadtr_brevitas.core.errors import CheckpointError, DataError, UsageError
 from qadtr_brevitas.evaluation import evaluate
-from qadtr_brevitas.evaluation.entries import Contender, Subject
+from qadtr_brevitas.evaluation.entries import LoadedModel, NamedPatch
 from qadtr_brevitas.evaluation.grid import controls
-from qadtr_brevitas.evaluation.report import AttackCell, Report
+from qadtr_brevitas.evaluation.report import AttackCell, EvaluationReport
 from tests.evaluation.fakes import Reader, coded_split, make_grid, reader, small_report, white_patch
 
 
-def run(subjects: list[Subject], patches: list[Contender], output: Path, **settings: Any) -> Report:
+def run(loaded_models: list[LoadedModel], patches: list[NamedPatch], output: Path, **settings: Any) -> EvaluationReport:
     progress = settings.pop("progress", None)
-    return evaluate(make_grid(subjects, patches, **settings), output=output, progress=progress)
+    return evaluate(make_grid(loaded_models, patches, **settings), output=output, progress=progress)
 
 
-def cell(report: Report, *, patch: str, precision: str, target: int | None = 2, model: str = "reader") -> AttackCell:
+def cell(
+    report: EvaluationReport, *, patch: str, precision: str, target: int | None = 2, model: str = "reader"
+) -> AttackCell:
     where = (model, precision, patch, target)
     return next(c for c in report.cells if (c.model, c.precision, c.attack, c.target) == where)
 
@@ -47,11 +49,11 @@ def test_noise_of_the_same_size_is_the_control_for_every_target(tmp_path: Path) 
 
 def test_control_has_the_shape_of_its_patch_and_depends_on_the_seed() -> None:
     patch = white_patch()
-    disc = Contender("disc", type(patch.patch)(texture=torch.ones(3, 2, 2), mask=torch.eye(2).bool()))
+    disc = NamedPatch("disc", type(patch.patch)(texture=torch.ones(3, 2, 2), mask=torch.eye(2).bool()))
     square, round_ = controls([patch, disc, white_patch("same")], seed=0)
     assert (square.name, round_.name) == ("noise 2x2", "noise 2x2 (2)")
     assert torch.equal(round_.patch.mask, disc.patch.mask)
-    (beside,) = controls([Contender("beside", replace(patch.patch, keep_out=(0, 0, 1, 1)))], seed=0)
+    (beside,) = controls([NamedPatch("beside", replace(patch.patch, keep_out=(0, 0, 1, 1)))], seed=0)
     assert beside.patch.keep_out == (0, 0, 1, 1)
     assert torch.equal(square.patch.texture, controls([patch], seed=0)[0].patch.texture)
     assert not torch.equal(square.patch.texture, controls([patch], seed=1)[0].patch.texture)
@@ -80,24 +82,24 @@ def test_model_that_is_never_right_has_no_asr(tmp_path: Path) -> None:
 
 
 def test_precision_is_restored_and_given_precisions_are_kept_in_order(tmp_path: Path) -> None:
-    subject = reader()
-    report = run([subject], [white_patch()], tmp_path, precisions=["4"])
+    loaded = reader()
+    report = run([loaded], [white_patch()], tmp_path, precisions=["4"])
     assert report.models[0].precisions == ("4",)
-    assert str(subject.model.switch.precision) == "8"
+    assert str(loaded.model.switch.precision) == "8"
 
 
 @pytest.mark.parametrize(
     ("transfer", "moved"), [("all", {"made at 4", "made at 32"}), ("float", {"made at 32"}), ("none", set())]
 )
 def test_moved_patches_are_chosen_and_the_rest_is_not_computed(tmp_path: Path, transfer: str, moved: set[str]) -> None:
-    subject = reader()
+    loaded = reader()
     # Of two sizes: patches alike in every pixel share their cells.
     patches = [white_patch("made at 4", precision=4), white_patch("made at 32", precision=32, side=3)]
-    report = run([subject], patches, tmp_path, transfer=transfer)
+    report = run([loaded], patches, tmp_path, transfer=transfer)
     assert {c.attack for c in report.cells if c.threat == "transfer"} == moved
     assert [(c.attack, c.precision) for c in report.cells if c.threat == "white-box"] == [("made at 4", "4")]
     assert {c.precision for c in report.cells if c.threat == "control"} == {"8", "4"}
-    assert subject.model.forwards == len({(c.attack, c.precision) for c in report.cells}) + 2
+    assert loaded.model.forwards == len({(c.attack, c.precision) for c in report.cells}) + 2
 
 
 def test_finished_evaluation_is_not_computed_again(tmp_path: Path) -> None:
@@ -123,9 +125,9 @@ def test_killed_evaluation_goes_on_where_it_stopped(tmp_path: Path) -> None:
     with pytest.raises(Killed):
         run([killed], [white_patch()], tmp_path, progress=stop)
     assert killed.model.forwards == 4
-    subject, steps = reader(), []
-    run([subject], [white_patch()], tmp_path, progress=lambda done, total, note: steps.append(done))
-    assert (subject.model.forwards, steps) == (2, [1, 2, 3, 4, 5, 6])
+    loaded, steps = reader(), []
+    run([loaded], [white_patch()], tmp_path, progress=lambda done, total, note: steps.append(done))
+    assert (loaded.model.forwards, steps) == (2, [1, 2, 3, 4, 5, 6])
 
 
 def test_cells_follow_content_and_not_names(tmp_path: Path) -> None:
@@ -146,17 +148,17 @@ def test_damaged_cell_is_computed_again(tmp_path: Path, damage: str) -> None:
     report = run([reader()], [white_patch()], tmp_path)
     victim = sorted((tmp_path / "cells").iterdir())[0]
     victim.write_text(damage)
-    subject = reader()
-    repeated = run([subject], [white_patch()], tmp_path)
-    assert subject.model.forwards == 1
+    loaded = reader()
+    repeated = run([loaded], [white_patch()], tmp_path)
+    assert loaded.model.forwards == 1
     assert repeated.cells == report.cells
 
 
 def test_cell_of_other_images_is_not_taken(tmp_path: Path) -> None:
     run([reader()], [white_patch()], tmp_path)
-    subject = reader()
-    run([subject], [white_patch()], tmp_path, split=coded_split(20))
-    assert subject.model.forwards == 6
+    loaded = reader()
+    run([loaded], [white_patch()], tmp_path, split=coded_split(20))
+    assert loaded.model.forwards == 6
 
 
 def test_several_models_and_targets(tmp_path: Path) -> None:

@@ -18,12 +18,12 @@ from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.core.precision import parse_precisions
 from qadtr_brevitas.evaluation import NamedAttack, evaluate
 from qadtr_brevitas.evaluation.cells import CellStore, ChunkKey
-from qadtr_brevitas.evaluation.entries import Subject
+from qadtr_brevitas.evaluation.entries import LoadedModel
 from qadtr_brevitas.evaluation.grid import read_means
 from qadtr_brevitas.evaluation.image_attacks import SourcedAttack
 from qadtr_brevitas.evaluation.jobs import Victim
-from qadtr_brevitas.evaluation.report import AttackCell, Report
-from qadtr_brevitas.quant.inference import parse_access
+from qadtr_brevitas.evaluation.report import AttackCell, EvaluationReport
+from qadtr_brevitas.quant.inference import parse_mode
 from tests.evaluation.fakes import Reader, Whiten, make_grid, reader
 from tests.evaluation.models import CLASSES, SIDE, make_switchable, train_split
 
@@ -38,13 +38,13 @@ def no_calls() -> Iterator[None]:
 WHITEN = NamedAttack("whiten", Whiten())
 
 
-def run(output: Path, subjects: list[Subject] | None = None, **settings: Any) -> Report:
+def run(output: Path, loaded_models: list[LoadedModel] | None = None, **settings: Any) -> EvaluationReport:
     progress, cells = settings.pop("progress", None), settings.pop("cells", ())
-    grid = make_grid(subjects or [reader()], **{"attacks": [WHITEN], **settings})
+    grid = make_grid(loaded_models or [reader()], **{"attacks": [WHITEN], **settings})
     return evaluate(grid, output=output, cells=cells, progress=progress)
 
 
-def cell(report: Report, attack: str, precision: str, model: str = "reader") -> AttackCell:
+def cell(report: EvaluationReport, attack: str, precision: str, model: str = "reader") -> AttackCell:
     where = (model, precision, attack)
     return next(c for c in report.cells if (c.model, c.precision, c.attack) == where)
 
@@ -80,10 +80,10 @@ def test_transfer_says_what_is_moved(tmp_path: Path, transfer: str, expected: se
     assert {(sources[c.attack], c.precision) for c in report.cells} == expected
 
 
-def with_float() -> Subject:
-    subject = reader()
-    subject.model.switch.allowed = parse_precisions((8, 4, 32))
-    return subject
+def with_float() -> LoadedModel:
+    loaded = reader()
+    loaded.model.switch.allowed = parse_precisions((8, 4, 32))
+    return loaded
 
 
 def test_float_source_is_attacked_though_it_is_not_scored(tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_surrogates_are_attacked_and_not_scored(tmp_path: Path) -> None:
 
 
 def test_mean_over_precisions_of_the_same_model_is_eot(tmp_path: Path) -> None:
-    mean = parse_access("8+4")
+    mean = parse_mode("8+4")
     report = run(tmp_path, [reader(), reader("other")], eot=[mean], transfer="none")
     found = {(c.attack, c.model, c.precision) for c in report.cells if c.threat == "eot"}
     assert found == {
@@ -122,7 +122,7 @@ def test_mean_over_precisions_of_the_same_model_is_eot(tmp_path: Path) -> None:
 
 
 def test_means_have_several_precisions_and_an_attack() -> None:
-    assert read_means(["8+4", "4+8"], [WHITEN]) == (parse_access("8+4"),)
+    assert read_means(["8+4", "4+8"], [WHITEN]) == (parse_mode("8+4"),)
     with pytest.raises(UsageError, match=r"--eot 8 is no mean: give several precisions"):
         read_means(["8"], [WHITEN])
     with pytest.raises(UsageError, match=r"--eot 8\+4 says what an --attack is made on"):
@@ -132,7 +132,7 @@ def test_means_have_several_precisions_and_an_attack() -> None:
 
 
 def test_random_and_voting_networks_are_attacked_through_their_mean(tmp_path: Path) -> None:
-    victims = [parse_access(name) for name in ("random(8+4)", "vote(8+4)", "8")]
+    victims = [parse_mode(name) for name in ("random(8+4)", "vote(8+4)", "8")]
     report = run(tmp_path, [reader(model=Reader(fooled_at=(4,)))], precisions=victims)
     assert report.models[0].precisions == ("random(8+4)", "vote(8+4)", "8")
     assert [facts.source.precision for facts in report.attacks] == ["8+4", "8"]
@@ -150,7 +150,7 @@ def test_random_and_voting_networks_are_attacked_through_their_mean(tmp_path: Pa
 
 def test_mean_over_a_precision_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no precision 2: it was converted for 8, 4"):
-        run(tmp_path, eot=[parse_access("8+2")])
+        run(tmp_path, eot=[parse_mode("8+2")])
 
 
 def test_targets_come_from_the_attack(tmp_path: Path) -> None:
@@ -297,7 +297,7 @@ class Noise:
 
 
 def drawn(*, seed: int = 0, chunk: range = range(10), precision: str = "8", add: float = 0.0) -> Tensor:
-    attack = SourcedAttack(NamedAttack("noise", Noise(add)), reader(), parse_access(precision))
+    attack = SourcedAttack(NamedAttack("noise", Noise(add)), reader(), parse_mode(precision))
     images = torch.zeros(10, 3, 8, 8)
     return attack.images(images, torch.zeros(10, dtype=torch.int64), seed=seed, chunk=chunk)
 
@@ -332,8 +332,8 @@ def test_attacks_without_gradients_are_black_box() -> None:
 def test_parameters_get_no_gradients(tmp_path: Path) -> None:
     split = train_split().balanced(6, seed=0)
     info = replace(reader().info, num_classes=CLASSES, classes=split.classes, image_size=(SIDE, SIDE))
-    subject = Subject("net", make_switchable(), "weights", info)
+    loaded = LoadedModel("net", make_switchable(), "weights", info)
     attack = NamedAttack("a-qapa", AQapa(steps=1, sizes=(4,), quantize_image=False))
-    report = run(tmp_path, [subject], split=split, attacks=[attack], eot=[parse_access("32+4")])
+    report = run(tmp_path, [loaded], split=split, attacks=[attack], eot=[parse_mode("32+4")])
     assert {facts.source.precision for facts in report.attacks} == {"32", "4", "32+4"}
-    assert all(parameter.grad is None and parameter.requires_grad for parameter in subject.model.parameters())
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in loaded.model.parameters())

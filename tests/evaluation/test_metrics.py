@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qadtr_brevitas.evaluation.metrics import Mean, Score, Share, accuracy, mean, score, wilson
+from qadtr_brevitas.evaluation.metrics import Mean, Proportion, Score, accuracy, mean, score, wilson
 
 # Six images: the first four classified correctly without a patch; image 3 shows class 2.
 LABELS = torch.tensor([0, 0, 1, 2, 1, 2])
@@ -15,21 +15,21 @@ PATCHED = torch.tensor([2, 1, 1, 2, 2, 2])
 
 def test_targeted_score_counts_only_correct_images_of_other_classes() -> None:
     assert score(CLEAN, PATCHED, LABELS, target=2) == Score(
-        asr=Share(1, 3),  # of images 0, 1 and 2 only image 0 turns into class 2
-        asr_all=Share(4, 6),  # images 0, 3, 4 and 5 are called class 2
-        untargeted=Share(2, 4),  # images 0 and 1 turn wrong
-        clean_accuracy=Share(4, 6),
-        robust_accuracy=Share(2, 6),  # images 2 and 3; image 5 is right with the patch alone
+        asr=Proportion(1, 3),  # of images 0, 1 and 2 only image 0 turns into class 2
+        asr_all=Proportion(4, 6),  # images 0, 3, 4 and 5 are called class 2
+        untargeted=Proportion(2, 4),  # images 0 and 1 turn wrong
+        clean_accuracy=Proportion(4, 6),
+        robust_accuracy=Proportion(2, 6),  # images 2 and 3; image 5 is right with the patch alone
     )
 
 
 def test_untargeted_score_counts_any_wrong_class() -> None:
     assert score(CLEAN, PATCHED, LABELS, target=None) == Score(
-        asr=Share(2, 4),
-        asr_all=Share(3, 6),  # images 0, 1 and 4
-        untargeted=Share(2, 4),
-        clean_accuracy=Share(4, 6),
-        robust_accuracy=Share(2, 6),
+        asr=Proportion(2, 4),
+        asr_all=Proportion(3, 6),  # images 0, 1 and 4
+        untargeted=Proportion(2, 4),
+        clean_accuracy=Proportion(4, 6),
+        robust_accuracy=Proportion(2, 6),
     )
 
 
@@ -37,18 +37,18 @@ def test_patch_that_always_wins_scores_one_and_leaves_out_its_own_class() -> Non
     labels = torch.arange(10).repeat(3)
     result = score(labels, torch.full_like(labels, 4), labels, target=4)
     assert (result.asr.value, result.asr.n) == (1.0, 27)
-    assert result.robust_accuracy == Share(3, 30)
+    assert result.robust_accuracy == Proportion(3, 30)
 
 
 def test_share_without_denominator_has_no_value() -> None:
     wrong_everywhere = score(LABELS + 1, PATCHED, LABELS, target=2)
-    assert wrong_everywhere.asr == Share(0, 0)
+    assert wrong_everywhere.asr == Proportion(0, 0)
     assert wrong_everywhere.asr.value is None
     assert wrong_everywhere.asr.interval == (0.0, 1.0)
 
 
 def test_accuracy() -> None:
-    assert accuracy(CLEAN, LABELS) == Share(4, 6)
+    assert accuracy(CLEAN, LABELS) == Proportion(4, 6)
 
 
 def test_wilson_against_published_values() -> None:
@@ -58,12 +58,12 @@ def test_wilson_against_published_values() -> None:
 
 
 def test_mean_keeps_the_smallest_denominator() -> None:
-    result = mean([Share(10, 100), Share(30, 200), Share(0, 0)])
+    result = mean([Proportion(10, 100), Proportion(30, 200), Proportion(0, 0)])
     assert isinstance(result, Mean)
     assert (result.value, result.low, result.high) == pytest.approx((0.125, 0.10, 0.15))
     assert (result.n, result.shares) == ((100, 200), 2)
     assert result.interval == wilson(round(12.5), 100)
-    assert mean([Share(0, 0)]) is None
+    assert mean([Proportion(0, 0)]) is None
     assert mean([]) is None
 
 

@@ -11,22 +11,22 @@ from torch import Tensor
 
 from qadtr_brevitas.evaluation import CellStore, Grid, NamedAttack, compute, make_report
 from qadtr_brevitas.evaluation.jobs import ChunkJob, PatchJob
-from qadtr_brevitas.evaluation.report import Report, WorstCase
-from qadtr_brevitas.evaluation.variants import Moves
-from qadtr_brevitas.quant.inference import parse_access
+from qadtr_brevitas.evaluation.report import EvaluationReport, WorstCase
+from qadtr_brevitas.evaluation.variants import PatchVariants
+from qadtr_brevitas.quant.inference import parse_mode
 from tests.evaluation.fakes import CLASSES, Whiten, coded_split, make_grid, reader, white_patch
 
 IMAGES = 40
 
 
-def random_report(output: Path) -> tuple[Grid, dict[str, dict[str, Tensor]], Report]:
+def random_report(output: Path) -> tuple[Grid, dict[str, dict[str, Tensor]], EvaluationReport]:
     """A grid whose cells hold random predictions, and these by victim and by attack."""
     # Of different sizes: patches alike in every pixel share their cells.
     patches = [white_patch("own", precision=4), white_patch("mean", side=3), white_patch("foreign", side=4, model="x")]
     patches[1] = replace(patches[1], patch=patches[1].patch.with_meta(precision="8+4"))
-    moved = Moves(at=(1, 1)).variants(patches, (8, 8))
+    moved = PatchVariants(at=(1, 1)).variants(patches, (8, 8))
     attack = NamedAttack("whiten", Whiten())
-    grid = make_grid([reader()], [*patches, *moved], attacks=[attack], eot=[parse_access("8+4")], batch_size=15)
+    grid = make_grid([reader()], [*patches, *moved], attacks=[attack], eot=[parse_mode("8+4")], batch_size=15)
     store, known = CellStore.open(output), {victim.name: {} for victim in grid.victims}
     for job in grid.jobs():
         if isinstance(job, PatchJob):
@@ -34,7 +34,7 @@ def random_report(output: Path) -> tuple[Grid, dict[str, dict[str, Tensor]], Rep
             # Mostly right, or nothing would be left of the worst case.
             found = torch.where(torch.rand(IMAGES) < 0.8, coded_split().labels, found)
             store.write(job.key, found)
-            known[job.victim.name][job.contender.name if job.contender else "clean"] = found
+            known[job.victim.name][job.patch_entry.name if job.patch_entry else "clean"] = found
         elif isinstance(job, ChunkJob):
             chunk = {victim.name: torch.randint(CLASSES, (len(job.chunk),)) for victim in job.victims}
             right = coded_split().labels[list(job.chunk)]
@@ -72,7 +72,7 @@ def test_worst_case_is_what_counting_gives(tmp_path: Path) -> None:
             assert count <= min(single.values())
 
 
-def found(report: Report, precision: str, scope: str) -> WorstCase:
+def found(report: EvaluationReport, precision: str, scope: str) -> WorstCase:
     return next(case for case in report.worst_case if (case.precision, case.scope) == (precision, scope))
 
 

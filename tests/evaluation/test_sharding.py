@@ -8,8 +8,8 @@ import torch
 
 from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.evaluation import CellStore, Grid, NamedAttack, compute, evaluate
-from qadtr_brevitas.evaluation.report import Report
-from qadtr_brevitas.evaluation.sharding import Share, local_device, missing_by_share, process_share
+from qadtr_brevitas.evaluation.report import EvaluationReport
+from qadtr_brevitas.evaluation.sharding import Shard, local_device, missing_by_share, process_share
 from tests.evaluation.fakes import Whiten, make_grid, reader, white_patch
 
 
@@ -25,19 +25,19 @@ def grid() -> Grid:
     return make_grid([reader(), reader("other")], [white_patch()], attacks=attacks, batch_size=10)
 
 
-def same(left: Report, right: Report) -> bool:
+def same(left: EvaluationReport, right: EvaluationReport) -> bool:
     return left.model_dump(exclude={"created"}) == right.model_dump(exclude={"created"})
 
 
 @pytest.mark.parametrize("text", ["", "2", "0/2", "3/2", "a/b", "1/2/3", "-1/2", "1/0"])
 def test_unreadable_share_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match=r"cannot be read: give k/n with k from 1 to n, for instance 2/3"):
-        Share.parse(text)
+        Shard.parse(text)
 
 
 @pytest.mark.parametrize("of", [1, 2, 3, 7])
 def test_shares_are_a_partition_of_equal_parts(of: int) -> None:
-    shares = [Share(number, of).pick(range(20)) for number in range(1, of + 1)]
+    shares = [Shard(number, of).pick(range(20)) for number in range(1, of + 1)]
     assert sorted(item for share in shares for item in share) == list(range(20))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
@@ -49,7 +49,7 @@ def test_shares_merge_to_the_same_report(tmp_path: Path, of: int) -> None:
     Whiten.calls.clear()
     folders = [tmp_path / str(number) for number in range(1, of + 1)]
     for number, folder in enumerate(folders, 1):
-        compute(Share(number, of).pick(grid().jobs()), CellStore.open(folder))
+        compute(Shard(number, of).pick(grid().jobs()), CellStore.open(folder))
     assert len(Whiten.calls) == 4 * 4
     merged = evaluate(grid(), output=tmp_path / "merged", cells=folders)
     assert len(Whiten.calls) == 4 * 4
@@ -60,12 +60,12 @@ def test_shares_merge_to_the_same_report(tmp_path: Path, of: int) -> None:
 def test_what_is_missing_is_counted_by_share(tmp_path: Path) -> None:
     store, jobs = CellStore.open(tmp_path), grid().jobs()
     assert len(jobs) == 4 * 3 + 4 * 4
-    assert missing_by_share(jobs, store, 3) == {Share(1, 3): 10, Share(2, 3): 9, Share(3, 3): 9}
-    compute(Share(2, 3).pick(jobs), store)
-    assert missing_by_share(jobs, store, 3) == {Share(1, 3): 10, Share(3, 3): 9}
+    assert missing_by_share(jobs, store, 3) == {Shard(1, 3): 10, Shard(2, 3): 9, Shard(3, 3): 9}
+    compute(Shard(2, 3).pick(jobs), store)
+    assert missing_by_share(jobs, store, 3) == {Shard(1, 3): 10, Shard(3, 3): 9}
     compute(jobs, store)
     assert missing_by_share(jobs, store, 3) == {}
-    assert str(Share(2, 3)) == "2/3"
+    assert str(Shard(2, 3)) == "2/3"
 
 
 def test_victims_of_one_chunk_may_come_from_two_folders(tmp_path: Path) -> None:
@@ -88,8 +88,8 @@ def test_folder_without_cells_is_refused(tmp_path: Path) -> None:
 
 
 def test_processes_of_torchrun_share_the_work() -> None:
-    assert process_share({}) == Share(1, 1)
-    assert process_share({"RANK": "1", "WORLD_SIZE": "2"}) == Share(2, 2)
+    assert process_share({}) == Shard(1, 1)
+    assert process_share({"RANK": "1", "WORLD_SIZE": "2"}) == Shard(2, 2)
 
 
 def test_each_process_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

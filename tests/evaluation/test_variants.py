@@ -8,25 +8,25 @@ import torch
 from qadtr_brevitas.attacks.patch import Patch
 from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.evaluation import evaluate
-from qadtr_brevitas.evaluation.entries import Contender
-from qadtr_brevitas.evaluation.report import Report
+from qadtr_brevitas.evaluation.entries import NamedPatch
+from qadtr_brevitas.evaluation.report import EvaluationReport
 from qadtr_brevitas.evaluation.report.files import cells_csv, markdown
 from qadtr_brevitas.evaluation.report.layout import Table
 from qadtr_brevitas.evaluation.report.summaries import tables
 from qadtr_brevitas.evaluation.report.views import families
-from qadtr_brevitas.evaluation.variants import Moves
+from qadtr_brevitas.evaluation.variants import PatchVariants
 from tests.evaluation.fakes import make_grid, reader, white_patch
 
 IMAGE = (8, 8)
 
 
-def moved(moves: Moves, patch: Contender | None = None) -> dict[str, Contender]:
+def moved(moves: PatchVariants, patch: NamedPatch | None = None) -> dict[str, NamedPatch]:
     patch = patch or white_patch()
     return {variant.facts.variant.label: variant for variant in moves.variants([patch], IMAGE)}
 
 
 def test_fixed_place_and_shifts_from_there() -> None:
-    found = moved(Moves(at=(1, 2), shifts=[3, 4]))
+    found = moved(PatchVariants(at=(1, 2), shifts=[3, 4]))
     assert {label: variant.patch.place for label, variant in found.items()} == {
         "at 1,2": (1, 2),
         "at 1,2 shifted by 3": (4, 5),
@@ -38,40 +38,40 @@ def test_fixed_place_and_shifts_from_there() -> None:
 
 def test_patch_with_a_place_of_its_own_is_shifted_from_it() -> None:
     placed = white_patch(place=(2, 2))
-    assert moved(Moves(shifts=[1]), placed)["shifted by 1"].patch.place == (3, 3)
-    assert moved(Moves(at=(2, 2)), placed) == {}
+    assert moved(PatchVariants(shifts=[1]), placed)["shifted by 1"].patch.place == (3, 3)
+    assert moved(PatchVariants(at=(2, 2)), placed) == {}
 
 
 def test_shift_that_leaves_the_image_is_refused_with_the_largest_that_does_not() -> None:
     with pytest.raises(
         UsageError, match=r"'white' at row 1, column 3 cannot be shifted by 4 .* 8x8 .* --shift up to 3"
     ):
-        moved(Moves(at=(1, 3), shifts=[3, 4]))
+        moved(PatchVariants(at=(1, 3), shifts=[3, 4]))
     with pytest.raises(UsageError, match=r"'white' has no place to be shifted from: give one with --at ROW,COL"):
-        moved(Moves(shifts=[1]))
+        moved(PatchVariants(shifts=[1]))
 
 
 def test_rotation_turns_about_the_middle_and_stays_on_the_grid_and_in_the_image() -> None:
     texture = torch.randint(256, (3, 4, 2)) / 255
-    patch = Contender("tall", Patch(texture=texture, mask=torch.ones(4, 2, dtype=torch.bool)))
-    turned = moved(Moves(at=(2, 3), degrees=[90]), patch)["at 2,3 rotated by 90 deg"].patch
+    patch = NamedPatch("tall", Patch(texture=texture, mask=torch.ones(4, 2, dtype=torch.bool)))
+    turned = moved(PatchVariants(at=(2, 3), degrees=[90]), patch)["at 2,3 rotated by 90 deg"].patch
     assert (turned.size, turned.place) == ((2, 4), (3, 2))
     assert torch.equal(turned.texture, texture.rot90(1, (1, 2)))
-    in_corner = moved(Moves(at=(0, 0), degrees=[45]), white_patch(side=5))["at 0,0 rotated by 45 deg"].patch
+    in_corner = moved(PatchVariants(at=(0, 0), degrees=[45]), white_patch(side=5))["at 0,0 rotated by 45 deg"].patch
     assert in_corner.place == (0, 0)
     assert in_corner.size == (6, 6)
     assert torch.allclose(in_corner.texture * 255, (in_corner.texture * 255).round(), atol=1e-4)
-    anywhere = moved(Moves(degrees=[30.0]), white_patch(side=4))["rotated by 30 deg"].patch
+    anywhere = moved(PatchVariants(degrees=[30.0]), white_patch(side=4))["rotated by 30 deg"].patch
     assert anywhere.place == "random"
 
 
-def report_of(tmp_path: Path) -> Report:
+def report_of(tmp_path: Path) -> EvaluationReport:
     patches = [white_patch(f"{bits}-{side}", side=side, precision=bits) for side in (2, 3) for bits in (8, 4)]
-    variants = Moves(at=(1, 1), shifts=[4], degrees=[90.0]).variants(patches, IMAGE)
+    variants = PatchVariants(at=(1, 1), shifts=[4], degrees=[90.0]).variants(patches, IMAGE)
     return evaluate(make_grid([reader()], [*patches, *variants]), output=tmp_path)
 
 
-def find(report: Report, title: str) -> Table:
+def find(report: EvaluationReport, title: str) -> Table:
     return next(table for table in tables(report) if title in table.title)
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from qadtr_brevitas.data.split import Split
-from qadtr_brevitas.evaluation.entries import Subject
+from qadtr_brevitas.evaluation.entries import LoadedModel
 from qadtr_brevitas.models.cifar import BasicBlock
 from qadtr_brevitas.pipeline.checkpoint import ModelInfo
 from qadtr_brevitas.quant import calibrate, convert
@@ -64,7 +64,7 @@ class Mobile(nn.Module):
         return self.classifier(self.features(x).mean((2, 3)))
 
 
-def subject(net: nn.Module, *, precisions: tuple[int, ...] = (32, 4, 2), **settings: object) -> Subject:
+def loaded(net: nn.Module, *, precisions: tuple[int, ...] = (32, 4, 2), **settings: object) -> LoadedModel:
     """A calibrated model of a network with BatchNorms that matter."""
     size = settings.pop("image_size", SIZE)
     torch.manual_seed(0)
@@ -78,7 +78,7 @@ def subject(net: nn.Module, *, precisions: tuple[int, ...] = (32, 4, 2), **setti
     model, _ = convert(net.eval(), precisions, image_size=size, **statistics, **settings)
     calibrate(model, [images_of(size)])
     info = ModelInfo(name="own", args={}, num_classes=4, image_size=size, classes=SPLIT.classes, quant={}, **statistics)
-    return Subject("own", model.eval(), "fingerprint", info)
+    return LoadedModel("own", model.eval(), "fingerprint", info)
 
 
 def images_of(size: tuple[int, int]) -> Tensor:

@@ -20,7 +20,7 @@ from qadtr_brevitas.exporting import FORMATS, export
 from qadtr_brevitas.exporting.estimate import compiler_python, run_compiler
 from qadtr_brevitas.models.create import create_float_model
 from tests.evaluation.models import make_model_dir
-from tests.exporting.networks import Mobile, plain, residual, subject
+from tests.exporting.networks import Mobile, loaded, plain, residual
 
 # What is in hardware, and nothing else: no float between the image's and the logits' end.
 _HARDWARE = {
@@ -61,7 +61,7 @@ NETS = {
 @pytest.mark.usefixtures("finn")
 @pytest.mark.parametrize(("name", "bits"), [("resnet20b", 4), ("vgg16", 2), ("mobile", 2)])
 def test_finn_makes_hardware_of_the_whole_network(name: str, bits: int, tmp_path: Path) -> None:
-    given = subject(NETS[name](), target="finn", precisions=(bits,), image_size=(32, 32))
+    given = loaded(NETS[name](), target="finn", precisions=(bits,), image_size=(32, 32))
     export(given, Precision.parse(bits), FORMATS["finn"], tmp_path / "out", split=None)
     found = run_compiler("finn", tmp_path / "out")
     largest = np.abs(np.load(tmp_path / "out" / "expected_output.npy")).max()
@@ -102,7 +102,7 @@ def test_the_command_shows_costs_of_several_precisions_side_by_side(tmp_path: Pa
 @pytest.mark.usefixtures("hls4ml")
 @pytest.mark.parametrize(("net", "bits"), [(residual, 4), (plain, 2)])
 def test_hls4ml_computes_bit_for_bit_what_the_network_computes(net: object, bits: int, tmp_path: Path) -> None:
-    export(subject(net(), target="hls4ml"), Precision.parse(bits), FORMATS["hls4ml"], tmp_path / "out", split=None)
+    export(loaded(net(), target="hls4ml"), Precision.parse(bits), FORMATS["hls4ml"], tmp_path / "out", split=None)
     found = run_compiler("hls4ml", tmp_path / "out")
     assert found["difference"] < 1e-6
     assert np.load(tmp_path / "out" / "expected_output.npy").std() > 1e-2
@@ -121,7 +121,7 @@ def impostor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_what_a_compiler_says_is_passed_on_and_nothing_is_left(impostor: Path, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"finn does not build the network \(ModuleNotFoundError: finn\): for all"):
         export(
-            subject(plain(), target="finn"),
+            loaded(plain(), target="finn"),
             Precision.parse(4),
             FORMATS["finn"],
             tmp_path / "out",

@@ -11,7 +11,7 @@ from qadtr_brevitas.attacks.patch import Patch
 from qadtr_brevitas.core.errors import ExportError, UsageError
 from qadtr_brevitas.core.precision import Precision
 from qadtr_brevitas.data.split import Split
-from qadtr_brevitas.evaluation.entries import Subject
+from qadtr_brevitas.evaluation.entries import LoadedModel
 from qadtr_brevitas.exporting import FORMATS, export
 from qadtr_brevitas.exporting.formats import MODEL_FILE, Format
 from qadtr_brevitas.models.create import create_float_model
@@ -31,7 +31,7 @@ IMAGES = torch.randint(256, (6, 3, 16, 16), generator=torch.Generator().manual_s
 SPLIT = Split(IMAGES, torch.arange(6) % 4, ("a", "b", "c", "d"))
 
 
-def subject(name: str, **settings: object) -> Subject:
+def loaded(name: str, **settings: object) -> LoadedModel:
     torch.manual_seed(0)
     architecture, args = NETS[name]
     net = create_float_model(architecture, num_classes=4, args=args).eval()
@@ -47,7 +47,7 @@ def subject(name: str, **settings: object) -> Subject:
         std=(0.5,) * 3,
         quant={},
     )
-    return Subject(name, model.eval(), "fingerprint", info, path=f"models/{name}")
+    return LoadedModel(name, model.eval(), "fingerprint", info, path=f"models/{name}")
 
 
 def patch(target: int | None = 1) -> Patch:
@@ -69,7 +69,7 @@ def patch(target: int | None = 1) -> Patch:
     ],
 )
 def test_the_file_computes_what_the_network_computes(net: str, form: str, precision: str, tmp_path: Path) -> None:
-    given = subject(net)
+    given = loaded(net)
     wanted = Precision.parse(precision)
     report = export(
         given, wanted, FORMATS[form], tmp_path / "out", split=SPLIT, patches=[("p", patch()), ("q", patch(None))]
@@ -95,7 +95,7 @@ def test_the_file_computes_what_the_network_computes(net: str, form: str, precis
 def test_bit_widths_are_in_the_file(tmp_path: Path) -> None:
     import onnx
 
-    export(subject("cnn"), Precision.parse("w4a8"), FORMATS["qonnx"], tmp_path / "out", split=None)
+    export(loaded("cnn"), Precision.parse("w4a8"), FORMATS["qonnx"], tmp_path / "out", split=None)
     graph = onnx.load(str(tmp_path / "out" / MODEL_FILE)).graph
     values = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
     widths = [int(values[node.input[3]]) for node in graph.node if node.op_type == "Quant"]
@@ -131,27 +131,27 @@ def test_a_file_that_computes_something_else_is_not_kept(tmp_path: Path) -> None
         ExportError,
         match=r"does not compute what the network computes .*same class.*kept\. Give -f qcdq\. To .*--no-verify",
     ):
-        export(subject("cnn"), Precision.parse(4), lying, tmp_path / "out", split=SPLIT)
+        export(loaded("cnn"), Precision.parse(4), lying, tmp_path / "out", split=SPLIT)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["old"]
-    report = export(subject("cnn"), Precision.parse(4), lying, tmp_path / "out", split=None)
+    report = export(loaded("cnn"), Precision.parse(4), lying, tmp_path / "out", split=None)
     assert report.agreement is None
 
 
 @pytest.mark.parametrize("precision", ["32", "w4a32"])
 def test_floats_are_refused(precision: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=f"qonnx holds integers, and at {precision} there are floats"):
-        export(subject("cnn"), Precision.parse(precision), FORMATS["qonnx"], tmp_path / "out", split=None)
+        export(loaded("cnn"), Precision.parse(precision), FORMATS["qonnx"], tmp_path / "out", split=None)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_precision_the_model_does_not_have_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no precision 5"):
-        export(subject("cnn"), Precision.parse(5), FORMATS["qonnx"], tmp_path / "out", split=None)
+        export(loaded("cnn"), Precision.parse(5), FORMATS["qonnx"], tmp_path / "out", split=None)
 
 
 def test_dynamic_ranges_are_refused(tmp_path: Path) -> None:
-    dynamic = subject("cnn", activations="dynamic")
+    dynamic = loaded("cnn", activations="dynamic")
     with pytest.raises(ExportError, match=r"ranges from each image, which qcdq has no word for.*without --dynamic"):
         export(dynamic, Precision.parse(8), FORMATS["qcdq"], tmp_path / "out", split=None)
 
@@ -159,4 +159,4 @@ def test_dynamic_ranges_are_refused(tmp_path: Path) -> None:
 def test_more_bits_than_a_format_has_room_for_are_refused(tmp_path: Path) -> None:
     narrow = Format("narrow", "", 4, FORMATS["qcdq"].write, FORMATS["qcdq"].load)
     with pytest.raises(ExportError, match=r"net\.conv1.* has 8 bits, more than the 4 that narrow has room for"):
-        export(subject("cnn"), Precision.parse(4), narrow, tmp_path / "out", split=None)
+        export(loaded("cnn"), Precision.parse(4), narrow, tmp_path / "out", split=None)

@@ -19,7 +19,7 @@ from qadtr_brevitas.exporting.formats import MODEL_FILE
 from qadtr_brevitas.exporting.run import REPORT_FILE
 from qadtr_brevitas.exporting.ties import Ties, check_ties, count_ties
 from qadtr_brevitas.quant import at_precision, freeze
-from tests.exporting.networks import SPLIT, Mobile, head, images_of, plain, residual, stem, subject
+from tests.exporting.networks import SPLIT, Mobile, head, images_of, loaded, plain, residual, stem
 
 NETS = {"plain": plain, "residual": residual, "padded": lambda: residual("A"), "mobile": Mobile}
 COMMON = {MODEL_FILE, REPORT_FILE, "README.md", "input.npy", "expected_output.npy"}
@@ -34,7 +34,7 @@ def kinds(path: Path) -> list[str]:
 @pytest.mark.parametrize(("form", "bits"), [("finn", 4), ("hls4ml", 2)])
 @pytest.mark.parametrize("name", NETS)
 def test_the_file_computes_what_the_network_computes(name: str, form: str, bits: int, tmp_path: Path) -> None:
-    given = subject(NETS[name](), target=form)
+    given = loaded(NETS[name](), target=form)
     texture = torch.randint(256, (3, 5, 5), generator=torch.Generator().manual_seed(2)) / 255
     patch = Patch(texture=texture, mask=torch.ones(5, 5, dtype=torch.bool), place="random", meta={"target": 1})
     report = export(given, Precision.parse(bits), FORMATS[form], tmp_path / "out", split=SPLIT, patches=[("p", patch)])
@@ -59,7 +59,7 @@ def test_finn_takes_bytes_and_verifies_itself_with_an_image(tmp_path: Path) -> N
     from qonnx.core.modelwrapper import ModelWrapper
     from qonnx.core.onnx_exec import execute_onnx
 
-    given = subject(residual(), target="finn")
+    given = loaded(residual(), target="finn")
     export(given, Precision.parse(4), FORMATS["finn"], tmp_path / "out", split=None, build=Build(board="ZCU104", fps=7))
     model = ModelWrapper(str(tmp_path / "out" / MODEL_FILE))
     pixels, expected = (np.load(tmp_path / "out" / f"{name}.npy") for name in ("input", "expected_output"))
@@ -75,7 +75,7 @@ def test_finn_takes_bytes_and_verifies_itself_with_an_image(tmp_path: Path) -> N
 
 def test_residual_networks_have_steps_of_their_own(tmp_path: Path) -> None:
     for name, net in (("plain", plain()), ("residual", residual())):
-        export(subject(net, target="finn"), Precision.parse(4), FORMATS["finn"], tmp_path / name, split=None)
+        export(loaded(net, target="finn"), Precision.parse(4), FORMATS["finn"], tmp_path / name, split=None)
     plain_steps, residual_steps = (
         YAML(typ="safe").load(tmp_path / name / "dataflow_build_config.yaml")["steps"] for name in ("plain", "residual")
     )
@@ -161,18 +161,18 @@ def test_what_is_in_the_way_is_named(
     net: object, settings: dict[str, object], form: str, words: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ExportError, match=rf"{form} cannot take this network\..*{words}"):
-        export(subject(net(), **settings), Precision.parse(4), FORMATS[form], tmp_path / "out", split=None)
+        export(loaded(net(), **settings), Precision.parse(4), FORMATS[form], tmp_path / "out", split=None)
     assert not list(tmp_path.iterdir())
 
 
 def test_activations_of_more_bits_than_there_are_thresholds_for(tmp_path: Path) -> None:
-    given = subject(plain(), precisions=(10,), target="finn")
+    given = loaded(plain(), precisions=(10,), target="finn")
     with pytest.raises(ExportError, match=r"has 10 bits, more than the 8 that finn has room for"):
         export(given, Precision.parse(10), FORMATS["finn"], tmp_path / "out", split=None)
 
 
 def test_ties_are_counted_where_steps_are_powers_of_two_and_one_quantizer_reads_another() -> None:
-    learned, halves = (subject(residual(), target=target) for target in ("finn", "hls4ml"))
+    learned, halves = (loaded(residual(), target=target) for target in ("finn", "hls4ml"))
     few, many = (count_ties(freeze(given.model, 4), SPLIT) for given in (learned, halves))
     assert few.values == many.values > 10_000
     assert few.ties < few.values // 1000
@@ -190,7 +190,7 @@ def test_ties_that_change_classes_are_an_error() -> None:
 
 
 def test_estimates_are_for_finn_and_need_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    given, four = subject(plain(), target="finn"), Precision.parse(4)
+    given, four = loaded(plain(), target="finn"), Precision.parse(4)
     with pytest.raises(UsageError, match="estimates are FINN's, and the format is qonnx: choose the format finn"):
         export(given, four, FORMATS["qonnx"], tmp_path / "out", split=None, with_estimate=True)
     monkeypatch.setenv("QADTR_BREVITAS_FINN", str(tmp_path / "nowhere"))

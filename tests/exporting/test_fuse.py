@@ -13,16 +13,16 @@ import torch
 from onnx import numpy_helper
 from torch import nn
 
-from qadtr_brevitas.evaluation.entries import Subject
+from qadtr_brevitas.evaluation.entries import LoadedModel
 from qadtr_brevitas.exporting import FORMATS
 from qadtr_brevitas.exporting.formats import MODEL_FILE
 from qadtr_brevitas.quant import freeze
-from tests.exporting.networks import Mobile, images_of, plain, residual, stem, subject
+from tests.exporting.networks import Mobile, images_of, loaded, plain, residual, stem
 
 IMAGES = images_of((16, 16))
 
 
-def write(given: Subject, bits: int, folder: Path) -> nn.Module:
+def write(given: LoadedModel, bits: int, folder: Path) -> nn.Module:
     frozen = freeze(given.model, bits)
     FORMATS["ort"].write(frozen, IMAGES[:1], folder / MODEL_FILE)
     return frozen
@@ -41,7 +41,7 @@ def optimized(folder: Path) -> Counter[str]:
 
 @pytest.mark.parametrize(("net", "integer_layers"), [(plain, 3), (residual, 6), (Mobile, 8)])
 def test_at_8_bit_every_convolution_runs_in_integers(net: object, integer_layers: int, tmp_path: Path) -> None:
-    frozen = write(subject(net(), target="finn", precisions=(8,)), 8, tmp_path)
+    frozen = write(loaded(net(), target="finn", precisions=(8,)), 8, tmp_path)
     with torch.no_grad():
         expected = frozen(IMAGES)
     found = FORMATS["ort"].load(tmp_path / MODEL_FILE)(IMAGES)
@@ -59,7 +59,7 @@ def test_at_8_bit_every_convolution_runs_in_integers(net: object, integer_layers
 def test_a_norm_that_turns_signs_around_is_merged_where_levels_are_symmetric(tmp_path: Path) -> None:
     net = nn.Sequential(*stem(8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
     for narrow in (True, False):
-        given = subject(net, precisions=(8,), narrow_range=narrow)
+        given = loaded(net, precisions=(8,), narrow_range=narrow)
         with torch.no_grad():
             given.model.net[1].weight[:3] = torch.tensor([-1.0, 0.0, -0.5])
             # The lowest level is used.
@@ -72,14 +72,14 @@ def test_a_norm_that_turns_signs_around_is_merged_where_levels_are_symmetric(tmp
 
 
 def test_what_is_not_quantized_is_left_alone(tmp_path: Path) -> None:
-    frozen = write(subject(residual(), precisions=(8,), edge="float"), 8, tmp_path)
+    frozen = write(loaded(residual(), precisions=(8,), edge="float"), 8, tmp_path)
     found = FORMATS["ort"].load(tmp_path / MODEL_FILE)(IMAGES)
     with torch.no_grad():
         assert (found - frozen(IMAGES)).abs().amax(1).median() < 0.01 * found.abs().max()
 
 
 def test_weights_of_few_bits_use_whole_bytes(tmp_path: Path) -> None:
-    given = subject(plain(), precisions=(4,))
+    given = loaded(plain(), precisions=(4,))
     frozen = write(given, 4, tmp_path)
     graph = onnx.load(str(tmp_path / MODEL_FILE)).graph
     filters = [t for t in graph.initializer if t.data_type == onnx.TensorProto.INT8 and len(t.dims) == 4]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from qadtr_brevitas.core.precision import Precision
-from qadtr_brevitas.pipeline.add_precision import widen
+from qadtr_brevitas.pipeline.add_precision import add_precision
 from qadtr_brevitas.pipeline.checkpoint import load_model
 from qadtr_brevitas.quant import SwitchableModel, allowed_precisions, at_precision
 from tests.evaluation.models import make_model_dir, train_split
@@ -23,7 +23,7 @@ def logits(model: SwitchableModel, bits: int) -> torch.Tensor:
 @pytest.mark.parametrize("trained", [(32, 4), (8,)])
 def test_what_was_trained_computes_what_it_did(tmp_path: Path, trained: tuple[int, ...]) -> None:
     source = make_model_dir(tmp_path / "source", precisions=trained, recipe=False)
-    widen(source, tmp_path / "wide", Precision(3, 3), train_split(), seed=0)
+    add_precision(source, tmp_path / "wide", Precision(3, 3), train_split(), seed=0)
     (before, _), (after, info) = load_model(source), load_model(tmp_path / "wide")
     assert {p.weight for p in allowed_precisions(after)} == {32, *trained, 3}
     assert info.source == "calibrated at 3 bit"
@@ -37,5 +37,5 @@ def test_what_was_trained_computes_what_it_did(tmp_path: Path, trained: tuple[in
 
 def test_a_precision_that_is_there_is_left_as_it_is(tmp_path: Path) -> None:
     source = make_model_dir(tmp_path / "source", recipe=False)
-    widen(source, tmp_path / "wide", Precision(4, 4), train_split(), seed=0)
+    add_precision(source, tmp_path / "wide", Precision(4, 4), train_split(), seed=0)
     assert torch.equal(logits(load_model(source)[0], 4), logits(load_model(tmp_path / "wide")[0], 4))

@@ -12,13 +12,13 @@ from qadtr_brevitas.core.precision import Precision, parse_precisions
 from qadtr_brevitas.core.seeding import generator
 from qadtr_brevitas.quant import SwitchableModel, at_precision, frozen_weights, get_precision
 from qadtr_brevitas.quant.inference import (
-    Access,
-    access_name,
+    InferenceMode,
     check_differentiable,
     logits_at,
-    parse_access,
-    parse_accesses,
-    sorted_accesses,
+    mode_name,
+    parse_mode,
+    parse_modes,
+    sorted_modes,
 )
 from qadtr_brevitas.quant.switch import Switch
 from tests.evaluation.fakes import Reader
@@ -40,25 +40,25 @@ from tests.evaluation.models import make_switchable
     ],
 )
 def test_access_is_read_and_named(given: int | str | tuple[int, int], name: str) -> None:
-    access = parse_access(given)
-    assert access_name(access) == name
-    assert parse_access(name) == parse_access(access) == access
+    mode = parse_mode(given)
+    assert mode_name(mode) == name
+    assert parse_mode(name) == parse_mode(mode) == mode
 
 
 @pytest.mark.parametrize("given", ["", "8+", "8+one", "+", "8+1", "8,4", "random()", "vote(8+4", "mean(8+4)"])
 def test_unreadable_access_is_refused(given: str) -> None:
     with pytest.raises(UsageError, match=r"cannot be read|not possible"):
-        parse_access(given)
+        parse_mode(given)
 
 
 def test_several_are_read_from_one_text() -> None:
-    found = parse_accesses("8, random(8,4),vote(8+4+2),8,4+2")
+    found = parse_modes("8, random(8,4),vote(8+4+2),8,4+2")
     assert list(map(str, found)) == ["8", "random(8+4)", "vote(8+4+2)", "4+2"]
 
 
 def test_several_together_come_after_single_precisions() -> None:
     given = ["random(8+4)", "8+4", "2", "vote(8+4)", "32+2", "w8a4", "32"]
-    assert sorted_accesses(given) == ["32", "w8a4", "2", "32+2", "8+4", "random(8+4)", "vote(8+4)"]
+    assert sorted_modes(given) == ["32", "w8a4", "2", "32+2", "8+4", "random(8+4)", "vote(8+4)"]
 
 
 def test_mean_is_of_the_logits_and_restores_the_precision() -> None:
@@ -70,7 +70,7 @@ def test_mean_is_of_the_logits_and_restores_the_precision() -> None:
             with at_precision(model, bits):
                 single.append(model(images))
         before = get_precision(model)
-        mean = logits_at(model, parse_access("32+4"))(images)
+        mean = logits_at(model, parse_mode("32+4"))(images)
         assert get_precision(model) == before
         assert torch.equal(logits_at(model, (Precision(4, 4),))(images), single[1])
     assert torch.allclose(mean, (single[0] + single[1]) / 2)
@@ -92,9 +92,7 @@ def test_random_precision_is_drawn_for_each_image_and_repeats_with_its_stream() 
     model, images = make_switchable(), torch.rand(60, 3, 16, 16)
     with frozen_weights(model):
         single = torch.stack(at_each(model, images, (32, 4)))
-        runs = [
-            logits_at(model, parse_access("random(32+4)"), draws=generator(seed, "x"))(images) for seed in (0, 0, 1)
-        ]
+        runs = [logits_at(model, parse_mode("random(32+4)"), draws=generator(seed, "x"))(images) for seed in (0, 0, 1)]
     assert torch.equal(runs[0], runs[1])
     assert not torch.equal(runs[0], runs[2])
     # The size of a batch may change the last bits of a sum.
@@ -127,16 +125,16 @@ class Answers(nn.Module):
 )
 def test_vote_goes_to_most_precisions_and_ties_to_those_of_more_bits(answers: dict[str, int], winner: int) -> None:
     model = Answers(**answers)
-    access = Access(model.switch.allowed, "vote")
-    assert logits_at(model, access)(torch.zeros(2, 3, 4, 4)).argmax(dim=1).tolist() == [winner] * 2
+    mode = InferenceMode(model.switch.allowed, "vote")
+    assert logits_at(model, mode)(torch.zeros(2, 3, 4, 4)).argmax(dim=1).tolist() == [winner] * 2
 
 
 def test_vote_has_no_gradient_to_follow() -> None:
     with pytest.raises(UsageError, match=r"vote\(8\+4\) has no gradient to follow: attack the mean instead, 8\+4"):
-        check_differentiable(parse_access("vote(8+4)"))
-    check_differentiable(parse_access("random(8+4)"))
+        check_differentiable(parse_mode("vote(8+4)"))
+    check_differentiable(parse_mode("random(8+4)"))
 
 
 def test_precision_the_model_lacks_is_refused_at_once() -> None:
     with pytest.raises(UsageError, match=r"no precision 5: it was converted for 8, 4"):
-        logits_at(Reader(), parse_access("8+5"))
+        logits_at(Reader(), parse_mode("8+5"))

@@ -12,7 +12,7 @@ from timm.models import register_model
 from torch import Tensor, nn
 
 from qadtr_brevitas.config import Recipe
-from qadtr_brevitas.training.log import EpochRecord, Observer, StepRecord
+from qadtr_brevitas.training.log import EpochRecord, StepRecord, TrainingObserver
 from qadtr_brevitas.training.loop import train
 
 
@@ -65,7 +65,7 @@ def make_recipe(*, augment: str = "crop-flip", val_share: float = 0.0, **train_k
     )
 
 
-class Recorder(Observer):
+class Recorder(TrainingObserver):
     """Keeps what it is told."""
 
     def __init__(self) -> None:
@@ -83,7 +83,7 @@ class Recorder(Observer):
         self.messages.append(message)
 
 
-class Slow(Observer):
+class Slow(TrainingObserver):
     """Takes its time after every step, so that a run can be killed several times on any machine."""
 
     def on_step(self, record: StepRecord) -> None:

@@ -6,11 +6,11 @@ from qadtr_brevitas.evaluation.report.schema import AttackCell as AttackCell
 from qadtr_brevitas.evaluation.report.schema import CertifiedCell as CertifiedCell
 from qadtr_brevitas.evaluation.report.schema import CleanCell as CleanCell
 from qadtr_brevitas.evaluation.report.schema import DataFacts as DataFacts
+from qadtr_brevitas.evaluation.report.schema import EvaluationReport as EvaluationReport
 from qadtr_brevitas.evaluation.report.schema import ImageAttackFacts as ImageAttackFacts
 from qadtr_brevitas.evaluation.report.schema import ModelFacts as ModelFacts
 from qadtr_brevitas.evaluation.report.schema import PatchFacts as PatchFacts
 from qadtr_brevitas.evaluation.report.schema import Rate as Rate
-from qadtr_brevitas.evaluation.report.schema import Report as Report
 from qadtr_brevitas.evaluation.report.schema import Scope as Scope
 from qadtr_brevitas.evaluation.report.schema import SourceFacts as SourceFacts
 from qadtr_brevitas.evaluation.report.schema import Threat as Threat

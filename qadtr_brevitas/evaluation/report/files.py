@@ -15,7 +15,7 @@ from rich.text import Text
 
 from qadtr_brevitas.core.files import write_atomically, write_json
 from qadtr_brevitas.evaluation.report.layout import Table
-from qadtr_brevitas.evaluation.report.schema import REPORT_FILE, ImageAttackFacts, PatchFacts, Rate, Report
+from qadtr_brevitas.evaluation.report.schema import REPORT_FILE, EvaluationReport, ImageAttackFacts, PatchFacts, Rate
 from qadtr_brevitas.evaluation.report.summaries import tables
 
 MARKDOWN_FILE = "report.md"
@@ -28,7 +28,7 @@ PICTURE_FILES = ("asr.png", "patches.png", "examples-*.png")
 _RATE = ("count", "n", "value", "low", "high")
 
 
-def write_report(report: Report, folder: Path, *, pictures: Sequence[Path] = ()) -> list[Path]:
+def write_report(report: EvaluationReport, folder: Path, *, pictures: Sequence[Path] = ()) -> list[Path]:
     """Writes report.json, report.md, cells.csv, worst_case.csv and, of certifications, certified.csv.
 
     Pictures and tables of an earlier report in the folder that this one does not have are removed.
@@ -58,7 +58,7 @@ def write_report(report: Report, folder: Path, *, pictures: Sequence[Path] = ())
     return [folder / name for name in (REPORT_FILE, *texts)]
 
 
-def markdown(report: Report, *, pictures: Sequence[str] = ()) -> str:
+def markdown(report: EvaluationReport, *, pictures: Sequence[str] = ()) -> str:
     """The whole report as GitHub-flavored Markdown."""
     parts = ["# Attack report", _facts(report)]
     parts += [markdown_table(table) for table in tables(report)]
@@ -92,7 +92,7 @@ def rich_table(table: Table) -> RenderableType:
     return Group(Text(table.title, style="bold"), drawn, *notes, Text())
 
 
-def cells_csv(report: Report) -> str:
+def cells_csv(report: EvaluationReport) -> str:
     """One line for each patch or attack on each model and precision; shares are between 0 and 1."""
     names = ("asr", "asr_all", "untargeted", "clean_accuracy", "robust_accuracy")
     head = ["model", "precision", "attack", "family", "variant", "target", "threat", "source", "source_precision"]
@@ -108,7 +108,7 @@ def cells_csv(report: Report) -> str:
     return _csv(lines)
 
 
-def worst_case_csv(report: Report) -> str:
+def worst_case_csv(report: EvaluationReport) -> str:
     """One line for each model, precision and scope; shares are between 0 and 1."""
     lines: list[list[object]] = [
         ["model", "precision", "scope", "attacks", "mean", *(f"robust_accuracy_{part}" for part in _RATE)]
@@ -119,7 +119,7 @@ def worst_case_csv(report: Report) -> str:
     return _csv(lines)
 
 
-def certified_csv(report: Report) -> str:
+def certified_csv(report: EvaluationReport) -> str:
     """One line for each model, precision and certification; shares are between 0 and 1."""
     names = ("clean_accuracy", "certified_accuracy")
     facts = ("model", "precision", "method", "size", "masks")
@@ -142,7 +142,7 @@ def _remove_earlier(folder: Path, *, keep: Sequence[str]) -> None:
                     file.unlink()
 
 
-def _facts(report: Report) -> str:
+def _facts(report: EvaluationReport) -> str:
     data = report.data
     used = f"{data.images} of {data.available}" if data.images != data.available else f"all {data.images}"
     packages = ", ".join(f"{name} {number}" for name, number in report.versions.items())
@@ -156,12 +156,12 @@ def _facts(report: Report) -> str:
     )
 
 
-def _models(report: Report) -> str:
+def _models(report: EvaluationReport) -> str:
     rows = tuple((m.name, m.architecture, m.source, m.path, m.fingerprint) for m in report.models)
     return markdown_table(Table("Models", ("model", "architecture", "made by", "path", "fingerprint"), rows))
 
 
-def _patches(report: Report) -> str:
+def _patches(report: EvaluationReport) -> str:
     header = ("patch", "attack", "target", "size", "made on", "at", "scored", "settings", "fingerprint")
     rows = tuple(
         (
@@ -180,7 +180,7 @@ def _patches(report: Report) -> str:
     return markdown_table(Table("Patches", header, rows)) if rows else ""
 
 
-def _attacks(report: Report) -> str:
+def _attacks(report: EvaluationReport) -> str:
     header = ("attack", "target", "made on", "at", "settings", "fingerprint")
     rows = tuple(
         (

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from qadtr_brevitas.core.precision import Precision
 from qadtr_brevitas.data.split import Split
-from qadtr_brevitas.evaluation.entries import Contender, Subject
+from qadtr_brevitas.evaluation.entries import LoadedModel, NamedPatch
 from qadtr_brevitas.evaluation.predict import placements
-from qadtr_brevitas.evaluation.report import Report
-from qadtr_brevitas.evaluation.report.plots import Sheet, Tile, draw_asr, draw_patches, draw_sheet
+from qadtr_brevitas.evaluation.report import EvaluationReport
+from qadtr_brevitas.evaluation.report.plots import ImageGrid, Tile, draw_asr, draw_patches, draw_sheet
 from qadtr_brevitas.evaluation.report.views import families
 from qadtr_brevitas.quant import at_precision, frozen_weights
 
@@ -22,9 +22,9 @@ _PATCHES = 120
 
 
 def draw_pictures(
-    report: Report,
-    subjects: Sequence[Subject],
-    patches: Sequence[Contender],
+    report: EvaluationReport,
+    loaded_models: Sequence[LoadedModel],
+    patches: Sequence[NamedPatch],
     split: Split,
     *,
     folder: Path,
@@ -34,7 +34,7 @@ def draw_pictures(
 
     Args:
         report: the finished evaluation of these models and patches.
-        subjects: its models.
+        loaded_models: its models.
         patches: its patches as they were made, without the controls.
         split: its images.
         folder: where to.
@@ -51,48 +51,54 @@ def draw_pictures(
         return drawn
     textures = {c.name: torch.cat([c.patch.texture, c.patch.mask[None].float()]) for c in patches[:_PATCHES]}
     drawn.append(draw_patches(report, textures, folder / "patches.png"))
-    for subject in subjects:
-        own = _own_patches(report, subject, patches)
+    for loaded in loaded_models:
+        own = _own_patches(report, loaded, patches)
         if own:
-            sheet = _examples(report, subject, own, split, device)
-            drawn.append(draw_sheet(sheet, folder / f"examples-{subject.name.replace('/', '-')}.png"))
+            sheet = _examples(report, loaded, own, split, device)
+            drawn.append(draw_sheet(sheet, folder / f"examples-{loaded.name.replace('/', '-')}.png"))
     return drawn
 
 
-def _own_patches(report: Report, subject: Subject, patches: Sequence[Contender]) -> dict[Precision, Contender]:
+def _own_patches(
+    report: EvaluationReport, loaded: LoadedModel, patches: Sequence[NamedPatch]
+) -> dict[Precision, NamedPatch]:
     """The first white-box patch at each precision, all of one family and, if possible, one target."""
-    own: dict[Precision, Contender] = {}
-    by_name = {contender.name: contender for contender in patches}
+    own: dict[Precision, NamedPatch] = {}
+    by_name = {patch_entry.name: patch_entry for patch_entry in patches}
     for cell in report.cells:
-        if cell.model == subject.name and cell.threat == "white-box" and cell.attack in by_name:
+        if cell.model == loaded.name and cell.threat == "white-box" and cell.attack in by_name:
             own.setdefault(Precision.parse(cell.precision), by_name[cell.attack])
     return own
 
 
 def _examples(
-    report: Report, subject: Subject, own: dict[Precision, Contender], split: Split, device: torch.device | str
-) -> Sheet:
+    report: EvaluationReport,
+    loaded: LoadedModel,
+    own: dict[Precision, NamedPatch],
+    split: Split,
+    device: torch.device | str,
+) -> ImageGrid:
     """One image of each of the first classes: not picked by outcome."""
-    targets = {contender.facts.target for contender in own.values()}
+    targets = {patch_entry.facts.target for patch_entry in own.values()}
     classes = [label for label in range(len(split.classes)) if label not in targets]
     first = [(split.labels == label).nonzero().flatten()[:1] for label in classes]
     indices = torch.cat(first)[:_IMAGES]
     images, labels = split.batch(indices, device=device)
     rows: list[list[Tile]] = [[] for _ in indices]
     titles: list[str] = []
-    with torch.no_grad(), frozen_weights(subject.model):
-        for precision, contender in own.items():
-            with at_precision(subject.model, precision):
+    with torch.no_grad(), frozen_weights(loaded.model):
+        for precision, patch_entry in own.items():
+            with at_precision(loaded.model, precision):
                 if not titles:
                     titles.append(f"clean\nat {precision} bit")
-                    _add(rows, images, subject.model(images).argmax(1), labels, None, split)
-                corners = placements(contender.patch, len(split), split.image_size, seed=report.seed)[indices]
-                patched = contender.patch.to(device).apply(images, corners=corners.to(device))
-                _add(rows, patched, subject.model(patched).argmax(1), labels, contender.facts.target, split)
+                    _add(rows, images, loaded.model(images).argmax(1), labels, None, split)
+                corners = placements(patch_entry.patch, len(split), split.image_size, seed=report.seed)[indices]
+                patched = patch_entry.patch.to(device).apply(images, corners=corners.to(device))
+                _add(rows, patched, loaded.model(patched).argmax(1), labels, patch_entry.facts.target, split)
                 titles.append(f"patched\nat {precision} bit")
     aims = ", ".join(sorted(split.classes[target] for target in targets if target is not None))
-    return Sheet(
-        title=f"{subject.name}: white-box patches" + (f" that aim at {aims}" if aims else ""),
+    return ImageGrid(
+        title=f"{loaded.name}: white-box patches" + (f" that aim at {aims}" if aims else ""),
         columns=tuple(titles),
         rows=tuple((split.classes[int(label)], tuple(tiles)) for label, tiles in zip(labels, rows, strict=True)),
         note="Below each image: predicted class. Green: right; red: the target; orange: another wrong class.",

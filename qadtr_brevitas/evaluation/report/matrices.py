@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from qadtr_brevitas.core.precision import FLOAT_BITS
 from qadtr_brevitas.evaluation.metrics import Mean
 from qadtr_brevitas.evaluation.report.layout import Rows, Table, bits, blocks, percent, sizes
-from qadtr_brevitas.evaluation.report.schema import ModelFacts, PatchFacts, Report
+from qadtr_brevitas.evaluation.report.schema import EvaluationReport, ModelFacts, PatchFacts
 from qadtr_brevitas.evaluation.report.views import (
     FLOAT,
     View,
@@ -22,7 +22,7 @@ from qadtr_brevitas.evaluation.report.views import (
 _AS_MADE = "as made"
 
 
-def precision_matrices(report: Report, family: str) -> list[Table]:
+def precision_matrices(report: EvaluationReport, family: str) -> list[Table]:
     """Precision the attack was made at x precision attacked, for each pair of source and attacked model."""
     return [
         _precision_matrix(View(report, model, family), fingerprint, source)
@@ -31,7 +31,7 @@ def precision_matrices(report: Report, family: str) -> list[Table]:
     ]
 
 
-def model_matrix(report: Report, family: str) -> list[Table]:
+def model_matrix(report: EvaluationReport, family: str) -> list[Table]:
     """Model it was made on x model attacked, at the precision attacked, from 32 bit and from means over precisions.
 
     One table with a block for each precision attacked; none where there is one model only.
@@ -49,7 +49,7 @@ def model_matrix(report: Report, family: str) -> list[Table]:
     return [Table(f"{family}: ASR, model to model", header, blocks(found), (note,), labels=2)]
 
 
-def size_tables(report: Report) -> list[Table]:
+def size_tables(report: EvaluationReport) -> list[Table]:
     """ASR against patch size, for each model and each kind of patch that there are several sizes of."""
     groups: dict[str, dict[str, str]] = {}
     for family in families(report):
@@ -64,7 +64,7 @@ def size_tables(report: Report) -> list[Table]:
     ]
 
 
-def variant_tables(report: Report, family: str) -> list[Table]:
+def variant_tables(report: EvaluationReport, family: str) -> list[Table]:
     """ASR of patches that were moved or turned, beside the same patches as they were made, for each model."""
     names = {facts.name for facts in family_members(report, family)}
     found = [patch.variant.label for patch in report.patches if patch.variant and patch.variant.of in names]
@@ -100,7 +100,7 @@ def _model_rows(views: Sequence[View], origins: dict[str, str], precision: str) 
     return rows
 
 
-def _size_table(report: Report, model: ModelFacts, method: str, by_size: dict[str, str]) -> Table:
+def _size_table(report: EvaluationReport, model: ModelFacts, method: str, by_size: dict[str, str]) -> Table:
     views = {size: View(report, model, family) for family, size in by_size.items()}
     smallest_first = dict(sorted(views.items(), key=lambda item: _pixels(report, item[1].family)))
     origins = {key: name for family in by_size for key, name in sources(report, family).items()}
@@ -116,7 +116,7 @@ def _size_table(report: Report, model: ModelFacts, method: str, by_size: dict[st
     )
 
 
-def _variant_table(report: Report, model: ModelFacts, family: str, labels: Sequence[str]) -> Table:
+def _variant_table(report: EvaluationReport, model: ModelFacts, family: str, labels: Sequence[str]) -> Table:
     views = {_AS_MADE: View(report, model, family)}
     views |= {label: View(report, model, family, label) for label in labels}
     header = ("made", "scored", *map(bits, attacked_precisions(report)))
@@ -159,7 +159,7 @@ def _asr_note(model: ModelFacts) -> str:
     )
 
 
-def _pixels(report: Report, family: str) -> int:
+def _pixels(report: EvaluationReport, family: str) -> int:
     first = family_members(report, family)[0]
     assert isinstance(first, PatchFacts)
     return first.pixels

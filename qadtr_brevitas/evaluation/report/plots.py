@@ -17,9 +17,9 @@ from torch import Tensor
 
 from qadtr_brevitas.core.files import write_atomically
 from qadtr_brevitas.evaluation.metrics import Mean
-from qadtr_brevitas.evaluation.report import PatchFacts, Report
+from qadtr_brevitas.evaluation.report import EvaluationReport, PatchFacts
 from qadtr_brevitas.evaluation.report.views import FLOAT, View, attacked_precisions, families
-from qadtr_brevitas.quant.inference import sorted_accesses
+from qadtr_brevitas.quant.inference import sorted_modes
 
 # Okabe and Ito's colors, which color-blind readers tell apart.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -78,7 +78,7 @@ class Tile:
 
 
 @dataclass(frozen=True)
-class Sheet:
+class ImageGrid:
     """Small pictures in labeled rows under column titles; None leaves a place empty."""
 
     title: str
@@ -87,7 +87,7 @@ class Sheet:
     note: str = ""
 
 
-def draw_asr(report: Report, path: Path) -> Path:
+def draw_asr(report: EvaluationReport, path: Path) -> Path:
     """Draws ASR against precision, a panel for each kind of attack.
 
     Each model has a curve for attacks made at the precision attacked, those made at 32 bit, those made on means
@@ -143,7 +143,7 @@ def draw_asr(report: Report, path: Path) -> Path:
     return save_figure(figure, path)
 
 
-def draw_patches(report: Report, textures: dict[str, Tensor], path: Path) -> Path:
+def draw_patches(report: EvaluationReport, textures: dict[str, Tensor], path: Path) -> Path:
     """Draws the patches, a row for each model and target and a column for each precision they were made at.
 
     Patches that were all made at one precision have a column for each target instead.
@@ -157,7 +157,7 @@ def draw_patches(report: Report, textures: dict[str, Tensor], path: Path) -> Pat
         CheckpointError: the file cannot be written.
     """
     shown = [patch for patch in report.patches if patch.name in textures]
-    precisions = sorted_accesses({patch.source.precision for patch in shown if patch.source})
+    precisions = sorted_modes({patch.source.precision for patch in shown if patch.source})
     # A single column of pictures would be as long as there are patches.
     by_aim = len(precisions) < 2
     columns = list(dict.fromkeys(_aim(patch, report) for patch in shown)) if by_aim else precisions
@@ -170,7 +170,7 @@ def draw_patches(report: Report, textures: dict[str, Tensor], path: Path) -> Pat
         column = _aim(patch, report) if by_aim else patch.source.precision if patch.source else columns[0]
         tiles[columns.index(column)] = Tile(textures[patch.name])
     made = f"made at {precisions[0]} bit, by what they aim at" if precisions else "by what they aim at"
-    sheet = Sheet(
+    sheet = ImageGrid(
         title=f"Patches {made}" if by_aim else "Patches, by the precision they were made at",
         columns=tuple(column if by_aim else f"{column} bit" for column in columns),
         rows=tuple((label, tuple(tiles)) for label, tiles in rows.items()),
@@ -178,7 +178,7 @@ def draw_patches(report: Report, textures: dict[str, Tensor], path: Path) -> Pat
     return draw_sheet(sheet, path)
 
 
-def draw_sheet(sheet: Sheet, path: Path) -> Path:
+def draw_sheet(sheet: ImageGrid, path: Path) -> Path:
     """Draws small pictures in labeled rows, enlarged without smoothing.
 
     Raises:
@@ -239,5 +239,5 @@ def _precision_axis(axes: Axes, columns: Sequence[str]) -> None:
     tidy(axes)
 
 
-def _aim(patch: PatchFacts, report: Report) -> str:
+def _aim(patch: PatchFacts, report: EvaluationReport) -> str:
     return "any wrong class" if patch.target is None else report.data.classes[patch.target]

@@ -7,12 +7,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from qadtr_brevitas import __version__
+from qadtr_brevitas.core.document import Document
 from qadtr_brevitas.core.errors import CheckpointError
 from qadtr_brevitas.core.files import read_json
-from qadtr_brevitas.evaluation.metrics import Score, Share
+from qadtr_brevitas.evaluation.metrics import Proportion, Score
 
 SCHEMA_VERSION = 3
 # Reports of version 2 have no certifications, and nothing else is different.
@@ -26,11 +27,7 @@ Scope = Literal["own", "all"]
 """Attacks made on the attacked model (threats white-box and eot), or these and all that were transferred."""
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Rate(_Part):
+class Rate(Document):
     """A share of images, its denominator and its 95 % Wilson interval; `value` is null where `n` is 0."""
 
     count: int
@@ -40,18 +37,18 @@ class Rate(_Part):
     high: float
 
     @classmethod
-    def of(cls, share: Share) -> Rate:
+    def of(cls, share: Proportion) -> Rate:
         """The rate that a counted share stands for."""
         low, high = share.interval
         return cls(count=share.count, n=share.n, value=share.value, low=low, high=high)
 
     @property
-    def share(self) -> Share:
+    def share(self) -> Proportion:
         """The counts alone."""
-        return Share(self.count, self.n)
+        return Proportion(self.count, self.n)
 
 
-class DataFacts(_Part):
+class DataFacts(Document):
     """The images the figures are of."""
 
     name: str
@@ -64,7 +61,7 @@ class DataFacts(_Part):
     fingerprint: str
 
 
-class ModelFacts(_Part):
+class ModelFacts(Document):
     """One evaluated model; `name` is unique in the report, `fingerprint` says which weights it was."""
 
     name: str
@@ -76,7 +73,7 @@ class ModelFacts(_Part):
     precisions: tuple[str, ...]
 
 
-class SourceFacts(_Part):
+class SourceFacts(Document):
     """The model that an attack was made on, and the precision, or the mean over precisions as `8+4+2`."""
 
     name: str
@@ -84,7 +81,7 @@ class SourceFacts(_Part):
     precision: str
 
 
-class VariantFacts(_Part):
+class VariantFacts(Document):
     """How a patch was moved or turned before it was scored.
 
     `of` is the name of the patch as it was made, `at` the fixed place it was put at (null: its own), `shift` the pixels
@@ -107,7 +104,7 @@ class VariantFacts(_Part):
         return " ".join(filter(None, words)) or "as made"
 
 
-class PatchFacts(_Part):
+class PatchFacts(Document):
     """One patch; `name` is unique in the report, and `geometry` the same for patches of one size, shape and place.
 
     `apart` says how it was made differently from others of its attack and size in the report. `source` is null where it
@@ -154,7 +151,7 @@ class PatchFacts(_Part):
         return " ".join(part for part in parts if part)
 
 
-class ImageAttackFacts(_Part):
+class ImageAttackFacts(Document):
     """One attack on every image by itself; `name` is unique among patches and attacks.
 
     `family` is what attacks that may be averaged over have in common: the attack and its settings, but for the target.
@@ -171,7 +168,7 @@ class ImageAttackFacts(_Part):
     source: SourceFacts
 
 
-class CleanCell(_Part):
+class CleanCell(Document):
     """Accuracy of one model at one precision without an attack."""
 
     model: str
@@ -179,7 +176,7 @@ class CleanCell(_Part):
     accuracy: Rate
 
 
-class AttackCell(_Part):
+class AttackCell(Document):
     """One patch or attack on one model at one precision, scored for one target (null: any wrong class)."""
 
     model: str
@@ -202,7 +199,7 @@ class AttackCell(_Part):
         return cls(model=model, precision=precision, attack=attack, target=target, threat=threat, **rates)
 
 
-class WorstCase(_Part):
+class WorstCase(Document):
     """What all attacks together leave of one model at one precision; controls and moved patches are left out.
 
     `robust_accuracy` counts the images that are right clean and under every one of the attacks; `mean` is the mean of
@@ -217,7 +214,7 @@ class WorstCase(_Part):
     robust_accuracy: Rate
 
 
-class CertifiedCell(_Part):
+class CertifiedCell(Document):
     """What double masking (PatchCleanser) predicts and proves for one model at one precision.
 
     `size` is the side of the patch in pixels, `masks` the number of masks. `clean_accuracy` is that of the defended
@@ -234,7 +231,7 @@ class CertifiedCell(_Part):
     certified_accuracy: Rate
 
 
-class Report(_Part):
+class EvaluationReport(Document):
     """Everything one evaluation found, and everything needed to redo it."""
 
     schema_version: Annotated[int, Field(ge=1)] = SCHEMA_VERSION
@@ -261,7 +258,7 @@ class Report(_Part):
         return {attack.name: attack for attack in (*self.patches, *self.attacks)}
 
 
-def read_report(path: Path) -> Report:
+def read_report(path: Path) -> EvaluationReport:
     """Reads `report.json`, given the file or the folder that holds it.
 
     Raises:
@@ -274,7 +271,7 @@ def read_report(path: Path) -> Report:
     found = content.get("schema_version") if isinstance(content, dict) else None
     try:
         if found in _READABLE:
-            return Report.model_validate_json(file.read_bytes())
+            return EvaluationReport.model_validate_json(file.read_bytes())
     except ValidationError as error:
         raise CheckpointError(f"{file} is damaged: make it anew with `qadtr-brevitas evaluate`") from error
     raise CheckpointError(

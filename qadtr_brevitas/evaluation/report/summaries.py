@@ -19,7 +19,7 @@ from qadtr_brevitas.evaluation.report.layout import (
     sizes,
 )
 from qadtr_brevitas.evaluation.report.matrices import model_matrix, precision_matrices, size_tables, variant_tables
-from qadtr_brevitas.evaluation.report.schema import Report, Scope, WorstCase
+from qadtr_brevitas.evaluation.report.schema import EvaluationReport, Scope, WorstCase
 from qadtr_brevitas.evaluation.report.views import FLOAT, View, attacked_precisions, families, targets_note
 
 ASR_NOTE = (
@@ -37,14 +37,14 @@ WORST_NOTE = (
 )
 
 
-def summary_tables(report: Report) -> list[Table]:
+def summary_tables(report: EvaluationReport) -> list[Table]:
     """What compares models: what attacks do at each precision, and what all of them together leave."""
     found = [summary_table(report, family) for family in families(report)]
     found += [worst_case_table(report)] if report.worst_case else []
     return [*found, certified_table(report)] if report.certified else found
 
 
-def summary_table(report: Report, family: str) -> Table:
+def summary_table(report: EvaluationReport, family: str) -> Table:
     """One block for each model: what it gets right, and what the attacks do to it at each precision."""
     return Table(
         f"{family}: clean accuracy and ASR at each precision",
@@ -55,7 +55,7 @@ def summary_table(report: Report, family: str) -> Table:
     )
 
 
-def attacks_table(report: Report) -> Table:
+def attacks_table(report: EvaluationReport) -> Table:
     """Every kind of attack on one line: what it does to the model and precision it was made on."""
     columns = attacked_precisions(report)
     found: list[tuple[str, Rows]] = []
@@ -67,14 +67,14 @@ def attacks_table(report: Report) -> Table:
     return Table(title, _header(report), blocks(found), notes, labels=2)
 
 
-def clean_table(report: Report) -> Table:
+def clean_table(report: EvaluationReport) -> Table:
     """Accuracy without an attack, with its interval."""
     n, available = report.data.images, report.data.available
     note = f"Percent of n = {n} test images" + ("." if n == available else f" (of {available}).")
     return Table("Clean accuracy", _header(report), _model_blocks(report, "", _clean), (note,), labels=2)
 
 
-def white_box_table(report: Report, family: str) -> Table:
+def white_box_table(report: EvaluationReport, family: str) -> Table:
     """Attacks against the model and precision they were made on, with every figure that belongs to an ASR."""
     notes = (
         _images_note(report),
@@ -87,7 +87,7 @@ def white_box_table(report: Report, family: str) -> Table:
     return Table(title, _header(report), _model_blocks(report, family, _white_box), notes, labels=2)
 
 
-def worst_case_table(report: Report) -> Table:
+def worst_case_table(report: EvaluationReport) -> Table:
     """Robust accuracy under all attacks together, beside their mean."""
     return Table(
         "Robust accuracy under all attacks together",
@@ -98,7 +98,7 @@ def worst_case_table(report: Report) -> Table:
     )
 
 
-def certified_table(report: Report) -> Table:
+def certified_table(report: EvaluationReport) -> Table:
     """What is proved at each precision, beside what the defense costs."""
     notes = (
         f"In percent of n = {report.data.images} test images.",
@@ -110,25 +110,25 @@ def certified_table(report: Report) -> Table:
     )
 
 
-def _images_note(report: Report) -> str:
+def _images_note(report: EvaluationReport) -> str:
     return (
         "In percent. Clean accuracy, ASR over all images and robust accuracy (correct with and without the attack) are "
         f"shares of n = {report.data.images} test images."
     )
 
 
-def _header(report: Report) -> tuple[str, ...]:
+def _header(report: EvaluationReport) -> tuple[str, ...]:
     return "model", "", *map(bits, attacked_precisions(report))
 
 
 def _model_blocks(
-    report: Report, family: str, figures: Callable[[View, Sequence[str]], Rows]
+    report: EvaluationReport, family: str, figures: Callable[[View, Sequence[str]], Rows]
 ) -> tuple[tuple[str, ...] | None, ...]:
     columns = attacked_precisions(report)
     return blocks((model.name, figures(View(report, model, family), columns)) for model in report.models)
 
 
-def _seed_note(report: Report, family: str) -> str:
+def _seed_note(report: EvaluationReport, family: str) -> str:
     return f"Targets: {targets_note(report, family)}. Seed {report.seed}."
 
 
@@ -211,7 +211,7 @@ def _worst_case_rows(label: str, cases: Sequence[WorstCase | None]) -> dict[str,
     }
 
 
-def tables(report: Report) -> list[Table]:
+def tables(report: EvaluationReport) -> list[Table]:
     """All tables, the ones to read first in front."""
     found = [*_comparison(report), clean_table(report)]
     for family in families(report):
@@ -220,13 +220,13 @@ def tables(report: Report) -> list[Table]:
     return found
 
 
-def terminal_tables(report: Report) -> list[Table]:
+def terminal_tables(report: EvaluationReport) -> list[Table]:
     """The tables worth a screen: all of one model under one or two kinds of attack, else what compares."""
     count = len(families(report))
     return _comparison(report) if count > 2 or (count and len(report.models) > 1) else tables(report)
 
 
-def _comparison(report: Report) -> list[Table]:
+def _comparison(report: EvaluationReport) -> list[Table]:
     found = [attacks_table(report)] if len(families(report)) > 1 else []
     found += [summary_table(report, family) for family in families(report)]
     found += [worst_case_table(report)] if report.worst_case else []

@@ -13,8 +13,15 @@ from functools import cached_property
 from typing import Any, TypeAlias
 
 from qadtr_brevitas.evaluation.metrics import Mean, mean
-from qadtr_brevitas.evaluation.report.schema import AttackCell, ImageAttackFacts, ModelFacts, PatchFacts, Rate, Report
-from qadtr_brevitas.quant.inference import sorted_accesses
+from qadtr_brevitas.evaluation.report.schema import (
+    AttackCell,
+    EvaluationReport,
+    ImageAttackFacts,
+    ModelFacts,
+    PatchFacts,
+    Rate,
+)
+from qadtr_brevitas.quant.inference import sorted_modes
 
 FLOAT = "32"
 
@@ -35,7 +42,7 @@ class View:
         variant: how its patches were moved or turned, in words; None for patches as they were made.
     """
 
-    report: Report
+    report: EvaluationReport
     model: ModelFacts
     family: str
     variant: str | None = None
@@ -101,13 +108,13 @@ class View:
         return [cell for cell in self.report.cells if (cell.model, cell.precision) == where]
 
 
-def families(report: Report) -> list[str]:
+def families(report: EvaluationReport) -> list[str]:
     """The kinds of patches, then of attacks, that tables average over, in the order of the report."""
     patches = [patch.family for patch in report.patches if not patch.control and not patch.variant]
     return list(dict.fromkeys([*patches, *(attack.family for attack in report.attacks)]))
 
 
-def family_members(report: Report, family: str) -> list[_Facts]:
+def family_members(report: EvaluationReport, family: str) -> list[_Facts]:
     """The patches as they were made, and the attacks, of a family."""
     return [
         facts
@@ -116,25 +123,25 @@ def family_members(report: Report, family: str) -> list[_Facts]:
     ]
 
 
-def sources(report: Report, family: str) -> dict[str, str]:
+def sources(report: EvaluationReport, family: str) -> dict[str, str]:
     """Fingerprints of the models that a family was made on, and what to call them."""
     names = {model.fingerprint: model.name for model in reversed(report.models)}
     found = [facts.source for facts in family_members(report, family) if facts.source]
     return {source.fingerprint: names.get(source.fingerprint, source.name) for source in found}
 
 
-def source_precisions(report: Report, family: str, fingerprint: str) -> list[str]:
+def source_precisions(report: EvaluationReport, family: str, fingerprint: str) -> list[str]:
     """The precisions, and means over them, that a family was made at on a model; from many bits to few."""
     found = [facts.source for facts in family_members(report, family) if facts.source]
-    return sorted_accesses({source.precision for source in found if source.fingerprint == fingerprint})
+    return sorted_modes({source.precision for source in found if source.fingerprint == fingerprint})
 
 
-def attacked_precisions(report: Report) -> list[str]:
+def attacked_precisions(report: EvaluationReport) -> list[str]:
     """Every precision that some model was attacked at, highest first."""
-    return sorted_accesses({precision for model in report.models for precision in model.precisions})
+    return sorted_modes({precision for model in report.models for precision in model.precisions})
 
 
-def targets_note(report: Report, family: str) -> str:
+def targets_note(report: EvaluationReport, family: str) -> str:
     """Target classes of a family, by number and name."""
     numbers = sorted({facts.target for facts in family_members(report, family) if facts.target is not None})
     classes = report.data.classes
@@ -153,7 +160,7 @@ def _mean(cells: Sequence[AttackCell], what: Figure | None = None) -> Mean | Non
 _SAID_OTHERWISE = ("target",)
 
 
-def told_apart(patches: Sequence[PatchFacts]) -> tuple[PatchFacts, ...]:
+def disambiguate_patches(patches: Sequence[PatchFacts]) -> tuple[PatchFacts, ...]:
     """The patches, those of one attack and size each with the settings in which they differ, but for the target.
 
     A mean of patches from pictures and from noise, say, would be a figure of neither. Random patches and moved ones

@@ -10,19 +10,19 @@ from pathlib import Path
 
 import torch
 
-from qadtr_brevitas.evaluation.entries import Subject
+from qadtr_brevitas.core.progress import Progress
+from qadtr_brevitas.evaluation.entries import LoadedModel
 from qadtr_brevitas.reproduce.analyses.base import Analysis as Analysis
 from qadtr_brevitas.reproduce.analyses.base import AnalysisData as AnalysisData
 from qadtr_brevitas.reproduce.analyses.base import Findings as Findings
 from qadtr_brevitas.reproduce.analyses.base import Picture as Picture
-from qadtr_brevitas.reproduce.analyses.base import Progress as Progress
 from qadtr_brevitas.reproduce.analyses.base import Record as Record
 from qadtr_brevitas.reproduce.analyses.run import run
 
 
 def run_analysis(
     analysis: Analysis,
-    models: Sequence[Subject],
+    models: Sequence[LoadedModel],
     data: AnalysisData,
     output: Path,
     *,

@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol
 
 import torch
 
 from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.core.precision import Precision
+from qadtr_brevitas.core.progress import Progress
 from qadtr_brevitas.data.split import Split
-from qadtr_brevitas.evaluation.entries import Subject
+from qadtr_brevitas.evaluation.entries import LoadedModel
 from qadtr_brevitas.evaluation.report.layout import Table
 from qadtr_brevitas.quant import allowed_precisions
 
-Progress: TypeAlias = Callable[[int, int, str], object]
 """Is told finished parts, all parts, and what the last one was."""
 
 
@@ -50,11 +50,11 @@ class AnalysisData:
 
 
 @dataclass(frozen=True)
-class Context:
+class AnalysisContext:
     """What every analysis gets.
 
     Args:
-        subjects: the models, on the device and in eval mode.
+        loaded_models: the models, on the device and in eval mode.
         data: the images.
         output: folder of its own, for cells, patches and pictures.
         seed: of placements, attacks and whatever else is drawn.
@@ -63,7 +63,7 @@ class Context:
         progress: told how far it is.
     """
 
-    subjects: Sequence[Subject]
+    loaded_models: Sequence[LoadedModel]
     data: AnalysisData
     output: Path
     seed: int
@@ -71,9 +71,9 @@ class Context:
     batch_size: int
     progress: Progress
 
-    def precisions(self, subject: Subject) -> list[Precision]:
+    def precisions(self, loaded: LoadedModel) -> list[Precision]:
         """The precisions of a model, from many bits to few; the first one is what the others are compared with."""
-        return sorted(allowed_precisions(subject.model), reverse=True)
+        return sorted(allowed_precisions(loaded.model), reverse=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +134,6 @@ class Findings:
 class Analysis(Protocol):
     """A plug-in that measures something on models."""
 
-    def run(self, context: Context) -> Findings:
+    def run(self, context: AnalysisContext) -> Findings:
         """Measures, and draws pictures into the output folder."""
         ...

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from qadtr_brevitas.evaluation.report.layout import EMPTY, Table, bits
 from qadtr_brevitas.evaluation.report.plots import COLORS, new_figure, save_figure, tidy
-from qadtr_brevitas.quant.inference import sorted_accesses
+from qadtr_brevitas.quant.inference import sorted_modes
 from qadtr_brevitas.reproduce.analyses.base import Record
 
 _DASHES = ("-", "--", "-.", ":")
@@ -200,7 +200,7 @@ def by_precision(
         notes: below the table.
     """
     shown = [record for record in records if record.what == what]
-    columns = sorted_accesses({record.precision for record in shown})
+    columns = sorted_modes({record.precision for record in shown})
     cells: dict[tuple[str, ...], dict[str, str]] = {}
     for record in shown:
         line = (record.model, *(str(record.facets.get(name, "")) for name in facets))

@@ -8,8 +8,9 @@ from io import StringIO
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
+from qadtr_brevitas.core.document import Document
 from qadtr_brevitas.core.errors import CheckpointError
 from qadtr_brevitas.core.files import read_json, write_atomically, write_json
 from qadtr_brevitas.evaluation.report import DataFacts, ModelFacts
@@ -25,11 +26,7 @@ _FIXED = ("model", "precision")
 _VALUES = ("what", "value", "low", "high", "n")
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class RecordFacts(_Part):
+class RecordFacts(Document):
     """One number; the fields are those of `Record`."""
 
     model: str
@@ -42,7 +39,7 @@ class RecordFacts(_Part):
     facets: dict[str, Any] = {}
 
 
-class TableFacts(_Part):
+class TableFacts(Document):
     """One table; the fields are those of `Table`."""
 
     title: str
@@ -56,14 +53,14 @@ class TableFacts(_Part):
         return Table(self.title, self.header, self.rows, self.notes, self.labels)
 
 
-class PictureFacts(_Part):
+class PictureFacts(Document):
     """A PNG beside analysis.json."""
 
     file: str
     caption: str
 
 
-class AnalysisReport(_Part):
+class AnalysisReport(Document):
     """What `analysis.json` holds.
 
     `made_of` is the same for the same models, images, settings, finished patches, seed and release; `train` is the

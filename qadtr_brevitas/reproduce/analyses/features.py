@@ -22,10 +22,10 @@ from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.core.plugin import Field, plugin
 from qadtr_brevitas.core.precision import Precision
 from qadtr_brevitas.core.registry import ATTACKS
-from qadtr_brevitas.evaluation.entries import Subject
-from qadtr_brevitas.evaluation.report.plots import Sheet, Tile, draw_sheet
+from qadtr_brevitas.evaluation.entries import LoadedModel
+from qadtr_brevitas.evaluation.report.plots import ImageGrid, Tile, draw_sheet
 from qadtr_brevitas.quant import SwitchableModel, at_precision
-from qadtr_brevitas.reproduce.analyses.base import Context, Findings, Picture, Record
+from qadtr_brevitas.reproduce.analyses.base import AnalysisContext, Findings, Picture, Record
 from qadtr_brevitas.reproduce.analyses.charts import by_precision, decimals, heat
 from qadtr_brevitas.reproduce.analyses.gradients import Average, cosines
 from qadtr_brevitas.reproduce.analyses.patches import float_patches, put_on
@@ -51,7 +51,7 @@ class Features:
     ] = ()
     images: Annotated[int, Field(ge=1, description="at most so many test images, class-balanced")] = 64
 
-    def run(self, context: Context) -> Findings:
+    def run(self, context: AnalysisContext) -> Findings:
         """Measures, and draws features-MODEL.png for each model."""
         return run(self, context)
 
@@ -178,24 +178,22 @@ class _Maps:
         return _Maps(*({name: output[:1] for name, output in part.items()} for part in (self.clean, self.patched)))
 
 
-def run(analysis: Features, context: Context) -> Findings:
+def run(analysis: Features, context: AnalysisContext) -> Findings:
     """As `Features.run` says."""
     # A layer that is not there is told before patches are made.
-    chosen = {s.name: choose_layers(s.model, analysis.layers, of=f"model {s.name}") for s in context.subjects}
+    chosen = {s.name: choose_layers(s.model, analysis.layers, of=f"model {s.name}") for s in context.loaded_models}
     split = context.data.test.limited(analysis.images, seed=context.seed)
     images, _ = split.batch(torch.arange(len(split)), device=context.device)
     records: list[Record] = []
     pictures: list[Picture] = []
-    for number, subject in enumerate(context.subjects):
-        context.progress(number, len(context.subjects), subject.name)
-        patches = float_patches(
-            context, subject, [analysis.attack], finished=analysis.patches, targets=analysis.targets
-        )
+    for number, loaded in enumerate(context.loaded_models):
+        context.progress(number, len(context.loaded_models), loaded.name)
+        patches = float_patches(context, loaded, [analysis.attack], finished=analysis.patches, targets=analysis.targets)
         found, maps = _measure(
-            context, subject, chosen[subject.name], *put_on(patches, images, seed=context.seed), images
+            context, loaded, chosen[loaded.name], *put_on(patches, images, seed=context.seed), images
         )
         records += found
-        pictures.append(_draw(context, subject, maps))
+        pictures.append(_draw(context, loaded, maps))
     return Findings(
         title="Feature maps with and without a patch",
         records=records,
@@ -208,8 +206,8 @@ def run(analysis: Features, context: Context) -> Findings:
 
 
 def _measure(
-    context: Context,
-    subject: Subject,
+    context: AnalysisContext,
+    loaded: LoadedModel,
     layers: dict[str, nn.Module],
     patched: Tensor,
     covered: Tensor,
@@ -220,21 +218,21 @@ def _measure(
     drawn: dict[Precision, _Maps] = {}
     # In portions: maps of all images and precisions together may be larger than the memory.
     for part in torch.arange(len(images), device=images.device).split(context.batch_size):
-        maps = {p: _maps(subject, p, layers, images[part], patched[part]) for p in context.precisions(subject)}
+        maps = {p: _maps(loaded, p, layers, images[part], patched[part]) for p in context.precisions(loaded)}
         drawn = drawn or {precision: found.first() for precision, found in maps.items()}
         for where, found in _compare(maps, covered[part]):
             values.setdefault(where, []).append(found)
-    records = [_record(subject.name, *where, torch.cat(found)) for where, found in values.items()]
+    records = [_record(loaded.name, *where, torch.cat(found)) for where, found in values.items()]
     return records, drawn
 
 
 def _maps(
-    subject: Subject, precision: Precision, layers: dict[str, nn.Module], images: Tensor, patched: Tensor
+    loaded: LoadedModel, precision: Precision, layers: dict[str, nn.Module], images: Tensor, patched: Tensor
 ) -> _Maps:
-    with torch.no_grad(), at_precision(subject.model, precision), recorded(layers) as outputs:
-        subject.model(images)
+    with torch.no_grad(), at_precision(loaded.model, precision), recorded(layers) as outputs:
+        loaded.model(images)
         clean = dict(outputs)
-        subject.model(patched)
+        loaded.model(patched)
         return _Maps(clean, dict(outputs))
 
 
@@ -266,19 +264,19 @@ def _record(model: str, precision: Precision, layer: str, what: str, values: Ten
     )
 
 
-def _draw(context: Context, subject: Subject, maps: dict[Precision, _Maps]) -> Picture:
+def _draw(context: AnalysisContext, loaded: LoadedModel, maps: dict[Precision, _Maps]) -> Picture:
     """The first image's maps; every layer has one scale, so that precisions can be compared by eye."""
     layers = list(next(iter(maps.values())).clean)
     rows = [row for layer in layers for row in _rows(layer, list(maps.values()))]
-    file = f"features-{subject.name.replace('/', '-')}.png"
-    sheet = Sheet(
-        title=f"{subject.name}: feature maps of one image",
+    file = f"features-{loaded.name.replace('/', '-')}.png"
+    sheet = ImageGrid(
+        title=f"{loaded.name}: feature maps of one image",
         columns=tuple(f"{precision} bit" for precision in maps),
         rows=tuple(rows),
         note="Mean size over channels; the brightest color is the largest value of the layer.",
     )
     draw_sheet(sheet, context.output / file)
-    return Picture(file, f"Feature maps of the first image in {subject.name}, clean and patched, at each precision.")
+    return Picture(file, f"Feature maps of the first image in {loaded.name}, clean and patched, at each precision.")
 
 
 def _rows(layer: str, maps: Sequence[_Maps]) -> Iterator[tuple[str, tuple[Tile, ...]]]:

@@ -19,11 +19,11 @@ from qadtr_brevitas.config.slots import Slot, slot_name
 from qadtr_brevitas.core.plugin import Field, plugin
 from qadtr_brevitas.core.precision import Precision
 from qadtr_brevitas.core.registry import ATTACKS
-from qadtr_brevitas.evaluation.entries import Subject
+from qadtr_brevitas.evaluation.entries import LoadedModel
 from qadtr_brevitas.evaluation.image_attacks import NamedAttack, SourcedAttack
-from qadtr_brevitas.evaluation.report.plots import Sheet, Tile, draw_sheet
-from qadtr_brevitas.quant.inference import logits_at, parse_access
-from qadtr_brevitas.reproduce.analyses.base import Context, Findings, Picture, Record
+from qadtr_brevitas.evaluation.report.plots import ImageGrid, Tile, draw_sheet
+from qadtr_brevitas.quant.inference import logits_at, parse_mode
+from qadtr_brevitas.reproduce.analyses.base import AnalysisContext, Findings, Picture, Record
 from qadtr_brevitas.reproduce.analyses.charts import Curve, Point, by_precision, decimals, draw_curves, heat
 from qadtr_brevitas.reproduce.analyses.patches import float_patches, put_on
 
@@ -49,7 +49,7 @@ class Gradients:
     pixel: Annotated[Any, Slot(ATTACKS), Field(description="attack on every pixel")] = "pgd"
     images: Annotated[int, Field(ge=1, description="at most so many test images, class-balanced")] = 200
 
-    def run(self, context: Context) -> Findings:
+    def run(self, context: AnalysisContext) -> Findings:
         """Measures, and draws gradients.png and cosine.png."""
         return run(self, context)
 
@@ -89,7 +89,7 @@ def input_gradients(
         labels: (N,).
         batch_size: images in one pass.
     """
-    logits = logits_at(model, parse_access(precision))
+    logits = logits_at(model, parse_mode(precision))
     parts: list[Tensor] = []
     for some, truth in zip(images.split(batch_size), labels.split(batch_size), strict=True):
         inputs = some.detach().clone().requires_grad_(True)
@@ -135,7 +135,7 @@ _NOTE = (
 
 
 @dataclass(frozen=True)
-class _Scene:
+class _AttackedImages:
     """Attacked images, and the pixels to compare gradients on."""
 
     attack: str
@@ -144,24 +144,24 @@ class _Scene:
     regions: dict[str, Tensor]
 
 
-def run(analysis: Gradients, context: Context) -> Findings:
+def run(analysis: Gradients, context: AnalysisContext) -> Findings:
     """As `Gradients.run` says."""
     split = context.data.test.limited(analysis.images, seed=context.seed)
     images, labels = split.batch(torch.arange(len(split)), device=context.device)
     records: list[Record] = []
     rows: list[tuple[str, tuple[Tile | None, ...]]] = []
-    for number, subject in enumerate(context.subjects):
-        precisions = context.precisions(subject)
-        scenes = list(_scenes(analysis, context, subject, precisions[0], images, labels))
+    for number, loaded in enumerate(context.loaded_models):
+        precisions = context.precisions(loaded)
+        scenes = list(_scenes(analysis, context, loaded, precisions[0], images, labels))
         for part, scene in enumerate(scenes):
-            context.progress(number * len(scenes) + part, len(context.subjects) * len(scenes), f"{subject.name}")
+            context.progress(number * len(scenes) + part, len(context.loaded_models) * len(scenes), f"{loaded.name}")
             found = {
-                p: input_gradients(subject.model, p, scene.images, labels, batch_size=context.batch_size)
+                p: input_gradients(loaded.model, p, scene.images, labels, batch_size=context.batch_size)
                 for p in precisions
             }
-            records += _records(subject.name, scene, found, precisions)
-            rows.append(_row(subject.name, scene, found, precisions))
-    columns = max((context.precisions(subject) for subject in context.subjects), key=len)
+            records += _records(loaded.name, scene, found, precisions)
+            rows.append(_row(loaded.name, scene, found, precisions))
+    columns = max((context.precisions(loaded) for loaded in context.loaded_models), key=len)
     reference = str(columns[0])
     pictures = [
         _draw_maps(context, rows, columns),
@@ -183,16 +183,21 @@ def run(analysis: Gradients, context: Context) -> Findings:
 
 
 def _scenes(
-    analysis: Gradients, context: Context, subject: Subject, reference: Precision, images: Tensor, labels: Tensor
-) -> Iterator[_Scene]:
+    analysis: Gradients,
+    context: AnalysisContext,
+    loaded: LoadedModel,
+    reference: Precision,
+    images: Tensor,
+    labels: Tensor,
+) -> Iterator[_AttackedImages]:
     """The images under each attack."""
-    patches = float_patches(context, subject, [analysis.attack], finished=analysis.patches, targets=analysis.targets)
+    patches = float_patches(context, loaded, [analysis.attack], finished=analysis.patches, targets=analysis.targets)
     patched, covered = put_on(patches, images, seed=context.seed)
     whole = torch.ones_like(covered)
     name = ", ".join(dict.fromkeys(patch.facts.family for patch in patches))
-    yield _Scene(name, "patch", patched, {"patch": covered, "image": whole, "zeros around the patch": covered})
+    yield _AttackedImages(name, "patch", patched, {"patch": covered, "image": whole, "zeros around the patch": covered})
     pixel = NamedAttack(slot_name(analysis.pixel), analysis.pixel)
-    source = SourcedAttack(pixel, subject, parse_access(reference))
+    source = SourcedAttack(pixel, loaded, parse_mode(reference))
     parts = torch.arange(len(images)).split(context.batch_size)
     made = torch.cat(
         [
@@ -200,11 +205,11 @@ def _scenes(
             for part in parts
         ]
     )
-    yield _Scene(pixel.family, "pixel", made, {"patch": covered, "image": whole})
+    yield _AttackedImages(pixel.family, "pixel", made, {"patch": covered, "image": whole})
 
 
 def _records(
-    model: str, scene: _Scene, found: dict[Precision, Tensor], precisions: Sequence[Precision]
+    model: str, scene: _AttackedImages, found: dict[Precision, Tensor], precisions: Sequence[Precision]
 ) -> Iterator[Record]:
     reference = found[precisions[0]]
     for precision in precisions[1:]:
@@ -228,7 +233,7 @@ def _fields(average: Average) -> dict[str, Any]:
 
 
 def _row(
-    model: str, scene: _Scene, found: dict[Precision, Tensor], precisions: Sequence[Precision]
+    model: str, scene: _AttackedImages, found: dict[Precision, Tensor], precisions: Sequence[Precision]
 ) -> tuple[str, tuple[Tile | None, ...]]:
     """The first image and its gradients."""
     tiles = [Tile(heat(found[precision][0].abs().sum(dim=0))) for precision in precisions]
@@ -236,10 +241,10 @@ def _row(
 
 
 def _draw_maps(
-    context: Context, rows: Sequence[tuple[str, tuple[Tile | None, ...]]], columns: Sequence[Precision]
+    context: AnalysisContext, rows: Sequence[tuple[str, tuple[Tile | None, ...]]], columns: Sequence[Precision]
 ) -> Picture:
     widest = len(columns) + 1
-    sheet = Sheet(
+    sheet = ImageGrid(
         title="Size of the gradient at each pixel",
         columns=("image", *(f"{precision} bit" for precision in columns)),
         rows=tuple((label, (*tiles, *[None] * (widest - len(tiles)))) for label, tiles in rows),
@@ -249,7 +254,7 @@ def _draw_maps(
     return Picture("gradients.png", "Size of the gradient at each pixel of the first image, at each precision.")
 
 
-def _draw_cosines(context: Context, records: Sequence[Record], columns: Sequence[str]) -> Picture:
+def _draw_cosines(context: AnalysisContext, records: Sequence[Record], columns: Sequence[str]) -> Picture:
     curves: dict[str, list[Point | None]] = {}
     for record in records:
         if record.what == "cosine" and record.facets["region"] != "zeros around the patch":

@@ -19,11 +19,11 @@ from qadtr_brevitas.core.files import fingerprint_facts, fingerprint_file, finge
 from qadtr_brevitas.data.split import Split
 from qadtr_brevitas.evaluation import Grid, evaluate
 from qadtr_brevitas.evaluation.craft import CraftSetup, craft
-from qadtr_brevitas.evaluation.entries import PATCH_FOLDER, Contender, Subject, load_patches, unique_names
+from qadtr_brevitas.evaluation.entries import PATCH_FOLDER, LoadedModel, NamedPatch, load_patches, unique_names
 from qadtr_brevitas.evaluation.metrics import mean
 from qadtr_brevitas.evaluation.predict import placements
-from qadtr_brevitas.evaluation.report import AttackCell, ImageAttackFacts, PatchFacts, Rate, Report
-from qadtr_brevitas.reproduce.analyses.base import Context, Record
+from qadtr_brevitas.evaluation.report import AttackCell, EvaluationReport, ImageAttackFacts, PatchFacts, Rate
+from qadtr_brevitas.reproduce.analyses.base import AnalysisContext, Record
 
 _MOST_TRAIN, _MOST_HELD_OUT = 10_000, 1_000
 _KEY_LENGTH = 12
@@ -46,18 +46,18 @@ def finished_patches(analysis: Any) -> list[str]:
 
 
 def float_patches(
-    context: Context,
-    subject: Subject,
+    context: AnalysisContext,
+    loaded: LoadedModel,
     attacks: Sequence[Any],
     *,
     finished: Sequence[str],
     targets: Sequence[int] | None,
-) -> list[Contender]:
+) -> list[NamedPatch]:
     """Patches made at the highest precision of a model, 32 bit where it has it.
 
     Args:
         context: of the analysis; patches are made in its output folder, and kept.
-        subject: the model.
+        loaded: the model.
         attacks: patch attacks, each made on the model's training images unless there are finished patches.
         finished: patch files and folders to take patches from instead, whatever model they were made on.
         targets: classes to aim at; None for the first three.
@@ -66,7 +66,7 @@ def float_patches(
         UsageError: an attack that makes no patch, finished patches none of which was made at that precision, or no
             training images to make any on.
     """
-    reference = str(context.precisions(subject)[0])
+    reference = str(context.precisions(loaded)[0])
     if finished:
         found = load_patches([Path(place) for place in finished])
         wanted = [c for c in found if c.facts.source is None or c.facts.source.precision == reference]
@@ -76,16 +76,16 @@ def float_patches(
                 f"are compared with: make some with `qadtr-brevitas attack MODEL_DIR --precision {reference}`"
             )
         return wanted
-    folder = context.output / PATCH_FOLDER / subject.name.replace("/", "-")
-    paths = [path for attack in attacks for path in _make(context, subject, attack, folder, reference, targets)]
+    folder = context.output / PATCH_FOLDER / loaded.name.replace("/", "-")
+    paths = [path for attack in attacks for path in _make(context, loaded, attack, folder, reference, targets)]
     # Named after their model too, because several models have patches of one name.
     return [
-        Contender(f"{subject.name} {name}", contender.patch, contender.file)
-        for name, contender in zip(unique_names(paths), load_patches(paths), strict=True)
+        NamedPatch(f"{loaded.name} {name}", patch_entry.patch, patch_entry.file)
+        for name, patch_entry in zip(unique_names(paths), load_patches(paths), strict=True)
     ]
 
 
-def put_on(patches: Sequence[Contender], images: Tensor, *, seed: int) -> tuple[Tensor, Tensor]:
+def put_on(patches: Sequence[NamedPatch], images: Tensor, *, seed: int) -> tuple[Tensor, Tensor]:
     """Patched images (N, 3, H, W) and the pixels that are covered, boolean (N, 1, H, W).
 
     Several patches take turns, so that every image counts once.
@@ -96,11 +96,11 @@ def put_on(patches: Sequence[Contender], images: Tensor, *, seed: int) -> tuple[
         seed: of the placements.
     """
     patched, covered = images.clone(), torch.zeros_like(images[:, :1], dtype=torch.bool)
-    for turn, contender in enumerate(patches):
+    for turn, patch_entry in enumerate(patches):
         mine = torch.arange(turn, len(images), len(patches))
         size = images.shape[-2], images.shape[-1]
-        corners = placements(contender.patch, len(images), size, seed=seed)[mine].to(images.device)
-        patch = contender.patch.to(images.device)
+        corners = placements(patch_entry.patch, len(images), size, seed=seed)[mine].to(images.device)
+        patch = patch_entry.patch.to(images.device)
         stamp = replace(patch, texture=torch.ones_like(patch.texture))
         patched[mine] = patch.apply(images[mine], corners=corners)
         covered[mine] = stamp.apply(torch.zeros_like(images[mine]), corners=corners)[:, :1] > 0
@@ -108,7 +108,12 @@ def put_on(patches: Sequence[Contender], images: Tensor, *, seed: int) -> tuple[
 
 
 def _make(
-    context: Context, subject: Subject, attack: Any, folder: Path, precision: str, targets: Sequence[int] | None
+    context: AnalysisContext,
+    loaded: LoadedModel,
+    attack: Any,
+    folder: Path,
+    precision: str,
+    targets: Sequence[int] | None,
 ) -> list[Path]:
     name = slot_name(attack)
     if not hasattr(attack, "fit"):
@@ -117,22 +122,22 @@ def _make(
     setup = CraftSetup(
         train=train,
         held_out=held_out,
-        output=folder / f"{name}-{_key(context, subject, attack, held_out, train)}",
+        output=folder / f"{name}-{_key(context, loaded, attack, held_out, train)}",
         data={"name": context.data.name, "settings": dict(context.data.settings)},
         seed=context.seed,
         batch_size=context.batch_size,
         device=context.device,
         progress=context.progress,
     )
-    made = craft(subject, attack, setup, name=name, precisions=[precision], targets=targets)
+    made = craft(loaded, attack, setup, name=name, precisions=[precision], targets=targets)
     return [patch.path for patch in made]
 
 
-def _key(context: Context, subject: Subject, attack: Any, *splits: Split) -> str:
+def _key(context: AnalysisContext, loaded: LoadedModel, attack: Any, *splits: Split) -> str:
     """Of what files are not named after: patches of other settings stay, for whoever goes back to these."""
     settings = {name: value for name, value in asdict(attack).items() if name not in _IN_THE_NAME}
     images = fingerprint_tensors([tensor for split in splits for tensor in (split.images, split.labels)])
-    return fingerprint_facts([subject.fingerprint, settings, images, context.seed])[:_KEY_LENGTH]
+    return fingerprint_facts([loaded.fingerprint, settings, images, context.seed])[:_KEY_LENGTH]
 
 
 def _divide(split: Split, *, seed: int) -> tuple[Split, Split]:
@@ -145,16 +150,16 @@ Facets: TypeAlias = "Mapping[str, Any] | None"
 """What a cell's figure is told apart by; None for a cell that does not count."""
 
 
-def score(context: Context, subject: Subject, **grid: Any) -> Report:
+def score(context: AnalysisContext, loaded: LoadedModel, **grid: Any) -> EvaluationReport:
     """The evaluation of one model; its finished cells are kept in the output folder.
 
     Args:
         context: of the analysis.
-        subject: the model.
+        loaded: the model.
         grid: further arguments of `Grid`.
     """
     plan = Grid(
-        subjects=[subject],
+        loaded_models=[loaded],
         split=context.data.test,
         data_name=context.data.name,
         data_settings=context.data.settings,
@@ -167,7 +172,7 @@ def score(context: Context, subject: Subject, **grid: Any) -> Report:
 
 
 def records(
-    report: Report,
+    report: EvaluationReport,
     what: str,
     figure: Callable[[AttackCell], Rate],
     facets: Callable[[AttackCell, PatchFacts | ImageAttackFacts], Facets],
@@ -209,7 +214,7 @@ def _record(
     )
 
 
-def clean_records(report: Report, **facets: Any) -> list[Record]:
+def clean_records(report: EvaluationReport, **facets: Any) -> list[Record]:
     """Accuracy without an attack."""
     return [
         Record(

@@ -17,7 +17,7 @@ from qadtr_brevitas.core.plugin import Field, plugin
 from qadtr_brevitas.core.registry import ATTACKS
 from qadtr_brevitas.evaluation import NamedAttack
 from qadtr_brevitas.evaluation.report import AttackCell, ImageAttackFacts, PatchFacts
-from qadtr_brevitas.reproduce.analyses.base import Context, Findings, Picture, Record
+from qadtr_brevitas.reproduce.analyses.base import AnalysisContext, Findings, Picture, Record
 from qadtr_brevitas.reproduce.analyses.charts import by_precision, draw_records, percents
 from qadtr_brevitas.reproduce.analyses.patches import clean_records, records, score
 
@@ -49,7 +49,7 @@ class Pixel:
         Literal["float", "none"], Field(description="float: score attacks made at 32 bit at the others too")
     ] = "float"
 
-    def run(self, context: Context) -> Findings:
+    def run(self, context: AnalysisContext) -> Findings:
         """Scores, and draws a picture for each attack."""
         return run(self, context)
 
@@ -57,14 +57,14 @@ class Pixel:
 _OWN, _FLOAT = "on the precision attacked", "at 32 bit"
 
 
-def run(analysis: Pixel, context: Context) -> Findings:
+def run(analysis: Pixel, context: AnalysisContext) -> Findings:
     """As `Pixel.run` says."""
     distances = sorted(set(analysis.eps))
     attacks = [_at(attack, eps) for attack in analysis.attacks for eps in distances if eps > 0]
     kinds = _kinds(analysis.attacks)
     found: list[Record] = []
-    for subject in context.subjects:
-        report = score(context, subject, patches=[], attacks=attacks, transfer=analysis.transfer)
+    for loaded in context.loaded_models:
+        report = score(context, loaded, patches=[], attacks=attacks, transfer=analysis.transfer)
         if 0 in distances:
             for kind in kinds.values():
                 found += clean_records(report, attack=kind, eps=0.0, made=_OWN)
@@ -108,7 +108,7 @@ def _made(kinds: Mapping[str, str], cell: AttackCell, facts: PatchFacts | ImageA
     return {"attack": kinds[_family(facts.family)], "eps": facts.settings["eps"], "made": made}
 
 
-def _draw(context: Context, found: Sequence[Record], kind: str) -> Picture:
+def _draw(context: AnalysisContext, found: Sequence[Record], kind: str) -> Picture:
     file = f"pixel-{re.sub(r'[^A-Za-z0-9._]+', '-', kind)}.png"
     draw_records(
         [record for record in found if record.facets["attack"] == kind and record.facets["made"] == _OWN],

@@ -17,11 +17,12 @@ from qadtr_brevitas import __version__
 from qadtr_brevitas.config.slots import slot_name
 from qadtr_brevitas.core.errors import CheckpointError, UsageError
 from qadtr_brevitas.core.files import fingerprint_facts, fingerprint_tensors
+from qadtr_brevitas.core.progress import Progress
 from qadtr_brevitas.data.split import Split
-from qadtr_brevitas.evaluation.entries import Subject
+from qadtr_brevitas.evaluation.entries import LoadedModel
 from qadtr_brevitas.evaluation.report import DataFacts, ModelFacts, versions
 from qadtr_brevitas.quant import allowed_precisions, frozen_weights
-from qadtr_brevitas.reproduce.analyses.base import Analysis, AnalysisData, Context, Findings, Progress
+from qadtr_brevitas.reproduce.analyses.base import Analysis, AnalysisContext, AnalysisData, Findings
 from qadtr_brevitas.reproduce.analyses.document import (
     ANALYSIS_FILE,
     AnalysisReport,
@@ -36,7 +37,7 @@ from qadtr_brevitas.reproduce.analyses.patches import finished_patches
 
 def run(
     analysis: Analysis,
-    models: Sequence[Subject],
+    models: Sequence[LoadedModel],
     data: AnalysisData,
     output: Path,
     *,
@@ -49,11 +50,11 @@ def run(
     """As `run_analysis` says."""
     if not models:
         raise UsageError("an analysis needs a model: give one or more model or run directories")
-    for subject in models:
-        subject.check_data(data.test, data=data.name)
+    for loaded in models:
+        loaded.check_data(data.test, data=data.name)
     name, settings = slot_name(analysis), TypeAdapter(type(analysis)).dump_python(analysis, mode="json")
     images = _data_facts(data)
-    parts = [(subject.name, subject.fingerprint) for subject in models]
+    parts = [(loaded.name, loaded.fingerprint) for loaded in models]
     patches = [finished_patches(analysis)] if hasattr(analysis, "patches") else []
     facts = [name, settings, parts, images.fingerprint, seed, batch_size, __version__, *patches]
     made_of, train = fingerprint_facts(facts), _TrainImages(data)
@@ -62,9 +63,9 @@ def run(
     data = replace(data, load_train=data.load_train and train.load)
     where = torch.device(device)
     with ExitStack() as stack:
-        for subject in models:
-            stack.enter_context(frozen_weights(subject.model.to(where).eval()))
-        findings = analysis.run(Context(models, data, output, seed, where, batch_size, progress))
+        for loaded in models:
+            stack.enter_context(frozen_weights(loaded.model.to(where).eval()))
+        findings = analysis.run(AnalysisContext(models, data, output, seed, where, batch_size, progress))
     report = AnalysisReport(
         analysis=name,
         title=findings.title,
@@ -77,7 +78,7 @@ def run(
         device=str(where),
         data=images,
         train=train.used,
-        models=tuple(_model_facts(subject) for subject in models),
+        models=tuple(_model_facts(loaded) for loaded in models),
         **_found(findings),
     )
     return write_analysis(report, output)
@@ -140,13 +141,13 @@ def _data_facts(data: AnalysisData) -> DataFacts:
     )
 
 
-def _model_facts(subject: Subject) -> ModelFacts:
+def _model_facts(loaded: LoadedModel) -> ModelFacts:
     return ModelFacts(
-        name=subject.name,
-        path=subject.path,
-        fingerprint=subject.fingerprint,
-        architecture=subject.info.name,
-        settings=dict(subject.info.quant),
-        source=subject.info.source,
-        precisions=tuple(map(str, allowed_precisions(subject.model))),
+        name=loaded.name,
+        path=loaded.path,
+        fingerprint=loaded.fingerprint,
+        architecture=loaded.info.name,
+        settings=dict(loaded.info.quant),
+        source=loaded.info.source,
+        precisions=tuple(map(str, allowed_precisions(loaded.model))),
     )

@@ -15,7 +15,7 @@ from qadtr_brevitas.core.plugin import Field, plugin
 from qadtr_brevitas.core.registry import ATTACKS
 from qadtr_brevitas.evaluation.report import AttackCell, ImageAttackFacts, PatchFacts
 from qadtr_brevitas.evaluation.report.summaries import ASR_NOTE, MEAN_NOTE
-from qadtr_brevitas.reproduce.analyses.base import Context, Findings, Picture, Record
+from qadtr_brevitas.reproduce.analyses.base import AnalysisContext, Findings, Picture, Record
 from qadtr_brevitas.reproduce.analyses.charts import by_precision, draw_records, percents
 from qadtr_brevitas.reproduce.analyses.patches import float_patches, records, score
 
@@ -43,18 +43,18 @@ class Size:
         tuple[Index, ...] | None, Field(description="classes that patches are made for; null: the first three")
     ] = None
 
-    def run(self, context: Context) -> Findings:
+    def run(self, context: AnalysisContext) -> Findings:
         """Scores, and draws size.png."""
         return run(self, context)
 
 
-def run(analysis: Size, context: Context) -> Findings:
+def run(analysis: Size, context: AnalysisContext) -> Findings:
     """As `Size.run` says."""
     attacks = [] if analysis.patches else [_of_size(analysis.attack, size) for size in analysis.sizes]
     found: list[Record] = []
-    for subject in context.subjects:
-        made = float_patches(context, subject, attacks, finished=analysis.patches, targets=analysis.targets)
-        report = score(context, subject, patches=sorted(made, key=lambda patch: patch.facts.pixels), transfer="all")
+    for loaded in context.loaded_models:
+        made = float_patches(context, loaded, attacks, finished=analysis.patches, targets=analysis.targets)
+        report = score(context, loaded, patches=sorted(made, key=lambda patch: patch.facts.pixels), transfer="all")
         found += records(report, "asr", lambda cell: cell.asr, _made)
         found += records(report, "asr of a random patch", lambda cell: cell.asr, _control)
     notes = (f"In percent; patches made at the highest precision. {ASR_NOTE}", MEAN_NOTE)

@@ -12,10 +12,10 @@ from typing import Annotated, Any
 from qadtr_brevitas.config.slots import Slot
 from qadtr_brevitas.core.plugin import Field, plugin
 from qadtr_brevitas.core.registry import ATTACKS
-from qadtr_brevitas.evaluation.report import AttackCell, ImageAttackFacts, PatchFacts, Report, VariantFacts
+from qadtr_brevitas.evaluation.report import AttackCell, EvaluationReport, ImageAttackFacts, PatchFacts, VariantFacts
 from qadtr_brevitas.evaluation.report.summaries import ASR_NOTE, MEAN_NOTE
-from qadtr_brevitas.evaluation.variants import Moves
-from qadtr_brevitas.reproduce.analyses.base import Context, Findings, Picture, Record
+from qadtr_brevitas.evaluation.variants import PatchVariants
+from qadtr_brevitas.reproduce.analyses.base import AnalysisContext, Findings, Picture, Record
 from qadtr_brevitas.reproduce.analyses.charts import by_precision, draw_records, percents
 from qadtr_brevitas.reproduce.analyses.patches import float_patches, records, score
 
@@ -49,7 +49,7 @@ class Spatial:
     shifts: Annotated[tuple[Pixels, ...], Field(description="pixels to shift down and to the right")] = (2, 8, 18)
     degrees: Annotated[tuple[float, ...], Field(description="angles to turn by")] = (5, 10, 20, 30)
 
-    def run(self, context: Context) -> Findings:
+    def run(self, context: AnalysisContext) -> Findings:
         """Scores, and draws shifts.png and turns.png."""
         return run(self, context)
 
@@ -57,14 +57,14 @@ class Spatial:
 _RANDOM = "at random places"
 
 
-def run(analysis: Spatial, context: Context) -> Findings:
+def run(analysis: Spatial, context: AnalysisContext) -> Findings:
     """As `Spatial.run` says."""
     found: list[Record] = []
-    moves = Moves(at=analysis.at, shifts=analysis.shifts, degrees=analysis.degrees)
-    for subject in context.subjects:
-        made = float_patches(context, subject, [analysis.attack], finished=analysis.patches, targets=analysis.targets)
+    moves = PatchVariants(at=analysis.at, shifts=analysis.shifts, degrees=analysis.degrees)
+    for loaded in context.loaded_models:
+        made = float_patches(context, loaded, [analysis.attack], finished=analysis.patches, targets=analysis.targets)
         variants = moves.variants(made, context.data.test.image_size)
-        report = score(context, subject, patches=[*made, *variants], transfer="all")
+        report = score(context, loaded, patches=[*made, *variants], transfer="all")
         found += records(report, "asr", lambda cell: cell.asr, partial(_moved, report))
         found += records(report, "asr of a random patch", lambda cell: cell.asr, _control)
     table = by_precision(
@@ -86,7 +86,9 @@ def run(analysis: Spatial, context: Context) -> Findings:
     )
 
 
-def _moved(report: Report, cell: AttackCell, facts: PatchFacts | ImageAttackFacts) -> Mapping[str, Any] | None:
+def _moved(
+    report: EvaluationReport, cell: AttackCell, facts: PatchFacts | ImageAttackFacts
+) -> Mapping[str, Any] | None:
     if not isinstance(facts, PatchFacts) or facts.control:
         return None
     variant = facts.variant
@@ -117,7 +119,12 @@ def _only(other: str) -> Callable[[Record], bool]:
 
 
 def _draw(
-    context: Context, found: Sequence[Record], facet: str, file: str, label: str, shown: Callable[[Record], bool]
+    context: AnalysisContext,
+    found: Sequence[Record],
+    facet: str,
+    file: str,
+    label: str,
+    shown: Callable[[Record], bool],
 ) -> Picture:
     draw_records(
         [record for record in found if shown(record)],

@@ -1,6 +1,6 @@
 """The report page: evaluations, studies and analyses as one file to read, beside what the paper says."""
 
 from qadtr_brevitas.reproduce.page.build import build_page as build_page
-from qadtr_brevitas.reproduce.page.parts import read_parts as read_parts
+from qadtr_brevitas.reproduce.page.parts import read_inputs as read_inputs
 from qadtr_brevitas.reproduce.page.render import check_path as check_path
 from qadtr_brevitas.reproduce.page.render import write_page as write_page

@@ -41,7 +41,7 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Section:
+class PageSection:
     """One evaluation, analysis or comparison.
 
     Args:
@@ -66,5 +66,5 @@ class Page:
     """The whole page."""
 
     title: str
-    sections: tuple[Section, ...]
+    sections: tuple[PageSection, ...]
     facts: dict[str, str] = field(default_factory=dict[str, str])

@@ -9,15 +9,15 @@ from pathlib import Path
 
 from qadtr_brevitas import __version__
 from qadtr_brevitas.auditing.tables import audit_tables
-from qadtr_brevitas.evaluation.report import Report
+from qadtr_brevitas.evaluation.report import EvaluationReport
 from qadtr_brevitas.evaluation.report.summaries import tables, terminal_tables
 from qadtr_brevitas.evaluation.report.views import attacked_precisions, families
-from qadtr_brevitas.reproduce.page.blocks import Block, Image, Page, Section
+from qadtr_brevitas.reproduce.page.blocks import Block, Image, Page, PageSection
 from qadtr_brevitas.reproduce.page.charts import comparison_curves, family_curves
-from qadtr_brevitas.reproduce.page.compare import Comparison, compare, comparison_table
-from qadtr_brevitas.reproduce.page.measures import Names, analysis_measures, study_measures
+from qadtr_brevitas.reproduce.page.compare import PaperComparison, compare, comparison_table
+from qadtr_brevitas.reproduce.page.measures import ModelNames, analysis_measures, study_measures
 from qadtr_brevitas.reproduce.page.merge import merge_reports
-from qadtr_brevitas.reproduce.page.parts import AnalysisPart, Part, ReportPart, StudyPart
+from qadtr_brevitas.reproduce.page.parts import AnalysisInput, Part, ReportInput, StudyInput
 from qadtr_brevitas.reproduce.page.provenance import analysis_facts, read_recipes, report_facts, study_facts
 from qadtr_brevitas.reproduce.page.warnings import audit_warnings
 from qadtr_brevitas.reproduce.paper import paper_table
@@ -46,17 +46,17 @@ def build_page(parts: Sequence[Part], *, title: str, command: str = "") -> Page:
     return Page(title, tuple(section for part in parts for section in _sections(part)), facts)
 
 
-def _sections(part: Part) -> Iterator[Section]:
-    if isinstance(part, StudyPart):
+def _sections(part: Part) -> Iterator[PageSection]:
+    if isinstance(part, StudyInput):
         yield from _study(part)
-    elif isinstance(part, AnalysisPart):
+    elif isinstance(part, AnalysisInput):
         yield _analysis(part, level=2)
     else:
         yield _report(part, level=2)
 
 
-def _study(part: StudyPart) -> Iterator[Section]:
-    yield Section(
+def _study(part: StudyInput) -> Iterator[PageSection]:
+    yield PageSection(
         f"{part.facts.title} ({part.facts.scale})",
         study_facts(part.facts),
         tuple(_study_comparison(part)),
@@ -69,16 +69,16 @@ def _study(part: StudyPart) -> Iterator[Section]:
         yield _analysis(analysis, level=3, compared=part.facts.paper)
 
 
-def _by_evaluation(part: StudyPart) -> dict[str, list[ReportPart]]:
+def _by_evaluation(part: StudyInput) -> dict[str, list[ReportInput]]:
     """The reports that belong side by side: a study has one for each model."""
-    found: dict[str, list[ReportPart]] = {}
+    found: dict[str, list[ReportInput]] = {}
     for report in part.reports:
         rows = [part.facts.rows[model.name] for model in report.report.models if model.name in part.facts.rows]
         found.setdefault(rows[0].evaluation if rows else "", []).append(report)
     return found
 
 
-def _study_comparison(part: StudyPart) -> Iterator[Block]:
+def _study_comparison(part: StudyInput) -> Iterator[Block]:
     if part.facts.paper is None:
         return
     rows, table = part.facts.rows, paper_table(part.facts.paper)
@@ -91,7 +91,7 @@ def _study_comparison(part: StudyPart) -> Iterator[Block]:
     yield from _comparison(comparison, warnings, _row_notes(part))
 
 
-def _row_notes(part: StudyPart) -> list[str]:
+def _row_notes(part: StudyInput) -> list[str]:
     """Which models stand for which row, because seeds are averaged over."""
     stand: dict[str, list[str]] = {}
     for model, row in part.facts.rows.items():
@@ -103,14 +103,14 @@ def _row_notes(part: StudyPart) -> list[str]:
     return [f"Here: {'; '.join(sorted(data))}.", *([f"{'; '.join(rows)}."] if rows else []), rule]
 
 
-def _comparison(comparison: Comparison, warnings: Sequence[str], notes: Sequence[str]) -> Iterator[Block]:
+def _comparison(comparison: PaperComparison, warnings: Sequence[str], notes: Sequence[str]) -> Iterator[Block]:
     if not comparison.is_empty:
         yield Block(comparison_table(comparison, notes=notes), comparison_curves(comparison), tuple(warnings))
 
 
-def _report(part: ReportPart, *, level: int) -> Section:
+def _report(part: ReportInput, *, level: int) -> PageSection:
     blocks = (*_report_tables(part.report, [part]), *_report_pictures(part))
-    return Section(
+    return PageSection(
         f"Evaluation {part.folder.name}",
         report_facts(part.report),
         blocks,
@@ -119,15 +119,15 @@ def _report(part: ReportPart, *, level: int) -> Section:
     )
 
 
-def _evaluation(name: str, parts: Sequence[ReportPart]) -> Section:
+def _evaluation(name: str, parts: Sequence[ReportInput]) -> PageSection:
     """All models of a study under the same attacks, side by side."""
     report = merge_reports([part.report for part in parts])
     pictures = [replace(block, folded=True) for part in parts for block in _report_pictures(part)]
     title = f"Evaluation {name}" if name else f"Evaluation {parts[0].folder.name}"
-    return Section(title, report_facts(report), (*_report_tables(report, parts), *pictures), level=3)
+    return PageSection(title, report_facts(report), (*_report_tables(report, parts), *pictures), level=3)
 
 
-def _report_tables(report: Report, parts: Sequence[ReportPart]) -> Iterator[Block]:
+def _report_tables(report: EvaluationReport, parts: Sequence[ReportInput]) -> Iterator[Block]:
     """The tables to read first, then curves, then the rest on demand."""
     warnings = audit_warnings(parts, [model.name for model in report.models]) if families(report) else ()
     first = terminal_tables(report)
@@ -147,7 +147,7 @@ def _report_tables(report: Report, parts: Sequence[ReportPart]) -> Iterator[Bloc
         yield Block(table, folded=number > 0)
 
 
-def _report_pictures(part: ReportPart) -> Iterator[Block]:
+def _report_pictures(part: ReportInput) -> Iterator[Block]:
     for path in part.pictures:
         kind = path.stem.partition("-")[0]
         # Curves of a page are one for each kind of attack, which a phone can show.
@@ -155,18 +155,18 @@ def _report_pictures(part: ReportPart) -> Iterator[Block]:
             yield Block(image=_image(path, _CAPTIONS[kind]))
 
 
-def _analysis(part: AnalysisPart, *, level: int, compared: str | None = None) -> Section:
+def _analysis(part: AnalysisInput, *, level: int, compared: str | None = None) -> PageSection:
     report = part.report
     blocks: list[Block] = []
     paper = _PAPER_OF.get(report.analysis)
     if paper is not None and paper != compared:
         table = paper_table(paper)
-        comparison = compare(table, list(analysis_measures(part, Names({}, {}))))
+        comparison = compare(table, list(analysis_measures(part, ModelNames({}, {}))))
         models = ", ".join(model.name for model in report.models)
         blocks += _comparison(comparison, (), [f"Here: {models}.", *table.notes])
     blocks += [Block(table.table()) for table in report.tables]
     blocks += [Block(image=_image(part.folder / picture.file, picture.caption)) for picture in report.pictures]
-    return Section(
+    return PageSection(
         f"Analysis {report.analysis}: {report.title}",
         analysis_facts(report),
         tuple(blocks),

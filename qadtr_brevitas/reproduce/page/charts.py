@@ -7,18 +7,18 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from qadtr_brevitas.evaluation.metrics import Mean
-from qadtr_brevitas.evaluation.report import Report
+from qadtr_brevitas.evaluation.report import EvaluationReport
 from qadtr_brevitas.evaluation.report.views import FLOAT, View, attacked_precisions, sources
 from qadtr_brevitas.reproduce.analyses.charts import Curve, Point, draw_curves
 from qadtr_brevitas.reproduce.page.blocks import Image
-from qadtr_brevitas.reproduce.page.compare import Comparison, Ours, row_name
+from qadtr_brevitas.reproduce.page.compare import MeasuredValue, PaperComparison, row_name
 from qadtr_brevitas.reproduce.page.measures import AT_FLOAT
 
 _MOST_MODELS = 3
 _PERCENT = {"asr": "attack success rate (%)", "accuracy": "accuracy (%)", "clean accuracy": "clean accuracy (%)"}
 
 
-def family_curves(report: Report, family: str) -> Image:
+def family_curves(report: EvaluationReport, family: str) -> Image:
     """ASR of one kind of attack on every model against precision."""
     columns = attacked_precisions(report)
     curves: list[Curve] = []
@@ -42,7 +42,7 @@ def _model_curves(view: View, number: int, columns: Sequence[str]) -> Iterator[C
     yield Curve(f"{name}, random patch", [_point(view.control(p)) for p in columns], number, dashed=True)
 
 
-def comparison_curves(comparison: Comparison) -> Image | None:
+def comparison_curves(comparison: PaperComparison) -> Image | None:
     """The paper's figures (dashed) and ours against precision; None where columns are not precisions."""
     table = comparison.table
     if any(list(column) != ["precision"] for column in table.columns):
@@ -65,7 +65,7 @@ def comparison_curves(comparison: Comparison) -> Image | None:
     return Image(png, f"{table.number} of the paper (dashed) and our figures{made}, with 95 % intervals.")
 
 
-def _count(rows: Sequence[Sequence[Ours | None]]) -> int:
+def _count(rows: Sequence[Sequence[MeasuredValue | None]]) -> int:
     return sum(our is not None for row in rows for our in row)
 
 

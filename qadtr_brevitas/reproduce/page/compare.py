@@ -18,7 +18,7 @@ _AS_SAID = "as the row says"
 
 
 @dataclass(frozen=True)
-class Ours:
+class MeasuredValue:
     """Our figure beside one of the paper.
 
     Args:
@@ -35,7 +35,7 @@ class Ours:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class PaperComparison:
     """A table of the paper and what was measured for each of its places.
 
     Args:
@@ -44,7 +44,7 @@ class Comparison:
     """
 
     table: PaperTable
-    ours: Mapping[str, tuple[tuple[Ours | None, ...], ...]]
+    ours: Mapping[str, tuple[tuple[MeasuredValue | None, ...], ...]]
 
     @property
     def is_empty(self) -> bool:
@@ -52,7 +52,7 @@ class Comparison:
         return not any(found for rows in self.ours.values() for row in rows for found in row)
 
 
-def compare(table: PaperTable, measures: Sequence[Measure], at: Mapping[str, str] | None = None) -> Comparison:
+def compare(table: PaperTable, measures: Sequence[Measure], at: Mapping[str, str] | None = None) -> PaperComparison:
     """Finds our figure for each place of a table.
 
     Args:
@@ -62,7 +62,7 @@ def compare(table: PaperTable, measures: Sequence[Measure], at: Mapping[str, str
     """
     known = [measure for measure in measures if measure.what == table.what and measure.value is not None]
     ways = _ways(table)
-    return Comparison(
+    return PaperComparison(
         table,
         {
             way: tuple(
@@ -83,7 +83,7 @@ def _ways(table: PaperTable) -> tuple[str, ...]:
 
 def _find(
     table: PaperTable, where: Mapping[str, str], measures: Sequence[Measure], way: str, at: Mapping[str, str]
-) -> Ours | None:
+) -> MeasuredValue | None:
     wanted = {**{name: value for name, value in table.where.items() if name in _BINDING}, **where}
     found = [measure for measure in measures if way in (*measure.made, _AS_SAID) and _fits(measure, wanted)]
     if "attack" not in wanted and any(measure.facets.get("attack") == _ATTACK for measure in found):
@@ -127,20 +127,20 @@ def _precision(found: Iterable[Measure], wanted: Mapping[str, str], at: Mapping[
     return next((precision for precision in (chosen, guess) if precision in there), there[0] if there else None)
 
 
-def _average(found: Sequence[Measure]) -> Ours | None:
+def _average(found: Sequence[Measure]) -> MeasuredValue | None:
     shares = [measure.share for measure in found if measure.share is not None]
     if average := mean(shares):
-        return Ours(average.value, average.interval, average.n[0], average.shares)
+        return MeasuredValue(average.value, average.interval, average.n[0], average.shares)
     values = [measure.value for measure in found if measure.value is not None]
     if not values:
         return None
     # Of several means over the same images no interval can be given without the images themselves.
     interval = found[0].interval if len(values) == 1 else None
     sizes = [measure.n for measure in found if measure.n is not None]
-    return Ours(sum(values) / len(values), interval, min(sizes) if sizes else None, len(values))
+    return MeasuredValue(sum(values) / len(values), interval, min(sizes) if sizes else None, len(values))
 
 
-def comparison_table(comparison: Comparison, *, notes: Sequence[str] = ()) -> Table:
+def comparison_table(comparison: PaperComparison, *, notes: Sequence[str] = ()) -> Table:
     """The paper's figures, ours and the difference."""
     table = comparison.table
     write = _percent if table.unit == "percent" else _number
@@ -162,7 +162,7 @@ def comparison_table(comparison: Comparison, *, notes: Sequence[str] = ()) -> Ta
 
 
 def _lines(
-    paper: Sequence[float | None], ours: Mapping[str, Sequence[Ours | None]], write: Callable[[float], str]
+    paper: Sequence[float | None], ours: Mapping[str, Sequence[MeasuredValue | None]], write: Callable[[float], str]
 ) -> dict[str, list[str]]:
     lines = {"paper": [EMPTY if value is None else write(value) for value in paper]}
     for way, found in ours.items():

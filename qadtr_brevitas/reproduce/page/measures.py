@@ -8,10 +8,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from qadtr_brevitas.core.precision import FLOAT_BITS
-from qadtr_brevitas.evaluation.metrics import Share
-from qadtr_brevitas.evaluation.report import AttackCell, ImageAttackFacts, ModelFacts, PatchFacts, Report, SourceFacts
-from qadtr_brevitas.quant.inference import parse_access
-from qadtr_brevitas.reproduce.page.parts import AnalysisPart, StudyPart, StudyRow
+from qadtr_brevitas.evaluation.metrics import Proportion
+from qadtr_brevitas.evaluation.report import (
+    AttackCell,
+    EvaluationReport,
+    ImageAttackFacts,
+    ModelFacts,
+    PatchFacts,
+    SourceFacts,
+)
+from qadtr_brevitas.quant.inference import parse_mode
+from qadtr_brevitas.reproduce.page.parts import AnalysisInput, StudyInput, StudyRow
 from qadtr_brevitas.reproduce.paper import SUBJECT
 
 WHITE_BOX, AT_FLOAT = "white-box", f"made at {FLOAT_BITS} bit"
@@ -39,13 +46,13 @@ class Measure:
     made: frozenset[str]
     facets: Mapping[str, str]
     value: float | None
-    share: Share | None = None
+    share: Proportion | None = None
     interval: tuple[float, float] | None = None
     n: int | None = None
 
 
 @dataclass(frozen=True)
-class Names:
+class ModelNames:
     """What models stand for.
 
     Args:
@@ -73,15 +80,15 @@ class Names:
         return model in self.rows and self.rows[model].is_unseen
 
 
-def study_measures(part: StudyPart) -> list[Measure]:
+def study_measures(part: StudyInput) -> list[Measure]:
     """All figures of a study."""
     prints = {model.fingerprint: model.name for report in part.reports for model in report.report.models}
-    names = Names(part.facts.rows, prints)
+    names = ModelNames(part.facts.rows, prints)
     found = [measure for report in part.reports for measure in report_measures(report.report, names)]
     return [*found, *(measure for analysis in part.analyses for measure in analysis_measures(analysis, names))]
 
 
-def report_measures(report: Report, names: Names) -> Iterator[Measure]:
+def report_measures(report: EvaluationReport, names: ModelNames) -> Iterator[Measure]:
     """The figures of an evaluation."""
     for cell in report.clean:
         facets = {**names.facets(cell.model), "precision": cell.precision}
@@ -108,7 +115,7 @@ def report_measures(report: Report, names: Names) -> Iterator[Measure]:
         yield _measure("accuracy", made, facets, cell.robust_accuracy.share)
 
 
-def _protocol(report: Report) -> Set[str]:
+def _protocol(report: EvaluationReport) -> Set[str]:
     """Names of the patches of the protocol, beside which others may stand; all where none is named after it."""
     named = {patch.name for patch in report.patches if _PROTOCOL.search(patch.name)}
     return named or {patch.name for patch in report.patches}
@@ -116,7 +123,7 @@ def _protocol(report: Report) -> Set[str]:
 
 def _is_left_out(facts: PatchFacts | ImageAttackFacts, model: ModelFacts) -> bool:
     """Whether a patch of the protocol was made at a bit-width left out of training, which is never one attacked."""
-    if facts.source is None or not parse_access(facts.source.precision).is_single:
+    if facts.source is None or not parse_mode(facts.source.precision).is_single:
         return False
     if _PROTOCOL.search(facts.name):
         return _LEFT_OUT.search(facts.name) is not None
@@ -128,7 +135,9 @@ def _made(cell: AttackCell, facts: PatchFacts | ImageAttackFacts) -> list[str]:
     return [*([WHITE_BOX] if cell.threat == "white-box" else []), *([AT_FLOAT] if at_float else [])]
 
 
-def _source(cell: AttackCell, facts: PatchFacts | ImageAttackFacts, model: ModelFacts, names: Names) -> dict[str, str]:
+def _source(
+    cell: AttackCell, facts: PatchFacts | ImageAttackFacts, model: ModelFacts, names: ModelNames
+) -> dict[str, str]:
     source = facts.source
     if source is None:
         return {}
@@ -140,7 +149,7 @@ def _source(cell: AttackCell, facts: PatchFacts | ImageAttackFacts, model: Model
     }
 
 
-def _patch(facts: PatchFacts, report: Report) -> dict[str, str]:
+def _patch(facts: PatchFacts, report: EvaluationReport) -> dict[str, str]:
     variant, (height, width) = facts.variant, report.data.image_size
     moved = {"shift": f"{variant.shift}", "degrees": f"{variant.degrees:g}"} if variant else {}
     # To two figures: a side in whole pixels covers a little less than the share asked for.
@@ -153,11 +162,11 @@ def _pixel(facts: ImageAttackFacts) -> dict[str, str]:
     return {} if eps is None else {"eps": f"{eps:g}"}
 
 
-def _measure(what: str, made: list[str], facets: Mapping[str, str], share: Share) -> Measure:
+def _measure(what: str, made: list[str], facets: Mapping[str, str], share: Proportion) -> Measure:
     return Measure(what, frozenset(made), facets, share.value, share, share.interval, share.n)
 
 
-def analysis_measures(part: AnalysisPart, names: Names) -> Iterator[Measure]:
+def analysis_measures(part: AnalysisInput, names: ModelNames) -> Iterator[Measure]:
     """The figures of an analysis."""
     for record in part.report.records:
         facets = {

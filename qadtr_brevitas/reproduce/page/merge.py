@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from qadtr_brevitas.evaluation.report import ImageAttackFacts, PatchFacts, Report
-from qadtr_brevitas.evaluation.report.views import told_apart
+from qadtr_brevitas.evaluation.report import EvaluationReport, ImageAttackFacts, PatchFacts
+from qadtr_brevitas.evaluation.report.views import disambiguate_patches
 
 
-def merge_reports(reports: Sequence[Report]) -> Report:
+def merge_reports(reports: Sequence[EvaluationReport]) -> EvaluationReport:
     """One report with all models; the first one's command, seed and versions stand for all.
 
     Args:
@@ -21,7 +21,7 @@ def merge_reports(reports: Sequence[Report]) -> Report:
     return first.model_copy(
         update={
             "models": tuple(model for report in renamed for model in report.models),
-            "patches": told_apart(facts),
+            "patches": disambiguate_patches(facts),
             "attacks": tuple(facts for facts in known.values() if isinstance(facts, ImageAttackFacts)),
             **{
                 name: tuple(cell for report in renamed for cell in getattr(report, name))
@@ -31,7 +31,7 @@ def merge_reports(reports: Sequence[Report]) -> Report:
     )
 
 
-def _with_own_names(report: Report, known: dict[str, PatchFacts | ImageAttackFacts]) -> Report:
+def _with_own_names(report: EvaluationReport, known: dict[str, PatchFacts | ImageAttackFacts]) -> EvaluationReport:
     """The report with every patch and attack under a name that no other one has; adds them to the known ones."""
     names: dict[str, str] = {}
     for old, facts in report.attack_facts().items():

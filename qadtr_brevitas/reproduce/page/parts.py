@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from qadtr_brevitas.auditing.finding import AuditReport
 from qadtr_brevitas.auditing.tables import AUDIT_FILE
+from qadtr_brevitas.core.document import Document
 from qadtr_brevitas.core.errors import CheckpointError, UsageError
 from qadtr_brevitas.evaluation.cells import CELL_FOLDER
-from qadtr_brevitas.evaluation.report import REPORT_FILE, Report, read_report
+from qadtr_brevitas.evaluation.report import REPORT_FILE, EvaluationReport, read_report
 from qadtr_brevitas.evaluation.report.files import PICTURE_FILES
 from qadtr_brevitas.reproduce.analyses.document import ANALYSIS_FILE, AnalysisReport, read_analysis
 from qadtr_brevitas.reproduce.paper import paper_table
@@ -28,12 +29,7 @@ _UNSEEN = "unseen"
 _BRACKETS = re.compile(r"\s*(\[[^]]*\]|\([^)]*\))")
 
 
-class _Part(BaseModel):
-    # A study holds more than a page shows.
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
-
-class StudyRow(_Part):
+class StudyRow(Document, extra="ignore"):
     """What a model of the reports stands for.
 
     `paper` is its row or column in the paper's table, null where it has none there; `seed` the seed it was trained
@@ -58,7 +54,7 @@ class StudyRow(_Part):
         return _BRACKETS.sub("", self.paper or self.label).strip()
 
 
-class StudyFacts(_Part):
+class StudyFacts(Document, extra="ignore"):
     """What a page reads of study.json.
 
     `paper` names a table or figure; `reports` and `analyses` are folders, relative to that of the study; `rows` says of
@@ -93,7 +89,7 @@ def read_study(folder: Path) -> StudyFacts:
 
 
 @dataclass(frozen=True)
-class ReportPart:
+class ReportInput:
     """An evaluation, with its audit where there is one.
 
     Args:
@@ -104,13 +100,13 @@ class ReportPart:
     """
 
     folder: Path
-    report: Report
+    report: EvaluationReport
     audits: tuple[AuditReport, ...]
     pictures: tuple[Path, ...]
 
 
 @dataclass(frozen=True)
-class AnalysisPart:
+class AnalysisInput:
     """An analysis."""
 
     folder: Path
@@ -118,19 +114,19 @@ class AnalysisPart:
 
 
 @dataclass(frozen=True)
-class StudyPart:
+class StudyInput:
     """A study: evaluations and analyses that answer one question, often that of a table of the paper."""
 
     folder: Path
     facts: StudyFacts
-    reports: tuple[ReportPart, ...]
-    analyses: tuple[AnalysisPart, ...]
+    reports: tuple[ReportInput, ...]
+    analyses: tuple[AnalysisInput, ...]
 
 
-Part: TypeAlias = ReportPart | AnalysisPart | StudyPart
+Part: TypeAlias = ReportInput | AnalysisInput | StudyInput
 
 
-def read_parts(folders: Sequence[Path]) -> list[Part]:
+def read_inputs(folders: Sequence[Path]) -> list[Part]:
     """Reads the folders that `evaluate`, `analyze` and `study` wrote.
 
     Raises:
@@ -150,7 +146,7 @@ def _read(folder: Path) -> Part:
     if (folder / STUDY_FILE).is_file():
         return _read_study(folder)
     if (folder / ANALYSIS_FILE).is_file():
-        return AnalysisPart(folder, _whole(folder, read_analysis(folder)))
+        return AnalysisInput(folder, _whole(folder, read_analysis(folder)))
     if (folder / REPORT_FILE).is_file():
         return _read_report(folder)
     if (folder / CELL_FOLDER).is_dir():
@@ -161,13 +157,13 @@ def _read(folder: Path) -> Part:
     )
 
 
-def _read_report(folder: Path) -> ReportPart:
+def _read_report(folder: Path) -> ReportInput:
     pictures = [path for pattern in PICTURE_FILES for path in sorted(folder.glob(pattern))]
     report = read_report(folder)
-    return ReportPart(folder, report, _read_audits(folder / AUDIT_FILE, report), tuple(pictures))
+    return ReportInput(folder, report, _read_audits(folder / AUDIT_FILE, report), tuple(pictures))
 
 
-def _read_audits(file: Path, report: Report) -> tuple[AuditReport, ...]:
+def _read_audits(file: Path, report: EvaluationReport) -> tuple[AuditReport, ...]:
     if not file.is_file():
         return ()
     try:
@@ -186,19 +182,19 @@ def _whole(folder: Path, report: AnalysisReport) -> AnalysisReport:
     return report
 
 
-def _read_study(folder: Path) -> StudyPart:
+def _read_study(folder: Path) -> StudyInput:
     facts = read_study(folder)
-    reports: list[ReportPart] = []
-    analyses: list[AnalysisPart] = []
+    reports: list[ReportInput] = []
+    analyses: list[AnalysisInput] = []
     for name in (*facts.reports, *facts.analyses):
         part = _read_member(folder, name)
-        if isinstance(part, ReportPart):
+        if isinstance(part, ReportInput):
             reports.append(part)
-        elif isinstance(part, AnalysisPart):
+        elif isinstance(part, AnalysisInput):
             analyses.append(part)
     _check_comparable(folder, reports)
     _check_rows(folder, facts, reports, analyses)
-    return StudyPart(folder, facts, tuple(reports), tuple(analyses))
+    return StudyInput(folder, facts, tuple(reports), tuple(analyses))
 
 
 def _read_member(folder: Path, name: str) -> Part:
@@ -208,7 +204,7 @@ def _read_member(folder: Path, name: str) -> Part:
         raise CheckpointError(f"the study in {folder} is not whole ({error})") from error
 
 
-def _check_comparable(folder: Path, reports: Sequence[ReportPart]) -> None:
+def _check_comparable(folder: Path, reports: Sequence[ReportInput]) -> None:
     """Figures of one table must be of the same images and of the same weights behind each name."""
     for part in reports[1:]:
         first, other = reports[0], part
@@ -229,12 +225,12 @@ def _check_comparable(folder: Path, reports: Sequence[ReportPart]) -> None:
                 )
 
 
-def _images(report: Report) -> str:
+def _images(report: EvaluationReport) -> str:
     return f"{report.data.images} of {report.data.name}"
 
 
 def _check_rows(
-    folder: Path, facts: StudyFacts, reports: Sequence[ReportPart], analyses: Sequence[AnalysisPart]
+    folder: Path, facts: StudyFacts, reports: Sequence[ReportInput], analyses: Sequence[AnalysisInput]
 ) -> None:
     measured = {model.name for part in (*reports, *analyses) for model in part.report.models}
     if unknown := sorted(facts.rows.keys() - measured):

@@ -6,14 +6,14 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from qadtr_brevitas.evaluation.report import ModelFacts, Report
+from qadtr_brevitas.evaluation.report import EvaluationReport, ModelFacts
 from qadtr_brevitas.reproduce.analyses.document import AnalysisReport
 from qadtr_brevitas.reproduce.page.parts import StudyFacts
 
 RECIPE_FILE = "recipe.yaml"
 
 
-def report_facts(report: Report) -> dict[str, str]:
+def report_facts(report: EvaluationReport) -> dict[str, str]:
     """Of an evaluation."""
     return _facts(report)
 
@@ -38,7 +38,7 @@ def study_facts(facts: StudyFacts) -> dict[str, str]:
     }
 
 
-def _facts(report: Report | AnalysisReport) -> dict[str, str]:
+def _facts(report: EvaluationReport | AnalysisReport) -> dict[str, str]:
     data = report.data
     used = f"all {data.images}" if data.images == data.available else f"{data.images} of {data.available}"
     return {
@@ -52,7 +52,7 @@ def _facts(report: Report | AnalysisReport) -> dict[str, str]:
     }
 
 
-def read_recipes(reports: Iterable[Report | AnalysisReport]) -> dict[str, str]:
+def read_recipes(reports: Iterable[EvaluationReport | AnalysisReport]) -> dict[str, str]:
     """The recipes of models, as far as their runs are still where they were: names of the models -> text."""
     found: dict[str, list[str]] = {}
     for model in (model for report in reports for model in report.models):

@@ -6,12 +6,12 @@ from collections.abc import Iterable, Sequence
 
 from qadtr_brevitas.auditing.finding import AuditReport
 from qadtr_brevitas.evaluation.report.layout import bits
-from qadtr_brevitas.reproduce.page.parts import ReportPart
+from qadtr_brevitas.reproduce.page.parts import ReportInput
 
 NO_AUDIT = "No audit was run on {models}: a low ASR may be an attack that failed, which evaluate --audit would tell."
 
 
-def audit_warnings(parts: Sequence[ReportPart], models: Iterable[str]) -> tuple[str, ...]:
+def audit_warnings(parts: Sequence[ReportInput], models: Iterable[str]) -> tuple[str, ...]:
     """One sentence for each check that warns about a model, and one for the models that were not checked.
 
     Args:

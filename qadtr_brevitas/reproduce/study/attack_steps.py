@@ -11,24 +11,25 @@ from qadtr_brevitas.auditing import audit
 from qadtr_brevitas.auditing.tables import write_audits
 from qadtr_brevitas.config.slots import slot_name
 from qadtr_brevitas.core.precision import Precision
+from qadtr_brevitas.core.progress import Progress
 from qadtr_brevitas.evaluation import Grid, NamedAttack, compute, make_report
 from qadtr_brevitas.evaluation.cells import CellStore
 from qadtr_brevitas.evaluation.craft import CraftSetup, craft
-from qadtr_brevitas.evaluation.entries import Contender, Subject, load_patches
+from qadtr_brevitas.evaluation.entries import LoadedModel, NamedPatch, load_patches
 from qadtr_brevitas.evaluation.report.files import write_report
 from qadtr_brevitas.evaluation.report.gallery import draw_pictures
 from qadtr_brevitas.evaluation.unseen import other_targets
-from qadtr_brevitas.quant.inference import Access
+from qadtr_brevitas.quant.inference import InferenceMode
 from qadtr_brevitas.reproduce.analyses import AnalysisData, run_analysis
-from qadtr_brevitas.reproduce.study.resources import Workshop, settings_of
+from qadtr_brevitas.reproduce.study.resources import StudyResources, settings_of
 from qadtr_brevitas.reproduce.study.sections import Budget, StudyAudit, StudyEvaluation
-from qadtr_brevitas.reproduce.study.steps import Part, Progress
+from qadtr_brevitas.reproduce.study.steps import StudyStep
 
 CELLS = "cells"
 
 
 @dataclass(frozen=True)
-class PatchPart(Part):
+class PatchStep(StudyStep):
     """The patches of one attack on one network at one precision, one for each target.
 
     Args:
@@ -36,7 +37,7 @@ class PatchPart(Part):
         source: the network's name.
         model: its folder.
         attack: the attack.
-        access: the precision, or several together.
+        mode: the precision, or several together.
         targets: classes to aim at.
         elsewhere: aim at as many other classes instead.
         budget: images and seed.
@@ -46,15 +47,15 @@ class PatchPart(Part):
     source: str
     model: Path
     attack: Any
-    access: Access
+    mode: InferenceMode
     targets: tuple[int | None, ...]
     elsewhere: bool
     budget: Budget
 
-    def work(self, workshop: Workshop, progress: Progress) -> None:
+    def work(self, resources: StudyResources, progress: Progress) -> None:
         """Makes those that are missing."""
-        train, judge = workshop.patch_images(self.model, self.budget)
-        dataset = workshop.dataset(self.model)
+        train, judge = resources.patch_images(self.model, self.budget)
+        dataset = resources.dataset(self.model)
         classes = len(train.classes)
         targets = other_targets(self.targets, classes) if self.elsewhere else self.targets
         setup = CraftSetup(
@@ -64,23 +65,23 @@ class PatchPart(Part):
             data={"name": slot_name(dataset), "settings": settings_of(dataset)},
             seed=self.budget.seed,
             batch_size=self.budget.batch_size,
-            device=workshop.where,
+            device=resources.where,
             progress=progress,
         )
-        subject = workshop.subject(self.model, self.source)
-        craft(subject, self.attack, setup, name=slot_name(self.attack), precisions=[self.access], targets=targets)
+        loaded = resources.loaded(self.model, self.source)
+        craft(loaded, self.attack, setup, name=slot_name(self.attack), precisions=[self.mode], targets=targets)
 
-    def contenders(self) -> Iterator[Contender]:
+    def patch_entries(self) -> Iterator[NamedPatch]:
         """The patches, by the names that the study gives them."""
         for found in load_patches([self.folder]):
             target = found.patch.meta.get("target")
             aim = "untargeted" if target is None else f"to {target}"
             source = replace(found.patch, meta={**found.patch.meta, "model": self.source})
-            yield replace(found, name=f"{self.label} on {self.source} at {self.access} {aim}", patch=source)
+            yield replace(found, name=f"{self.label} on {self.source} at {self.mode} {aim}", patch=source)
 
 
 @dataclass(frozen=True)
-class ReportPart(Part):
+class EvaluationStep(StudyStep):
     """One network under the attacks of one evaluation, with a report of its own.
 
     Args:
@@ -96,34 +97,34 @@ class ReportPart(Part):
 
     row: str
     model: Path
-    scored: tuple[Access, ...]
+    scored: tuple[InferenceMode, ...]
     evaluation: StudyEvaluation
-    patches: tuple[PatchPart, ...]
+    patches: tuple[PatchStep, ...]
     attacks: tuple[NamedAttack, ...]
     surrogates: tuple[tuple[str, Path], ...]
     budget: Budget
 
-    def work(self, workshop: Workshop, progress: Progress) -> None:
+    def work(self, resources: StudyResources, progress: Progress) -> None:
         """Computes the cells that are missing from those of all studies, and writes the report."""
-        patches = [contender for part in self.patches for contender in part.contenders()]
-        grid = self._grid(workshop, patches)
-        store = CellStore(workshop.work / CELLS)
-        compute(grid.jobs(), store, device=workshop.where, progress=progress)
-        report = make_report(grid, store, device=str(workshop.where), command=workshop.command)
+        patches = [patch_entry for part in self.patches for patch_entry in part.patch_entries()]
+        grid = self._grid(resources, patches)
+        store = CellStore(resources.work / CELLS)
+        compute(grid.jobs(), store, device=resources.where, progress=progress)
+        report = make_report(grid, store, device=str(resources.where), command=resources.command)
         pictures: Sequence[Path] = []
         if self.budget.pictures:
             self.folder.mkdir(parents=True, exist_ok=True)
             pictures = draw_pictures(
-                report, grid.subjects, patches, grid.split, folder=self.folder, device=workshop.where
+                report, grid.loaded_models, patches, grid.split, folder=self.folder, device=resources.where
             )
         write_report(report, self.folder, pictures=pictures)
 
-    def _grid(self, workshop: Workshop, patches: Sequence[Contender]) -> Grid:
-        dataset = workshop.dataset(self.model)
-        split = workshop.test_images(self.model, self.budget)
-        surrogates: list[Subject] = [workshop.subject(folder, name) for name, folder in self.surrogates]
+    def _grid(self, resources: StudyResources, patches: Sequence[NamedPatch]) -> Grid:
+        dataset = resources.dataset(self.model)
+        split = resources.test_images(self.model, self.budget)
+        surrogates: list[LoadedModel] = [resources.loaded(folder, name) for name, folder in self.surrogates]
         return Grid(
-            subjects=[workshop.subject(self.model, self.row)],
+            loaded_models=[resources.loaded(self.model, self.row)],
             patches=patches,
             split=split,
             data_name=slot_name(dataset),
@@ -140,7 +141,7 @@ class ReportPart(Part):
 
 
 @dataclass(frozen=True)
-class AuditPart(Part):
+class AuditStep(StudyStep):
     """The audit of one network, beside its report.
 
     Args:
@@ -161,18 +162,18 @@ class AuditPart(Part):
     ablations: tuple[tuple[str, Path], ...]
     budget: Budget
 
-    def work(self, workshop: Workshop, progress: Progress) -> None:
+    def work(self, resources: StudyResources, progress: Progress) -> None:
         """Runs the checks that are missing, and writes audit.json."""
         found = audit(
-            workshop.subject(self.model, self.row),
-            workshop.test_images(self.model, self.budget),
+            resources.loaded(self.model, self.row),
+            resources.test_images(self.model, self.budget),
             precisions=self.precisions,
-            twin=self.twin and workshop.subject(self.twin[1], self.twin[0]),
-            ablations=[workshop.subject(folder, name) for name, folder in self.ablations],
+            twin=self.twin and resources.loaded(self.twin[1], self.twin[0]),
+            ablations=[resources.loaded(folder, name) for name, folder in self.ablations],
             images=self.section.images,
             seed=self.budget.seed,
             batch_size=self.budget.batch_size,
-            device=workshop.where,
+            device=resources.where,
             profile=self.section.profile,
             folder=self.folder,
             progress=progress,
@@ -181,7 +182,7 @@ class AuditPart(Part):
 
 
 @dataclass(frozen=True)
-class AnalysisPart(Part):
+class AnalysisStep(StudyStep):
     """One analysis of some networks.
 
     Args:
@@ -194,26 +195,26 @@ class AnalysisPart(Part):
     models: tuple[tuple[str, Path], ...]
     budget: Budget
 
-    def work(self, workshop: Workshop, progress: Progress) -> None:
+    def work(self, resources: StudyResources, progress: Progress) -> None:
         """Measures, or goes on with it."""
         _, first = self.models[0]
-        dataset = workshop.dataset(first)
+        dataset = resources.dataset(first)
 
         def load_train() -> Any:
             limit = self.budget.patch_images + self.budget.held_out
-            return workshop.images(first, "train", limit=limit, seed=self.budget.seed)
+            return resources.images(first, "train", limit=limit, seed=self.budget.seed)
 
         data = AnalysisData(
-            slot_name(dataset), workshop.test_images(first, self.budget), settings_of(dataset), load_train
+            slot_name(dataset), resources.test_images(first, self.budget), settings_of(dataset), load_train
         )
         run_analysis(
             self.analysis,
-            [workshop.subject(folder, name) for name, folder in self.models],
+            [resources.loaded(folder, name) for name, folder in self.models],
             data,
             self.folder,
             seed=self.budget.seed,
             progress=progress,
-            device=workshop.where,
+            device=resources.where,
             batch_size=self.budget.batch_size,
-            command=workshop.command,
+            command=resources.command,
         )

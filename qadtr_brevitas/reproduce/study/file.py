@@ -14,7 +14,7 @@ from typing import Any, get_args, get_origin
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from qadtr_brevitas.config.layers import merge, read_layers, without_taken_out
+from qadtr_brevitas.config.layers import merge, read_layers, without_removed
 from qadtr_brevitas.config.problems import dotted, explain, fields_of, section_in
 from qadtr_brevitas.config.shipped import recipe_folder, shipped_studies
 from qadtr_brevitas.config.slots import Slot, slot_in
@@ -25,7 +25,7 @@ from qadtr_brevitas.reproduce.study.sections import Study, StudyModel
 NO_KEYS = "{} is a single value or a list, it has no keys"
 
 
-def take_out(root: Node, path: str) -> Problem | None:
+def remove_path(root: Node, path: str) -> Problem | None:
     """Takes a key out of the tree of a study, in place.
 
     Keys that a section may have and does not have are out already; any other is a mistake.
@@ -110,7 +110,7 @@ def load_study(source: str | Path, overrides: Sequence[str] = (), *, scale: str 
         UsageError: there is no such study or scale, or the file is no mapping.
         RecipeError: something is wrong in it; the error lists everything that is, each with its place.
     """
-    root = without_taken_out(_at_scale(read_layers(source, find=find_study), scale, source=str(source)))
+    root = without_removed(_at_scale(read_layers(source, find=find_study), scale, source=str(source)))
     problems = [problem for text in overrides if (problem := _override(root, text))]
     data = root.plain()
     try:
@@ -134,18 +134,18 @@ def _at_scale(root: Node, scale: str, *, source: str) -> Node:
     scales = root.children.pop(SCALES, None)
     known = dict(scales.children or {}) if scales else {}
     if scale in known:
-        return merge(root, _taking_out(known[scale])) if known[scale].children is not None else root
+        return merge(root, _removing(known[scale])) if known[scale].children is not None else root
     if known or scale not in SCALE_NAMES:
         raise UsageError(f"study {source} has no scale {scale!r}: {suggest(scale, map(str, known))}")
     return root
 
 
-def _taking_out(node: Node) -> Node:
+def _removing(node: Node) -> Node:
     """The tree with nulls that take out what may be there; in `set` they are values that recipes get."""
     if node.children is None or node.is_list:
-        return replace(node, takes_out=node.children is None and node.scalar is None)
+        return replace(node, removes=node.children is None and node.scalar is None)
     children = {
-        key: child if key == SET and child.children else _taking_out(child) for key, child in node.children.items()
+        key: child if key == SET and child.children else _removing(child) for key, child in node.children.items()
     }
     return replace(node, children=children)
 
@@ -160,7 +160,7 @@ def _override(root: Node, text: str) -> Problem | None:
     except YamlError as error:
         return Problem(path, f"the value {value!r} is not YAML: {error.reason}")
     if found.children is None and found.scalar is None:
-        return take_out(root, path.strip())
+        return remove_path(root, path.strip())
     node = root
     *parents, last = path.strip().split(".")
     for part in parents:

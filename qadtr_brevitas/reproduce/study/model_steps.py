@@ -11,40 +11,41 @@ from qadtr_brevitas.config import Recipe
 from qadtr_brevitas.core.errors import TrainingError
 from qadtr_brevitas.core.files import write_atomically
 from qadtr_brevitas.core.precision import Precision
-from qadtr_brevitas.pipeline.add_precision import widen
+from qadtr_brevitas.core.progress import Progress
+from qadtr_brevitas.pipeline.add_precision import add_precision
 from qadtr_brevitas.pipeline.build import build_split, build_switchable, fit_data
 from qadtr_brevitas.pipeline.calibration import DEFAULT_IMAGES, calibrate_on
 from qadtr_brevitas.pipeline.checkpoint import save_model
-from qadtr_brevitas.reproduce.study.networks import Net
-from qadtr_brevitas.reproduce.study.resources import Workshop
-from qadtr_brevitas.reproduce.study.steps import Part, Progress
-from qadtr_brevitas.training.log import Observer, StepRecord
+from qadtr_brevitas.reproduce.study.networks import StudyNetwork
+from qadtr_brevitas.reproduce.study.resources import StudyResources
+from qadtr_brevitas.reproduce.study.steps import StudyStep
+from qadtr_brevitas.training.log import StepRecord, TrainingObserver
 from qadtr_brevitas.training.loop import train
 
 
 @dataclass(frozen=True)
-class ModelPart(Part):
+class ModelStep(StudyStep):
     """A network: trained, or converted and calibrated.
 
     Args:
-        net: the network.
+        network: the network.
     """
 
-    net: Net
+    network: StudyNetwork
 
-    def work(self, workshop: Workshop, progress: Progress) -> None:
+    def work(self, resources: StudyResources, progress: Progress) -> None:
         """Trains it, or goes on with it; a conversion is made whole or not at all."""
         recipe = self._recipe()
-        if not self.net.section.train:
+        if not self.network.section.train:
             _convert(recipe, self.folder)
-        elif workshop.processes > 1:
-            _train_together(recipe, self.folder, workshop)
+        elif resources.processes > 1:
+            _train_together(recipe, self.folder, resources)
         else:
-            train(recipe, self.folder, device=workshop.device, observer=_Teller(progress))
+            train(recipe, self.folder, device=resources.device, observer=_TrainingProgress(progress))
 
     def _recipe(self) -> Recipe:
         """The recipe, with the weights to start from."""
-        recipe = self.net.recipe
+        recipe = self.network.recipe
         assert recipe is not None
         if not self.needs:
             return recipe
@@ -54,19 +55,19 @@ class ModelPart(Part):
 
 
 @dataclass(frozen=True)
-class FinishedModel(Part):
+class ExistingModelStep(StudyStep):
     """A network that is there already."""
 
     def is_made(self) -> bool:
         """It is."""
         return True
 
-    def work(self, workshop: Workshop, progress: Progress) -> None:
+    def work(self, resources: StudyResources, progress: Progress) -> None:
         """Nothing is left to do."""
 
 
 @dataclass(frozen=True)
-class WiderModel(Part):
+class AddPrecisionStep(StudyStep):
     """A network at one precision more, which it was not trained for.
 
     Args:
@@ -81,13 +82,13 @@ class WiderModel(Part):
     images: int
     seed: int
 
-    def work(self, workshop: Workshop, progress: Progress) -> None:
+    def work(self, resources: StudyResources, progress: Progress) -> None:
         """Calibrates it."""
-        images = workshop.images(self.source, "train", limit=self.images, seed=self.seed)
-        widen(self.source, self.folder, self.precision, images, seed=self.seed)
+        images = resources.images(self.source, "train", limit=self.images, seed=self.seed)
+        add_precision(self.source, self.folder, self.precision, images, seed=self.seed)
 
 
-class _Teller(Observer):
+class _TrainingProgress(TrainingObserver):
     """Turns the steps of a training into progress."""
 
     def __init__(self, progress: Progress) -> None:
@@ -110,12 +111,12 @@ def _convert(recipe: Recipe, folder: Path) -> None:
     save_model(folder, model, replace(info, source="convert"))
 
 
-def _train_together(recipe: Recipe, folder: Path, workshop: Workshop) -> None:
+def _train_together(recipe: Recipe, folder: Path, resources: StudyResources) -> None:
     """Trains in several processes, which torchrun starts."""
-    file = workshop.work / "recipes" / f"{folder.name}.yaml"
+    file = resources.work / "recipes" / f"{folder.name}.yaml"
     write_atomically(file, lambda path: path.write_text(recipe.dump_yaml(), encoding="utf-8"))
-    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(workshop.processes)]
-    training = ["-m", "qadtr_brevitas", "train", str(file), "-o", str(folder), "--device", workshop.device, "-q"]
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(resources.processes)]
+    training = ["-m", "qadtr_brevitas", "train", str(file), "-o", str(folder), "--device", resources.device, "-q"]
     done = subprocess.run([sys.executable, "-m", *launcher, *training], check=False, stdout=sys.stderr)
     if done.returncode:
         raise TrainingError(

@@ -13,7 +13,7 @@ from qadtr_brevitas.config import Recipe, load_recipe
 from qadtr_brevitas.core.errors import CheckpointError, UsageError
 from qadtr_brevitas.core.files import fingerprint_facts, fingerprint_file, read_json
 from qadtr_brevitas.core.precision import Precision, parse_precisions
-from qadtr_brevitas.quant.inference import Access
+from qadtr_brevitas.quant.inference import InferenceMode
 from qadtr_brevitas.reproduce.study.file import start_of
 from qadtr_brevitas.reproduce.study.sections import Study, StudyModel
 
@@ -23,7 +23,7 @@ _WEIGHTS, _CONFIG = "model.safetensors", "config.json"
 
 # Compared by identity: recipes hold mappings, which have no hash.
 @dataclass(frozen=True, eq=False)
-class Net:
+class StudyNetwork:
     """One network of a study.
 
     Args:
@@ -44,7 +44,7 @@ class Net:
     recipe: Recipe | None
     recipe_name: str
     bits: Precision | None
-    start: Net | None
+    start: StudyNetwork | None
 
     @cached_property
     def key(self) -> str:
@@ -78,12 +78,12 @@ class Net:
         except (KeyError, TypeError) as error:
             raise CheckpointError(f"{config} is not the config of a switchable model: save the model again") from error
 
-    def scored(self, study: Study) -> tuple[Access, ...]:
+    def scored(self, study: Study) -> tuple[InferenceMode, ...]:
         """What it is scored at: what is asked for, as far as it has it."""
         if self.bits is not None:
-            return (Access((self.bits,)),)
+            return (InferenceMode((self.bits,)),)
         wanted = self.section.precisions or study.precisions
-        return tuple(access for access in wanted if set(access.precisions) <= set(self.precisions))
+        return tuple(mode for mode in wanted if set(mode.precisions) <= set(self.precisions))
 
 
 def _finished(section: StudyModel) -> Path:
@@ -97,7 +97,7 @@ def _finished(section: StudyModel) -> Path:
     )
 
 
-def make_nets(study: Study) -> dict[str, Net]:
+def make_nets(study: Study) -> dict[str, StudyNetwork]:
     """All networks of a study by name; those that others start from come first.
 
     Raises:
@@ -105,14 +105,14 @@ def make_nets(study: Study) -> dict[str, Net]:
             models with networks of one name.
         CheckpointError: a finished model that is not there.
     """
-    found: dict[str, Net] = {}
+    found: dict[str, StudyNetwork] = {}
     for model in _in_order(study):
-        for net in _nets_of(study, model, found):
-            other = found.setdefault(net.name, net)
+        for network in _nets_of(study, model, found):
+            other = found.setdefault(network.name, network)
             if other.model != model:
                 raise UsageError(
-                    f"models {other.model} and {model} of the study both have a network called {net.name}, which is a "
-                    "model's name with its bit-width and seed where it has several: rename one of the models"
+                    f"models {other.model} and {model} of the study both have a network called {network.name}, which "
+                    "is a model's name with its bit-width and seed where it has several: rename one of the models"
                 )
     return found
 
@@ -133,10 +133,10 @@ def _in_order(study: Study) -> list[str]:
     return ordered
 
 
-def _nets_of(study: Study, name: str, made: Mapping[str, Net]) -> Iterator[Net]:
+def _nets_of(study: Study, name: str, made: Mapping[str, StudyNetwork]) -> Iterator[StudyNetwork]:
     section = study.models[name]
     if section.path is not None:
-        yield Net(name, name, section, None, None, "", None, None)
+        yield StudyNetwork(name, name, section, None, None, "", None, None)
         return
     seeds = section.seeds or study.seeds
     for seed in seeds:
@@ -145,7 +145,7 @@ def _nets_of(study: Study, name: str, made: Mapping[str, Net]) -> Iterator[Net]:
             recipe_name = "+".join(filter(None, (section.recipe or study.recipe, section.defense)))
             recipe = _load(study, name, section, recipe_name, seed, bits)
             start = _start(study, name, seed, bits, made)
-            yield Net("-".join(words), name, section, seed, recipe, recipe_name, bits, start)
+            yield StudyNetwork("-".join(words), name, section, seed, recipe, recipe_name, bits, start)
 
 
 def _load(study: Study, name: str, section: StudyModel, recipe_name: str, seed: int, bits: Precision | None) -> Recipe:
@@ -158,14 +158,16 @@ def _load(study: Study, name: str, section: StudyModel, recipe_name: str, seed: 
         raise UsageError(f"model {name} of the study, which is {recipe_name} with its changes:\n{error}") from error
 
 
-def _start(study: Study, name: str, seed: int, bits: Precision | None, made: Mapping[str, Net]) -> Net | None:
+def _start(
+    study: Study, name: str, seed: int, bits: Precision | None, made: Mapping[str, StudyNetwork]
+) -> StudyNetwork | None:
     """The network of the model to start from that has the same seed and bit-width, as far as there are several."""
     start = start_of(study, name)
     if start is None:
         return None
-    nets = [net for net in made.values() if net.model == start]
-    alike = [net for net in nets if net.bits in (None, bits)]
+    networks = [network for network in made.values() if network.model == start]
+    alike = [network for network in networks if network.bits in (None, bits)]
     if not alike:
         raise UsageError(f"model {name} of the study starts from {start}, which has no network for the same precision")
-    same_seed = [net for net in alike if net.seed == seed]
+    same_seed = [network for network in alike if network.seed == seed]
     return (same_seed or alike)[0]

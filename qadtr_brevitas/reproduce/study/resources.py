@@ -17,7 +17,7 @@ from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.core.files import fingerprint_facts
 from qadtr_brevitas.core.registry import DATASETS
 from qadtr_brevitas.data.split import Split
-from qadtr_brevitas.evaluation.entries import Subject, load_subjects
+from qadtr_brevitas.evaluation.entries import LoadedModel, load_subjects
 from qadtr_brevitas.pipeline.checkpoint import read_info
 from qadtr_brevitas.reproduce.study.sections import Budget
 
@@ -30,7 +30,7 @@ _Item = TypeVar("_Item")
 
 
 @dataclass(frozen=True)
-class Workshop:
+class StudyResources:
     """Where and with what parts are made.
 
     Args:
@@ -51,7 +51,7 @@ class Workshop:
         """The device."""
         return resolve_device(self.device)
 
-    def subject(self, folder: Path, name: str) -> Subject:
+    def loaded(self, folder: Path, name: str) -> LoadedModel:
         """The model of a run or model directory, under the name it has in the study."""
         return replace(self._kept(f"model {folder}", lambda: load_subjects([folder], device=self.where)[0]), name=name)
 

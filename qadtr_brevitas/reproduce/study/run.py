@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from qadtr_brevitas.core.errors import QadtrError, StudyError
-from qadtr_brevitas.evaluation.sharding import Share
+from qadtr_brevitas.core.progress import Progress
+from qadtr_brevitas.evaluation.sharding import Shard
 from qadtr_brevitas.reproduce.study.claims import Claims
-from qadtr_brevitas.reproduce.study.plan import Plan
-from qadtr_brevitas.reproduce.study.resources import Workshop
-from qadtr_brevitas.reproduce.study.steps import Part, Progress
+from qadtr_brevitas.reproduce.study.plan import StudyPlan
+from qadtr_brevitas.reproduce.study.resources import StudyResources
+from qadtr_brevitas.reproduce.study.steps import StudyStep
 from qadtr_brevitas.training.stop import Interrupted
 
 LOOK_EVERY = 2.0
@@ -24,7 +25,7 @@ Begin: TypeAlias = Callable[[str], Progress]
 
 
 @dataclass
-class Outcome:
+class StudyOutcome:
     """What became of the parts.
 
     Args:
@@ -37,22 +38,22 @@ class Outcome:
 
 
 def carry_out(
-    plan: Plan,
-    workshop: Workshop,
+    plan: StudyPlan,
+    resources: StudyResources,
     claims: Claims,
     *,
-    share: Share | None = None,
+    share: Shard | None = None,
     say: Say = lambda message: None,
-    begin: Begin = lambda what: lambda done, total, note: None,
+    begin: Begin = lambda what: lambda done, total, note="": None,
     look_every: float = LOOK_EVERY,
-) -> Outcome:
+) -> StudyOutcome:
     """Makes every part that is missing, and waits for those that others are making.
 
     A part that fails does not keep those from being made that do not need it.
 
     Args:
         plan: the parts.
-        workshop: with what they are made.
+        resources: with what they are made.
         claims: keeps two processes from making the same part.
         share: the share of the parts to begin with; the others follow, as far as nobody has begun them.
         say: told what happens, in words.
@@ -63,12 +64,12 @@ def carry_out(
         StudyError: parts could not be made; everything else is.
         Interrupted: stopped by Ctrl-C or a signal in a training, after its state was saved.
     """
-    outcome, waiting = Outcome(), ""
+    outcome, waiting = StudyOutcome(), ""
     missing = _in_turn([part for part in plan.parts if not part.is_made()], share)
     while missing := [part for part in missing if part.name not in outcome.failed and not part.is_made()]:
         _give_up(missing, outcome)
         ready = [part for part in missing if all(need.is_made() for need in part.needs)]
-        if any(_make(part, workshop, claims, outcome, say, begin) for part in ready):
+        if any(_make(part, resources, claims, outcome, say, begin) for part in ready):
             waiting = ""
             continue
         now = "; ".join(f"{part.name} ({who})" for part in ready if (who := claims.owner(part.key)))
@@ -81,7 +82,7 @@ def carry_out(
     return outcome
 
 
-def _in_turn(parts: Sequence[Part], share: Share | None) -> list[Part]:
+def _in_turn(parts: Sequence[StudyStep], share: Shard | None) -> list[StudyStep]:
     """The parts, those of the share first; what others need stays before it."""
     if share is None:
         return list(parts)
@@ -89,7 +90,9 @@ def _in_turn(parts: Sequence[Part], share: Share | None) -> list[Part]:
     return [*mine, *(part for part in parts if part not in mine)]
 
 
-def _make(part: Part, workshop: Workshop, claims: Claims, outcome: Outcome, say: Say, begin: Begin) -> bool:
+def _make(
+    part: StudyStep, resources: StudyResources, claims: Claims, outcome: StudyOutcome, say: Say, begin: Begin
+) -> bool:
     """Makes a part if nobody else does; True if something changed."""
     with claims.claim(part.key, part.name) as is_mine:
         if not is_mine:
@@ -99,7 +102,7 @@ def _make(part: Part, workshop: Workshop, claims: Claims, outcome: Outcome, say:
             return True
         say(part.name)
         try:
-            part.make(workshop, begin(part.name))
+            part.make(resources, begin(part.name))
         except Interrupted:
             raise
         except QadtrError as error:
@@ -110,7 +113,7 @@ def _make(part: Part, workshop: Workshop, claims: Claims, outcome: Outcome, say:
         return True
 
 
-def _give_up(missing: Sequence[Part], outcome: Outcome) -> None:
+def _give_up(missing: Sequence[StudyStep], outcome: StudyOutcome) -> None:
     """Marks what needs a part that has failed."""
     for part in missing:
         for need in part.needs:
@@ -118,7 +121,7 @@ def _give_up(missing: Sequence[Part], outcome: Outcome) -> None:
                 outcome.failed[part.name] = StudyError(f"it needs: {need.name}")
 
 
-def _failure(outcome: Outcome, plan: Plan) -> StudyError:
+def _failure(outcome: StudyOutcome, plan: StudyPlan) -> StudyError:
     reasons: dict[str, list[str]] = {}
     for name, error in outcome.failed.items():
         if not isinstance(error, StudyError):

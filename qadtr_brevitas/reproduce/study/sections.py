@@ -6,29 +6,29 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, PlainSerializer, model_validator
 
-from qadtr_brevitas.config.sections import AttackSlot, Section
+from qadtr_brevitas.config.sections import AttackSlot, RecipeSection
 from qadtr_brevitas.config.slots import Slot
 from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.core.plugin import PrecisionField
 from qadtr_brevitas.core.precision import DEFAULT_BITS
 from qadtr_brevitas.core.registry import ANALYSES
-from qadtr_brevitas.quant.inference import Access, parse_access
+from qadtr_brevitas.quant.inference import InferenceMode, parse_mode
 
 
-def _read_access(value: Any) -> Access:
+def _read_access(value: Any) -> InferenceMode:
     try:
-        return parse_access(value)
+        return parse_mode(value)
     except UsageError as error:
         raise ValueError(str(error)) from error
 
 
-AccessField = Annotated[Access, BeforeValidator(_read_access), PlainSerializer(str)]
+AccessField = Annotated[InferenceMode, BeforeValidator(_read_access), PlainSerializer(str)]
 """A precision, or several together: 4, "8+4+2", "random(8+4+2)", "vote(8+4+2)"."""
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 Target = Annotated[int, Field(ge=0)] | None
 
 
-class StudyModel(Section):
+class StudyModel(RecipeSection):
     """A row of the study: one network, or one for each bit-width, and for each seed."""
 
     label: str | None = Field(default=None, description="how tables call it; null: its name")
@@ -56,7 +56,7 @@ class StudyModel(Section):
         return self
 
 
-class StudyAttack(Section):
+class StudyAttack(RecipeSection):
     """Universal patches, or an attack on each image by itself."""
 
     attack: AttackSlot = Field(description="the attack and its settings; targets are given here")
@@ -97,7 +97,7 @@ class StudyAttack(Section):
         return self
 
 
-class StudyAudit(Section):
+class StudyAudit(RecipeSection):
     """Checks that tell a robust network from an attack that failed, on each network of an evaluation."""
 
     twin: str | None = Field(default=None, description="model of this study: the same network without the defense")
@@ -109,7 +109,7 @@ class StudyAudit(Section):
     profile: Literal["quick", "full"] = Field(default="quick", description="what its attacks cost")
 
 
-class StudyEvaluation(Section):
+class StudyEvaluation(RecipeSection):
     """A set of attacks that models are put through: one report for each network."""
 
     attacks: tuple[str, ...] = Field(default=(), description="names of attacks of this study")
@@ -125,14 +125,14 @@ class StudyEvaluation(Section):
     )
 
 
-class StudyAnalysis(Section):
+class StudyAnalysis(RecipeSection):
     """An analysis of some models."""
 
     analysis: Annotated[Any, Slot(ANALYSES)] = Field(description="the analysis and its settings")
     models: tuple[str, ...] = Field(min_length=1, description="models it is for")
 
 
-class Budget(Section):
+class Budget(RecipeSection):
     """What the figures cost."""
 
     images: Annotated[int, Field(ge=1)] | Literal["all"] = Field(
@@ -146,7 +146,7 @@ class Budget(Section):
     seed: int = Field(default=0, ge=0, description="of images, places and attacks, the same for every model")
 
 
-class Study(Section):
+class Study(RecipeSection):
     """Everything that is to be said about a study, at one scale."""
 
     title: str = Field(min_length=1, description="what it compares")
@@ -156,7 +156,7 @@ class Study(Section):
     start: str | None = Field(default=None, description="what models start from that say nothing else")
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=(0,), min_length=1, description="training seeds")
     precisions: tuple[AccessField, ...] = Field(
-        default=tuple(map(parse_access, DEFAULT_BITS)),
+        default=tuple(map(parse_mode, DEFAULT_BITS)),
         min_length=1,
         description="what is scored, as far as a model has it",
     )

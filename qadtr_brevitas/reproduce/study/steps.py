@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
-from typing import TypeAlias
 
 from qadtr_brevitas.core.errors import CheckpointError
 from qadtr_brevitas.core.files import fingerprint_facts, read_json, write_json
-from qadtr_brevitas.reproduce.study.resources import Workshop
-
-Progress: TypeAlias = Callable[[int, int, str], object]
+from qadtr_brevitas.core.progress import Progress
+from qadtr_brevitas.reproduce.study.resources import StudyResources
 
 _KEY_LENGTH = 12
 
 
 @dataclass(frozen=True)
-class Part(ABC):
+class StudyStep(ABC):
     """One thing to make.
 
     Args:
@@ -34,7 +31,7 @@ class Part(ABC):
     name: str
     folder: Path
     made_of: object
-    needs: tuple[Part, ...]
+    needs: tuple[StudyStep, ...]
 
     @cached_property
     def key(self) -> str:
@@ -54,12 +51,12 @@ class Part(ABC):
         except (CheckpointError, KeyError, TypeError):
             return False
 
-    def make(self, workshop: Workshop, progress: Progress) -> None:
+    def make(self, resources: StudyResources, progress: Progress) -> None:
         """Makes it, or goes on with it, and notes that it is finished."""
         # What is there of other settings is overwritten: its note must not call it finished any more.
         self._forget()
         started = time.monotonic()
-        self.work(workshop, progress)
+        self.work(resources, progress)
         seconds = round(time.monotonic() - started, 1)
         finished = datetime.now(UTC).isoformat(timespec="seconds")
         # Another process may have made it of other settings at the same time: what is there now is this.
@@ -73,7 +70,7 @@ class Part(ABC):
                 note.unlink(missing_ok=True)
 
     @abstractmethod
-    def work(self, workshop: Workshop, progress: Progress) -> None:
+    def work(self, resources: StudyResources, progress: Progress) -> None:
         """Makes what is missing of it."""
         ...
 

@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from qadtr_brevitas.core.files import write_atomically, write_json
-from qadtr_brevitas.evaluation.metrics import Share
-from qadtr_brevitas.evaluation.report import AttackCell, Rate, Report, read_report, versions
+from qadtr_brevitas.evaluation.metrics import Proportion
+from qadtr_brevitas.evaluation.report import AttackCell, EvaluationReport, Rate, read_report, versions
 from qadtr_brevitas.evaluation.report.files import markdown_table
 from qadtr_brevitas.evaluation.report.layout import EMPTY, Table, bits
 from qadtr_brevitas.evaluation.report.views import FLOAT
-from qadtr_brevitas.quant.inference import sorted_accesses
-from qadtr_brevitas.reproduce.page import build_page, read_parts, write_page
+from qadtr_brevitas.quant.inference import sorted_modes
+from qadtr_brevitas.reproduce.page import build_page, read_inputs, write_page
 from qadtr_brevitas.reproduce.study.file import dump_json
-from qadtr_brevitas.reproduce.study.plan import Plan, Row
+from qadtr_brevitas.reproduce.study.plan import Row, StudyPlan
 from qadtr_brevitas.reproduce.study.sections import Study
 
 STUDY_FILE, PLAN_FILE, SUMMARY_FILE, FIGURES_FILE = "study.json", "study.yaml", "study.md", "figures.csv"
@@ -72,10 +72,10 @@ class Figure:
     made_at: str = ""
     targets: int = 1
     value: float = 0.0
-    share: Share | None = None
+    share: Proportion | None = None
 
 
-def write_study(study: Study, plan: Plan, folder: Path, *, scale: str, command: str) -> list[Path]:
+def write_study(study: Study, plan: StudyPlan, folder: Path, *, scale: str, command: str) -> list[Path]:
     """Writes study.json, study.yaml, study.md, figures.csv and the page, of reports that are all there.
 
     Args:
@@ -97,16 +97,16 @@ def write_study(study: Study, plan: Plan, folder: Path, *, scale: str, command: 
     }
     for name, text in texts.items():
         write_atomically(folder / name, lambda path, text=text: path.write_text(text, encoding="utf-8"))
-    page = build_page(read_parts([folder]), title=study.title, command=command)
+    page = build_page(read_inputs([folder]), title=study.title, command=command)
     return [folder / STUDY_FILE, *(folder / name for name in texts), *write_page(page, folder / PAGE_FILE)]
 
 
-def summary_tables(study: Study, plan: Plan) -> list[Table]:
+def summary_tables(study: Study, plan: StudyPlan) -> list[Table]:
     """One table for each evaluation: clean accuracy and ASR of every model at every precision."""
     return _tables(study, [figure for row in plan.rows for figure in _figures(row)])
 
 
-def _facts(study: Study, plan: Plan, folder: Path, *, scale: str, command: str) -> dict[str, Any]:
+def _facts(study: Study, plan: StudyPlan, folder: Path, *, scale: str, command: str) -> dict[str, Any]:
     def place(path: Path) -> str:
         return Path(os.path.relpath(path, folder)).as_posix()
 
@@ -123,14 +123,14 @@ def _facts(study: Study, plan: Plan, folder: Path, *, scale: str, command: str) 
 
 
 def _row(study: Study, row: Row) -> dict[str, Any]:
-    section = row.net.section
+    section = row.network.section
     paper = section.paper.get(row.evaluation) if isinstance(section.paper, dict) else section.paper
     suffix = f" ({row.evaluation})" if len(study.evaluations) > 1 else ""
     return {
-        "label": f"{section.label or row.net.model}{suffix}",
+        "label": f"{section.label or row.network.model}{suffix}",
         "paper": paper,
-        "seed": row.net.seed,
-        "model": row.net.model,
+        "seed": row.network.seed,
+        "model": row.network.model,
         "evaluation": row.evaluation,
         "precision": str(row.part.scored[0]) if len(row.part.scored) == 1 else None,
     }
@@ -138,7 +138,7 @@ def _row(study: Study, row: Row) -> dict[str, Any]:
 
 def _figures(row: Row) -> Iterator[Figure]:
     report = read_report(row.part.folder)
-    base = Figure(model=row.net.model, evaluation=row.evaluation, seed=row.net.seed)
+    base = Figure(model=row.network.model, evaluation=row.evaluation, seed=row.network.seed)
     for cell in report.clean:
         rate = cell.accuracy
         yield replace(base, precision=cell.precision, what=CLEAN, value=rate.value or 0, share=rate.share)
@@ -151,14 +151,14 @@ def _figures(row: Row) -> Iterator[Figure]:
             yield replace(base, precision=precision, what=MEAN_UNSEEN, targets=len(unseen), value=mean)
 
 
-def _attack_figures(report: Report, makers: dict[str, _Maker], base: Figure) -> Iterator[Figure]:
+def _attack_figures(report: EvaluationReport, makers: dict[str, _AttackSource], base: Figure) -> Iterator[Figure]:
     """The mean over targets of each attack, by where it was made."""
-    groups: dict[tuple[_Maker, str], list[AttackCell]] = {}
+    groups: dict[tuple[_AttackSource, str], list[AttackCell]] = {}
     for cell in report.cells:
         if cell.precision == base.precision and cell.asr.value is not None:
             groups.setdefault((makers.get(cell.attack, _NOBODY), cell.threat), []).append(cell)
     for (maker, threat), cells in groups.items():
-        made = replace(base, kind=maker.kind, threat=threat, made_on=maker.network, made_at=maker.access)
+        made = replace(base, kind=maker.kind, threat=threat, made_on=maker.network, made_at=maker.mode)
         what = maker.what(threat)
         yield _mean(replace(made, what=what), [cell.asr for cell in cells])
         if not maker.is_patch:
@@ -178,12 +178,12 @@ def _one_of_each(figures: Sequence[Figure]) -> list[Figure]:
 
 
 @dataclass(frozen=True)
-class _Maker:
+class _AttackSource:
     """Where an attack comes from: what the study calls it, the network and the precision it was made on."""
 
     kind: str
     network: str = ""
-    access: str = ""
+    mode: str = ""
     is_own: bool = True
     is_patch: bool = True
     is_black_box: bool = False
@@ -194,21 +194,21 @@ class _Maker:
             return self.kind
         if threat == "white-box":
             return f"{self.kind}, {'black-box' if self.is_black_box else threat}"
-        return f"{self.kind}{'' if self.is_own else f' on {self.network}'}, made at {self.access}"
+        return f"{self.kind}{'' if self.is_own else f' on {self.network}'}, made at {self.mode}"
 
 
-_NOBODY = _Maker("random patch")
+_NOBODY = _AttackSource("random patch")
 
 
-def _makers(row: Row, report: Report) -> dict[str, _Maker]:
-    found: dict[str, _Maker] = {}
+def _makers(row: Row, report: EvaluationReport) -> dict[str, _AttackSource]:
+    found: dict[str, _AttackSource] = {}
     for part in row.part.patches:
-        maker = _Maker(part.label, part.source, str(part.access), is_own=part.source == row.net.name)
-        found |= {contender.name: maker for contender in part.contenders()}
+        maker = _AttackSource(part.label, part.source, str(part.mode), is_own=part.source == row.network.name)
+        found |= {patch_entry.name: maker for patch_entry in part.patch_entries()}
     for facts in report.attacks:
         source = facts.source
         is_own = source.name == row.part.row
-        found[facts.name] = _Maker(
+        found[facts.name] = _AttackSource(
             facts.family, source.name, source.precision, is_own, is_patch=False, is_black_box=facts.black_box
         )
     return found
@@ -220,7 +220,7 @@ def _tables(study: Study, figures: Sequence[Figure]) -> list[Table]:
 
 def _table(study: Study, figures: Sequence[Figure], evaluation: str) -> Table:
     mine = [figure for figure in figures if figure.evaluation == evaluation]
-    columns = sorted_accesses({figure.precision for figure in mine})
+    columns = sorted_modes({figure.precision for figure in mine})
     rows: list[tuple[str, ...] | None] = []
     for model in dict.fromkeys(figure.model for figure in mine):
         own = _shown([figure for figure in mine if figure.model == model])

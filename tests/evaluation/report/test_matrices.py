@@ -7,11 +7,11 @@ from typing import ClassVar
 import torch
 
 from qadtr_brevitas.evaluation import NamedAttack, evaluate
-from qadtr_brevitas.evaluation.report import Report
+from qadtr_brevitas.evaluation.report import EvaluationReport
 from qadtr_brevitas.evaluation.report.layout import Table
 from qadtr_brevitas.evaluation.report.matrices import model_matrix, precision_matrices, size_tables
 from qadtr_brevitas.evaluation.report.summaries import tables
-from qadtr_brevitas.quant.inference import parse_access
+from qadtr_brevitas.quant.inference import parse_mode
 from tests.evaluation.fakes import Reader, Whiten, coded_split, make_grid, reader, small_report, white_patch
 
 
@@ -49,9 +49,9 @@ def test_patches_of_a_model_that_is_not_scored_make_a_matrix(tmp_path: Path) -> 
     ]
 
 
-def image_report(tmp_path: Path) -> Report:
+def image_report(tmp_path: Path) -> EvaluationReport:
     attacks = [NamedAttack("whiten", Whiten(side=side)) for side in (2, 1)]
-    grid = make_grid([reader(model=Reader(fooled_at=(4,)))], attacks=attacks, eot=[parse_access("8+4")])
+    grid = make_grid([reader(model=Reader(fooled_at=(4,)))], attacks=attacks, eot=[parse_mode("8+4")])
     return evaluate(grid, output=tmp_path)
 
 

@@ -11,8 +11,8 @@ from qadtr_brevitas.core.errors import CheckpointError
 from qadtr_brevitas.evaluation import NamedAttack, evaluate
 from qadtr_brevitas.evaluation.report import plots
 from qadtr_brevitas.evaluation.report.gallery import draw_pictures
-from qadtr_brevitas.evaluation.report.plots import Sheet, Tile, draw_asr, draw_sheet
-from qadtr_brevitas.evaluation.variants import Moves
+from qadtr_brevitas.evaluation.report.plots import ImageGrid, Tile, draw_asr, draw_sheet
+from qadtr_brevitas.evaluation.variants import PatchVariants
 from tests.evaluation.fakes import Reader, Whiten, coded_split, make_grid, reader, small_report, white_patch
 
 GREEN, RED = (0, 112, 79), (192, 0, 0)
@@ -24,10 +24,10 @@ def colors(path: Path) -> set[tuple[int, ...]]:
 
 
 def test_pictures_of_an_evaluation(tmp_path: Path) -> None:
-    subjects = [reader("a/b", Reader(fooled_at=(4,)), fingerprint="reader-weights"), reader("other")]
+    loaded_models = [reader("a/b", Reader(fooled_at=(4,)), fingerprint="reader-weights"), reader("other")]
     patches = [white_patch(str(bits), precision=bits) for bits in (8, 4)]
-    report = evaluate(make_grid(subjects, patches), output=tmp_path)
-    drawn = draw_pictures(report, subjects, patches, coded_split(), folder=tmp_path)
+    report = evaluate(make_grid(loaded_models, patches), output=tmp_path)
+    drawn = draw_pictures(report, loaded_models, patches, coded_split(), folder=tmp_path)
     assert [path.name for path in drawn] == ["asr.png", "patches.png", "examples-a-b.png"]
     # Captions of images the patch does not fool are green, of those it turns into its target red.
     assert {GREEN, RED} <= colors(drawn[2])
@@ -45,7 +45,7 @@ def test_asr_picture_has_a_color_for_each_model(tmp_path: Path) -> None:
 
 def test_sheet_leaves_places_empty(tmp_path: Path) -> None:
     tile = Tile(torch.zeros(3, 4, 4), "caption")
-    sheet = Sheet("title", ("one", "two"), (("row", (tile, None)),), note="note")
+    sheet = ImageGrid("title", ("one", "two"), (("row", (tile, None)),), note="note")
     with Image.open(draw_sheet(sheet, tmp_path / "sheet.png")) as picture:
         half = picture.convert("L").crop(
             (picture.width * 2 // 3, picture.height // 2, picture.width, picture.height - 60)
@@ -77,7 +77,7 @@ def test_many_kinds_of_attacks_are_drawn_in_rows(tmp_path: Path) -> None:
 def test_patches_made_on_a_mean_have_a_column(tmp_path: Path) -> None:
     patches = [white_patch("8", precision=8), white_patch("mean", side=3)]
     patches[1] = replace(patches[1], patch=patches[1].patch.with_meta(precision="8+4"))
-    variants = Moves(at=(1, 1)).variants(patches, (8, 8))
+    variants = PatchVariants(at=(1, 1)).variants(patches, (8, 8))
     report = evaluate(make_grid([reader()], [*patches, *variants]), output=tmp_path)
     drawn = draw_pictures(report, [reader()], patches, coded_split(), folder=tmp_path)
     assert [path.name for path in drawn] == ["asr.png", "patches.png", "examples-reader.png"]
@@ -88,7 +88,7 @@ def test_patches_of_one_precision_have_a_column_for_each_target(
 ) -> None:
     patches = [white_patch("zero", precision=8, target=0), white_patch("one", precision=8, target=1)]
     report = evaluate(make_grid([reader()], patches), output=tmp_path)
-    sheets: list[Sheet] = []
+    sheets: list[ImageGrid] = []
     monkeypatch.setattr(plots, "draw_sheet", lambda sheet, path: sheets.append(sheet) or path)
     draw_pictures(report, [reader()], patches, coded_split(), folder=tmp_path)
     classes = coded_split().classes

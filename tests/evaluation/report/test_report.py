@@ -10,7 +10,7 @@ import pytest
 
 from qadtr_brevitas.core.errors import CheckpointError
 from qadtr_brevitas.evaluation import evaluate
-from qadtr_brevitas.evaluation.report import SCHEMA_VERSION, Report, read_report
+from qadtr_brevitas.evaluation.report import SCHEMA_VERSION, EvaluationReport, read_report
 from qadtr_brevitas.evaluation.report.files import cells_csv, markdown, rich_table, write_report
 from qadtr_brevitas.evaluation.report.layout import Table
 from qadtr_brevitas.evaluation.report.summaries import clean_table, tables, terminal_tables
@@ -64,7 +64,7 @@ SCHEMA: dict[str, Any] = {
 }
 
 
-def find(report: Report, title: str) -> Table:
+def find(report: EvaluationReport, title: str) -> Table:
     return next(table for table in tables(report) if title in table.title)
 
 

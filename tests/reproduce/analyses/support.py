@@ -8,7 +8,7 @@ from typing import Any
 
 from qadtr_brevitas.attacks.lavan import Lavan
 from qadtr_brevitas.data.shapes import Shapes
-from qadtr_brevitas.evaluation.entries import Subject, load_subjects
+from qadtr_brevitas.evaluation.entries import LoadedModel, load_subjects
 from qadtr_brevitas.reproduce.analyses import Analysis, AnalysisData, run_analysis
 from qadtr_brevitas.reproduce.analyses.document import AnalysisReport, RecordFacts, read_analysis
 from tests.evaluation.models import CLASSES, SIDE, make_model_dir, train_split
@@ -16,7 +16,7 @@ from tests.evaluation.models import CLASSES, SIDE, make_model_dir, train_split
 LAVAN = Lavan(size=4, steps=2, batch_size=16)
 
 
-def make_subjects(folder: Path, *, precisions: tuple[int, ...] = (32, 4), count: int = 1) -> list[Subject]:
+def make_subjects(folder: Path, *, precisions: tuple[int, ...] = (32, 4), count: int = 1) -> list[LoadedModel]:
     """Networks that know some of the shapes."""
     return load_subjects([make_model_dir(folder / f"net{n}", precisions=precisions, name=n) for n in range(count)])
 
@@ -28,7 +28,7 @@ def shapes(images: int = 12) -> AnalysisData:
 
 
 def analyze(
-    analysis: Analysis, subjects: list[Subject], output: Path, data: AnalysisData | None = None
+    analysis: Analysis, subjects: list[LoadedModel], output: Path, data: AnalysisData | None = None
 ) -> AnalysisReport:
     """Runs an analysis and reads what it wrote."""
     return read_analysis(run_analysis(analysis, subjects, data or shapes(), output, seed=0))

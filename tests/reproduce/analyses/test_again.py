@@ -9,7 +9,7 @@ import pytest
 
 from qadtr_brevitas.attacks.pixel import Fgsm
 from qadtr_brevitas.data.split import Split
-from qadtr_brevitas.evaluation.entries import Subject
+from qadtr_brevitas.evaluation.entries import LoadedModel
 from qadtr_brevitas.reproduce.analyses import AnalysisData
 from qadtr_brevitas.reproduce.analyses.features import Features
 from qadtr_brevitas.reproduce.analyses.pixel import Pixel
@@ -20,11 +20,11 @@ FAST = Features(attack=LAVAN, images=6)
 
 
 @pytest.fixture(scope="module")
-def subjects(tmp_path_factory: pytest.TempPathFactory) -> list[Subject]:
+def subjects(tmp_path_factory: pytest.TempPathFactory) -> list[LoadedModel]:
     return make_subjects(tmp_path_factory.mktemp("models"))
 
 
-def test_patches_of_other_settings_are_made_beside_and_kept(subjects: list[Subject], tmp_path: Path) -> None:
+def test_patches_of_other_settings_are_made_beside_and_kept(subjects: list[LoadedModel], tmp_path: Path) -> None:
     first = analyze(FAST, subjects, tmp_path)
     (patch,) = patch_folder(tmp_path).glob("*.safetensors")
     made = patch.stat().st_mtime_ns
@@ -35,7 +35,7 @@ def test_patches_of_other_settings_are_made_beside_and_kept(subjects: list[Subje
     assert patch.stat().st_mtime_ns == made
 
 
-def test_finished_patches_that_were_remade_are_measured_again(subjects: list[Subject], tmp_path: Path) -> None:
+def test_finished_patches_that_were_remade_are_measured_again(subjects: list[LoadedModel], tmp_path: Path) -> None:
     for steps in (1, 8):
         analyze(replace(FAST, attack=replace(LAVAN, steps=steps)), subjects, tmp_path / f"{steps}")
     (old,), (new,) = (list(patch_folder(tmp_path / f"{steps}").glob("*.safetensors")) for steps in (1, 8))
@@ -48,7 +48,7 @@ def test_finished_patches_that_were_remade_are_measured_again(subjects: list[Sub
     assert again.train is None
 
 
-def test_other_training_images_make_other_patches(subjects: list[Subject], tmp_path: Path) -> None:
+def test_other_training_images_make_other_patches(subjects: list[LoadedModel], tmp_path: Path) -> None:
     first = analyze(FAST, subjects, tmp_path)
     assert first.train
     assert analyze(FAST, subjects, tmp_path) == first

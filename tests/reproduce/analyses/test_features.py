@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from qadtr_brevitas.core.errors import UsageError
-from qadtr_brevitas.evaluation.entries import Subject
+from qadtr_brevitas.evaluation.entries import LoadedModel
 from qadtr_brevitas.reproduce.analyses import run_analysis
 from qadtr_brevitas.reproduce.analyses.document import AnalysisReport, read_analysis
 from qadtr_brevitas.reproduce.analyses.features import Features, change_at, choose_layers, covered_cells, recorded
@@ -17,12 +17,12 @@ FAST = Features(attack=LAVAN, images=6)
 
 
 @pytest.fixture(scope="module")
-def subjects(tmp_path_factory: pytest.TempPathFactory) -> list[Subject]:
+def subjects(tmp_path_factory: pytest.TempPathFactory) -> list[LoadedModel]:
     return make_subjects(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="module")
-def report(subjects: list[Subject], tmp_path_factory: pytest.TempPathFactory) -> AnalysisReport:
+def report(subjects: list[LoadedModel], tmp_path_factory: pytest.TempPathFactory) -> AnalysisReport:
     return analyze(FAST, subjects, tmp_path_factory.mktemp("whole"))
 
 
@@ -47,32 +47,32 @@ def test_a_patch_changes_the_first_map_where_it_lies(report: AnalysisReport) -> 
     assert 0.5 < few.value < 1
 
 
-def test_batches_of_any_size_give_the_same(report: AnalysisReport, subjects: list[Subject], tmp_path: Path) -> None:
+def test_batches_of_any_size_give_the_same(report: AnalysisReport, subjects: list[LoadedModel], tmp_path: Path) -> None:
     parts = read_analysis(run_analysis(FAST, subjects, shapes(), tmp_path / "parts", seed=0, batch_size=4))
     for one, other in zip(report.records, parts.records, strict=True):
         assert one.value == pytest.approx(other.value, rel=1e-4)
 
 
-def test_layers_are_chosen_by_name(subjects: list[Subject], tmp_path: Path) -> None:
+def test_layers_are_chosen_by_name(subjects: list[LoadedModel], tmp_path: Path) -> None:
     report = analyze(Features(attack=LAVAN, images=3, layers=("layer3.0.conv1",)), subjects, tmp_path)
     assert {record.facets["layer"] for record in report.records} == {"layer3.0.conv1"}
 
 
 def test_an_unknown_layer_is_answered_with_the_nearest_before_anything_is_made(
-    subjects: list[Subject], tmp_path: Path
+    subjects: list[LoadedModel], tmp_path: Path
 ) -> None:
     with pytest.raises(UsageError, match=r"model net0 has no layer 'layer1\.0\.conv3': did you mean 'layer1\.0\.conv"):
         analyze(Features(attack=LAVAN, layers=("layer1.0.conv3",)), subjects, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
-def test_names_like_none_are_answered_with_some_layers_and_no_quantizers(subjects: list[Subject]) -> None:
+def test_names_like_none_are_answered_with_some_layers_and_no_quantizers(subjects: list[LoadedModel]) -> None:
     with pytest.raises(UsageError, match=r"choose from conv1, bn1, act1, layer1, layer1\.0, .* and \d+ more") as caught:
         choose_layers(subjects[0].model, ("?",), of="model net0")
     assert "quant" not in str(caught.value)
 
 
-def test_a_layer_that_puts_out_no_map_is_refused(subjects: list[Subject], tmp_path: Path) -> None:
+def test_a_layer_that_puts_out_no_map_is_refused(subjects: list[LoadedModel], tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"layer 'linear' puts out \(6, 3\), not a map"):
         analyze(Features(attack=LAVAN, images=6, layers=("linear",)), subjects, tmp_path)
 

@@ -11,7 +11,7 @@ from PIL import Image
 from qadtr_brevitas.attacks.pixel import Fgsm, Pgd
 from qadtr_brevitas.core.errors import CheckpointError, UsageError
 from qadtr_brevitas.core.precision import Precision
-from qadtr_brevitas.evaluation.entries import Subject
+from qadtr_brevitas.evaluation.entries import LoadedModel
 from qadtr_brevitas.quant import at_precision
 from qadtr_brevitas.reproduce.analyses import AnalysisData
 from qadtr_brevitas.reproduce.analyses.document import read_analysis
@@ -70,12 +70,12 @@ def test_gradients_do_not_depend_on_the_batch_and_are_those_of_the_loss() -> Non
 
 
 @pytest.fixture(scope="module")
-def subjects(tmp_path_factory: pytest.TempPathFactory) -> list[Subject]:
+def subjects(tmp_path_factory: pytest.TempPathFactory) -> list[LoadedModel]:
     return make_subjects(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="module")
-def folder(subjects: list[Subject], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(subjects: list[LoadedModel], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("gradients")
     analyze(FAST, subjects, folder)
     return folder
@@ -111,14 +111,14 @@ def test_zeros_around_the_patch_leave_the_angle_and_make_the_error_small(folder:
     assert -1 <= angle <= 1
 
 
-def test_what_is_there_is_kept(folder: Path, subjects: list[Subject]) -> None:
+def test_what_is_there_is_kept(folder: Path, subjects: list[LoadedModel]) -> None:
     before = (folder / "analysis.json").stat().st_mtime_ns
     assert analyze(FAST, subjects, folder) == read_analysis(folder)
     assert (folder / "analysis.json").stat().st_mtime_ns == before
 
 
 def test_finished_patches_are_taken_and_a_lost_picture_is_drawn_again(
-    folder: Path, subjects: list[Subject], tmp_path: Path
+    folder: Path, subjects: list[LoadedModel], tmp_path: Path
 ) -> None:
     given = Gradients(patches=(str(patch_folder(folder)),), pixel=Fgsm(), images=9)
     found = analyze(given, subjects, tmp_path)
@@ -137,12 +137,12 @@ def test_patches_of_another_precision_are_refused(folder: Path, tmp_path: Path) 
         analyze(given, make_subjects(tmp_path, precisions=(4,)), tmp_path / "other")
 
 
-def test_an_attack_without_a_patch_is_refused(subjects: list[Subject], tmp_path: Path) -> None:
+def test_an_attack_without_a_patch_is_refused(subjects: list[LoadedModel], tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="pgd makes no patch: choose an attack that does"):
         analyze(Gradients(attack=Pgd(steps=1)), subjects, tmp_path)
 
 
-def test_without_training_images_patches_have_to_be_given(subjects: list[Subject], tmp_path: Path) -> None:
+def test_without_training_images_patches_have_to_be_given(subjects: list[LoadedModel], tmp_path: Path) -> None:
     data = AnalysisData("shapes", shapes().test)
     with pytest.raises(UsageError, match=r"no training images to make patches on: .*patches="):
         analyze(FAST, subjects, tmp_path, data)

@@ -10,7 +10,7 @@ import pytest
 from qadtr_brevitas.attacks.pixel import Fgsm, Pgd
 from qadtr_brevitas.attacks.sparse_rs import SparseRs
 from qadtr_brevitas.core.errors import UsageError
-from qadtr_brevitas.evaluation.entries import Subject
+from qadtr_brevitas.evaluation.entries import LoadedModel
 from qadtr_brevitas.reproduce.analyses.base import Record
 from qadtr_brevitas.reproduce.analyses.charts import Curve, draw_records
 from qadtr_brevitas.reproduce.analyses.pixel import Pixel
@@ -22,11 +22,11 @@ SPATIAL = Spatial(attack=LAVAN, targets=(0,), at=(1, 2), shifts=(3, 8), degrees=
 
 
 @pytest.fixture(scope="module")
-def subjects(tmp_path_factory: pytest.TempPathFactory) -> list[Subject]:
+def subjects(tmp_path_factory: pytest.TempPathFactory) -> list[LoadedModel]:
     return make_subjects(tmp_path_factory.mktemp("models"))
 
 
-def test_every_move_is_scored_at_every_precision(subjects: list[Subject], tmp_path: Path) -> None:
+def test_every_move_is_scored_at_every_precision(subjects: list[LoadedModel], tmp_path: Path) -> None:
     report = analyze(SPATIAL, subjects, tmp_path)
     moves = [
         (r.facets["scored"], r.facets.get("shift"), r.facets.get("degrees"))
@@ -44,7 +44,7 @@ def test_every_move_is_scored_at_every_precision(subjects: list[Subject], tmp_pa
     assert [picture.file for picture in report.pictures] == ["shifts.png", "turns.png"]
 
 
-def test_figures_are_those_of_the_evaluation(subjects: list[Subject], tmp_path: Path) -> None:
+def test_figures_are_those_of_the_evaluation(subjects: list[LoadedModel], tmp_path: Path) -> None:
     report = analyze(SPATIAL, subjects, tmp_path)
     for record in values(report, "asr"):
         assert record.n
@@ -56,7 +56,7 @@ def test_figures_are_those_of_the_evaluation(subjects: list[Subject], tmp_path: 
 
 
 def test_finished_cells_are_not_computed_again(
-    subjects: list[Subject], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    subjects: list[LoadedModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = analyze(SPATIAL, subjects, tmp_path)
     (tmp_path / "analysis.json").unlink()
@@ -65,12 +65,12 @@ def test_finished_cells_are_not_computed_again(
     assert again.records == first.records
 
 
-def test_a_shift_off_the_image_is_refused(subjects: list[Subject], tmp_path: Path) -> None:
+def test_a_shift_off_the_image_is_refused(subjects: list[LoadedModel], tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="cannot be shifted by 18 pixels, it would leave the 16x16 image"):
         analyze(Spatial(attack=LAVAN, targets=(0,)), subjects, tmp_path)
 
 
-def test_every_size_has_patches_of_its_own(subjects: list[Subject], tmp_path: Path) -> None:
+def test_every_size_has_patches_of_its_own(subjects: list[LoadedModel], tmp_path: Path) -> None:
     report = analyze(Size(attack=LAVAN, sizes=(3, 6), targets=(0, 1)), subjects, tmp_path)
     found = values(report, "asr", precision="4")
     assert [(record.facets["size"], record.facets["attack"]) for record in found] == [
@@ -82,7 +82,7 @@ def test_every_size_has_patches_of_its_own(subjects: list[Subject], tmp_path: Pa
     assert made == [f"lavan-{size}-32bit-target{target}.safetensors" for size in ("3x3", "6x6") for target in (0, 1)]
 
 
-def test_finished_patches_of_several_sizes_are_not_averaged(subjects: list[Subject], tmp_path: Path) -> None:
+def test_finished_patches_of_several_sizes_are_not_averaged(subjects: list[LoadedModel], tmp_path: Path) -> None:
     analyze(Size(attack=LAVAN, sizes=(3, 4), targets=(0, 1)), subjects, tmp_path / "made")
     given = replace(SPATIAL, patches=(str(patch_folder(tmp_path / "made")),), shifts=(3,), degrees=(45,))
     report = analyze(given, subjects, tmp_path / "spatial")
@@ -96,7 +96,7 @@ def test_finished_patches_of_several_sizes_are_not_averaged(subjects: list[Subje
     assert [record.facets["size"] for record in random] == ["3x3", "4x4"]
 
 
-def test_patches_of_other_settings_have_a_line_of_their_own(subjects: list[Subject], tmp_path: Path) -> None:
+def test_patches_of_other_settings_have_a_line_of_their_own(subjects: list[LoadedModel], tmp_path: Path) -> None:
     for steps in (1, 2):
         analyze(Size(attack=replace(LAVAN, steps=steps), sizes=(4,), targets=(0,)), subjects, tmp_path / f"{steps}")
     patches = tuple(str(patch_folder(tmp_path / f"{steps}")) for steps in (1, 2))
@@ -125,12 +125,12 @@ def test_every_attack_has_a_curve_of_its_own(tmp_path: Path, monkeypatch: pytest
     assert draw("lavan", "gap") == [("a at 4 bit, lavan", 2), ("a at 4 bit, gap", 2)]
 
 
-def test_an_attack_without_a_single_size_is_refused(subjects: list[Subject], tmp_path: Path) -> None:
+def test_an_attack_without_a_single_size_is_refused(subjects: list[LoadedModel], tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="fgsm has no single size to change"):
         analyze(Size(attack=Fgsm()), subjects, tmp_path)
 
 
-def test_accuracy_falls_with_eps_from_the_clean_one(subjects: list[Subject], tmp_path: Path) -> None:
+def test_accuracy_falls_with_eps_from_the_clean_one(subjects: list[LoadedModel], tmp_path: Path) -> None:
     report = analyze(Pixel(attacks=(Fgsm(), Pgd(steps=3)), eps=(0.3, 0.0, 0.02)), subjects, tmp_path, shapes(24))
     for attack in ("fgsm", "pgd"):
         own = values(report, "accuracy", attack=attack, precision="4", made="on the precision attacked")
@@ -143,12 +143,12 @@ def test_accuracy_falls_with_eps_from_the_clean_one(subjects: list[Subject], tmp
     assert [picture.file for picture in report.pictures] == ["pixel-fgsm.png", "pixel-pgd.png"]
 
 
-def test_attacks_on_the_precision_attacked_only(subjects: list[Subject], tmp_path: Path) -> None:
+def test_attacks_on_the_precision_attacked_only(subjects: list[LoadedModel], tmp_path: Path) -> None:
     report = analyze(Pixel(attacks=(Fgsm(),), eps=(0.02,), transfer="none"), subjects, tmp_path)
     assert {record.facets["made"] for record in report.records} == {"on the precision attacked"}
 
 
-def test_attacks_of_one_name_and_other_settings_are_not_averaged(subjects: list[Subject], tmp_path: Path) -> None:
+def test_attacks_of_one_name_and_other_settings_are_not_averaged(subjects: list[LoadedModel], tmp_path: Path) -> None:
     both = Pixel(attacks=(Pgd(steps=1, eps=0.5), Pgd(steps=9), Fgsm()), eps=(0.0, 0.02))
     report = analyze(both, subjects, tmp_path / "both", shapes(24))
     for steps in (1, 9):
@@ -167,6 +167,6 @@ def test_attacks_of_one_name_and_other_settings_are_not_averaged(subjects: list[
     }
 
 
-def test_an_attack_without_eps_is_refused(subjects: list[Subject], tmp_path: Path) -> None:
+def test_an_attack_without_eps_is_refused(subjects: list[LoadedModel], tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="sparse-rs has no eps to change: choose pixel attacks"):
         analyze(Pixel(attacks=(SparseRs(size=2),)), subjects, tmp_path)

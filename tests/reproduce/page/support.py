@@ -10,13 +10,13 @@ from qadtr_brevitas.auditing.finding import AuditReport, Finding, PrecisionAudit
 from qadtr_brevitas.auditing.tables import AUDIT_FILE
 from qadtr_brevitas.core.files import write_json
 from qadtr_brevitas.evaluation import evaluate
-from qadtr_brevitas.evaluation.metrics import Share
-from qadtr_brevitas.evaluation.report import Rate, Report
+from qadtr_brevitas.evaluation.metrics import Proportion
+from qadtr_brevitas.evaluation.report import EvaluationReport, Rate
 from qadtr_brevitas.evaluation.report.files import write_report
 from tests.evaluation.fakes import Reader, make_grid, reader, white_patch
 
 
-def make_report(folder: Path, *, names: tuple[str, ...] = ("a", "b"), **grid: Any) -> Report:
+def make_report(folder: Path, *, names: tuple[str, ...] = ("a", "b"), **grid: Any) -> EvaluationReport:
     """Models read their images at 8 and 4 bit; the first is fooled at both, the others at 4 only."""
     subjects = [reader(name, Reader(fooled_at=(8, 4) if number == 0 else (4,))) for number, name in enumerate(names)]
     patches = [white_patch(f"{name}-{bits}", model=name, precision=bits) for name in names for bits in (8, 4)]
@@ -30,7 +30,7 @@ def make_audit(folder: Path, *, model: str, fingerprint: str) -> None:
     finding = Finding(
         id="G5", title="Black box", status="WARN", meaning="a black box breaks more: gradients are masked."
     )
-    rate = Rate.of(Share(3, 10))
+    rate = Rate.of(Proportion(3, 10))
     part = PrecisionAudit(
         precision="4",
         clean_accuracy=rate,

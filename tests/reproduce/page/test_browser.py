@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from qadtr_brevitas.reproduce.page import build_page, read_parts
+from qadtr_brevitas.reproduce.page import build_page, read_inputs
 from qadtr_brevitas.reproduce.page.render import html
 from tests.reproduce.page.support import make_report, make_study
 
@@ -40,7 +40,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     study = make_study(tmp_path_factory.mktemp("study"))
     make_report(study / "seen")
     file = study / "page.html"
-    file.write_text(html(build_page(read_parts([study]), title="Results")), encoding="utf-8")
+    file.write_text(html(build_page(read_inputs([study]), title="Results")), encoding="utf-8")
     return file
 
 

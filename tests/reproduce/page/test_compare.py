@@ -4,29 +4,29 @@ from pathlib import Path
 
 import pytest
 
-from qadtr_brevitas.evaluation.metrics import Share
-from qadtr_brevitas.reproduce.page import read_parts
-from qadtr_brevitas.reproduce.page.compare import Comparison, Ours, compare, comparison_table
+from qadtr_brevitas.evaluation.metrics import Proportion
+from qadtr_brevitas.reproduce.page import read_inputs
+from qadtr_brevitas.reproduce.page.compare import MeasuredValue, PaperComparison, compare, comparison_table
 from qadtr_brevitas.reproduce.page.measures import AT_FLOAT, WHITE_BOX, Measure, study_measures
-from qadtr_brevitas.reproduce.page.parts import StudyPart, StudyRow
+from qadtr_brevitas.reproduce.page.parts import StudyInput, StudyRow
 from qadtr_brevitas.reproduce.paper import paper_table
 from tests.reproduce.page.support import make_report, make_study
 
 
-def measure(share: Share, *, what: str = "asr", made: tuple[str, ...] = (WHITE_BOX,), **facets: str) -> Measure:
+def measure(share: Proportion, *, what: str = "asr", made: tuple[str, ...] = (WHITE_BOX,), **facets: str) -> Measure:
     found = {"subject": "PBAT", "model": "a", "precision": "8", "attack": "lavan", "patches": "seen", **facets}
     return Measure(what, frozenset(made), found, share.value, share, share.interval, share.n)
 
 
-def at(comparison: Comparison, way: str, row: int, column: int = 1) -> Ours | None:
+def at(comparison: PaperComparison, way: str, row: int, column: int = 1) -> MeasuredValue | None:
     return comparison.ours[way][row][column]
 
 
 def test_figures_of_an_evaluation_stand_beside_those_of_the_paper(tmp_path: Path) -> None:
     study = make_study(tmp_path)
     report = make_report(study / "seen")
-    (part,) = read_parts([study])
-    assert isinstance(part, StudyPart)
+    (part,) = read_inputs([study])
+    assert isinstance(part, StudyInput)
     comparison = compare(paper_table("table11"), study_measures(part))
     found = at(comparison, WHITE_BOX, 0)
     own = next(c for c in report.cells if (c.model, c.precision, c.attack) == ("a", "8", "a-8"))
@@ -44,22 +44,26 @@ def test_figures_of_an_evaluation_stand_beside_those_of_the_paper(tmp_path: Path
 
 
 def test_seeds_targets_and_patches_are_averaged() -> None:
-    measures = [measure(Share(1, 10)), measure(Share(3, 10), model="a2"), measure(Share(8, 20), attack="gap")]
+    measures = [
+        measure(Proportion(1, 10)),
+        measure(Proportion(3, 10), model="a2"),
+        measure(Proportion(8, 20), attack="gap"),
+    ]
     found = at(compare(paper_table("table11"), measures), WHITE_BOX, 0)
     assert found is not None
     assert (found.value, found.figures, found.n) == (pytest.approx(0.2), 2, 10)
 
 
 def test_ways_of_making_attacks_are_kept_apart() -> None:
-    measures = [measure(Share(1, 10)), measure(Share(5, 10), made=(AT_FLOAT,), **{"from": "another model"})]
+    measures = [measure(Proportion(1, 10)), measure(Proportion(5, 10), made=(AT_FLOAT,), **{"from": "another model"})]
     comparison = compare(paper_table("table11"), measures)
     assert [found and found.value for found in (at(comparison, way, 0) for way in (WHITE_BOX, AT_FLOAT))] == [0.1, 0.5]
 
 
 def test_patches_made_on_the_model_itself_come_before_others() -> None:
     measures = [
-        measure(Share(9, 10), made=(AT_FLOAT,), **{"from": "another model"}),
-        measure(Share(2, 10), made=(AT_FLOAT,), **{"from": "itself"}),
+        measure(Proportion(9, 10), made=(AT_FLOAT,), **{"from": "another model"}),
+        measure(Proportion(2, 10), made=(AT_FLOAT,), **{"from": "itself"}),
     ]
     found = at(compare(paper_table("table11"), measures), AT_FLOAT, 0)
     assert found
@@ -67,15 +71,17 @@ def test_patches_made_on_the_model_itself_come_before_others() -> None:
 
 
 def test_unseen_patches_have_rows_of_their_own_and_may_be_of_other_attacks() -> None:
-    measures = [measure(Share(1, 10)), measure(Share(7, 10), patches="unseen", attack="dpr", size="10x11")]
+    measures = [measure(Proportion(1, 10)), measure(Proportion(7, 10), patches="unseen", attack="dpr", size="10x11")]
     comparison = compare(paper_table("table11"), measures)
     values = [found and found.value for found in (at(comparison, WHITE_BOX, row) for row in range(6))]
     assert values == [0.1, None, None, 0.7, None, None]
-    assert at(compare(paper_table("table15"), [measure(Share(7, 10), subject="QADT-R Full")]), WHITE_BOX, 3) is None
+    assert (
+        at(compare(paper_table("table15"), [measure(Proportion(7, 10), subject="QADT-R Full")]), WHITE_BOX, 3) is None
+    )
 
 
 def test_moved_patches_stand_in_the_table_of_moved_patches_only() -> None:
-    moved = measure(Share(4, 10), shift="8", degrees="0")
+    moved = measure(Proportion(4, 10), shift="8", degrees="0")
     assert at(compare(paper_table("table11"), [moved]), WHITE_BOX, 0) is None
     comparison = compare(paper_table("table20"), [moved])
     assert [found and found.value for found in (at(comparison, WHITE_BOX, row) for row in range(4))] == [
@@ -87,7 +93,10 @@ def test_moved_patches_stand_in_the_table_of_moved_patches_only() -> None:
 
 
 def test_where_the_paper_names_no_attack_lavan_stands_in() -> None:
-    both = [measure(Share(1, 10), subject="QADT-R Full"), measure(Share(9, 10), subject="QADT-R Full", attack="gap")]
+    both = [
+        measure(Proportion(1, 10), subject="QADT-R Full"),
+        measure(Proportion(9, 10), subject="QADT-R Full", attack="gap"),
+    ]
     found, other = (at(compare(paper_table("table13"), some), WHITE_BOX, 3) for some in (both, both[1:]))
     assert found
     assert other
@@ -96,9 +105,10 @@ def test_where_the_paper_names_no_attack_lavan_stands_in() -> None:
 
 def test_a_table_without_precisions_takes_32_of_float_networks_else_8_unless_told() -> None:
     eps = {"what": "accuracy", "attack": "pgd", "eps": "0.03"}
-    floats = [measure(Share(n, 10), subject="FP", precision=p, **eps) for n, p in ((1, "32"), (2, "8"))]
+    floats = [measure(Proportion(n, 10), subject="FP", precision=p, **eps) for n, p in ((1, "32"), (2, "8"))]
     quantized = [
-        measure(Share(n, 10), subject="QAT", model="q", precision=p, **eps) for n, p in ((3, "32"), (4, "8"), (5, "4"))
+        measure(Proportion(n, 10), subject="QAT", model="q", precision=p, **eps)
+        for n, p in ((3, "32"), (4, "8"), (5, "4"))
     ]
     table = paper_table("table07")
     row = compare(table, [*floats, *quantized]).ours[WHITE_BOX][2]
@@ -110,7 +120,10 @@ def test_a_table_without_precisions_takes_32_of_float_networks_else_8_unless_tol
 
 def test_patches_by_the_precision_they_were_made_at() -> None:
     size = {"subject": "QAT", "size": "8x8"}
-    measures = [measure(Share(1, 10), made_at="same", **size), measure(Share(6, 10), made=(), made_at="4", **size)]
+    measures = [
+        measure(Proportion(1, 10), made_at="same", **size),
+        measure(Proportion(6, 10), made=(), made_at="4", **size),
+    ]
     comparison = compare(paper_table("table08"), measures)
     (way,) = comparison.ours
     assert [found and found.value for found in (at(comparison, way, row) for row in (0, 2))] == [0.1, 0.6]
@@ -118,7 +131,9 @@ def test_patches_by_the_precision_they_were_made_at() -> None:
 
 
 def test_moved_between_networks() -> None:
-    found = measure(Share(3, 10), subject="VGG-19", source="ResNet20", made=(AT_FLOAT,), **{"from": "another model"})
+    found = measure(
+        Proportion(3, 10), subject="VGG-19", source="ResNet20", made=(AT_FLOAT,), **{"from": "another model"}
+    )
     comparison = compare(paper_table("table06"), [found])
     ours = at(comparison, AT_FLOAT, 1)
     assert ours
@@ -138,18 +153,20 @@ def test_an_evaluation_of_unseen_patches_says_so_where_the_row_does_not() -> Non
 
 
 def test_spelling_of_networks_does_not_matter_and_numbers_do() -> None:
-    found = measure(Share(3, 10), subject="ResNet-56", source="Resnet20", made=(AT_FLOAT,), **{"from": "another model"})
+    found = measure(
+        Proportion(3, 10), subject="ResNet-56", source="Resnet20", made=(AT_FLOAT,), **{"from": "another model"}
+    )
     ours = at(compare(paper_table("table06"), [found]), AT_FLOAT, 0)
     assert ours
     assert ours.value == 0.3
     eps = {"what": "accuracy", "attack": "pgd", "subject": "QAT"}
-    comparison = compare(paper_table("table07"), [measure(Share(3, 10), eps="0.015", **eps)])
+    comparison = compare(paper_table("table07"), [measure(Proportion(3, 10), eps="0.015", **eps)])
     assert [at(comparison, WHITE_BOX, row) is not None for row in range(3)] == [False, True, False]
 
 
 def test_nothing_measured_is_empty() -> None:
-    assert compare(paper_table("table11"), [measure(Share(0, 0))]).is_empty
-    assert compare(paper_table("figure01"), [measure(Share(1, 2))]).is_empty
+    assert compare(paper_table("table11"), [measure(Proportion(0, 0))]).is_empty
+    assert compare(paper_table("figure01"), [measure(Proportion(1, 2))]).is_empty
 
 
 def test_figures_that_are_no_shares_have_decimals() -> None:

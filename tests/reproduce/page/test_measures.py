@@ -10,34 +10,34 @@ from typing import Any
 import pytest
 
 from qadtr_brevitas.evaluation import evaluate
-from qadtr_brevitas.evaluation.entries import Contender
+from qadtr_brevitas.evaluation.entries import NamedPatch
 from qadtr_brevitas.evaluation.report import DataFacts
 from qadtr_brevitas.reproduce.analyses.document import AnalysisReport, RecordFacts
 from qadtr_brevitas.reproduce.page.measures import (
     AT_FLOAT,
     WHITE_BOX,
     Measure,
-    Names,
+    ModelNames,
     analysis_measures,
     report_measures,
 )
-from qadtr_brevitas.reproduce.page.parts import AnalysisPart, StudyRow
+from qadtr_brevitas.reproduce.page.parts import AnalysisInput, StudyRow
 from tests.evaluation.fakes import make_grid, reader, white_patch
 
 ROWS = {"seen": StudyRow(label="a", evaluation="main"), "unseen": StudyRow(label="a", evaluation="unseen")}
 BOTH = {WHITE_BOX, AT_FLOAT}
 
 
-def patch(name: str, at: str, *, model: str = "net") -> Contender:
+def patch(name: str, at: str, *, model: str = "net") -> NamedPatch:
     """A patch said to be made on the network, or one like it with a bit-width more, at a precision."""
     made = white_patch(name, model=model)
     return replace(made, patch=replace(made.patch, meta={**made.patch.meta, "precision": at}))
 
 
-def measures(folder: Path, *patches: Contender, row: str) -> dict[tuple[str, str], Measure]:
+def measures(folder: Path, *patches: NamedPatch, row: str) -> dict[tuple[str, str], Measure]:
     """The success rates by the precision that a patch was made at and the one attacked."""
     report = evaluate(make_grid([reader("net")], patches), output=folder)
-    names = Names({"net": ROWS[row]}, {})
+    names = ModelNames({"net": ROWS[row]}, {})
     made = {facts.name: facts.source.precision for facts in report.patches if facts.source}
     found = [measure for measure in report_measures(report, names) if measure.what == "asr"]
     cells = [cell for cell in report.cells if cell.threat != "control"]
@@ -102,7 +102,7 @@ def test_the_paper_names_attacks_without_their_settings(tmp_path: Path) -> None:
             tables=(),
             pictures=(),
         )
-        (found,) = analysis_measures(AnalysisPart(tmp_path, report), Names({}, {}))
+        (found,) = analysis_measures(AnalysisInput(tmp_path, report), ModelNames({}, {}))
         return found.facets
 
     assert facets(attack="lavan 6x6 init=image", shift=2, degrees=0)["attack"] == "lavan"

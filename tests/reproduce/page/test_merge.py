@@ -5,7 +5,7 @@ from pathlib import Path
 from qadtr_brevitas.evaluation import evaluate
 from qadtr_brevitas.evaluation.report.summaries import tables
 from qadtr_brevitas.evaluation.report.views import families
-from qadtr_brevitas.evaluation.variants import Moves
+from qadtr_brevitas.evaluation.variants import PatchVariants
 from qadtr_brevitas.reproduce.page.merge import merge_reports
 from tests.evaluation.fakes import make_grid, reader, white_patch
 from tests.reproduce.page.support import make_report
@@ -48,7 +48,7 @@ def test_variants_follow_their_patch(tmp_path: Path) -> None:
     reports = []
     for name, side in (("a", 2), ("b", 3)):
         patch = white_patch("white", model=name, side=side)
-        moved = Moves(at=(1, 1)).variants([patch], (8, 8))
+        moved = PatchVariants(at=(1, 1)).variants([patch], (8, 8))
         reports.append(evaluate(make_grid([reader(name)], [patch, *moved]), output=tmp_path / name))
     found = {patch.name: patch.variant.of for patch in merge_reports(reports).patches if patch.variant}
     assert sorted(found.values()) == ["white", "white (2)"]

@@ -11,7 +11,7 @@ from click.testing import CliRunner, Result
 
 from qadtr_brevitas.cli.main import cli
 from qadtr_brevitas.core.errors import UsageError
-from qadtr_brevitas.reproduce.page import build_page, read_parts, write_page
+from qadtr_brevitas.reproduce.page import build_page, read_inputs, write_page
 from qadtr_brevitas.reproduce.page.render import html, markdown, page_csv
 from tests.reproduce.page.support import make_audit, make_report, make_whole_study
 
@@ -48,7 +48,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def page(study: Path) -> str:
-    return html(build_page(read_parts([study]), title="Results <of> today", command="qadtr-brevitas report x"))
+    return html(build_page(read_inputs([study]), title="Results <of> today", command="qadtr-brevitas report x"))
 
 
 def test_the_page_is_whole_and_needs_nothing_else(page: str) -> None:
@@ -89,7 +89,7 @@ def test_recipes_of_runs_are_inside(tmp_path: Path) -> None:
     (run / "recipe.yaml").write_text("seed: 0  # <mine>\n")
     file = tmp_path / "report.json"
     file.write_text(file.read_text().replace("runs/a", str(run)))
-    page = html(build_page(read_parts([tmp_path]), title="Results"))
+    page = html(build_page(read_inputs([tmp_path]), title="Results"))
     assert "Recipe of a</summary><pre>seed: 0  # &lt;mine&gt;" in page
     assert f"a: {run / 'recipe.yaml'} (toy), b: a recipe (toy)" in page
 
@@ -113,7 +113,7 @@ def test_models_of_one_evaluation_stand_in_one_table(page: str) -> None:
 
 def test_markdown_has_the_same_tables_and_links_pictures_of_folders(study: Path, tmp_path: Path) -> None:
     (study / "a-seen" / "patches.png").write_bytes(b"png")
-    text = markdown(build_page(read_parts([study]), title="Results"), tmp_path)
+    text = markdown(build_page(read_inputs([study]), title="Results"), tmp_path)
     (study / "a-seen" / "patches.png").unlink()
     assert "#### Table 11 of the paper" in text
     assert "> Audit: b seen at 4 bit: G5" in text
@@ -122,7 +122,7 @@ def test_markdown_has_the_same_tables_and_links_pictures_of_folders(study: Path,
 
 
 def test_csv_has_every_cell_with_its_row_and_column(study: Path) -> None:
-    lines = list(csv.DictReader(StringIO(page_csv(build_page(read_parts([study]), title="Results")))))
+    lines = list(csv.DictReader(StringIO(page_csv(build_page(read_inputs([study]), title="Results")))))
     found = {(line["row"], line["column"]): line["value"] for line in lines if line["table"].startswith("Table 11")}
     assert found["PBAT, seen patches / paper", "8 bit"] == "46.7"
     assert found["PBAT, seen patches / here, white-box", "8 bit"] == "100.0"

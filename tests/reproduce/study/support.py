@@ -6,9 +6,9 @@ from pathlib import Path
 
 from qadtr_brevitas.reproduce.study.claims import Claims
 from qadtr_brevitas.reproduce.study.file import load_study
-from qadtr_brevitas.reproduce.study.plan import Plan, make_plan
-from qadtr_brevitas.reproduce.study.resources import Workshop
-from qadtr_brevitas.reproduce.study.run import Outcome, carry_out
+from qadtr_brevitas.reproduce.study.plan import StudyPlan, make_plan
+from qadtr_brevitas.reproduce.study.resources import StudyResources
+from qadtr_brevitas.reproduce.study.run import StudyOutcome, carry_out
 from qadtr_brevitas.reproduce.study.sections import Study
 from tests.training import support as support
 
@@ -48,14 +48,16 @@ def write_study(folder: Path, *, recipe: str = RECIPE, study: str = STUDY) -> Pa
     return file
 
 
-def planned(file: Path, *overrides: str, work: Path | None = None, scale: str = "small") -> tuple[Study, Plan, Path]:
+def planned(
+    file: Path, *overrides: str, work: Path | None = None, scale: str = "small"
+) -> tuple[Study, StudyPlan, Path]:
     """The study, its parts and the folder it shares."""
     study = load_study(file, overrides, scale=scale)
     work = work or file.parent / "work"
     return study, make_plan(study, work=work, output=file.parent / "out"), work
 
 
-def run(file: Path, *overrides: str, work: Path | None = None, scale: str = "small") -> Outcome:
+def run(file: Path, *overrides: str, work: Path | None = None, scale: str = "small") -> StudyOutcome:
     """Carries the study out."""
     _, plan, work = planned(file, *overrides, work=work, scale=scale)
-    return carry_out(plan, Workshop(work, "cpu"), Claims(work / "claims"), look_every=0.05)
+    return carry_out(plan, StudyResources(work, "cpu"), Claims(work / "claims"), look_every=0.05)

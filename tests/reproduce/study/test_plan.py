@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from qadtr_brevitas.core.errors import UsageError
-from qadtr_brevitas.reproduce.study.attack_steps import PatchPart, ReportPart
+from qadtr_brevitas.reproduce.study.attack_steps import EvaluationStep, PatchStep
 from qadtr_brevitas.reproduce.study.file import load_study
 from qadtr_brevitas.reproduce.study.networks import make_nets
-from qadtr_brevitas.reproduce.study.plan import Plan, make_plan
+from qadtr_brevitas.reproduce.study.plan import StudyPlan, make_plan
 from qadtr_brevitas.reproduce.study.summary import MEAN_UNSEEN, UNSEEN
 from qadtr_brevitas.reproduce.study.summary import write_study as write_summary
 from tests.reproduce.study.support import STUDY, planned, run, write_study
@@ -29,12 +29,12 @@ budget:"""
 PROTOCOL = f"{STUDY.partition('attacks:')[0]}{ATTACKS}{STUDY.partition('budget:')[2]}"
 
 
-def shipped(name: str, scale: str) -> Plan:
+def shipped(name: str, scale: str) -> StudyPlan:
     return make_plan(load_study(name, scale=scale), work=Path("work"), output=Path("out"))
 
 
-def patches(part: ReportPart) -> list[tuple[str, str, str]]:
-    return [(patch.label, patch.source, str(patch.access)) for patch in part.patches]
+def patches(part: EvaluationStep) -> list[tuple[str, str, str]]:
+    return [(patch.label, patch.source, str(patch.mode)) for patch in part.patches]
 
 
 def test_the_protocol_keeps_its_names_where_the_study_has_the_same_patches() -> None:
@@ -46,7 +46,7 @@ def test_the_protocol_keeps_its_names_where_the_study_has_the_same_patches() -> 
     # They are made once, for both evaluations.
     seen = next(row for row in plan.rows if (row.net.name, row.evaluation) == ("qadtr", "seen"))
     unseen = next(row for row in rows if row.net.name == "qadtr")
-    found = {part.label: part.key for part in (*seen.part.patches, *unseen.part.patches) if str(part.access) == "4"}
+    found = {part.label: part.key for part in (*seen.part.patches, *unseen.part.patches) if str(part.mode) == "4"}
     assert (found["gap"], found["dpr"]) == (found["unseen gap"], found["unseen dpr"])
 
 
@@ -55,7 +55,7 @@ def test_the_protocol_keeps_its_names_where_the_study_has_the_same_patches() -> 
 def test_no_patch_is_made_that_no_report_uses(name: str, scale: str) -> None:
     plan = shipped(name, scale)
     used = {patch.key for row in plan.rows for patch in row.part.patches}
-    assert {part.key for part in plan.parts if isinstance(part, PatchPart)} == used
+    assert {part.key for part in plan.parts if isinstance(part, PatchStep)} == used
 
 
 def test_other_attacks_stand_beside_those_of_the_protocol(tmp_path: Path) -> None:

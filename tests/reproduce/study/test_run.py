@@ -13,13 +13,13 @@ from typing import ClassVar
 import pytest
 
 from qadtr_brevitas.core.errors import DataError, StudyError
-from qadtr_brevitas.evaluation.sharding import Share
+from qadtr_brevitas.evaluation.sharding import Shard
 from qadtr_brevitas.reproduce.study import models
 from qadtr_brevitas.reproduce.study.claims import Claims
-from qadtr_brevitas.reproduce.study.plan import Plan
-from qadtr_brevitas.reproduce.study.resources import Workshop
+from qadtr_brevitas.reproduce.study.plan import StudyPlan
+from qadtr_brevitas.reproduce.study.resources import StudyResources
 from qadtr_brevitas.reproduce.study.run import carry_out
-from qadtr_brevitas.reproduce.study.steps import Part, Progress
+from qadtr_brevitas.reproduce.study.steps import Progress, StudyStep
 from qadtr_brevitas.reproduce.study.summary import write_study as write_summary
 from qadtr_brevitas.training.log import StepRecord
 from qadtr_brevitas.training.stop import Interrupted
@@ -27,13 +27,13 @@ from tests.reproduce.study.support import planned, run, write_study
 
 
 @dataclass(frozen=True)
-class Note(Part):
+class Note(StudyStep):
     """Writes a word; `log` has them in the order in which they were made."""
 
     log: ClassVar[list[str]] = []
     broken: ClassVar[set[str]] = set()
 
-    def work(self, workshop: Workshop, progress: Progress) -> None:
+    def work(self, resources: StudyResources, progress: Progress) -> None:
         if self.name in self.broken:
             raise DataError("no images")
         self.log.append(self.name)
@@ -41,31 +41,31 @@ class Note(Part):
 
 
 @pytest.fixture
-def plan(tmp_path: Path) -> Plan:
+def plan(tmp_path: Path) -> StudyPlan:
     Note.log.clear()
     Note.broken.clear()
     first = Note("first", tmp_path / "first", [1], ())
     second = Note("second", tmp_path / "second", [2], ())
     third = Note("third", tmp_path / "third", [3], (first, second))
     fourth = Note("fourth", tmp_path / "fourth", [4], (second,))
-    return Plan((first, second, third, fourth), (), ())
+    return StudyPlan((first, second, third, fourth), (), ())
 
 
-def carry(plan: Plan, folder: Path, **options: object) -> list[str]:
+def carry(plan: StudyPlan, folder: Path, **options: object) -> list[str]:
     claims = Claims(folder / "claims")
-    return carry_out(plan, Workshop(folder, "cpu"), claims, look_every=0.01, **options).made
+    return carry_out(plan, StudyResources(folder, "cpu"), claims, look_every=0.01, **options).made
 
 
-def test_parts_are_made_once_after_what_they_need(plan: Plan, tmp_path: Path) -> None:
+def test_parts_are_made_once_after_what_they_need(plan: StudyPlan, tmp_path: Path) -> None:
     assert carry(plan, tmp_path) == Note.log == ["first", "second", "third", "fourth"]
     assert carry(plan, tmp_path) == []
 
 
-def test_a_share_begins_elsewhere_and_still_makes_everything(plan: Plan, tmp_path: Path) -> None:
-    assert carry(plan, tmp_path, share=Share(2, 2)) == ["second", "fourth", "first", "third"]
+def test_a_share_begins_elsewhere_and_still_makes_everything(plan: StudyPlan, tmp_path: Path) -> None:
+    assert carry(plan, tmp_path, share=Shard(2, 2)) == ["second", "fourth", "first", "third"]
 
 
-def test_a_note_of_something_else_does_not_count(plan: Plan, tmp_path: Path) -> None:
+def test_a_note_of_something_else_does_not_count(plan: StudyPlan, tmp_path: Path) -> None:
     carry(plan, tmp_path)
     part = plan.parts[0]
     part.note.write_text(json.dumps({"key": "another"}))
@@ -75,23 +75,23 @@ def test_a_note_of_something_else_does_not_count(plan: Plan, tmp_path: Path) -> 
 
 
 def test_what_another_process_made_here_meanwhile_is_not_finished(
-    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    plan: StudyPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     part, here = plan.parts[0], plan.parts[0].folder
     other = Note(part.name, here, ["other settings"], ())
     beside = Note("audit", here, ["beside"], ())
 
-    def work(mine: Note, workshop: Workshop, progress: Progress) -> None:
+    def work(mine: Note, resources: StudyResources, progress: Progress) -> None:
         if mine is part:
             for foreign in (other, beside):
-                foreign.make(workshop, progress)
+                foreign.make(resources, progress)
 
     monkeypatch.setattr(Note, "work", work)
-    part.make(Workshop(tmp_path, "cpu"), lambda done, total, note: None)
+    part.make(StudyResources(tmp_path, "cpu"), lambda done, total, note: None)
     assert (part.is_made(), other.is_made(), beside.is_made()) == (True, False, True)
 
 
-def test_a_failed_part_does_not_keep_others_from_being_made(plan: Plan, tmp_path: Path) -> None:
+def test_a_failed_part_does_not_keep_others_from_being_made(plan: StudyPlan, tmp_path: Path) -> None:
     Note.broken.add("first")
     with pytest.raises(StudyError, match=r"(?s)2 of 4 parts of the study could not be made.*first: no images"):
         carry(plan, tmp_path)
@@ -100,7 +100,7 @@ def test_a_failed_part_does_not_keep_others_from_being_made(plan: Plan, tmp_path
     assert carry(plan, tmp_path) == ["first", "third"]
 
 
-def test_two_processes_make_nothing_twice(plan: Plan, tmp_path: Path) -> None:
+def test_two_processes_make_nothing_twice(plan: StudyPlan, tmp_path: Path) -> None:
     said: list[str] = []
     with Claims(tmp_path / "claims").claim(plan.parts[0].key, "first"):
         other = Thread(target=carry, args=(plan, tmp_path), kwargs={"say": said.append})

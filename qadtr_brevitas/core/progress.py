@@ -1,0 +1,27 @@
+"""One type for the progress of a long task, and its share in a longer one."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+
+class Progress(Protocol):
+    """Called after each part of a long task."""
+
+    def __call__(self, done: int, total: int, note: str = "", /) -> object:
+        """Note that `done` of `total` parts are done; `total` is 0 as long as it is not known."""
+        ...
+
+
+def part_of(progress: Progress | None, number: int, parts: int, label: str = "") -> Progress | None:
+    """Return the progress of one of several tasks of equal length, as a share of all of them.
+
+    Args:
+        progress: told about all tasks together; None if nobody wants to know.
+        number: which task this is, from 0.
+        parts: how many tasks there are.
+        label: comes before the note of the task.
+    """
+    if progress is None:
+        return None
+    return lambda done, total, note="": progress(number * total + done, parts * total, f"{label} {note}".strip())
