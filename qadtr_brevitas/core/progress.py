@@ -25,3 +25,7 @@ def part_of(progress: Progress | None, number: int, parts: int, label: str = "")
     if progress is None:
         return None
     return lambda done, total, note="": progress(number * total + done, parts * total, f"{label} {note}".strip())
+
+
+def silent(done: int, total: int, note: str = "", /) -> None:
+    """Note nothing."""

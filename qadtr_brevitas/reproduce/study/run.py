@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from qadtr_brevitas.core.errors import QadtrError, StudyError
-from qadtr_brevitas.core.progress import Progress
+from qadtr_brevitas.core.progress import Progress, silent
 from qadtr_brevitas.evaluation.sharding import Shard
 from qadtr_brevitas.reproduce.study.claims import Claims
 from qadtr_brevitas.reproduce.study.plan import StudyPlan
@@ -44,7 +44,7 @@ def carry_out(
     *,
     share: Shard | None = None,
     say: Say = lambda message: None,
-    begin: Begin = lambda what: lambda done, total, note="": None,
+    begin: Begin = lambda what: silent,
     look_every: float = LOOK_EVERY,
 ) -> StudyOutcome:
     """Makes every part that is missing, and waits for those that others are making.
