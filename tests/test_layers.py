@@ -16,8 +16,8 @@ import qadtr_brevitas
 PACKAGE = Path(qadtr_brevitas.__file__).parent
 # A folder imports from folders to its left only.
 FOLDERS = (
-    *("core", "config", "data", "models", "quant", "attacks", "pipeline"),
-    *("evaluation", "training", "auditing", "exporting", "reproduce", "cli"),
+    *("core", "data", "models", "quant", "attacks", "config", "pipeline", "evaluation"),
+    *("training", "auditing", "exporting", "reproduce", "api", "testing", "cli"),
 )
 HEAVY = {"accelerate", "brevitas", "matplotlib", "pyautoattack", "scipy", "timm", "torch", "torchattack", "torchvision"}
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from qadtr_brevitas.core.progress import Progress
+from qadtr_brevitas.core.progress import Progress, silent
 from qadtr_brevitas.evaluation.entries import LoadedModel
 from qadtr_brevitas.reproduce.analyses.base import Analysis as Analysis
 from qadtr_brevitas.reproduce.analyses.base import AnalysisData as AnalysisData
@@ -62,12 +62,8 @@ def run_analysis(
         data,
         output,
         seed=seed,
-        progress=progress or _silent,
+        progress=progress or silent,
         device=device,
         batch_size=batch_size,
         command=command,
     )
-
-
-def _silent(done: int, total: int, note: str) -> None:
-    """Tells nobody."""

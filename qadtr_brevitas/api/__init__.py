@@ -1,0 +1,1 @@
+"""The Python interface: what `import qadtr_brevitas as qb` offers."""

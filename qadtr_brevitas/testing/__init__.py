@@ -1,0 +1,1 @@
+"""Contract tests that plug-ins of other packages can run on themselves."""
