@@ -9,7 +9,7 @@ import torch
 from pydantic import model_validator
 from torch import Tensor
 
-from qadtr_brevitas.attacks.base import Memory, Model
+from qadtr_brevitas.attacks.base import Memory, Model, TrainingAttack
 from qadtr_brevitas.attacks.fake_quantize import fake_quantize
 from qadtr_brevitas.attacks.geometry import shape_mask
 from qadtr_brevitas.attacks.patch_pool import PatchedBatch, pool_patches
@@ -26,7 +26,7 @@ Bits = Annotated[int, Field(ge=MIN_BITS, le=MAX_BITS)] | Literal[32]
 
 
 @plugin
-class AQapa:
+class AQapa(TrainingAttack):
     """Adaptive quantization-aware patches (QADT-R, eq. 1): x_adv = Q_b(x) (1 - M) + Q_b(p) M.
 
     A fresh patch per image, at a place of its own, is optimized by sign steps inside the network at its current

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import torch
 from torch import Tensor
 
-from qadtr_brevitas.attacks.base import Model
+from qadtr_brevitas.attacks.base import ImageAttack, Model
 from qadtr_brevitas.attacks.library import InputGradientModel, seeded
 from qadtr_brevitas.attacks.pixel import Distance
 from qadtr_brevitas.core.errors import UsageError
@@ -19,7 +19,7 @@ _LEAST_CLASSES = {"standard": 4, "rand": 3}
 
 
 @plugin
-class AutoAttack:
+class AutoAttack(ImageAttack):
     """AutoAttack (Croce & Hein 2020), untargeted, in the maximum norm.
 
     `standard` runs APGD on cross-entropy, targeted APGD and targeted FAB against 9 classes (fewer where the network

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import model_validator
 
+from qadtr_brevitas.attacks.base import TrainingAttack
 from qadtr_brevitas.attacks.engine import Descent
 from qadtr_brevitas.attacks.geometry import Box, place_corners
 from qadtr_brevitas.attacks.patch_fields import Index
@@ -19,7 +20,7 @@ _PBAT_CENTER = 10 / 32
 
 
 @plugin
-class LocationPatch(ImagePatch):
+class LocationPatch(ImagePatch, TrainingAttack):
     """Location-optimized patch per image (Rao, Stutz, Schiele 2020, "Adversarial Training against ... Patches").
 
     AP-Fixed and AP-Rand are `location=none`, AP-RandLO is `random`, AP-FullLO `full`.

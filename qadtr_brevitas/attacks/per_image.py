@@ -14,7 +14,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from qadtr_brevitas.attacks.base import Model
+from qadtr_brevitas.attacks.base import ImageAttack, Model
 from qadtr_brevitas.attacks.engine import Descent
 from qadtr_brevitas.attacks.fake_quantize import PATCH_FILE_BITS, fake_quantize
 from qadtr_brevitas.attacks.geometry import paste
@@ -216,7 +216,7 @@ def best_of(attempts: Iterable[Attempt]) -> Attempt:
 
 
 @plugin
-class ImagePatch(PatchFields):
+class ImagePatch(PatchFields, ImageAttack):
     """A patch of its own for every image. A subclass says how each attempt is made."""
 
     @abstractmethod

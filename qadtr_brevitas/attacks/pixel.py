@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar
 import torch
 from torch import Tensor
 
-from qadtr_brevitas.attacks.base import Model
+from qadtr_brevitas.attacks.base import ImageAttack, Model, TrainingAttack
 from qadtr_brevitas.attacks.library import InputGradientModel, seeded
 from qadtr_brevitas.attacks.per_image import Aim, Attempt, best_of
 from qadtr_brevitas.core.plugin import Field, plugin
@@ -24,7 +24,7 @@ Target = Annotated[int | None, Field(ge=0, description="class to be seen instead
 
 
 @plugin
-class PixelAttack:
+class PixelAttack(ImageAttack):
     """What the attacks of the library share. A subclass names the library's class and its settings."""
 
     library: ClassVar[str]
@@ -96,7 +96,7 @@ class Fgsm(PixelAttack):
 
 
 @plugin
-class Pgd(PixelAttack):
+class Pgd(PixelAttack, TrainingAttack):
     """PGD (Madry et al. 2018): sign steps from a random start, projected to the eps ball and to [0, 1].
 
     20 steps to evaluate; `steps=7` is usual in adversarial training, on `share` of each batch.

@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar
 import torch
 from torch import Tensor
 
-from qadtr_brevitas.attacks.base import Model
+from qadtr_brevitas.attacks.base import Model, PatchAttack
 from qadtr_brevitas.attacks.fake_quantize import PATCH_FILE_BITS, fake_quantize
 from qadtr_brevitas.attacks.patch import Patch, versions
 from qadtr_brevitas.attacks.per_image import Attempt, ImageAttackInputs, ImagePatch
@@ -20,7 +20,7 @@ from qadtr_brevitas.core.seeding import generator
 
 
 @plugin
-class RandomPatch(ImagePatch):
+class RandomPatch(ImagePatch, PatchAttack):
     """A patch of uniform noise, the baseline every optimized patch has to beat.
 
     `fit` makes one for all images; `run` draws several for every image, each at a place of its own, and keeps the one

@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from qadtr_brevitas.attacks.base import Model
+from qadtr_brevitas.attacks.base import Model, PatchAttack
 from qadtr_brevitas.attacks.engine import HeldOut, Search, as_float, search_texture
 from qadtr_brevitas.attacks.geometry import paste
 from qadtr_brevitas.attacks.losses import attack_loss
@@ -45,7 +45,7 @@ class Candidate:
 
 
 @plugin
-class SearchFields(PatchFields):
+class SearchFields(PatchFields, PatchAttack):
     """How the texture of a universal patch is searched.
 
     A subclass may say how a texture gets on images (`put`), or search more than a texture (`search`).

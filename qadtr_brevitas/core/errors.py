@@ -17,6 +17,10 @@ class UsageError(QadtrError):
     exit_code = 2
 
 
+class PluginError(QadtrError):
+    """A plug-in that cannot be imported, or lacks what its kind has to define."""
+
+
 class DataError(QadtrError):
     """A data set that is missing, empty, corrupt, or does not fit the model."""
 

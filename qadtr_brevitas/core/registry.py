@@ -8,7 +8,7 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any
 
-from qadtr_brevitas.core.errors import UsageError, suggest
+from qadtr_brevitas.core.errors import PluginError, UsageError, suggest
 
 ENTRY_POINT_PREFIX = "qadtr_brevitas."
 
@@ -18,37 +18,74 @@ class Registry:
     """Plug-ins of one kind: name -> ("package.module:Class", one-line description).
 
     Third-party packages add theirs through an entry point in the group `qadtr_brevitas.<kind>`, with `_` for a space.
+
+    Args:
+        kind: what one of them is called.
+        contract: "package.module:Class" of the abstract class that each derives from.
+        builtin: the plug-ins of this package.
     """
 
     kind: str
+    contract: str
     builtin: Mapping[str, tuple[str, str]]
 
     def entries(self) -> dict[str, tuple[str, str]]:
-        """Every known plug-in, built-in ones first; an entry point cannot replace a built-in one."""
+        """Return every known plug-in, built-in ones first; an entry point cannot replace a built-in one."""
         return {**_external(self.kind), **self.builtin}
 
     def names(self, pattern: str = "*") -> list[str]:
-        """Names that match a shell pattern, sorted."""
+        """Return the names that match a shell pattern, sorted."""
         return sorted(name for name in self.entries() if fnmatch(name, pattern))
 
     def describe(self, name: str) -> str:
-        """The one-line description of a plug-in."""
+        """Return the one-line description of a plug-in."""
         return self._entry(name)[1]
 
     def load(self, name: str) -> Any:
-        """Imports and returns the plug-in class.
+        """Import and return the plug-in class.
 
         Raises:
             UsageError: the name is unknown (the nearest right one is offered).
+            PluginError: the plug-in cannot be imported, or does not fulfill the contract of its kind.
         """
-        module, _, attribute = self._entry(name)[0].partition(":")
-        return getattr(import_module(module), attribute)
+        target = self._entry(name)[0]
+        try:
+            found = _resolve(target)
+        except (ImportError, AttributeError) as error:
+            raise PluginError(f"{self.kind} {name!r} cannot be loaded from {target}: {error}") from error
+        check_contract(found, _resolve(self.contract), what=f"{self.kind} {name!r} ({target})")
+        return found
 
     def _entry(self, name: str) -> tuple[str, str]:
         entries = self.entries()
         if name not in entries:
             raise UsageError(f"unknown {self.kind} {name!r}: {suggest(name, entries)}")
         return entries[name]
+
+
+def check_contract(plugin: Any, contract: type, *, what: str) -> None:
+    """Check that a plug-in is a class, or an object, of its contract with every abstract method defined.
+
+    Args:
+        plugin: a class that derives from the contract, or a finished object of it.
+        contract: the abstract class.
+        what: how errors call the plug-in.
+
+    Raises:
+        PluginError: it does not derive from the contract, or lacks a method.
+    """
+    cls = plugin if isinstance(plugin, type) else type(plugin)
+    name = f"{contract.__module__}.{contract.__qualname__}"
+    if not issubclass(cls, contract):
+        raise PluginError(f"{what} is not derived from {name}: make that the base class of {cls.__name__}")
+    missing: frozenset[str] = getattr(cls, "__abstractmethods__", frozenset())
+    if missing:
+        raise PluginError(f"{what} does not define {', '.join(sorted(missing))}: see {name} for what each has to do")
+
+
+def _resolve(target: str) -> Any:
+    module, _, attribute = target.partition(":")
+    return getattr(import_module(module), attribute)
 
 
 @cache
@@ -59,6 +96,7 @@ def _external(kind: str) -> dict[str, tuple[str, str]]:
 
 ATTACKS = Registry(
     "attack",
+    "qadtr_brevitas.attacks.base:Attack",
     {
         "a-qapa": ("qadtr_brevitas.attacks.a_qapa:AQapa", "patches made inside the quantized network (QADT-R, eq. 1)"),
         "autoattack": ("qadtr_brevitas.attacks.autoattack:AutoAttack", "four pixel attacks (Croce & Hein 2020)"),
@@ -76,6 +114,7 @@ ATTACKS = Registry(
 
 DATASETS = Registry(
     "dataset",
+    "qadtr_brevitas.data.base:Dataset",
     {
         "cifar10": ("qadtr_brevitas.data.image_folder:Cifar10", "CIFAR-10 as image folder or tar, 32x32, 10 classes"),
         "digits": ("qadtr_brevitas.data.digits:Digits", "UCI handwritten digits drawn in color, 32x32, embedded"),
@@ -89,6 +128,7 @@ DATASETS = Registry(
 
 SCHEDULES = Registry(
     "schedule",
+    "qadtr_brevitas.training.schedules:Schedule",
     {
         "cycle": ("qadtr_brevitas.training.schedules:Cycle", "each precision for some epochs in turn"),
         "fixed": ("qadtr_brevitas.training.schedules:Fixed", "one precision throughout (standard QAT)"),
@@ -100,6 +140,7 @@ SCHEDULES = Registry(
 
 GRADIENT_RULES = Registry(
     "gradient rule",
+    "qadtr_brevitas.training.gradient_rules:GradientRule",
     {
         "gir": ("qadtr_brevitas.training.gir:Gir", "gradient-inconsistent regularization (QADT-R, eq. 4 and 5)"),
     },
@@ -107,6 +148,7 @@ GRADIENT_RULES = Registry(
 
 REGULARIZERS = Registry(
     "regularizer",
+    "qadtr_brevitas.training.regularizers:Regularizer",
     {
         "distillation": ("qadtr_brevitas.training.regularizers:Distillation", "match the logits of a float teacher"),
     },
@@ -114,6 +156,7 @@ REGULARIZERS = Registry(
 
 ANALYSES = Registry(
     "analysis",
+    "qadtr_brevitas.reproduce.analyses.base:Analysis",
     {
         "features": (
             "qadtr_brevitas.reproduce.analyses.features:Features",

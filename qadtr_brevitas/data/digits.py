@@ -18,6 +18,7 @@ from torch import Generator, Tensor
 from qadtr_brevitas.core.plugin import Field, plugin
 from qadtr_brevitas.core.progress import Progress
 from qadtr_brevitas.core.seeding import generator
+from qadtr_brevitas.data.base import Dataset
 from qadtr_brevitas.data.split import Split, check_split
 
 IMAGE_SIZE = 32
@@ -28,7 +29,7 @@ MIN_CONTRAST = 0.4
 
 
 @plugin
-class Digits:
+class Digits(Dataset):
     """Handwritten digits in random colors at random places: 1,437 images for training and 360 for testing, 10 classes.
 
     Which image is in which split never changes; `seed` decides color and place only.

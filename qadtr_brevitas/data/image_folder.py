@@ -10,6 +10,7 @@ import torch
 from qadtr_brevitas.core.errors import DataError, UsageError
 from qadtr_brevitas.core.plugin import Field, plugin
 from qadtr_brevitas.core.progress import Progress
+from qadtr_brevitas.data.base import Dataset
 from qadtr_brevitas.data.decode import read_images, size_of
 from qadtr_brevitas.data.listing import Listing, find_root, list_images
 from qadtr_brevitas.data.split import Split, balanced_indices
@@ -18,7 +19,7 @@ SIZES_LOOKED_AT = 64
 
 
 @plugin
-class ImageFolder:
+class ImageFolder(Dataset):
     """Any images (png, jpg, jpeg, webp, bmp) laid out as ROOT/{train,test}/<class>/<image>; `val` also serves as test.
 
     Where ROOT has only one of these folders, or the class folders themselves, `holdout` divides the images. Classes are

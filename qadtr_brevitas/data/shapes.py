@@ -10,6 +10,7 @@ from torch import Generator, Tensor
 from qadtr_brevitas.core.plugin import Field, plugin
 from qadtr_brevitas.core.progress import Progress
 from qadtr_brevitas.core.seeding import generator
+from qadtr_brevitas.data.base import Dataset
 from qadtr_brevitas.data.split import Split, check_split
 
 SHAPES = ("circle", "square", "triangle", "cross", "ring", "diamond", "bar", "column", "saltire", "frame")
@@ -18,7 +19,7 @@ CHUNK = 256
 
 
 @plugin
-class Shapes:
+class Shapes(Dataset):
     """One colored shape on each image, at a random place and size on a background of noise; classes are the shapes."""
 
     image_size: Annotated[int, Field(ge=8, le=1024, description="height and width in pixels")] = 32

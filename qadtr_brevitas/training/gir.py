@@ -18,10 +18,11 @@ from torch.utils.hooks import RemovableHandle
 from qadtr_brevitas.core.plugin import Field, PrecisionField, plugin
 from qadtr_brevitas.core.precision import Precision
 from qadtr_brevitas.core.seeding import derive_seed, generator
+from qadtr_brevitas.training.gradient_rules import GradientRule, GradientRuleOptimizer
 
 
 @plugin
-class Gir:
+class Gir(GradientRule):
     """Gradient-inconsistent regularization (QADT-R, eq. 4 and 5; defaults of its Table 17).
 
     Each parameter gradient g becomes g + alpha * (beta * g / (|g| + eps) + gamma * xi), xi ~ N(0, sigma^2), on a
@@ -74,7 +75,7 @@ _STEP_KEY = "gir_step"
 GIR_KEY = "gir"
 
 
-class GirOptimizer(torch.optim.Optimizer):
+class GirOptimizer(GradientRuleOptimizer):
     """An optimizer whose `step` sees gradients perturbed by `Gir`; everything else is the wrapped optimizer's own.
 
     Groups, state, `state_dict`, hooks and learning rate schedulers are those of the wrapped optimizer. The gradients

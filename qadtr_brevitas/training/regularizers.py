@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Annotated, Protocol
+from typing import Annotated
 
 from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
@@ -12,9 +13,10 @@ from qadtr_brevitas.core.plugin import Field, plugin
 from qadtr_brevitas.core.precision import Precision
 
 
-class Regularizer(Protocol):
+class Regularizer(ABC):
     """An extra loss of the training step."""
 
+    @abstractmethod
     def loss(
         self, logits: Tensor, images: Tensor, *, teacher: Callable[[Tensor], Tensor], precision: Precision
     ) -> Tensor | None:
@@ -26,11 +28,10 @@ class Regularizer(Protocol):
             teacher: images -> logits of the model at 32 bit, in eval mode and without gradients.
             precision: the step's precision.
         """
-        ...
 
 
 @plugin
-class Distillation:
+class Distillation(Regularizer):
     """Match the softened outputs of the same weights at 32 bit (Hinton et al. 2015), on steps below 32 bit.
 
     The teacher moves with the student, and a strong pull lets both drift. The loss grows with the square of the

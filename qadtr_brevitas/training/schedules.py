@@ -5,8 +5,9 @@ A draw depends on (seed, step) only: every rank draws the same, and a resumed ru
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from random import Random
-from typing import Annotated, Protocol
+from typing import Annotated
 
 from pydantic import model_validator
 
@@ -15,9 +16,10 @@ from qadtr_brevitas.core.precision import DEFAULT_BITS, Precision, parse_precisi
 from qadtr_brevitas.core.seeding import derive_seed
 
 
-class Schedule(Protocol):
+class Schedule(ABC):
     """Chooses the precision, or precisions, of each training step."""
 
+    @abstractmethod
     def precisions(self, step: int, *, seed: int, epoch: int, epochs: int) -> tuple[Precision, ...]:
         """Precisions of one step, usually one; the losses at several are averaged.
 
@@ -27,11 +29,10 @@ class Schedule(Protocol):
             epoch: 0-based epoch of quantized training.
             epochs: epochs of quantized training in all.
         """
-        ...
 
+    @abstractmethod
     def possible(self) -> tuple[Precision, ...]:
         """Every precision a step may get: the model must have been converted for them."""
-        ...
 
 
 Choices = Annotated[
@@ -45,7 +46,7 @@ _DEFAULT = parse_precisions(DEFAULT_BITS)
 
 
 @plugin
-class Uniform:
+class Uniform(Schedule):
     """One precision a step, all equally likely: dynamic bit-width training (QADT-R, eq. 2).
 
     Eq. 2 draws the pair (b_w, b_a) from Uniform(B), B a set of single numbers. Decision: one number for both, as in
@@ -70,7 +71,7 @@ class Uniform:
 
 
 @plugin
-class Fixed:
+class Fixed(Schedule):
     """One precision throughout: standard quantization-aware training."""
 
     choice: Annotated[PrecisionField, Field(description="the precision, e.g. 4 or w4a8")] = Precision(4, 4)
@@ -85,7 +86,7 @@ class Fixed:
 
 
 @plugin
-class Cycle:
+class Cycle(Schedule):
     """Each precision for some epochs in turn.
 
     The paper's Table 17 says 20 epochs for each of 5 precisions, which is twice its 50 epochs. Decision: by default
@@ -107,7 +108,7 @@ class Cycle:
 
 
 @plugin
-class Weighted:
+class Weighted(Schedule):
     """One precision a step, drawn with given weights, for instance to train low precisions more often."""
 
     choices: Choices = _DEFAULT
@@ -133,7 +134,7 @@ class Weighted:
 
 
 @plugin
-class Sandwich:
+class Sandwich(Schedule):
     """Highest, random and lowest precision in every step (Yu and Huang 2019), which costs three steps."""
 
     choices: Choices = _DEFAULT

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -131,9 +132,9 @@ class Findings:
     pictures: Sequence[Picture] = ()
 
 
-class Analysis(Protocol):
+class Analysis(ABC):
     """A plug-in that measures something on models."""
 
+    @abstractmethod
     def run(self, context: AnalysisContext) -> Findings:
         """Measures, and draws pictures into the output folder."""
-        ...

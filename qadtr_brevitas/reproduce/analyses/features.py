@@ -25,14 +25,14 @@ from qadtr_brevitas.core.registry import ATTACKS
 from qadtr_brevitas.evaluation.entries import LoadedModel
 from qadtr_brevitas.evaluation.report.plots import ImageGrid, Tile, draw_sheet
 from qadtr_brevitas.quant import SwitchableModel, at_precision
-from qadtr_brevitas.reproduce.analyses.base import AnalysisContext, Findings, Picture, Record
+from qadtr_brevitas.reproduce.analyses.base import Analysis, AnalysisContext, Findings, Picture, Record
 from qadtr_brevitas.reproduce.analyses.charts import by_precision, decimals, heat
 from qadtr_brevitas.reproduce.analyses.gradients import Average, cosines
 from qadtr_brevitas.reproduce.analyses.patches import float_patches, put_on
 
 
 @plugin
-class Features:
+class Features(Analysis):
     """Feature maps of clean and patched images at every precision (paper, Figure 3).
 
     For each layer: how strongly the map changes at the patch and away from it, as a share of the clean map's size, and

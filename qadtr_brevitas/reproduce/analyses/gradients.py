@@ -23,13 +23,13 @@ from qadtr_brevitas.evaluation.entries import LoadedModel
 from qadtr_brevitas.evaluation.image_attacks import NamedAttack, SourcedAttack
 from qadtr_brevitas.evaluation.report.plots import ImageGrid, Tile, draw_sheet
 from qadtr_brevitas.quant.inference import logits_at, parse_mode
-from qadtr_brevitas.reproduce.analyses.base import AnalysisContext, Findings, Picture, Record
+from qadtr_brevitas.reproduce.analyses.base import Analysis, AnalysisContext, Findings, Picture, Record
 from qadtr_brevitas.reproduce.analyses.charts import Curve, Point, by_precision, decimals, draw_curves, heat
 from qadtr_brevitas.reproduce.analyses.patches import float_patches, put_on
 
 
 @plugin
-class Gradients:
+class Gradients(Analysis):
     """Cosine and mean squared error of input gradients between precisions (paper, Figure 4).
 
     Adversarial images are made at the highest precision, 32 bit where the model has it: with universal patches, and

@@ -17,7 +17,7 @@ from qadtr_brevitas.core.plugin import Field, plugin
 from qadtr_brevitas.core.registry import ATTACKS
 from qadtr_brevitas.evaluation import NamedAttack
 from qadtr_brevitas.evaluation.report import AttackCell, ImageAttackFacts, PatchFacts
-from qadtr_brevitas.reproduce.analyses.base import AnalysisContext, Findings, Picture, Record
+from qadtr_brevitas.reproduce.analyses.base import Analysis, AnalysisContext, Findings, Picture, Record
 from qadtr_brevitas.reproduce.analyses.charts import by_precision, draw_records, percents
 from qadtr_brevitas.reproduce.analyses.patches import clean_records, records, score
 
@@ -26,7 +26,7 @@ PixelAttackSlot = Annotated[Any, Slot(ATTACKS)]
 
 
 @plugin
-class Pixel:
+class Pixel(Analysis):
     """Accuracy against eps under pixel attacks at every precision (paper, Figure 1).
 
     Attacks are made on the precision attacked, and, for comparison, at 32 bit: that attacks made at 32 bit lose their

@@ -15,7 +15,7 @@ from qadtr_brevitas.core.plugin import Field, plugin
 from qadtr_brevitas.core.registry import ATTACKS
 from qadtr_brevitas.evaluation.report import AttackCell, ImageAttackFacts, PatchFacts
 from qadtr_brevitas.evaluation.report.summaries import ASR_NOTE, MEAN_NOTE
-from qadtr_brevitas.reproduce.analyses.base import AnalysisContext, Findings, Picture, Record
+from qadtr_brevitas.reproduce.analyses.base import Analysis, AnalysisContext, Findings, Picture, Record
 from qadtr_brevitas.reproduce.analyses.charts import by_precision, draw_records, percents
 from qadtr_brevitas.reproduce.analyses.patches import float_patches, records, score
 
@@ -24,7 +24,7 @@ Index = Annotated[int, Field(ge=0)]
 
 
 @plugin
-class Size:
+class Size(Analysis):
     """ASR of patches of several sizes, made at the highest precision, at every precision (paper, Table 21)."""
 
     patches: Annotated[

@@ -15,7 +15,7 @@ from qadtr_brevitas.core.registry import ATTACKS
 from qadtr_brevitas.evaluation.report import AttackCell, EvaluationReport, ImageAttackFacts, PatchFacts, VariantFacts
 from qadtr_brevitas.evaluation.report.summaries import ASR_NOTE, MEAN_NOTE
 from qadtr_brevitas.evaluation.variants import PatchVariants
-from qadtr_brevitas.reproduce.analyses.base import AnalysisContext, Findings, Picture, Record
+from qadtr_brevitas.reproduce.analyses.base import Analysis, AnalysisContext, Findings, Picture, Record
 from qadtr_brevitas.reproduce.analyses.charts import by_precision, draw_records, percents
 from qadtr_brevitas.reproduce.analyses.patches import float_patches, records, score
 
@@ -24,7 +24,7 @@ Index = Annotated[int, Field(ge=0)]
 
 
 @plugin
-class Spatial:
+class Spatial(Analysis):
     """ASR of patches made at the highest precision at one place, shifted from there, and turned (paper, Table 20).
 
     Patches are made for random places, and scored there as well. The paper does not say where it shifts patches from;

@@ -1,0 +1,41 @@
+"""The contract of data sets."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Self
+
+from qadtr_brevitas.core.progress import Progress
+from qadtr_brevitas.data.split import Split
+
+
+class Dataset(ABC):
+    """A data set plug-in: loads labeled images, split by split."""
+
+    @abstractmethod
+    def load(self, split: str, *, limit: int | None = None, seed: int = 0, progress: Progress | None = None) -> Split:
+        """Load the images of one split.
+
+        Args:
+            split: `train` or `test`.
+            limit: at most this many images, drawn by class as `Split.balanced` does; None for all.
+            seed: decides which images a limit leaves, and whatever else is drawn.
+            progress: called with the images done and the images in all.
+
+        Raises:
+            UsageError: the split has another name.
+            DataError: images are missing or damaged.
+        """
+
+    def needs_size(self) -> bool:
+        """Return whether images have different sizes, so that a model has to say which one it takes."""
+        return False
+
+    def fitted(self, image_size: int, crop: float) -> Self:
+        """Return this data set with images of a model's size.
+
+        Args:
+            image_size: height and width in pixels.
+            crop: share of the shorter side that the center crop keeps, in (0, 1].
+        """
+        return self
