@@ -1,0 +1,178 @@
+"""`evaluate`: the success of attacks on models, from Python."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from io import StringIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from qadtr_brevitas.api.inputs import (
+    AttackLike,
+    ModelLike,
+    PatchLike,
+    as_named_attacks,
+    as_named_models,
+    as_named_patches,
+    as_split,
+    left_as_found,
+)
+from qadtr_brevitas.core.device import resolve_device
+from qadtr_brevitas.core.extras import require
+from qadtr_brevitas.core.precision import PrecisionLike
+from qadtr_brevitas.core.progress import Progress
+from qadtr_brevitas.data.batches import Loader
+from qadtr_brevitas.evaluation import Grid, Transfer
+from qadtr_brevitas.evaluation import evaluate as evaluate_grid
+from qadtr_brevitas.evaluation.report import EvaluationReport, Rate
+from qadtr_brevitas.evaluation.report.files import terminal_tables, write_report
+from qadtr_brevitas.quant.inference import InferenceMode
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+_WIDTH = 100
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """What an evaluation found.
+
+    Args:
+        report: every figure, with its denominator, interval and threat model: what `report.json` holds.
+    """
+
+    report: EvaluationReport
+
+    @property
+    def clean_accuracy(self) -> dict[str, Rate]:
+        """Accuracy without an attack, by precision (`model/precision` where there are several models)."""
+        return {self._key(cell.model, cell.precision): cell.accuracy for cell in self.report.clean}
+
+    @property
+    def asr(self) -> dict[str, dict[str, Rate]]:
+        """Attack success rate by attack or patch, then by precision (`model/precision` with several models).
+
+        The denominator `n` counts images that are classified correctly without the attack and, for a targeted one, are
+        not of the target class. Attacks made at one precision and moved to another are in `report.cells` and in
+        `to_pandas()`.
+        """
+        found: dict[str, dict[str, Rate]] = {}
+        for cell in self.report.cells:
+            name = self._attack(cell.attack)
+            if cell.threat != "transfer":
+                found.setdefault(name, {})[self._key(cell.model, cell.precision)] = cell.asr
+        return found
+
+    def to_pandas(self) -> DataFrame:
+        """Return one row for each model, precision and attack.
+
+        Raises:
+            UsageError: pandas is not installed.
+        """
+        return require("pandas", extra="report").DataFrame(self._rows)
+
+    def save(self, folder: str | Path) -> list[Path]:
+        """Write report.json, report.md and CSV files, and return their paths.
+
+        Raises:
+            CheckpointError: a file cannot be written.
+        """
+        return write_report(self.report, Path(folder))
+
+    @cached_property
+    def _rows(self) -> list[dict[str, Any]]:
+        clean = [
+            {"model": cell.model, "precision": cell.precision, "attack": None, "clean_accuracy": cell.accuracy.value}
+            for cell in self.report.clean
+        ]
+        attacked = [
+            {
+                "model": cell.model,
+                "precision": cell.precision,
+                "attack": cell.attack,
+                "target": cell.target,
+                "threat": cell.threat,
+                "asr": cell.asr.value,
+                "asr_low": cell.asr.low,
+                "asr_high": cell.asr.high,
+                "n": cell.asr.n,
+                "clean_accuracy": cell.clean_accuracy.value,
+                "robust_accuracy": cell.robust_accuracy.value,
+            }
+            for cell in self.report.cells
+        ]
+        return [*clean, *attacked]
+
+    def _key(self, model: str, precision: str) -> str:
+        return precision if len(self.report.models) == 1 else f"{model}/{precision}"
+
+    def _attack(self, name: str) -> str:
+        """Return what all attacks of one kind are called, wherever they were made."""
+        facts = self.report.attack_facts()[name]
+        return getattr(facts, "family", name) if name not in {patch.name for patch in self.report.patches} else name
+
+    def __str__(self) -> str:
+        text = StringIO()
+        Console(file=text, width=_WIDTH).print(terminal_tables(self.report))
+        return text.getvalue()
+
+
+def evaluate(
+    model: ModelLike | Sequence[ModelLike] | Mapping[str, ModelLike],
+    loader: Loader,
+    *,
+    patches: Sequence[PatchLike] | Mapping[str, Any] = (),
+    attacks: Sequence[AttackLike] = (),
+    precisions: Sequence[PrecisionLike | InferenceMode] | None = None,
+    transfer: Transfer = "none",
+    images: int | None = None,
+    seed: int = 0,
+    batch_size: int = 256,
+    device: str = "auto",
+    cells: str | Path | None = None,
+    progress: Progress | None = None,
+) -> EvaluationResult:
+    """Score models without an attack, under patches and under per-image attacks.
+
+    Models are left as they were: mode, precision and device are restored.
+
+    Args:
+        model: a switchable model, the folder of one, several of them, or a mapping from names to them.
+        loader: labeled test images; pixels in [0, 1] or uint8.
+        patches: patches or patch files; beside each, noise of its size and shape is scored as control.
+        attacks: per-image attacks or their names, each made on every model at every precision.
+        precisions: precisions to score, `8+4` for the mean over several; None for all of each model.
+        transfer: `none` scores attacks where they were made, `all` and `float` also on other models and precisions.
+        images: at most this many images, drawn class-balanced; None for all.
+        seed: of placements, attacks and the draw of images.
+        batch_size: images in one forward pass.
+        device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
+        cells: folder that keeps finished parts, so that an interrupted evaluation resumes; None to keep nothing.
+        progress: called after each part.
+
+    Raises:
+        UsageError: a precision that a model lacks, a patch that does not fit, a target that is out of range, an unknown
+            attack, or a model that was not converted.
+        DataError: images or labels do not fit the model.
+    """
+    where = resolve_device(device)
+    loaded = as_named_models(model, device=where)
+    with left_as_found(loaded):
+        grid = Grid(
+            loaded_models=loaded,
+            patches=as_named_patches(patches),
+            split=as_split(loader, loaded[0], images=images, seed=seed),
+            data_name="loader",
+            attacks=as_named_attacks(attacks),
+            precisions=precisions,
+            transfer=transfer,
+            seed=seed,
+            batch_size=batch_size,
+        )
+        output = None if cells is None else Path(cells)
+        return EvaluationResult(evaluate_grid(grid, output=output, device=where, progress=progress))

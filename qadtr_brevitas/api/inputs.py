@@ -1,0 +1,138 @@
+"""What the functions of the Python interface accept: models, images, patches and attacks in their usual forms."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeAlias
+
+import torch
+from torch import nn
+
+from qadtr_brevitas.attacks.base import ImageAttack
+from qadtr_brevitas.attacks.patch import Patch
+from qadtr_brevitas.config.slots import slot_name
+from qadtr_brevitas.core.errors import UsageError
+from qadtr_brevitas.core.registry import ATTACKS
+from qadtr_brevitas.data.batches import Loader, read_split
+from qadtr_brevitas.data.split import Split
+from qadtr_brevitas.evaluation import NamedAttack
+from qadtr_brevitas.evaluation.entries import LoadedModel, NamedPatch, load_patches, load_subjects
+from qadtr_brevitas.quant import SwitchableModel, get_precision, set_precision
+
+ModelLike: TypeAlias = "SwitchableModel | LoadedModel | str | Path"
+"""A switchable model, or the folder of a run or model."""
+
+PatchLike: TypeAlias = "Patch | NamedPatch | str | Path"
+"""A patch, or a patch file."""
+
+AttackLike: TypeAlias = "ImageAttack | str"
+"""A per-image attack, or the name of one."""
+
+
+def as_loaded(model: ModelLike, *, device: torch.device | str, name: str = "model") -> LoadedModel:
+    """Return a model with its name, fingerprint and facts, on the device and in eval mode.
+
+    Args:
+        model: the model, or the folder of a run or model.
+        device: where it is wanted.
+        name: what tables call a model that has no folder.
+
+    Raises:
+        UsageError: the model was not converted.
+        CheckpointError: the folder holds no model.
+    """
+    if isinstance(model, (str, Path)):
+        return load_subjects([Path(model)], device=device)[0]
+    loaded = model if isinstance(model, LoadedModel) else _from_memory(model, name)
+    loaded.model.to(device).eval()
+    return loaded
+
+
+def _from_memory(model: nn.Module, name: str) -> LoadedModel:
+    if not isinstance(model, SwitchableModel):
+        raise UsageError(
+            f"{type(model).__name__} is not a switchable model: call qadtr_brevitas.convert() on it first "
+            "(precisions=[32] keeps it in float)"
+        )
+    return LoadedModel.from_model(model, name=name)
+
+
+def as_named_models(
+    models: ModelLike | Sequence[ModelLike] | Mapping[str, ModelLike], *, device: torch.device | str
+) -> list[LoadedModel]:
+    """Return one or several models; a mapping gives them names, others are called `model`, `model 2`, ..."""
+    if isinstance(models, Mapping):
+        return [as_loaded(model, device=device, name=name) for name, model in models.items()]
+    several = models if isinstance(models, Sequence) and not isinstance(models, str) else [models]
+    names = ["model", *(f"model {number}" for number in range(2, len(several) + 1))]
+    return [as_loaded(model, device=device, name=name) for model, name in zip(several, names, strict=True)]
+
+
+def as_split(loader: Loader, loaded: LoadedModel, *, images: int | None, seed: int) -> Split:
+    """Return labeled images for a model, all of them or a class-balanced random part.
+
+    Raises:
+        DataError: there are no images or labels, or labels of classes that the model lacks.
+    """
+    return read_split(loader, classes=loaded.info.classes).limited(images, seed=seed)
+
+
+def as_named_patches(patches: Sequence[PatchLike] | Mapping[str, Patch]) -> list[NamedPatch]:
+    """Return patches with unique names: those given, those of their files, or attack and size."""
+    if isinstance(patches, Mapping):
+        return [NamedPatch(name, patch) for name, patch in patches.items()]
+    found: list[NamedPatch] = []
+    for patch in patches:
+        if isinstance(patch, (str, Path)):
+            found += load_patches([Path(patch)])
+        elif isinstance(patch, NamedPatch):
+            found.append(patch)
+        else:
+            found.append(NamedPatch(_unique(_patch_name(patch), [known.name for known in found]), patch))
+    return found
+
+
+def _patch_name(patch: Patch) -> str:
+    height, width = patch.size
+    return f"{patch.meta.get('attack', 'patch')}-{height}x{width}"
+
+
+def _unique(name: str, known: Sequence[str]) -> str:
+    number = 2
+    candidate = name
+    while candidate in known:
+        candidate, number = f"{name} {number}", number + 1
+    return candidate
+
+
+def as_named_attacks(attacks: Sequence[AttackLike]) -> list[NamedAttack]:
+    """Return per-image attacks under their registered names.
+
+    Raises:
+        UsageError: an unknown name, or an attack that makes universal patches only.
+    """
+    made = [ATTACKS.load(attack)() if isinstance(attack, str) else attack for attack in attacks]
+    return [NamedAttack(slot_name(attack), attack) for attack in made]
+
+
+@contextmanager
+def left_as_found(models: Sequence[LoadedModel]) -> Generator[None]:
+    """Restore training mode, precision and device of models after a block."""
+    before = [
+        ({module: module.training for module in loaded.model.modules()}, get_precision(loaded.model), _device(loaded))
+        for loaded in models
+    ]
+    try:
+        yield
+    finally:
+        for loaded, (modes, precision, device) in zip(models, before, strict=True):
+            loaded.model.to(device)
+            set_precision(loaded.model, precision)
+            for module, training in modes.items():
+                module.training = training
+
+
+def _device(loaded: LoadedModel) -> torch.device:
+    return next(loaded.model.parameters()).device
