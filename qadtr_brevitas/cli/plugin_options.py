@@ -136,12 +136,12 @@ def _made_on(model_dir: Path) -> Any:
     for folder in (model_dir, model_dir / "last"):
         if (folder / CONFIG_FILE).is_file() and (made_on := _named_in(folder / CONFIG_FILE)):
             return made_on
-    from qadtr_brevitas.config import load_recipe
+    from qadtr_brevitas.config import load_recorded_recipe
 
     # A model directory inside a run, last/ or best/, has the run's recipe beside it.
     for folder in (model_dir, model_dir.resolve().parent):
         if (folder / RECIPE_FILE).is_file():
-            return load_recipe(folder / RECIPE_FILE).data.dataset
+            return load_recorded_recipe(folder / RECIPE_FILE).data.dataset
     return None
 
 

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from qadtr_brevitas.config.layers import read_layers
 from qadtr_brevitas.config.overrides import apply_override
 from qadtr_brevitas.config.problems import dotted, explain
+from qadtr_brevitas.config.recorded import rename_old_keys
 from qadtr_brevitas.config.sections import (
     CalibrationSection,
     DataSection,
@@ -22,7 +23,7 @@ from qadtr_brevitas.config.sections import (
 )
 from qadtr_brevitas.config.shipped import find_recipe, split_name
 from qadtr_brevitas.config.slots import slot_name
-from qadtr_brevitas.config.source import Node, parse
+from qadtr_brevitas.config.source import Node, parse, read_source
 from qadtr_brevitas.core.errors import Problem, RecipeError
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "SchedulerSection",
     "TrainSection",
     "load_recipe",
+    "load_recorded_recipe",
     "make_recipe",
     "slot_name",
 ]
@@ -54,6 +56,18 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     parts = split_name(source)
     place = str(find_recipe(source)) if len(parts) == 1 else str(source)
     return _checked(read_layers(source), overrides, source=place)
+
+
+def load_recorded_recipe(file: Path) -> Recipe:
+    """Read the recipe that a run directory records; keys that were renamed since may have their old names.
+
+    Raises:
+        UsageError: the file cannot be read, or holds no mapping.
+        RecipeError: something is wrong in it; the error lists all problems with their places.
+    """
+    root = read_source(file)
+    rename_old_keys(root, Recipe)
+    return _checked(root, (), source=str(file))
 
 
 def make_recipe(fields: Mapping[str, Any], overrides: Sequence[str] = (), *, source: str) -> Recipe:

@@ -7,6 +7,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from qadtr_brevitas.config.problems import fields_of, section_in
+from qadtr_brevitas.config.renamed import renamed_key
 from qadtr_brevitas.config.sections import Recipe
 from qadtr_brevitas.config.slots import Slot, slot_in
 from qadtr_brevitas.config.source import Node, YamlError, parse
@@ -43,6 +44,8 @@ def _put(root: Node, parts: list[str], value: Node) -> None:
     node = root
     for index, part in enumerate(parts):
         fields = fields_of(owner)
+        if new := renamed_key(part, fields):
+            raise _Refused(f"is called {'.'.join((*parts[:index], new, *parts[index + 1 :]))}")
         if fields and part not in fields:
             raise _Refused(f"unknown key: {_suggest_path('.'.join(parts), owner)}")
         _open(node, slot, parts[:index])

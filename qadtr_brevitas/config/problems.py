@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticCustomError
 
+from qadtr_brevitas.config.renamed import renamed_key
 from qadtr_brevitas.core.errors import suggest
 
 Location: TypeAlias = tuple[int | str, ...]
@@ -84,7 +85,10 @@ def _word(items: list[ErrorDetails], owner: type, place: Location) -> str:
     """One sentence for the errors of one place; several are the alternatives of a union."""
     first = items[0]
     if first["type"] in _UNKNOWN:
-        return f"unknown key {place[-1]!r}: {suggest(str(place[-1]), fields_of(_owner(owner, place[:-1])))}"
+        key, fields = str(place[-1]), fields_of(_owner(owner, place[:-1]))
+        if new := renamed_key(key, fields):
+            return f"is called {dotted((*place[:-1], new))}"
+        return f"unknown key {key!r}: {suggest(key, fields)}"
     if first["type"] == "missing":
         return "is required"
     if first["type"] == "value_error" and len(items) == 1:

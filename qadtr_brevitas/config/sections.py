@@ -102,7 +102,9 @@ class OptimizerSection(RecipeSection):
     lr: float = Field(default=0.02, gt=0, description="highest learning rate, for the global batch")
     momentum: float = Field(default=0.9, ge=0, lt=1, description="momentum, or beta1 of Adam")
     weight_decay: float = Field(default=1e-4, ge=0, description="weight decay; none on norms, biases and thresholds")
-    threshold_lr: float = Field(default=1.0, ge=0, description="factor on the learning rate of quantizer thresholds")
+    threshold_lr_scale: float = Field(
+        default=1.0, ge=0, description="factor on the learning rate of quantizer thresholds"
+    )
 
 
 class SchedulerSection(RecipeSection):

@@ -267,6 +267,6 @@ def _groups(model: nn.Module, section: OptimizerSection) -> list[dict[str, Any]]
         {"params": without_decay, "weight_decay": 0.0},
         # timm's schedulers multiply the learning rate by lr_scale. GIR's normalized gradient of a single number is its
         # sign: a threshold would take steps of one size, however flat the loss.
-        {"params": own, "weight_decay": 0.0, "lr_scale": section.threshold_lr, GIR_KEY: False},
+        {"params": own, "weight_decay": 0.0, "lr_scale": section.threshold_lr_scale, GIR_KEY: False},
     ]
     return [group for group in groups if group["params"]]

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from qadtr_brevitas.config import Recipe, load_recipe
+from qadtr_brevitas.config import Recipe, load_recorded_recipe
 from qadtr_brevitas.core.errors import CheckpointError, TrainingError, UsageError
 from qadtr_brevitas.core.files import write_atomically
 from qadtr_brevitas.pipeline.checkpoint import CONFIG, WEIGHTS
@@ -117,7 +117,7 @@ def open_run(run: Path, recipe: Recipe, *, resume: Literal["auto", "never"], ove
             f"{run} already holds a run: choose another folder with -o, continue it with --resume auto, "
             "or delete it with --resume never --overwrite"
         )
-    if differences := differing_keys(load_recipe(run / RECIPE_FILE), recipe):
+    if differences := differing_keys(load_recorded_recipe(run / RECIPE_FILE), recipe):
         shown = ", ".join(differences[:_SHOWN_DIFFERENCES]) + (", ..." if differences[_SHOWN_DIFFERENCES:] else "")
         raise UsageError(
             f"{run} holds a run of another recipe, which differs in {shown}: choose another folder with -o, "

@@ -221,9 +221,9 @@ def test_recipes_that_cannot_be_trained_are_refused(tmp_path: Path, keys: dict[s
 
 
 def test_thresholds_norms_and_biases_have_no_weight_decay(tmp_path: Path) -> None:
-    recipe = make_recipe(optimizer={"lr": 0.05, "weight_decay": 0.1, "threshold_lr": 0.5})
+    recipe = make_recipe(optimizer={"lr": 0.05, "weight_decay": 0.1, "threshold_lr_scale": 0.5})
     data = recipe.data.dataset.load("train")
-    model, _, _ = train_module.build_switchable(recipe, data)
+    model, _ = train_module.build_switchable(recipe, data)
     optimizer = make_optimizer(model, recipe.train.optimizer)
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     assert len(decay) == len(list(model.parameters()))

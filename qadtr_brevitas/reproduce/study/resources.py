@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import torch
 from pydantic import TypeAdapter
 
-from qadtr_brevitas.config import load_recipe
+from qadtr_brevitas.config import load_recorded_recipe
 from qadtr_brevitas.config.slots import Slot, slot_name
 from qadtr_brevitas.core.device import resolve_device
 from qadtr_brevitas.core.errors import UsageError
@@ -63,7 +63,7 @@ class StudyResources:
         """
         made_on = read_info(folder).data
         if made_on is None and (folder / RECIPE_FILE).is_file():
-            return load_recipe(folder / RECIPE_FILE).data.dataset
+            return load_recorded_recipe(folder / RECIPE_FILE).data.dataset
         if made_on is None:
             raise UsageError(
                 f"the model in {folder} does not say which data set it was made on: make it anew with `qadtr-brevitas "

@@ -1,0 +1,47 @@
+"""The recipe that a run directory records: written by this release or by one whose keys had other names."""
+
+from __future__ import annotations
+
+from pydantic.fields import FieldInfo
+
+from qadtr_brevitas.config.problems import fields_of, section_in
+from qadtr_brevitas.config.renamed import renamed_key
+from qadtr_brevitas.config.slots import Slot, slot_in
+from qadtr_brevitas.config.source import Node
+from qadtr_brevitas.core.errors import QadtrError
+
+
+def rename_old_keys(node: Node, owner: object) -> None:
+    """Give every renamed key below a node its new name, in place.
+
+    Args:
+        node: a mapping; anything else stays as it is.
+        owner: the section or plug-in class whose keys the mapping holds.
+    """
+    fields = fields_of(owner)
+    if node.children is None or node.is_list:
+        return
+    node.children = {renamed_key(str(key), fields) or key: child for key, child in node.children.items()}
+    for key, child in node.children.items():
+        if field := fields.get(str(key)):
+            for member in _members(child):
+                rename_old_keys(member, _owner(field, member))
+
+
+def _members(node: Node) -> list[Node]:
+    return list((node.children or {}).values()) if node.is_list else [node]
+
+
+def _owner(field: FieldInfo, node: Node) -> object:
+    """Return the section or plug-in class that a value of a field holds; None where it holds neither."""
+    slot = slot_in(field.annotation, field.metadata)
+    return section_in(field.annotation) if slot is None else _plugin(slot, node)
+
+
+def _plugin(slot: Slot, node: Node) -> object:
+    name = next((child.scalar for key in (slot.key, "name") if (child := (node.children or {}).get(key))), None)
+    try:
+        return slot.registry.load(str(name))
+    except QadtrError:
+        # Validation of the recipe reports it, with its line.
+        return None

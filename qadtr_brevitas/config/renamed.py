@@ -1,0 +1,23 @@
+"""Keys that were renamed: a recipe with an old one is refused with the new name."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Mapping
+
+RENAMED_KEYS: Mapping[str, str] = {
+    "edge": "first_last",
+    "np": "area",
+    "threshold_lr": "threshold_lr_scale",
+}
+"""Old to new name of each renamed key of a recipe section or plug-in."""
+
+
+def renamed_key(key: str, fields: Container[str]) -> str | None:
+    """Return the new name of a key, or None if it was not renamed.
+
+    Args:
+        key: a key that may be an old one.
+        fields: the keys of the section or plug-in it was given to. An old name counts only where the new one exists.
+    """
+    new = RENAMED_KEYS.get(key)
+    return new if new is not None and new in fields and key not in fields else None

@@ -1,0 +1,53 @@
+"""Renamed keys: refused with the new name in recipes, overrides and plug-ins, translated in the record of a run."""
+
+from pathlib import Path
+
+import pytest
+
+from qadtr_brevitas.config import load_recipe, load_recorded_recipe
+from qadtr_brevitas.config.renamed import RENAMED_KEYS, renamed_key
+from qadtr_brevitas.core.errors import RecipeError
+
+OLD = "seed: 1\ntrain:\n  optimizer:\n    name: adamw\n    threshold_lr: 0.5\n"
+
+
+@pytest.fixture
+def old(tmp_path: Path) -> Path:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(OLD)
+    return file
+
+
+def test_an_old_key_in_a_recipe_is_refused_with_the_new_name_and_its_line(old: Path) -> None:
+    with pytest.raises(
+        RecipeError, match=r":5: train\.optimizer\.threshold_lr: .*train\.optimizer\.threshold_lr_scale"
+    ):
+        load_recipe(old)
+
+
+def test_an_old_key_in_an_override_is_refused_with_the_new_name() -> None:
+    with pytest.raises(RecipeError, match=r"command line: .*threshold_lr: .*train\.optimizer\.threshold_lr_scale"):
+        load_recipe("digits_smoke", ["train.optimizer.threshold_lr=0.5"])
+
+
+def test_an_old_key_in_the_record_of_a_run_is_translated(old: Path) -> None:
+    assert load_recorded_recipe(old).train.optimizer.threshold_lr_scale == 0.5
+
+
+def test_a_recorded_recipe_of_this_release_is_read_as_it_is(tmp_path: Path) -> None:
+    recipe = load_recipe("digits_smoke+qadtr", ["train.optimizer.threshold_lr_scale=0.25"])
+    (tmp_path / "recipe.yaml").write_text(recipe.dump_yaml())
+    assert load_recorded_recipe(tmp_path / "recipe.yaml") == recipe
+
+
+def test_a_recorded_recipe_with_an_unknown_plug_in_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("train: {attack: {name: lavn}}\n")
+    with pytest.raises(RecipeError, match=r"train\.attack\.name: .*'lavn'.*'lavan'"):
+        load_recorded_recipe(tmp_path / "recipe.yaml")
+
+
+def test_an_old_name_counts_only_where_the_new_one_exists() -> None:
+    for old, new in RENAMED_KEYS.items():
+        assert renamed_key(old, {new}) == new
+        assert renamed_key(old, {"other"}) is None
+        assert renamed_key(new, {new}) is None
