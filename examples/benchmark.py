@@ -64,7 +64,7 @@ def stock_model() -> nn.Module:
 
 def switchable_model(images: Tensor) -> SwitchableModel:
     """The converted and calibrated ResNet-20."""
-    model, _ = convert(create_float_model("cifar_resnet20", num_classes=10), DEFAULT_BITS)
+    model = convert(create_float_model("cifar_resnet20", num_classes=10), DEFAULT_BITS)
     calibrate(model, [images.cpu()])
     return model
 

@@ -199,7 +199,7 @@ def art_race(bench: Bench, art_steps: int) -> dict[str, float] | None:
 
 def scoring_ratios(bench: Bench, images: int, rounds: int) -> dict[str, float]:
     """(c): one patch on all precisions, against as many float passes over the clean images."""
-    model, _ = convert(float_model().net, DEFAULT_BITS)
+    model = convert(float_model().net, DEFAULT_BITS)
     calibrate(model, [bench.test.batch(torch.arange(128))[0]])
     model.eval().to(memory_format=torch.channels_last)
     few = bench.test.subset(torch.arange(min(images, len(bench.test))))
@@ -237,7 +237,7 @@ def prepare(steps: int, rounds: int) -> Bench:
     net.eval().requires_grad_(False)
     loaded = copy.deepcopy(net)
     net.to(memory_format=torch.channels_last)
-    model, _ = convert(copy.deepcopy(net.net), DEFAULT_BITS)
+    model = convert(copy.deepcopy(net.net), DEFAULT_BITS)
     # In the order of the files all of one class come together, which would favor whoever draws its own.
     train, test = (
         split.subset(torch.randperm(len(split), generator=generator(0, "order")))

@@ -68,7 +68,7 @@ def make_quantized(case: Case, batch_size: int) -> SwitchableModel:
     """The network at 32 and 8 bit, calibrated on the first images."""
     from qadtr_brevitas.quant import calibrate, convert
 
-    model, _ = convert(case.net, [32, BITS], image_size=tuple(case.images.shape[2:]), target="finn")
+    model = convert(case.net, [32, BITS], image_size=tuple(case.images.shape[2:]), target="finn")
     calibrate(model, [case.images[:batch_size]])
     return model.eval()
 

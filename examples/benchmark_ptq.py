@@ -73,7 +73,7 @@ def quantize(net: nn.Module, batches: Batches, method: str) -> None:
     """Converts and calibrates as the command line does: the float network is not needed afterwards."""
     from qadtr_brevitas.quant import calibrate, convert
 
-    model, _ = convert(net, in_place=True)
+    model = convert(net, in_place=True)
     calibrate(model, batches, method=method)
 
 

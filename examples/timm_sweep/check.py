@@ -39,7 +39,8 @@ def check_conversion(build: Callable[[], nn.Module], image_size: tuple[int, int]
         WrongResult: the converted network is wrong; the message says what and where.
     """
     net = build().eval()
-    model, report = convert(net, image_size=image_size)
+    model = convert(net, image_size=image_size)
+    report = model.report
     images = torch.rand(2, model.mean.shape[1], *image_size, generator=torch.Generator().manual_seed(1))
     _check_float(net, model, images)
     del net
@@ -121,7 +122,8 @@ def _check_loading(
     build: Callable[[], nn.Module], model: SwitchableModel, report: ConversionReport, images: Tensor
 ) -> None:
     """What the conversion decides must not depend on weights, so that saved weights fit the network built anew."""
-    other, other_report = convert(build().eval(), image_size=tuple(images.shape[2:]), in_place=True)
+    other = convert(build().eval(), image_size=tuple(images.shape[2:]), in_place=True)
+    other_report = other.report
     if other_report != report:
         raise WrongResult("a network with other weights is converted in another way")
     other.load_state_dict(model.state_dict())

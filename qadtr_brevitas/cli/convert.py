@@ -205,11 +205,11 @@ def _convert(recipe: Recipe, has_data: bool, output: Path | None) -> ConversionR
     from qadtr_brevitas.pipeline.checkpoint import save_model
 
     if output is None and not has_data:
-        return build_switchable(recipe, no_images(recipe.model))[1]
+        return build_switchable(recipe, no_images(recipe.model))[0].report
     recipe = fit_data(recipe)
     section = recipe.quant.calibration
     train = _load(recipe, only_size=output is None)
-    model, report, info = build_switchable(recipe, train, only_ranges=True)
+    model, info = build_switchable(recipe, train, only_ranges=True)
     if info.num_classes != len(train.classes):
         say(
             f"the network keeps its {info.num_classes} classes: "
@@ -219,7 +219,7 @@ def _convert(recipe: Recipe, has_data: bool, output: Path | None) -> ConversionR
         with progress("calibrating") as report_batches:
             calibrate_on(model, train, section, seed=recipe.seed, progress=report_batches)
         save_model(output, model, replace(info, source="convert"))
-    return report
+    return model.report
 
 
 def _load(recipe: Recipe, *, only_size: bool) -> Split:

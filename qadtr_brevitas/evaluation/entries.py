@@ -15,7 +15,8 @@ from qadtr_brevitas.core.errors import DataError, UsageError
 from qadtr_brevitas.core.files import fingerprint_file, fingerprint_tensors
 from qadtr_brevitas.data.split import Split, differing_class
 from qadtr_brevitas.evaluation.report import PatchFacts, SourceFacts, VariantFacts
-from qadtr_brevitas.pipeline.checkpoint import ModelInfo, load_model, resolve_model_dir
+from qadtr_brevitas.pipeline.checkpoint import load_model, resolve_model_dir
+from qadtr_brevitas.quant.model_info import ModelInfo
 
 PATCH_FOLDER = "patches"
 _PLAIN_NAMES = ("", ".", "last", "best")

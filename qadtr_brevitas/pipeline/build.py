@@ -16,8 +16,9 @@ from qadtr_brevitas.core.progress import Progress
 from qadtr_brevitas.data.split import Split, differing_class, numbered
 from qadtr_brevitas.models.create import create_float_model, fixed_size_args, model_config, own_image_size
 from qadtr_brevitas.models.weights import load_into, load_weights
-from qadtr_brevitas.pipeline.checkpoint import ModelInfo, read_float_weights, read_info
-from qadtr_brevitas.quant import ConversionReport, SwitchableModel, convert
+from qadtr_brevitas.pipeline.checkpoint import read_float_weights, read_info
+from qadtr_brevitas.quant import SwitchableModel, convert
+from qadtr_brevitas.quant.model_info import ModelInfo
 
 
 class Splits(NamedTuple):
@@ -127,9 +128,7 @@ def build_model(section: ModelSection, *, num_classes: int, image_size: tuple[in
     return model
 
 
-def build_switchable(
-    recipe: Recipe, train: Split, *, only_ranges: bool = False
-) -> tuple[SwitchableModel, ConversionReport, ModelInfo]:
+def build_switchable(recipe: Recipe, train: Split, *, only_ranges: bool = False) -> tuple[SwitchableModel, ModelInfo]:
     """Makes the float network for the images and converts it; it is not yet calibrated.
 
     Args:
@@ -139,7 +138,7 @@ def build_switchable(
             names, whatever the classes of the images are.
 
     Returns:
-        The switchable model, what was done to each layer, and what `save_model` needs.
+        The switchable model, and what it was made of, which is its `info` too.
 
     Raises:
         DataError: the data have another number of classes than `model.num_classes`, or images of another size than
@@ -158,8 +157,8 @@ def build_switchable(
     if recipe.quant.calibration.bias_correction:
         quant["bias_correction"] = True
     name, args = _architecture(recipe.model, net, train.image_size)
-    model, report = convert(net, mean=mean, std=std, image_size=train.image_size, in_place=True, **quant)
-    info = ModelInfo(
+    model = convert(net, mean=mean, std=std, image_size=train.image_size, in_place=True, **quant)
+    info = model.info = ModelInfo(
         name=name,
         args=args,
         num_classes=len(classes),
@@ -170,7 +169,7 @@ def build_switchable(
         quant=quant,
         data=data,
     )
-    return model, report, info
+    return model, info
 
 
 def check_classes(num_classes: int, images: Split) -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -17,47 +15,27 @@ from qadtr_brevitas.core.precision import parse_precisions
 from qadtr_brevitas.models.create import create_float_model
 from qadtr_brevitas.models.weights import load_weights
 from qadtr_brevitas.quant import SwitchableModel, allowed_precisions, convert
+from qadtr_brevitas.quant.model_info import ModelInfo
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 FORMAT = 1
 _NET = "net."
 
 
-@dataclass(frozen=True, kw_only=True)
-class ModelInfo:
-    """What a switchable model was made of.
+def save_model(path: str | Path, model: SwitchableModel, info: ModelInfo | None = None) -> None:
+    """Write a model directory, complete or not at all; one that was there stays until the new one is on disk.
 
     Args:
-        name: timm name of the float network.
-        args: further arguments of `timm.create_model`.
-        num_classes: outputs.
-        image_size: height and width of the images it was made for, in pixels.
-        classes: names of the classes, in the order of the outputs.
-        mean: per channel, of pixels in [0, 1].
-        std: per channel, of pixels in [0, 1].
-        quant: keyword arguments of `convert()`; `precisions` is written as the model has them when it is saved.
-        source: what made it, for instance the name of a recipe.
-        data: the data set it was made on, as in a recipe: `{name: X, <fields of X>}`; None where that is not known.
-    """
-
-    name: str
-    args: Mapping[str, Any]
-    num_classes: int
-    image_size: tuple[int, int]
-    classes: tuple[str, ...]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    quant: Mapping[str, Any]
-    source: str = ""
-    data: Mapping[str, Any] | None = None
-
-
-def save_model(path: str | Path, model: SwitchableModel, info: ModelInfo) -> None:
-    """Writes a model directory, complete or not at all; one that was there stays until the new one is on disk.
+        path: the folder.
+        model: a switchable model.
+        info: what it was made of; None for the model's own `info`.
 
     Raises:
+        UsageError: nothing is known of what the model was made of.
         CheckpointError: the disk is full or the folder cannot be written.
     """
+    if (info := info or model.info) is None:
+        raise UsageError("the model does not know what it was made of: convert it with qadtr_brevitas.convert()")
     precisions = [p.weight if p.is_tied else str(p) for p in allowed_precisions(model)]
     info = replace(info, quant={**info.quant, "precisions": precisions})
     # Clones, because safetensors refuses tensors that share memory, as tied weights do.
@@ -84,8 +62,9 @@ def load_model(path: str | Path, *, device: torch.device | str = "cpu") -> tuple
     weights = load_weights(folder / WEIGHTS)
     try:
         net = create_float_model(info.name, num_classes=info.num_classes, args=info.args)
-        model, _ = convert(net, mean=info.mean, std=info.std, image_size=info.image_size, in_place=True, **info.quant)
+        model = convert(net, mean=info.mean, std=info.std, image_size=info.image_size, in_place=True, **info.quant)
         model.load_state_dict(weights)
+        model.info = info
     except (RuntimeError, TypeError, UsageError) as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"{folder / CONFIG} and {WEIGHTS} do not fit ({reason}): save the model again") from error

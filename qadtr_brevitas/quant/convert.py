@@ -38,8 +38,8 @@ def convert(
     target: Target | None = None,
     bias_correction: bool = False,
     in_place: bool = False,
-) -> tuple[SwitchableModel, ConversionReport]:
-    """Makes a switchable model of a float network, which is left untouched.
+) -> SwitchableModel:
+    """Make a switchable model of a float network, which is left untouched.
 
     Below 32 bit every product (convolution, linear layer, matrix product, attention) computes on quantized operands,
     wherever in the network it is computed. Weights of convolutions and linear layers are quantized per output channel,
@@ -70,7 +70,7 @@ def convert(
             cannot be used afterwards.
 
     Returns:
-        The switchable model, on the device of the float one, and what was done to every layer.
+        The switchable model, on the device of the float one; its `report` says what was done to every layer.
 
     Raises:
         UsageError: a precision that is not possible, nothing to quantize, a network that does not run, or computes
@@ -104,7 +104,8 @@ def convert(
     switchable.train(training)
     if bias_correction:
         add_bias_correction(switchable)
-    return switchable, ConversionReport(tuple(reports), sizes)
+    switchable.report = ConversionReport(tuple(reports), sizes)
+    return switchable
 
 
 def _image_config(

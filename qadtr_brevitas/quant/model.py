@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from qadtr_brevitas.quant.conversion_report import ConversionReport
+from qadtr_brevitas.quant.model_info import ModelInfo
 from qadtr_brevitas.quant.switch import Switch
 
 
@@ -18,15 +20,22 @@ class SwitchableModel(nn.Module):
         switch: the switch its layers read.
         mean: per channel, of pixels in [0, 1].
         std: per channel, of pixels in [0, 1].
+
+    Attributes:
+        report: what the conversion did to every layer.
+        info: what the model was made of; None where nobody has told.
     """
 
     mean: Tensor
     std: Tensor
+    report: ConversionReport
+    info: ModelInfo | None
 
     def __init__(self, net: nn.Module, switch: Switch, *, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
         self.net = net
         self.switch = switch
+        self.info = None
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
 

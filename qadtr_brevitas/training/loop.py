@@ -29,7 +29,7 @@ from qadtr_brevitas.data.split import Split
 from qadtr_brevitas.evaluation.predict import predict
 from qadtr_brevitas.pipeline.build import build_splits, build_switchable, fit_data, own_classes
 from qadtr_brevitas.pipeline.calibration import calibrate_on, calibration_count
-from qadtr_brevitas.pipeline.checkpoint import ModelInfo, load_model, save_model
+from qadtr_brevitas.pipeline.checkpoint import load_model, save_model
 from qadtr_brevitas.quant import (
     SwitchableModel,
     allowed_precisions,
@@ -38,6 +38,7 @@ from qadtr_brevitas.quant import (
     recalibrate_norms,
     set_precision,
 )
+from qadtr_brevitas.quant.model_info import ModelInfo
 from qadtr_brevitas.training.inputs import Inputs, NormBatches
 from qadtr_brevitas.training.log import EpochRecord, RunLog, StepRecord, TrainingObserver
 from qadtr_brevitas.training.setup import (
@@ -172,7 +173,7 @@ class _Trainer:
         if not all(precision.is_float for precision in recipe.quant.precisions):
             # Told now, and not after the float epochs.
             calibration_count(recipe.quant.calibration, len(self.train_split))
-        model, _, self.info = build_switchable(fitted, self.train_split)
+        model, self.info = build_switchable(fitted, self.train_split)
         check_precisions(model, recipe)
         check_optimizer(recipe.train.optimizer)
         if saved:

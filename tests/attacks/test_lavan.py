@@ -41,7 +41,7 @@ def test_every_loss_raises_the_target(toy, loss):
 
 
 def test_a_patch_made_in_bfloat16_is_as_strong(toy):
-    model, _ = convert(copy.deepcopy(toy.model), [32], mean=(0, 0, 0), std=(1, 1, 1), image_size=(16, 16))
+    model = convert(copy.deepcopy(toy.model), [32], mean=(0, 0, 0), std=(1, 1, 1), image_size=(16, 16))
     model.eval()
     rates = []
     for bf16 in (False, True):

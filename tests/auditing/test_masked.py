@@ -43,7 +43,7 @@ def rounding(images: Tensor) -> Tensor:
 
 @pytest.fixture(scope="session")
 def switchable(trained: Trained) -> SwitchableModel:
-    model, _ = convert(trained.net, (32, 4, 2), mean=(0.0,) * 3, std=(1.0,) * 3, image_size=(SIDE, SIDE))
+    model = convert(trained.net, (32, 4, 2), mean=(0.0,) * 3, std=(1.0,) * 3, image_size=(SIDE, SIDE))
     calibrate(model, [trained.split.batch(torch.arange(100))[0]])
     return model.eval()
 

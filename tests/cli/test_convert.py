@@ -16,7 +16,7 @@ from timm import create_model
 
 from qadtr_brevitas.cli.common import plain_name
 from qadtr_brevitas.cli.conversion_table import percent
-from qadtr_brevitas.cli.convert import _Given, _make_recipe, command
+from qadtr_brevitas.cli.convert import _ConvertOptions, _make_recipe, command
 from qadtr_brevitas.cli.main import cli
 from qadtr_brevitas.cli.plugin_options import find_dataset
 from qadtr_brevitas.config import Recipe
@@ -100,7 +100,7 @@ def recipe_of(*arguments: str, model: str = "resnet18", data: str | None = "digi
     spy = copy(command)
     spy.callback = lambda **options: given.append(options)
     assert spy.main(words[1:], standalone_mode=False) in (None, 0)
-    return _make_recipe(_Given(**given[0]))[0]
+    return _make_recipe(_ConvertOptions(**given[0]))[0]
 
 
 def test_options_are_short_for_keys_of_the_recipe() -> None:

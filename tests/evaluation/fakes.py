@@ -17,7 +17,7 @@ from qadtr_brevitas.data.split import Split
 from qadtr_brevitas.evaluation import Grid, evaluate
 from qadtr_brevitas.evaluation.entries import LoadedModel, NamedPatch
 from qadtr_brevitas.evaluation.report import EvaluationReport
-from qadtr_brevitas.pipeline.checkpoint import ModelInfo
+from qadtr_brevitas.quant.model_info import ModelInfo
 from qadtr_brevitas.quant.switch import Switch
 
 SIDE, CLASSES = 8, 4

@@ -12,8 +12,9 @@ from torch.nn.functional import cross_entropy
 from qadtr_brevitas.data.shapes import SHAPES, Shapes
 from qadtr_brevitas.data.split import Split
 from qadtr_brevitas.models.create import create_float_model
-from qadtr_brevitas.pipeline.checkpoint import ModelInfo, save_model
+from qadtr_brevitas.pipeline.checkpoint import save_model
 from qadtr_brevitas.quant import SwitchableModel, calibrate, convert
+from qadtr_brevitas.quant.model_info import ModelInfo
 
 SIDE = 16
 CLASSES = 3
@@ -44,7 +45,7 @@ def make_switchable(*, precisions: tuple[int, ...] = (32, 4), name: int = 0) -> 
     """The network of `make_model_dir`, in eval mode."""
     net = create_float_model("cifar_resnet20", num_classes=CLASSES, args={}).eval()
     net.load_state_dict(_weights(name))
-    model, _ = convert(net, precisions, mean=PIXELS, std=PIXELS, image_size=(SIDE, SIDE))
+    model = convert(net, precisions, mean=PIXELS, std=PIXELS, image_size=(SIDE, SIDE))
     calibrate(model, [train_split().batch(torch.arange(30))[0]])
     return model.eval()
 

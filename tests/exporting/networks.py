@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from qadtr_brevitas.data.split import Split
 from qadtr_brevitas.evaluation.entries import LoadedModel
 from qadtr_brevitas.models.cifar import BasicBlock
-from qadtr_brevitas.pipeline.checkpoint import ModelInfo
 from qadtr_brevitas.quant import calibrate, convert
+from qadtr_brevitas.quant.model_info import ModelInfo
 
 SIZE = (16, 16)
 PIXELS = torch.randint(256, (12, 3, *SIZE), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
@@ -75,7 +75,7 @@ def loaded(net: nn.Module, *, precisions: tuple[int, ...] = (32, 4, 2), **settin
             nn.init.uniform_(module.running_var, 0.5, 2.0)
     # Of another mean than 0.5, with which pixels would lie halfway between levels.
     statistics = {"mean": (0.48, 0.46, 0.41), "std": (0.23,) * 3}
-    model, _ = convert(net.eval(), precisions, image_size=size, **statistics, **settings)
+    model = convert(net.eval(), precisions, image_size=size, **statistics, **settings)
     calibrate(model, [images_of(size)])
     info = ModelInfo(name="own", args={}, num_classes=4, image_size=size, classes=SPLIT.classes, quant={}, **statistics)
     return LoadedModel("own", model.eval(), "fingerprint", info)

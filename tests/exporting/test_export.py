@@ -15,8 +15,8 @@ from qadtr_brevitas.evaluation.entries import LoadedModel
 from qadtr_brevitas.exporting import FORMATS, export
 from qadtr_brevitas.exporting.formats import MODEL_FILE, Format
 from qadtr_brevitas.models.create import create_float_model
-from qadtr_brevitas.pipeline.checkpoint import ModelInfo
 from qadtr_brevitas.quant import at_precision, calibrate, convert
+from qadtr_brevitas.quant.model_info import ModelInfo
 
 NETS = {
     "cnn": ("cifar_resnet8", {}),
@@ -35,7 +35,7 @@ def loaded(name: str, **settings: object) -> LoadedModel:
     torch.manual_seed(0)
     architecture, args = NETS[name]
     net = create_float_model(architecture, num_classes=4, args=args).eval()
-    model, _ = convert(net, PRECISIONS, image_size=(16, 16), **settings)
+    model = convert(net, PRECISIONS, image_size=(16, 16), **settings)
     calibrate(model, [SPLIT.batch(torch.arange(6))[0]])
     info = ModelInfo(
         name=architecture,

@@ -23,8 +23,9 @@ from qadtr_brevitas.pipeline.build import (
     fit_data,
 )
 from qadtr_brevitas.pipeline.calibration import calibrate_on
-from qadtr_brevitas.pipeline.checkpoint import ModelInfo, load_model, read_info, save_model
+from qadtr_brevitas.pipeline.checkpoint import load_model, read_info, save_model
 from qadtr_brevitas.quant import allowed_precisions, at_precision, convert
+from qadtr_brevitas.quant.model_info import ModelInfo
 
 SHAPES = {"name": "shapes", "image_size": 16, "classes": 3, "train_images": 60, "test_images": 30}
 
@@ -64,7 +65,8 @@ def test_the_smaller_limit_holds_and_is_the_choice_of_balanced() -> None:
 def test_build_switchable_can_be_saved_and_loaded(tmp_path: Path) -> None:
     wanted = recipe(name="cifar_resnet20")
     train = build_split(wanted.data, "train", seed=0)
-    model, report, info = build_switchable(wanted, train)
+    model, info = build_switchable(wanted, train)
+    report = model.report
     calibrate_on(model.eval(), train, wanted.quant.calibration, seed=0)
     assert report.quantized_share > 0.9
     assert (info.num_classes, info.image_size, info.classes) == (3, (16, 16), train.classes)
@@ -80,7 +82,7 @@ def test_build_switchable_can_be_saved_and_loaded(tmp_path: Path) -> None:
 
 
 def test_mean_and_std_are_those_of_the_network() -> None:
-    _, _, info = build_switchable(recipe(name="tf_efficientnet_lite0"), Shapes(image_size=32).load("test"))
+    _, info = build_switchable(recipe(name="tf_efficientnet_lite0"), Shapes(image_size=32).load("test"))
     assert info.mean == info.std == (0.5, 0.5, 0.5)
 
 
@@ -116,7 +118,7 @@ def test_a_folder_that_timm_saved_can_be_given_and_forgotten(tmp_path: Path) -> 
     save_file(net.state_dict(), folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config))
     wanted = recipe(name=f"local-dir:{folder}", pretrained=True)
-    model, _, info = build_switchable(wanted, build_split(wanted.data, "train", seed=0))
+    model, info = build_switchable(wanted, build_split(wanted.data, "train", seed=0))
     assert (info.name, info.mean) == ("cifar_resnet20", (0.1, 0.2, 0.3))
     assert torch.equal(model.get_submodule("net.conv1").weight, net.conv1.weight)
 
@@ -159,7 +161,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("run")
     net = timm.create_model("cifar_resnet20", num_classes=3)
     quant = {"precisions": [32, 4, "w2a8"], "norm": "switchable"}
-    model, _ = convert(net, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), image_size=(16, 16), **quant)
+    model = convert(net, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), image_size=(16, 16), **quant)
     info = ModelInfo(
         name="cifar_resnet20",
         args={},
@@ -180,7 +182,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class TestModelDirectoryAsCheckpoint:
     def test_weights_at_32_bit_and_normalization_are_taken(self, model_dir: Path) -> None:
         wanted = recipe(name="cifar_resnet20", checkpoint=str(model_dir))
-        model, _, info = build_switchable(wanted, build_split(wanted.data, "train", seed=0))
+        model, info = build_switchable(wanted, build_split(wanted.data, "train", seed=0))
         assert (info.mean, info.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
         saved, _ = load_model(model_dir)
         images = torch.rand(4, 3, 16, 16)
@@ -270,11 +272,11 @@ class TestImagesThatOnlyChooseRanges:
         section = DataSection.model_validate({"dataset": {**SHAPES, **(images or {})}})
         wanted = wanted.model_copy(update={"data": section})
         train = build_split(wanted.data, "train", seed=0)
-        return build_switchable(wanted, train, only_ranges=True)[2]
+        return build_switchable(wanted, train, only_ranges=True)[1]
 
     def saved(self, folder: Path) -> Path:
         wanted = recipe(name="cifar_resnet8")
-        model, _, info = build_switchable(wanted, build_split(wanted.data, "train", seed=0))
+        model, info = build_switchable(wanted, build_split(wanted.data, "train", seed=0))
         save_model(folder, model, info)
         return folder
 
@@ -304,7 +306,7 @@ class TestImagesThatOnlyChooseRanges:
 
 def test_images_of_a_model_that_are_not_square_are_not_made_so(tmp_path: Path) -> None:
     wanted = recipe(name="cifar_resnet8")
-    model, _, info = build_switchable(wanted, build_split(wanted.data, "train", seed=0))
+    model, info = build_switchable(wanted, build_split(wanted.data, "train", seed=0))
     save_model(tmp_path / "model", model, dataclasses.replace(info, image_size=(16, 24)))
     for number in range(8):
         folder = tmp_path / "images" / f"class{number % 2}"

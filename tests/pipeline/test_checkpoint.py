@@ -9,8 +9,9 @@ import torch
 from qadtr_brevitas.core.errors import CheckpointError
 from qadtr_brevitas.models.create import create_float_model
 from qadtr_brevitas.pipeline import checkpoint
-from qadtr_brevitas.pipeline.checkpoint import ModelInfo, load_model, resolve_model_dir, save_model
+from qadtr_brevitas.pipeline.checkpoint import load_model, resolve_model_dir, save_model
 from qadtr_brevitas.quant import SwitchableModel, allowed_precisions, at_precision, calibrate, convert
+from qadtr_brevitas.quant.model_info import ModelInfo
 
 INFO = ModelInfo(
     name="cifar_resnet20",
@@ -31,7 +32,7 @@ def model() -> SwitchableModel:
     """A model whose every state has been used: calibrated, trained a little, statistics of its own."""
     torch.manual_seed(0)
     net = create_float_model(INFO.name, num_classes=INFO.num_classes)
-    model, _ = convert(net, mean=INFO.mean, std=INFO.std, image_size=INFO.image_size, **INFO.quant)
+    model = convert(net, mean=INFO.mean, std=INFO.std, image_size=INFO.image_size, **INFO.quant)
     calibrate(model, [IMAGES])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     for precision in allowed_precisions(model.train()):

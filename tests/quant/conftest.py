@@ -38,6 +38,6 @@ def images() -> torch.Tensor:
 @pytest.fixture
 def model(float_net: nn.Module, images: torch.Tensor) -> SwitchableModel:
     """The calibrated switchable ResNet-20 at 32 bit, in eval mode."""
-    switchable, _ = convert(float_net, image_size=SIZE)
+    switchable = convert(float_net, image_size=SIZE)
     calibrate(switchable, [images])
     return switchable

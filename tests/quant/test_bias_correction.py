@@ -80,7 +80,7 @@ def test_means_are_those_of_the_float_network(model: SwitchableModel, images: Te
 
 @pytest.mark.parametrize("target", ["finn", "hls4ml"])
 def test_so_they_are_where_blocks_watch_their_own_sums(float_net: nn.Module, images: Tensor, target: str) -> None:
-    model, _ = convert(float_net, [32, *BITS], image_size=SIZE, target=target)
+    model = convert(float_net, [32, *BITS], image_size=SIZE, target=target)
     calibrate(model, [images])
     before = {bits: shifts(model, images, bits) for bits in BITS}
     calibrate(model, [images], bias_correction=True)
@@ -93,7 +93,7 @@ def test_so_they_are_where_blocks_watch_their_own_sums(float_net: nn.Module, ima
 
 
 def test_layers_of_every_kind_are_corrected(net: nn.Module, images: Tensor) -> None:
-    model, _ = convert(net, [32, 4], image_size=SIZE)
+    model = convert(net, [32, 4], image_size=SIZE)
     calibrate(model, [images])
     before = shifts(model, images, 4)
     calibrate(model, [images], bias_correction=True)
@@ -115,7 +115,7 @@ def test_corrections_over_several_batches_are_close(model: SwitchableModel) -> N
 
 
 def test_a_small_last_batch_counts_by_its_images(net: nn.Module) -> None:
-    model, _ = convert(net, [32, 4], image_size=SIZE)
+    model = convert(net, [32, 4], image_size=SIZE)
     images = torch.rand(9, 3, *SIZE, generator=torch.Generator().manual_seed(3))
     calibrate(model, images.split(8), bias_correction=True)
     assert shifts(model, images, 4)["net.stem"] < 1e-5
@@ -142,7 +142,7 @@ def test_a_converted_model_takes_up_saved_corrections(
     model: SwitchableModel, float_net: nn.Module, images: Tensor
 ) -> None:
     calibrate(model, [images], bias_correction=True)
-    other, _ = convert(float_net, image_size=SIZE, bias_correction=True)
+    other = convert(float_net, image_size=SIZE, bias_correction=True)
     other.load_state_dict(model.state_dict())
     for bits in BITS:
         with at_precision(model, bits), at_precision(other, bits), torch.no_grad():
@@ -161,7 +161,7 @@ def test_calibrating_again_without_it_removes_it(model: SwitchableModel, images:
 
 @pytest.mark.parametrize("bits", [32, *BITS])
 def test_freezing_makes_it_part_of_the_bias(net: nn.Module, images: Tensor, bits: int) -> None:
-    model, _ = convert(net, [32, *BITS], image_size=SIZE)
+    model = convert(net, [32, *BITS], image_size=SIZE)
     calibrate(model, [images], bias_correction=True)
     frozen = freeze(model, bits)
     with at_precision(model, bits), torch.no_grad():

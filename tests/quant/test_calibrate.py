@@ -69,7 +69,7 @@ def test_mse_is_better_than_any_other_threshold_tried(model: SwitchableModel) ->
 
 @pytest.mark.parametrize("bits", [8, 4, 2])
 def test_minmax_puts_no_image_off_by_more_than_half_a_step(float_net: nn.Module, bits: int) -> None:
-    model, _ = convert(float_net, [32, bits], image_size=SIZE, narrow_range=False)
+    model = convert(float_net, [32, bits], image_size=SIZE, narrow_range=False)
     images = torch.rand(6, 3, *SIZE, generator=torch.Generator().manual_seed(4))
     calibrate(model, [images[:1], images[1:5], images[5:]], method="minmax")
     checked: set[nn.Module] = set()
@@ -116,7 +116,7 @@ def test_batches_may_come_from_anywhere(float_net: nn.Module, images: Tensor) ->
     given = [list(images.split(2)), images.split(2), (batch for batch in images.split(2))]
     thresholds = []
     for batches in given:
-        model, _ = convert(float_net, [32, 4], image_size=SIZE)
+        model = convert(float_net, [32, 4], image_size=SIZE)
         calibrate(model, batches, bias_correction=True)
         thresholds.append(act_thresholds(model, "4"))
     assert thresholds[0] == thresholds[1] == thresholds[2]
@@ -153,7 +153,7 @@ def test_progress_counts_the_batches_of_all_passes(
 
 @pytest.mark.parametrize("method", ["minmax", "percentile", "mse"])
 def test_a_float_model_has_nothing_to_calibrate_and_trains(float_net: nn.Module, images: Tensor, method: str) -> None:
-    model, _ = convert(float_net, [32], image_size=SIZE)
+    model = convert(float_net, [32], image_size=SIZE)
     calibrate(model, [images], method=method, bias_correction=True)
     assert model.net.conv1.weight_quant.per_channel
     model.train()(images).sum().backward()
@@ -163,7 +163,7 @@ def test_a_float_model_has_nothing_to_calibrate_and_trains(float_net: nn.Module,
 def test_weights_that_are_computed_are_calibrated_as_plain_ones(images: Tensor) -> None:
     torch.manual_seed(0)
     net = nn.Sequential(StdConv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(784, 3)).eval()
-    model, _ = convert(net, [32, 4], image_size=SIZE)
+    model = convert(net, [32, 4], image_size=SIZE)
     weights: dict[SwitchableQuant, Tensor] = {}
     with observing(model, lambda quantizer, x: weights.setdefault(quantizer, x)):
         model(images)
@@ -177,7 +177,7 @@ def test_weights_that_are_computed_are_calibrated_as_plain_ones(images: Tensor) 
 
 
 def test_calibration_gives_every_precision_the_float_statistics(float_net: nn.Module, images: Tensor) -> None:
-    model, _ = convert(float_net, [32, 4], image_size=SIZE)
+    model = convert(float_net, [32, 4], image_size=SIZE)
     with torch.no_grad():
         model.net.bn1.running_mean.fill_(0.25)
     calibrate(model, [images])
@@ -195,13 +195,13 @@ def test_precision_and_mode_are_as_before(model: SwitchableModel, images: Tensor
 
 
 def test_a_model_without_32_bit_calibrates(float_net: nn.Module, images: Tensor) -> None:
-    model, _ = convert(float_net, [4], image_size=SIZE)
+    model = convert(float_net, [4], image_size=SIZE)
     calibrate(model, [images])
     assert all(t != 1.0 for t in act_thresholds(model, "4"))
 
 
 def test_a_dead_channel_gets_a_positive_threshold(float_net: nn.Module, images: Tensor) -> None:
-    model, _ = convert(float_net, image_size=SIZE)
+    model = convert(float_net, image_size=SIZE)
     with torch.no_grad():
         model.net.layer1[0].conv1.weight[3].zero_()
     calibrate(model, [images])

@@ -51,7 +51,7 @@ def pair(request: pytest.FixtureRequest) -> tuple[nn.Module, SwitchableModel, Te
     torch.manual_seed(0)
     net = randomize_norms(NETS[request.param]()).eval()
     images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(2))
-    model, _ = convert(net, image_size=(32, 32))
+    model = convert(net, image_size=(32, 32))
     calibrate(model, [images])
     return net, model, images
 
@@ -65,7 +65,7 @@ def test_at_32_bit_it_is_the_float_network(pair: tuple[nn.Module, SwitchableMode
 def test_at_32_bit_it_trains_as_the_float_network() -> None:
     torch.manual_seed(0)
     net = randomize_norms(timm.create_model("cifar_resnet20"))
-    model, _ = convert(net, image_size=SIZE)
+    model = convert(net, image_size=SIZE)
     twin = copy.deepcopy(net)
     images = torch.rand(4, 3, *SIZE)
     model(images).square().sum().backward()
@@ -150,7 +150,7 @@ def test_the_float_model_is_left_untouched(float_net: nn.Module) -> None:
 
 def test_the_report_names_every_layer_that_runs() -> None:
     net = Small()
-    _, report = convert(net, image_size=(16, 16))
+    report = convert(net, image_size=(16, 16)).report
     notes = {layer.name: (layer.quantized, layer.note) for layer in report.layers}
     assert notes == {
         "stem": (True, "weights per channel, own unsigned input quantizer, at least 8 bit"),
@@ -166,7 +166,7 @@ def test_the_report_names_every_layer_that_runs() -> None:
 
 
 def test_relu6_never_passes_more_than_6() -> None:
-    model, _ = convert(Small(), image_size=(16, 16))
+    model = convert(Small(), image_size=(16, 16))
     with torch.no_grad():
         for threshold in model.net.act.act_quant.quantizer.parameters():
             threshold.fill_(100.0)
@@ -176,7 +176,7 @@ def test_relu6_never_passes_more_than_6() -> None:
 
 
 def streams(net: nn.Module, **settings: str) -> list[str]:
-    _, report = convert(net, image_size=(32, 32), **settings)
+    report = convert(net, image_size=(32, 32), **settings).report
     return [layer.name for layer in report.layers if "residual stream" in layer.note]
 
 
@@ -192,7 +192,8 @@ def test_residual_streams_are_found_through_pools_and_padded_shortcuts() -> None
 
 def test_residual_streams_at_the_precision_of_the_rest() -> None:
     assert streams(timm.create_model("cifar_resnet20"), residual="same") == []
-    model, report = convert(Small(), image_size=(16, 16), residual="same")
+    model = convert(Small(), image_size=(16, 16), residual="same")
+    report = model.report
     notes = {layer.name: layer.note for layer in report.layers}
     assert notes["act"] == "unsigned, per tensor, at most 6"
     assert notes["conv"] == "weights per channel"
@@ -202,7 +203,8 @@ def test_residual_streams_at_the_precision_of_the_rest() -> None:
 
 @pytest.mark.parametrize(("edge", "first", "inner"), [("8bit", 8, 2), ("same", 2, 2), ("float", None, 2)])
 def test_edge_layers(edge: str, first: int | None, inner: int) -> None:
-    model, report = convert(Small(), image_size=(16, 16), edge=edge)
+    model = convert(Small(), image_size=(16, 16), edge=edge)
+    report = model.report
     with at_precision(model, 2):
         for layer, bits in ((model.net.stem, first), (model.net.head, first), (model.net.conv, inner)):
             found = layer.quant_weight().bit_width if isinstance(layer, QuantConv2d | QuantLinear) else None
@@ -213,7 +215,7 @@ def test_edge_layers(edge: str, first: int | None, inner: int) -> None:
 
 
 def test_independent_bit_widths_and_half_float_pairs(float_net: nn.Module, images: Tensor) -> None:
-    model, _ = convert(float_net, ["w4a8", "w4a32", "w32a8", 32], image_size=SIZE)
+    model = convert(float_net, ["w4a8", "w4a32", "w32a8", 32], image_size=SIZE)
     calibrate(model, [images])
     layer, relu = model.net.layer1[0].conv1, model.net.act1
     with torch.no_grad():
@@ -231,14 +233,15 @@ def test_independent_bit_widths_and_half_float_pairs(float_net: nn.Module, image
 def test_narrow_range_is_ternary_at_2_bit_and_wide_range_has_four_levels() -> None:
     torch.manual_seed(0)
     for narrow, lowest in ((True, -1), (False, -2)):
-        model, _ = convert(Small(), image_size=(16, 16), narrow_range=narrow)
+        model = convert(Small(), image_size=(16, 16), narrow_range=narrow)
         with at_precision(model, 2), torch.no_grad():
             model.net.mix.weight_quant.quantizer.thresholds["2"].fill_(0.1)
             assert model.net.mix.quant_weight().int().min() == lowest
 
 
 def test_per_tensor_weights_have_one_threshold() -> None:
-    model, report = convert(Small(), image_size=(16, 16), per_channel=False)
+    model = convert(Small(), image_size=(16, 16), per_channel=False)
+    report = model.report
     assert model.net.mix.weight_quant.quantizer.thresholds["4"].shape == (1, 1, 1, 1)
     assert "weights per tensor, own unsigned input quantizer" in {layer.note for layer in report.layers}
 

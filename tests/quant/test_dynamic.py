@@ -49,7 +49,7 @@ def reference(x: Tensor, bits: int, *, signed: bool) -> Tensor:
 @pytest.fixture
 def dynamic_model(float_net: nn.Module, images: Tensor) -> SwitchableModel:
     """ResNet-20 with dynamic activations, at 32 bit, in eval mode."""
-    model, _ = convert(float_net, image_size=SIZE, activations="dynamic")
+    model = convert(float_net, image_size=SIZE, activations="dynamic")
     calibrate(model, [images[:1]])
     return model
 
@@ -175,7 +175,7 @@ def test_agrees_with_dynamic_quantization_of_pytorch() -> None:
     quantize_dynamic: Callable[..., nn.Module] = pytest.importorskip("torch.ao.quantization").quantize_dynamic
     torch.manual_seed(0)
     net = nn.Sequential(nn.Flatten(), nn.Linear(48, 32), nn.Tanh(), nn.Linear(32, 5)).eval()
-    model, _ = convert(net, [8], image_size=(4, 4), per_channel=False, activations="dynamic")
+    model = convert(net, [8], image_size=(4, 4), per_channel=False, activations="dynamic")
     images = torch.rand(20, 3, 4, 4)
     calibrate(model, [images], method="minmax")
     theirs = quantize_dynamic(net, {nn.Linear}, dtype=torch.qint8)

@@ -20,7 +20,7 @@ PRECISIONS = (32, 8, 4, 2)
 def switchable(net: nn.Module, **calibration: bool) -> nn.Module:
     """A converted network in double precision, whose norms all differ, from each other and between precisions."""
     torch.manual_seed(0)
-    model, _ = convert(net.eval(), PRECISIONS)
+    model = convert(net.eval(), PRECISIONS)
     calibrate(model, [torch.rand(8, 3, 32, 32)], **calibration)
     for norm in norms(model):
         for branch in (norm, *norm.branches.values()):

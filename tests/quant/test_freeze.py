@@ -41,7 +41,7 @@ def test_frozen_resnet_equals_the_switchable_one(model: SwitchableModel, images:
 def test_frozen_equals_with_every_option(settings: dict[str, object]) -> None:
     torch.manual_seed(0)
     images = torch.rand(4, 3, 16, 16)
-    model, _ = convert(
+    model = convert(
         randomize_norms(Small()).eval(), [32, 4, 2, "w4a8", "w2a32", "w32a5"], image_size=(16, 16), **settings
     )
     calibrate(model, [images])
@@ -51,7 +51,7 @@ def test_frozen_equals_with_every_option(settings: dict[str, object]) -> None:
 
 def test_frozen_relu6_keeps_its_limit() -> None:
     torch.manual_seed(0)
-    model, _ = convert(Small().eval(), image_size=(16, 16))
+    model = convert(Small().eval(), image_size=(16, 16))
     images = torch.rand(4, 3, 16, 16)
     calibrate(model, [images])
     with torch.no_grad():
@@ -71,6 +71,6 @@ def test_frozen_state_dict_round_trip(model: SwitchableModel, images: Tensor) ->
 
 
 def test_a_precision_the_model_does_not_have_is_refused(float_net: nn.Module) -> None:
-    model, _ = convert(float_net, [32, 4], image_size=SIZE)
+    model = convert(float_net, [32, 4], image_size=SIZE)
     with pytest.raises(UsageError, match="no precision 8: it was converted for 32, 4"):
         freeze(model, 8)

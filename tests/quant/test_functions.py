@@ -59,13 +59,13 @@ class Inner(nn.Module):
 def pair() -> tuple[nn.Module, SwitchableModel]:
     torch.manual_seed(0)
     net = Mixing().eval()
-    model, _ = convert(net, image_size=(8, 8))
+    model = convert(net, image_size=(8, 8))
     calibrate(model, [IMAGES])
     return net, model
 
 
 def test_every_product_is_in_the_report() -> None:
-    _, report = convert(Mixing(), image_size=(8, 8))
+    report = convert(Mixing(), image_size=(8, 8)).report
     notes = {layer.name: layer.note for layer in report.layers if layer.quantized}
     assert notes == {
         "network": (
@@ -192,7 +192,7 @@ def test_a_product_that_was_not_there_is_refused() -> None:
             x = x.mean((2, 3)) @ self.weight
             return x @ self.weight if self.training else x
 
-    model, _ = convert(Moody().eval(), image_size=(8, 8))
+    model = convert(Moody().eval(), image_size=(8, 8))
     set_precision(model, 4)
     model(IMAGES)
     with pytest.raises(UsageError, match="calls matmul where it did not when it was converted"):
@@ -223,7 +223,7 @@ def test_a_module_that_computes_something_else_each_time_is_refused() -> None:
 def test_timm_attention_takes_the_fused_kernel_at_32_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     args = {"img_size": 32, "patch_size": 16, "embed_dim": 48, "depth": 1, "num_heads": 3, "num_classes": 4}
     net = timm.create_model("vit_tiny_patch16_224", **args).eval()
-    model, _ = convert(net, image_size=(32, 32))
+    model = convert(net, image_size=(32, 32))
     calls: list[int] = []
     fused = F.scaled_dot_product_attention
 
@@ -250,7 +250,8 @@ def test_other_layers_of_torch(layer: nn.Module, shape: tuple[int, ...]) -> None
     net = nn.Sequential(nn.Unflatten(0, (2, 1)), nn.Flatten(0), nn.Unflatten(0, shape), layer, nn.Flatten(0))
     net = nn.Sequential(net, nn.Unflatten(0, (2, -1)), nn.LazyLinear(5))
     net(IMAGES)
-    model, report = convert(net.eval(), image_size=(8, 8), edge="same")
+    model = convert(net.eval(), image_size=(8, 8), edge="same")
+    report = model.report
     calibrate(model, [IMAGES])
     assert report.quantized_macs == report.macs
     with torch.no_grad():

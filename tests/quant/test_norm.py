@@ -32,7 +32,7 @@ def test_affine_is_shared_or_own(own_affine: bool, count: int) -> None:
 
 
 def test_recalibration_is_the_mean_over_batches(float_net: nn.Module, images: Tensor) -> None:
-    model, _ = convert(float_net, [32, 4], image_size=SIZE)
+    model = convert(float_net, [32, 4], image_size=SIZE)
     first = norms(model)[0]
     seen: list[Tensor] = []
     handle = first.register_forward_pre_hook(lambda _, args: seen.append(args[0].mean((0, 2, 3))))

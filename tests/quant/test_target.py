@@ -46,7 +46,7 @@ class Net(nn.Module):
 
 def switchable(net: nn.Module, *, method: Method = "mse", **settings: object) -> SwitchableModel:
     torch.manual_seed(0)
-    model, _ = convert(randomize_norms(net).eval(), [32, 8, 4, 2], image_size=SIZE, **settings)
+    model = convert(randomize_norms(net).eval(), [32, 8, 4, 2], image_size=SIZE, **settings)
     calibrate(model, [IMAGES], method=method, percentile=99)
     return model
 
@@ -96,7 +96,7 @@ def test_without_a_target_no_sum_is_touched() -> None:
 def test_exact_at_32_bit_and_frozen_equal_below(name: str, target: str) -> None:
     net = randomize_norms(Net() if name == "own" else timm.create_model(name, num_classes=5)).eval()
     images = IMAGES if name != "resnet10t" else IMAGES.repeat(1, 1, 2, 2)[:2]
-    model, _ = convert(net, [32, 4, 2], image_size=tuple(images.shape[2:]), target=target)
+    model = convert(net, [32, 4, 2], image_size=tuple(images.shape[2:]), target=target)
     calibrate(model, [images])
     with torch.no_grad():
         assert torch.equal(model(images), net((images - model.mean) / model.std))
@@ -108,7 +108,7 @@ def test_exact_at_32_bit_and_frozen_equal_below(name: str, target: str) -> None:
 
 def test_at_32_bit_it_trains_as_the_float_network_and_below_it_learns_its_thresholds() -> None:
     net = randomize_norms(Net())
-    model, _ = convert(net, [32, 4], image_size=SIZE, target="finn")
+    model = convert(net, [32, 4], image_size=SIZE, target="finn")
     twin = copy.deepcopy(net).train()
     model.train()
     model(IMAGES).square().sum().backward()

@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def model() -> nn.Module:
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 6 * 6, 2))
-    return convert(net, mean=(0.0,) * 3, std=(1.0,) * 3, image_size=(8, 8), precisions=[32, 16, 8])[0]
+    return convert(net, mean=(0.0,) * 3, std=(1.0,) * 3, image_size=(8, 8), precisions=[32, 16, 8])
 
 
 @pytest.mark.parametrize(

@@ -106,7 +106,7 @@ def _convert(recipe: Recipe, folder: Path) -> None:
     fitted = fit_data(recipe)
     section = fitted.quant.calibration
     images = build_split(fitted.data, "train", seed=fitted.seed, limit=section.samples or DEFAULT_IMAGES)
-    model, _, info = build_switchable(fitted, images)
+    model, info = build_switchable(fitted, images)
     calibrate_on(model, images, section, seed=fitted.seed)
     save_model(folder, model, replace(info, source="convert"))
 
