@@ -9,6 +9,7 @@ import timm
 from torch import nn
 
 from qadtr_brevitas.core.errors import CheckpointError, UsageError
+from qadtr_brevitas.models.python_functions import create_from_function, function_config, is_function_name
 from qadtr_brevitas.models.torchvision_models import (
     create_torchvision_model,
     torchvision_config,
@@ -24,16 +25,21 @@ def create_float_model(
 
     Args:
         name: any timm name: `cifar_resnet20`, `resnet50.a1_in1k`, `hf-hub:owner/name`, `local-dir:/path`; or one of
-            torchvision's that timm lacks, as `alexnet`.
+            torchvision's that timm lacks, as `alexnet`; or `package.module:function`, which makes a network.
         num_classes: outputs.
         pretrained: load the weights that timm or torchvision knows for the name.
         args: further arguments of `timm.create_model` or the builder.
 
     Raises:
-        UsageError: the name is unknown (the nearest ones are offered), or timm refuses it or an argument.
+        UsageError: the name is unknown (the nearest ones are offered), what makes the network refuses an argument, or
+            published weights are asked for where there are none.
         CheckpointError: weights or configuration cannot be fetched.
     """
     check_model_name(name)
+    if is_function_name(name):
+        if pretrained:
+            raise UsageError(f"there are no published weights of {name}: give a file as model.checkpoint")
+        return create_from_function(name, num_classes=num_classes, args=args)
     try:
         if name in torchvision_names():
             return create_torchvision_model(name, num_classes=num_classes, pretrained=pretrained, args=args)
@@ -87,6 +93,8 @@ def model_config(name: str) -> Mapping[str, Any]:
     check_model_name(name)
     if name in torchvision_names():
         return torchvision_config(name)
+    if is_function_name(name):
+        return function_config(name)
     if ":" in name:
         # What such a name stands for is told by the network alone.
         return create_float_model(name, num_classes=2).pretrained_cfg  # pyright: ignore[reportReturnType]
@@ -109,6 +117,11 @@ def own_image_size(name: str, args: Mapping[str, Any]) -> tuple[int, float]:
     """
     config = model_config(name)
     size = next((args[key] for key in ("img_size", "image_size", "input_size") if key in args), None)
+    if size is None and is_function_name(name) and "input_size" not in config:
+        raise UsageError(
+            f"{name} does not say what size of images it takes: set data.dataset.image_size=N, or give the network the "
+            "attribute pretrained_cfg = {'input_size': (3, N, N)}"
+        )
     size = config.get("input_size", (3, 224, 224))[-2:] if size is None else size
     return size if isinstance(size, int) else size[0], config.get("crop_pct", 1.0)
 

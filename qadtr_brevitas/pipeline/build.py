@@ -11,14 +11,17 @@ from timm.data import resolve_data_config
 from torch import nn
 
 from qadtr_brevitas.config import DataSection, ModelSection, Recipe
-from qadtr_brevitas.core.errors import DataError
+from qadtr_brevitas.core.errors import DataError, UsageError
 from qadtr_brevitas.core.progress import Progress
 from qadtr_brevitas.data.split import Split, differing_class, numbered
 from qadtr_brevitas.models.create import create_float_model, fixed_size_args, model_config, own_image_size
+from qadtr_brevitas.models.python_functions import is_function_name
 from qadtr_brevitas.models.weights import load_into, load_weights
 from qadtr_brevitas.pipeline.checkpoint import read_float_weights, read_info
 from qadtr_brevitas.quant import SwitchableModel, convert
 from qadtr_brevitas.quant.model_info import ModelInfo
+
+_CHANNELS = 3
 
 
 class Splits(NamedTuple):
@@ -158,6 +161,7 @@ def build_switchable(recipe: Recipe, train: Split, *, only_ranges: bool = False)
         quant["bias_correction"] = True
     name, args = _architecture(recipe.model, net, train.image_size)
     model = convert(net, mean=mean, std=std, image_size=train.image_size, in_place=True, **quant)
+    classes = _checked_classes(model, classes, recipe.model.name, len(train))
     info = model.info = ModelInfo(
         name=name,
         args=args,
@@ -183,6 +187,18 @@ def check_classes(num_classes: int, images: Split) -> None:
             f"the data have {len(images.classes)} classes, but the model has {num_classes}: "
             "use other data, or set model.num_classes to null and train"
         )
+
+
+def _checked_classes(model: SwitchableModel, classes: tuple[str, ...], name: str, images: int) -> tuple[str, ...]:
+    """Return the names of the classes, of which a network that takes no number of classes may have others."""
+    if model.num_classes == len(classes):
+        return classes
+    if images == 0:
+        return numbered(model.num_classes)
+    raise UsageError(
+        f"{name} has {model.num_classes} outputs, but {len(classes)} classes are needed: let it take num_classes, or "
+        "give data of as many classes"
+    )
 
 
 def own_classes(section: ModelSection) -> int:
@@ -234,6 +250,9 @@ def _pixel_statistics(section: ModelSection, net: nn.Module) -> tuple[tuple[floa
     if section.checkpoint is not None and _is_model_dir(section.checkpoint):
         info = read_info(section.checkpoint)
         return info.mean, info.std
+    if not getattr(net, "pretrained_cfg", None):
+        # It says nothing of normalization, so it takes pixels as they are.
+        return (0.0,) * _CHANNELS, (1.0,) * _CHANNELS
     config = resolve_data_config({}, model=net)
     return tuple(config["mean"]), tuple(config["std"])
 
@@ -241,6 +260,6 @@ def _pixel_statistics(section: ModelSection, net: nn.Module) -> tuple[tuple[floa
 def _architecture(section: ModelSection, net: nn.Module, image_size: tuple[int, int]) -> tuple[str, dict[str, object]]:
     """Name and arguments that make the same network again, without the network or folder it came from."""
     args = _all_args(section, image_size)
-    if ":" not in section.name:
+    if ":" not in section.name or is_function_name(section.name):
         return section.name, args
     return net.pretrained_cfg["architecture"], {**net.pretrained_model_args, **args}  # pyright: ignore

@@ -76,6 +76,8 @@ def convert(
         UsageError: a precision that is not possible, nothing to quantize, a network that does not run, or computes
             products in a way that cannot be followed, or something that the target has no room for.
     """
+    if next(model.parameters(), None) is None:
+        raise UsageError(f"{type(model).__name__} has no parameters: there is nothing to quantize")
     net = model if in_place else copy.deepcopy(model)
     training = model.training
     switch = Switch(parse_precisions(precisions))
@@ -104,6 +106,7 @@ def convert(
     switchable.train(training)
     if bias_correction:
         add_bias_correction(switchable)
+    switchable.image_size, switchable.num_classes = config["size"][1:], found.outputs
     switchable.report = ConversionReport(tuple(reports), sizes)
     return switchable
 

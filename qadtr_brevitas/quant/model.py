@@ -22,12 +22,16 @@ class SwitchableModel(nn.Module):
         std: per channel, of pixels in [0, 1].
 
     Attributes:
+        image_size: height and width of the images it was converted for, in pixels.
+        num_classes: how many logits it returns for each image.
         report: what the conversion did to every layer.
         info: what the model was made of; None where nobody has told.
     """
 
     mean: Tensor
     std: Tensor
+    image_size: tuple[int, int]
+    num_classes: int
     report: ConversionReport
     info: ModelInfo | None
 

@@ -104,11 +104,13 @@ class Probe:
         calls: every module that was called, by name, in order of first use.
         products: every product, in order of first use; sums are only in the calls.
         unseen_macs: multiply-accumulates, for one image, of functions that are not known here.
+        outputs: how many values it returns for each image: its classes.
     """
 
     calls: dict[str, Call]
     products: list[Product]
     unseen_macs: int
+    outputs: int
 
 
 class _ProbeMode(TorchFunctionMode):
@@ -210,14 +212,27 @@ def probe(net: nn.Module, images: Tensor, *, nonnegative: bool = False, sums: bo
     watch = _ProbeMode(Provenance(net, images, nonnegative_image=nonnegative), len(images), sums=sums)
     with _hooks(net, watch), torch.no_grad(), watch.counter, watch:
         try:
-            net(images)
+            y = net(images)
         except (RuntimeError, ValueError, AssertionError, TypeError, IndexError, KeyError) as error:
             size = "x".join(str(s) for s in images.shape[1:])
             raise UsageError(
                 f"{type(net).__name__} does not run on an image of {size}: {error}{_own_size(net, images)}"
             ) from error
     unseen = watch.counter.get_total_flops() // 2 - watch.seen_macs
-    return Probe(watch.calls, watch.products, unseen // len(images))
+    return Probe(watch.calls, watch.products, unseen // len(images), _outputs(net, images, y))
+
+
+def _outputs(net: nn.Module, images: Tensor, y: Any) -> int:
+    kind = type(net).__name__
+    if not isinstance(y, Tensor):
+        raise UsageError(
+            f"{kind} returns {type(y).__name__}, not logits (N, classes): wrap it so that it returns the logits alone"
+        )
+    if y.ndim < 2 or len(y) != len(images):
+        raise UsageError(
+            f"{kind} returns {tuple(y.shape)} for {len(images)} images: it must return logits of the shape (N, classes)"
+        )
+    return y.shape[1]
 
 
 def _own_size(net: nn.Module, images: Tensor) -> str:
