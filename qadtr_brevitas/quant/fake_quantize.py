@@ -12,6 +12,10 @@ At 8 bit and more, where what rounding adds is noise, that saves keeping x.
 
 Under autocast activations are bfloat16, which holds all integer levels up to 8 bit and rounds those above. In blocks
 the step stays float32; on other devices it is rounded with them.
+
+Gradients of gradients are the derivatives of these formulas: the mask and the integer levels round(x / s) are constant,
+as they are almost everywhere. A backward pass that records a graph (`create_graph=True`) computes the formulas with
+differentiable operations; any other backward pass takes the fast ones.
 """
 
 from __future__ import annotations
@@ -49,6 +53,9 @@ class _QuantizeActivation(torch.autograd.Function):
         scale, first, *rest = ctx.saved_tensors
         x = rest[0] if rest else first
         y = first if ctx.needs_input_grad[1] else None
+        if torch.is_grad_enabled():
+            dx, dscale = _differentiable_backward(grads[0], x, y, scale, (ctx.lo, ctx.hi), keep_input=ctx.keep_input)
+            return dx, dscale, None, None, None
         if ctx.blocks:
             low, high = (_end(scale.reshape(()), level, x.dtype).item() for level in (ctx.lo, ctx.hi))
             dx, dot = _backward_blocks(_like(grads[0], x), x, y, low, high)
@@ -91,16 +98,19 @@ class _QuantizeWeight(torch.autograd.Function):
     def forward(ctx: Any, w: Tensor, scale: Tensor, lo: int, hi: int) -> Tensor:
         levels = w / scale
         y = torch.clamp(torch.round(levels), lo, hi)
-        ctx.save_for_backward(levels, y)
-        ctx.lo, ctx.hi, ctx.scale_shape = lo, hi, scale.shape
+        ctx.save_for_backward(levels, y, w, scale)
+        ctx.lo, ctx.hi = lo, hi
         return y * scale
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        levels, y = ctx.saved_tensors
+        levels, y, w, scale = ctx.saved_tensors
         (g,) = grads
         dw = g * ((levels > ctx.lo) & (levels < ctx.hi))
-        return dw, (g * y - dw * levels).sum_to_size(ctx.scale_shape), None, None
+        if torch.is_grad_enabled():
+            # What the forward pass computed is no function of w and scale to autograd.
+            levels = w / scale
+        return dw, (g * y - dw * levels).sum_to_size(scale.shape), None, None
 
 
 def _step(scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -211,3 +221,17 @@ def _backward(g: Tensor, x: Tensor, y: Tensor | None, low: Tensor, high: Tensor)
     if y is None:
         return dx, None
     return dx, (g * y - dx * x).sum(dtype=torch.float32)
+
+
+def _differentiable_backward(
+    g: Tensor, x: Tensor, y: Tensor | None, scale: Tensor, levels: tuple[int, int], *, keep_input: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Return the gradients of x and of the step, as functions of g, x and the step."""
+    step = _step(scale.detach(), x.dtype)
+    low, high = (_end(step, level, x.dtype) for level in levels)
+    dx = g * ((x > low) & (x < high))
+    if y is None:
+        return dx, None
+    rounded = (y.detach() / step).round()
+    inside = x / scale if keep_input else rounded
+    return dx, (g * rounded - dx * inside).sum(dtype=scale.dtype).reshape(scale.shape)
