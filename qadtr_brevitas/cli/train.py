@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -120,11 +121,12 @@ def _observer(report: Progress) -> TrainingObserver:
 
 
 def _table(record: EpochRecord) -> Table:
-    """Accuracy per precision of one validation."""
+    """Return a table of the accuracy per precision of one validation, with the metrics of the epoch below."""
     from rich.table import Table
 
     accuracy = record.val_accuracy or {}
-    table = Table(f"accuracy (%) on {record.split} images, at", *accuracy)
+    caption = ", ".join(_metrics(record.means)) or None
+    table = Table(f"accuracy (%) on {record.split} images, at", *accuracy, caption=caption)
     table.add_row(_when(record), *(f"{100 * value:.2f}" for value in accuracy.values()))
     return table
 
@@ -138,14 +140,17 @@ def _line(record: EpochRecord, epochs: int) -> str:
     means = record.means
     head = _when(record) if record.kind == "final" else f"{_when(record)}/{epochs} ({record.phase})"
     parts = [f"loss {means['loss']:.4f}, {means['images_per_s']:.0f} images/s"] if means else []
-    if "adversarial_accuracy" in means:
-        parts.append(f"right under attack {100 * means['adversarial_accuracy']:.1f} %")
-    if "gir_cosine" in means:
-        parts.append(f"GIR cosine {means['gir_cosine']:.3f}")
+    parts += _metrics(means)
     if record.val_accuracy:
         figures = ", ".join(f"{p}: {100 * value:.2f}" for p, value in record.val_accuracy.items())
         parts.append(f"{record.split} accuracy (%) at {figures}")
     return f"{head}: {'; '.join(parts)}"
+
+
+def _metrics(means: Mapping[str, float]) -> list[str]:
+    """Return the figures that objective, regularizers and gradient rule name, as words."""
+    shown = {name: value for name, value in means.items() if name not in ("loss", "images_per_s")}
+    return [f"{name.replace('_', ' ')} {value:.3f}" for name, value in shown.items()]
 
 
 def _tell(run: Path) -> None:

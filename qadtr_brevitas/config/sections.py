@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from io import StringIO
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from ruamel.yaml import YAML
@@ -15,14 +15,44 @@ from qadtr_brevitas.config.problems import fields_of, located_error
 from qadtr_brevitas.config.slots import Slot
 from qadtr_brevitas.core.errors import QadtrError
 from qadtr_brevitas.core.plugin import PrecisionField
-from qadtr_brevitas.core.precision import DEFAULT_BITS, Precision, parse_precisions
-from qadtr_brevitas.core.registry import ATTACKS, DATASETS, GRADIENT_RULES, REGULARIZERS, SCHEDULES
+from qadtr_brevitas.core.precision import DEFAULT_BITS, parse_precisions
+from qadtr_brevitas.core.registry import ATTACKS, DATASETS, GRADIENT_RULES, OBJECTIVES, REGULARIZERS, SCHEDULES
 
-DatasetSlot: TypeAlias = Annotated[Any, Slot(DATASETS)]
-ScheduleSlot: TypeAlias = Annotated[Any, Slot(SCHEDULES, key="schedule")]
-AttackSlot: TypeAlias = Annotated[Any, Slot(ATTACKS)]
-RegularizerSlot: TypeAlias = Annotated[Any, Slot(REGULARIZERS)]
-GradientSlot: TypeAlias = Annotated[Any, Slot(GRADIENT_RULES)]
+if TYPE_CHECKING:
+    from qadtr_brevitas.attacks.base import Attack, TrainingAttack
+    from qadtr_brevitas.data.base import Dataset
+    from qadtr_brevitas.training.gradient_rules import GradientRule
+    from qadtr_brevitas.training.objectives import Objective
+    from qadtr_brevitas.training.regularizers import Regularizer
+    from qadtr_brevitas.training.schedules import Schedule
+
+    AttackSlot: TypeAlias = Attack
+    DatasetSlot: TypeAlias = Dataset
+    GradientSlot: TypeAlias = GradientRule
+    ObjectiveSlot: TypeAlias = Objective
+    RegularizerSlot: TypeAlias = Regularizer
+    ScheduleSlot: TypeAlias = Schedule
+    TrainingAttackSlot: TypeAlias = TrainingAttack
+else:
+    AttackSlot = Annotated[Any, Slot(ATTACKS)]
+    DatasetSlot = Annotated[Any, Slot(DATASETS)]
+    GradientSlot = Annotated[Any, Slot(GRADIENT_RULES)]
+    ObjectiveSlot = Annotated[Any, Slot(OBJECTIVES)]
+    RegularizerSlot = Annotated[Any, Slot(REGULARIZERS)]
+    ScheduleSlot = Annotated[Any, Slot(SCHEDULES, key="schedule")]
+    TrainingAttackSlot = Annotated[
+        Any,
+        Slot(
+            ATTACKS,
+            contract="qadtr_brevitas.attacks.base:TrainingAttack",
+            advice="it cannot be used in training: use it with `qadtr-brevitas attack` or `evaluate --attack`",
+        ),
+    ]
+
+
+def _plugin(name: str) -> Any:
+    """Return the name of a plug-in as the default of a slot; validation makes the plug-in."""
+    return name
 
 
 class RecipeSection(BaseModel):
@@ -48,7 +78,7 @@ class ModelSection(RecipeSection):
 class DataSection(RecipeSection):
     """Images and labels."""
 
-    dataset: DatasetSlot = Field(default="cifar10", description="the data set")
+    dataset: DatasetSlot = Field(default=_plugin("cifar10"), description="the data set")
     augment: Literal["none", "crop", "crop-flip"] = Field(default="crop-flip", description="changes to training images")
     val_share: float = Field(default=0.0, ge=0, lt=1, description="share of training images held out to choose best/")
     train_limit: int | None = Field(default=None, ge=1, description="use so many training images, class-balanced")
@@ -118,17 +148,18 @@ class SchedulerSection(RecipeSection):
 
 
 class TrainSection(RecipeSection):
-    """The training run: precision schedule, attack, regularizers and gradient rule are independent choices."""
+    """The training run. Precision schedule, attack, objective, regularizers and gradient rule are independent."""
 
     epochs: int = Field(default=15, ge=1, description="epochs of quantized training")
     batch_size: int = Field(default=128, ge=1, description="images per step, over all processes")
     float_epochs: int = Field(default=0, ge=0, description="epochs at 32 bit before calibration, to train from scratch")
     optimizer: OptimizerSection = Field(default_factory=OptimizerSection, description="the optimizer")
     scheduler: SchedulerSection = Field(default_factory=SchedulerSection, description="the learning rate over time")
-    precision: ScheduleSlot = Field(default="uniform", description="which precision each step trains")
-    attack: AttackSlot | None = Field(default=None, description="adversarial inputs the steps see")
-    regularizers: tuple[RegularizerSlot, ...] = Field(default=(), description="extra losses")
-    gradient: GradientSlot | None = Field(default=None, description="what is done to gradients before a step")
+    precision: ScheduleSlot = Field(default=_plugin("uniform"), description="which precision each step trains")
+    attack: TrainingAttackSlot | None = Field(default=None, description="adversarial images in the batches")
+    objective: ObjectiveSlot = Field(default=_plugin("cross-entropy"), description="what a quantized step minimizes")
+    regularizers: tuple[RegularizerSlot, ...] = Field(default=(), description="losses added to the cross entropy")
+    gradient: GradientSlot | None = Field(default=None, description="how gradients are changed before a step")
     label_smoothing: float = Field(default=0.0, ge=0, lt=1, description="label smoothing of the cross entropy")
     clip_grad_norm: float | None = Field(default=None, gt=0, description="largest norm of the gradient")
     amp: Literal["no", "bf16", "fp16"] = Field(default="no", description="automatic mixed precision")
@@ -153,7 +184,8 @@ class Recipe(RecipeSection):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Recipe:
-        if problems := [*_precision_problems(self), *_gradient_problems(self.train), *_training_problems(self.train)]:
+        problems = [*_precision_problems(self), *_gradient_problems(self.train), *_scheduler_problems(self.train)]
+        if problems:
             raise located_error(problems)
         return self
 
@@ -185,8 +217,7 @@ def _with_choices(data: dict[str, Any]) -> dict[str, Any]:
 
 def _precision_problems(recipe: Recipe) -> list[tuple[tuple[str, ...], str]]:
     allowed = recipe.quant.precisions
-    choices: tuple[Precision, ...] = getattr(recipe.train.precision, "choices", ())
-    if foreign := [str(precision) for precision in choices if precision not in allowed]:
+    if foreign := [str(precision) for precision in recipe.train.precision.choices if precision not in allowed]:
         have = ", ".join(map(str, allowed))
         rule = f"{', '.join(foreign)} must also be in quant.precisions, which has {have}"
         return [(("train", "precision", "choices"), rule)]
@@ -194,29 +225,20 @@ def _precision_problems(recipe: Recipe) -> list[tuple[tuple[str, ...], str]]:
 
 
 def _gradient_problems(train: TrainSection) -> list[tuple[tuple[str, ...], str]]:
-    """A gradient rule for precisions that never come would change nothing, without a word."""
-    rule, possible = train.gradient, getattr(train.precision, "possible", None)
-    only: tuple[Precision, ...] = getattr(rule, "only", None) or ()
-    at = ("train", "gradient", "only")
-    if possible is not None and (foreign := [str(precision) for precision in only if precision not in possible()]):
-        return [(at, f"{', '.join(foreign)} must be in train.precision, which has {', '.join(map(str, possible()))}")]
-    if any(precision.is_float for precision in only) and not getattr(rule, "float_too", True):
-        return [(at, "32 is perturbed only with float_too: true: give that too")]
+    """Return what is wrong with the precisions of a gradient rule: those that are never trained have no effect."""
+    possible = train.precision.possible()
+    wanted = (train.gradient and train.gradient.precisions) or ()
+    if foreign := [str(precision) for precision in wanted if precision not in possible]:
+        rule = f"{', '.join(foreign)} must be in train.precision, which has {', '.join(map(str, possible))}"
+        return [(("train", "gradient"), rule)]
     return []
 
 
-def _training_problems(train: TrainSection) -> list[tuple[tuple[str, ...], str]]:
-    problems: list[tuple[tuple[str, ...], str]] = []
-    if train.attack is not None and not hasattr(train.attack, "share"):
-        rule = (
-            "this attack cannot be used in training, it has no key 'share'; use it with `qadtr-brevitas attack` or "
-            "`evaluate --attack`"
-        )
-        problems.append((("train", "attack"), rule))
+def _scheduler_problems(train: TrainSection) -> list[tuple[tuple[str, ...], str]]:
     if train.scheduler.warmup_epochs > train.epochs:
         rule = f"must be at most train.epochs, which is {train.epochs}, got {train.scheduler.warmup_epochs:g}"
-        problems.append((("train", "scheduler", "warmup_epochs"), rule))
-    return problems
+        return [(("train", "scheduler", "warmup_epochs"), rule)]
+    return []
 
 
 class _Representer(RoundTripRepresenter):

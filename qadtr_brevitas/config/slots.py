@@ -10,7 +10,7 @@ from pydantic_core import CoreSchema, core_schema
 
 from qadtr_brevitas.config.problems import explain, located_error, show
 from qadtr_brevitas.core.errors import QadtrError
-from qadtr_brevitas.core.registry import REGISTRIES, Registry
+from qadtr_brevitas.core.registry import REGISTRIES, Registry, resolve
 
 
 # Compared by identity: typing hashes annotations, and a registry holds a dict.
@@ -21,10 +21,14 @@ class Slot:
     Args:
         registry: where the names come from.
         key: the key that holds the name; `name` is understood as well.
+        contract: "package.module:Class" that the plug-ins must derive from, where that of their kind is not enough.
+        advice: what errors say about a plug-in that does not derive from `contract`.
     """
 
     registry: Registry
     key: str = "name"
+    contract: str | None = None
+    advice: str = ""
 
     @property
     def _rule(self) -> str:
@@ -32,7 +36,19 @@ class Slot:
         return f"must name {'an' if kind[0] in 'aeiou' else 'a'} {kind}"
 
     def read(self, value: Any) -> Any:
-        """Makes the plug-in; one that is already made passes."""
+        """Return the plug-in that a value describes; a finished plug-in is returned as it is.
+
+        Raises:
+            PydanticCustomError: the value describes none, or one that does not fit.
+        """
+        plugin = self._read(value)
+        if self.contract and not isinstance(plugin, resolve(self.contract)):
+            name = self.contract.partition(":")[2]
+            kind = self.registry.kind
+            raise located_error([((), f"{kind} {self.name_of(plugin)!r} is not a {name}, {self.advice}")])
+        return plugin
+
+    def _read(self, value: Any) -> Any:
         if isinstance(value, str):
             value = {self.key: value}
         if isinstance(value, dict):
@@ -43,7 +59,7 @@ class Slot:
         raise located_error([((), f"{rule}, got {show(value)}")])
 
     def write(self, plugin: Any) -> dict[str, Any]:
-        """The plug-in as recipe keys, all fields included; `read` turns them back."""
+        """Return a plug-in as recipe keys with all fields, which `read` turns into an equal plug-in."""
         return {self.key: slot_name(plugin), **TypeAdapter(type(plugin)).dump_python(plugin, mode="json")}
 
     def _make(self, fields: dict[str, Any]) -> Any:
@@ -56,8 +72,6 @@ class Slot:
             plugin = self.registry.load(name)
         except QadtrError as error:
             raise located_error([((key,), str(error))]) from error
-        except (ImportError, AttributeError) as error:
-            raise located_error([((key,), f"{self.registry.kind} {name!r} cannot be loaded: {error}")]) from error
         try:
             return TypeAdapter(plugin).validate_python(fields)
         except ValidationError as error:
@@ -66,13 +80,8 @@ class Slot:
             raise located_error([((), str(error))]) from error
 
     def name_of(self, plugin: object) -> str | None:
-        """The name a plug-in's class is registered under here, if it is."""
-        wanted = type(plugin).__name__
-        for name, (target, _) in self.registry.entries().items():
-            # Only the one whose class has that name is imported.
-            if target.rpartition(":")[2] == wanted and self.registry.load(name) is type(plugin):
-                return name
-        return None
+        """Return the name that the class of a plug-in has in the registry, or None."""
+        return self.registry.name_of(type(plugin))
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.no_info_plain_validator_function(
@@ -81,7 +90,7 @@ class Slot:
 
 
 def slot_name(plugin: object) -> str:
-    """The name a plug-in is registered under.
+    """Return the name that a plug-in is registered under.
 
     Raises:
         LookupError: its class is in no registry.
@@ -93,7 +102,7 @@ def slot_name(plugin: object) -> str:
 
 
 def slot_in(annotation: Any, metadata: list[Any] | None = None) -> Slot | None:
-    """The slot inside a field's type, for instance in `list[Annotated[Any, Slot(...)]]`."""
+    """Return the slot inside a field's type, or None, for instance in `list[Annotated[Any, Slot(...)]]`."""
     for part in (*(metadata or ()), *getattr(annotation, "__metadata__", ())):
         if isinstance(part, Slot):
             return part

@@ -50,11 +50,28 @@ class Registry:
         """
         target = self._entry(name)[0]
         try:
-            found = _resolve(target)
-        except (ImportError, AttributeError) as error:
-            raise PluginError(f"{self.kind} {name!r} cannot be loaded from {target}: {error}") from error
-        check_contract(found, _resolve(self.contract), what=f"{self.kind} {name!r} ({target})")
+            found = resolve(target)
+        # A third-party module may raise anything when it is imported.
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise PluginError(f"{self.kind} {name!r} cannot be loaded from {target} ({reason})") from error
+        check_contract(found, resolve(self.contract), what=f"{self.kind} {name!r} ({target})")
         return found
+
+    def name_of(self, plugin: type) -> str | None:
+        """Return the name that a plug-in class is registered under, or None."""
+        for name, (target, _) in self.entries().items():
+            # Only classes of that name are imported.
+            if target.rpartition(":")[2] == plugin.__qualname__ and self._is_loaded_from(name, plugin):
+                return name
+        return None
+
+    def _is_loaded_from(self, name: str, plugin: type) -> bool:
+        try:
+            return self.load(name) is plugin
+        except PluginError:
+            # Another plug-in, whose class has the same name, is broken.
+            return False
 
     def _entry(self, name: str) -> tuple[str, str]:
         entries = self.entries()
@@ -83,7 +100,8 @@ def check_contract(plugin: Any, contract: type, *, what: str) -> None:
         raise PluginError(f"{what} does not define {', '.join(sorted(missing))}: see {name} for what each has to do")
 
 
-def _resolve(target: str) -> Any:
+def resolve(target: str) -> Any:
+    """Import and return what "package.module:Class" names."""
     module, _, attribute = target.partition(":")
     return getattr(import_module(module), attribute)
 
@@ -138,6 +156,17 @@ SCHEDULES = Registry(
     },
 )
 
+OBJECTIVES = Registry(
+    "objective",
+    "qadtr_brevitas.training.objectives:Objective",
+    {
+        "cross-entropy": (
+            "qadtr_brevitas.training.objectives:CrossEntropy",
+            "cross-entropy with label smoothing, and the regularizers of the recipe",
+        ),
+    },
+)
+
 GRADIENT_RULES = Registry(
     "gradient rule",
     "qadtr_brevitas.training.gradient_rules:GradientRule",
@@ -178,11 +207,33 @@ ANALYSES = Registry(
     },
 )
 
+QUANTIZERS = Registry(
+    "quantizer",
+    "qadtr_brevitas.quant.quantizer:Quantizer",
+    {
+        "log2": ("qadtr_brevitas.quant.log2:Log2", "the threshold divided by powers of two"),
+        "power-of-two": ("qadtr_brevitas.quant.uniform:PowerOfTwo", "multiples of a step that is a power of two"),
+        "uniform": ("qadtr_brevitas.quant.uniform:Uniform", "multiples of a learned step (LSQ)"),
+    },
+)
+
+TARGETS = Registry(
+    "target",
+    "qadtr_brevitas.quant.targets:Target",
+    {
+        "finn": ("qadtr_brevitas.quant.targets:FINN", "AMD's FINN: dataflow accelerators on FPGAs"),
+        "hls4ml": ("qadtr_brevitas.quant.targets:HLS4ML", "hls4ml: fixed-point networks by high-level synthesis"),
+    },
+)
+
 REGISTRIES = {
     "analyses": ANALYSES,
     "attacks": ATTACKS,
     "datasets": DATASETS,
     "schedules": SCHEDULES,
+    "objectives": OBJECTIVES,
     "gradient-rules": GRADIENT_RULES,
+    "quantizers": QUANTIZERS,
     "regularizers": REGULARIZERS,
+    "targets": TARGETS,
 }

@@ -12,6 +12,7 @@ from random import Random
 from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import ValidationInfo, field_validator
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
@@ -61,6 +62,20 @@ class Gir(GradientRule):
         tuple[PrecisionField, ...] | None,
         Field(description="precisions to perturb; null: every one (32 see float_too)"),
     ] = None
+
+    @field_validator("only")
+    @classmethod
+    def _float_needs_float_too(
+        cls, only: tuple[Precision, ...] | None, info: ValidationInfo
+    ) -> tuple[Precision, ...] | None:
+        if any(precision.is_float for precision in only or ()) and not info.data.get("float_too", True):
+            raise ValueError("32 is perturbed only with float_too: true: give that too")
+        return only
+
+    @property
+    def precisions(self) -> tuple[Precision, ...] | None:
+        """The precisions in `only`, or None for every one."""
+        return self.only
 
     def wrap(self, optimizer: torch.optim.Optimizer, *, seed: int) -> GirOptimizer:
         """Wraps any optimizer, so that its steps see perturbed gradients; the optimizer itself is not changed."""
@@ -118,11 +133,16 @@ class GirOptimizer(GradientRuleOptimizer):
 
     @property
     def last_cosine(self) -> float | None:
-        """Cosine at the last step; reading it waits for the device, so read it no more often than it is logged."""
+        """Cosine at the last step. Reading it waits for the device, so read it no more often than it is logged."""
         if self._cosine is None:
             return None
         cosine = self._cosine.item()
         return None if isnan(cosine) else cosine
+
+    def metrics(self) -> dict[str, float]:
+        """Return `last_cosine` as `gir_cosine`, if there is one."""
+        cosine = self.last_cosine
+        return {} if cosine is None else {"gir_cosine": cosine}
 
     def step(self, closure: Callable[[], float] | None = None) -> Any:
         """Perturbs the gradients in place, if it is this step's turn, and lets the wrapped optimizer step.

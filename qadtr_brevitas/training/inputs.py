@@ -1,26 +1,30 @@
-"""The images a training step sees: which ones, augmented how, attacked how. All from (seed, step, rank)."""
+"""The images of a training step: which ones, how they are augmented, and how attacked, from (seed, step, rank)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import lru_cache
 
 import torch
-from torch import Tensor, nn
+from accelerate import Accelerator
+from torch import Tensor
 
-from qadtr_brevitas.attacks.base import Memory
+from qadtr_brevitas.attacks.base import Memory, RememberingAttack, TrainingAttack
 from qadtr_brevitas.config import Recipe
 from qadtr_brevitas.core.precision import Precision
 from qadtr_brevitas.core.seeding import generator
 from qadtr_brevitas.data.augment import crop_and_flip
 from qadtr_brevitas.data.split import Split, epoch_order
-from qadtr_brevitas.quant import frozen_weights
+from qadtr_brevitas.quant import SwitchableModel, frozen_weights
+from qadtr_brevitas.training.objectives import ordinary_loss
+from qadtr_brevitas.training.step import AdversarialBatch, ForwardOutput, StepLoss, TrainingStep
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """Where a process's share of each global batch comes from.
+class TrainingInputs:
+    """The source of one process's share of each global batch.
 
     Args:
         recipe: seed, batch size, augmentation and attack.
@@ -39,53 +43,124 @@ class Inputs:
     memory: Memory = field(default_factory=dict)
 
     def batch(self, step: int, *, steps_per_epoch: int) -> tuple[Tensor, Tensor]:
-        """This process's images (n, 3, H, W) in [0, 1], augmented, and labels (n,).
+        """Return this process's images (n, 3, H, W) in [0, 1], augmented, and labels (n,).
 
         Every `processes`-th image of the global batch: all processes together see what a single one would, and the
         attacked first share of each is the first share of the global batch.
         """
         epoch, position = divmod(step, steps_per_epoch)
         first = position * self.recipe.train.batch_size
-        order = _order(len(self.split), self.recipe.seed, epoch)
+        order = _epoch_order(len(self.split), self.recipe.seed, epoch)
         chosen = order[first : first + self.recipe.train.batch_size][self.rank :: self.processes]
         images, labels = self.split.batch(chosen, device=self.device)
         return _augment(images, self.recipe, step, self.rank), labels
 
     def attack(
-        self, model: nn.Module, images: Tensor, labels: Tensor, *, step: int, precision: Precision
-    ) -> tuple[Tensor, int]:
-        """Replaces the first `share` of the images by adversarial ones, made on the model at the step's precision.
+        self, model: SwitchableModel, images: Tensor, labels: Tensor, *, step: int, precision: Precision
+    ) -> AdversarialBatch:
+        """Replace the first `share` of the images by adversarial ones, made on the model at the step's precision.
 
         Args:
-            model: at `precision`; it is put into training mode.
+            model: at `precision`; afterwards it is in training mode.
             images: (n, 3, H, W) in [0, 1].
             labels: (n,).
             step: 0-based.
-            precision: what the model is at.
+            precision: the precision that the model runs at.
 
         Returns:
             All images, and how many of the first are attacked.
         """
         attack = self.recipe.train.attack
-        # Rounded once for all processes, or shares of small batches would differ with their number.
-        everywhere = 0 if attack is None else round(self.recipe.train.batch_size * attack.share)
-        count = min(len(images), len(range(self.rank, everywhere, self.processes)))
+        count = 0 if attack is None else min(len(images), self._attacked_images(attack))
         if attack is None or count == 0:
-            return images, 0
+            return AdversarialBatch(images, 0)
         rng = generator(self.recipe.seed, "attack", step, str(precision), self.rank)
         model.eval()
         with frozen_weights(model):
-            kept = {"memory": self.memory} if getattr(attack, "remembers", False) else {}
-            adversarial = attack.run(model, images[:count], labels[:count], generator=rng, precision=precision, **kept)
+            adversarial = self._run(attack, model, images[:count], labels[:count], rng, precision)
         model.train()
-        return torch.cat([adversarial.detach(), images[count:]]), count
+        return AdversarialBatch(torch.cat([adversarial.detach(), images[count:]]), count)
+
+    def _attacked_images(self, attack: TrainingAttack) -> int:
+        """Return how many images of this process's share of a global batch are attacked."""
+        # Rounded once for all processes, or shares of small batches would differ with their number.
+        everywhere = round(self.recipe.train.batch_size * attack.share)
+        return len(range(self.rank, everywhere, self.processes))
+
+    def _run(
+        self,
+        attack: TrainingAttack,
+        model: SwitchableModel,
+        images: Tensor,
+        labels: Tensor,
+        rng: torch.Generator,
+        precision: Precision,
+    ) -> Tensor:
+        if isinstance(attack, RememberingAttack) and attack.remembers:
+            return attack.run(model, images, labels, generator=rng, precision=precision, memory=self.memory)
+        return attack.run(model, images, labels, generator=rng, precision=precision)
+
+
+def make_step(
+    inputs: TrainingInputs,
+    accelerator: Accelerator,
+    model: SwitchableModel,
+    images: Tensor,
+    labels: Tensor,
+    number: int,
+    precision: Precision,
+    *,
+    attacked: bool,
+) -> TrainingStep:
+    """Return what an objective sees of one batch at one precision.
+
+    Args:
+        inputs: make the adversarial images, with the recipe's attack.
+        accelerator: of this process.
+        model: in training mode and at `precision`.
+        images: (n, 3, H, W) in [0, 1], augmented.
+        labels: (n,).
+        number: optimizer steps done.
+        precision: the precision of the loss.
+        attacked: whether there are adversarial images.
+    """
+    train = inputs.recipe.train
+
+    def attack() -> AdversarialBatch:
+        if not attacked:
+            return AdversarialBatch(images, 0)
+        with attack_autocast(accelerator):
+            return inputs.attack(model, images, labels, step=number, precision=precision)
+
+    def default_loss(step: TrainingStep, output: ForwardOutput) -> StepLoss:
+        return ordinary_loss(step, output, label_smoothing=train.label_smoothing, regularizers=train.regularizers)
+
+    return TrainingStep(
+        model,
+        images,
+        labels,
+        precision=precision,
+        number=number,
+        seed=inputs.recipe.seed,
+        rank=inputs.rank,
+        attack=attack,
+        default_loss=default_loss,
+        default_features=[pattern for regularizer in train.regularizers for pattern in regularizer.features],
+    )
+
+
+def attack_autocast(accelerator: Accelerator) -> AbstractContextManager[object]:
+    """Return a context of bfloat16 autocast, or of no autocast in float16, which rounds unscaled gradients to zero."""
+    if accelerator.mixed_precision == "fp16":
+        return torch.autocast(accelerator.device.type, enabled=False)
+    return accelerator.autocast()
 
 
 class NormBatches(Sequence[Tensor]):
-    """Random training images (n, 3, H, W) in [0, 1] to recalibrate norm statistics on, made when asked for.
+    """Random training images (n, 3, H, W) in [0, 1] to recalibrate norm statistics on, made when they are read.
 
-    Not attacked, but augmented as in training: on images as they are, the statistics miss what a net trained on
-    shifted ones with black borders expects (digits: 71 % instead of 87 %).
+    They are augmented as in training but not attacked. Statistics of unaugmented images do not fit a network that was
+    trained on shifted images with black borders (digits: 71 % instead of 87 %).
 
     Args:
         recipe: number and size of batches, seed and augmentation.
@@ -119,5 +194,5 @@ def _augment(images: Tensor, recipe: Recipe, *keys: int | str) -> Tensor:
 
 
 @lru_cache(maxsize=1)
-def _order(count: int, seed: int, epoch: int) -> Tensor:
+def _epoch_order(count: int, seed: int, epoch: int) -> Tensor:
     return epoch_order(count, seed=seed, epoch=epoch)

@@ -1,13 +1,17 @@
-"""What a run tells: one JSON line per step and epoch, TensorBoard where it is installed, and an observer."""
+"""The records of a run: one JSON line per step and epoch, TensorBoard where it is installed, and an observer."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from qadtr_brevitas.core.errors import CheckpointError
+from torch import Tensor
+
+from qadtr_brevitas.core.errors import CheckpointError, PluginError
 from qadtr_brevitas.core.files import write_atomically
 
 _TENSORBOARD_EVERY = 10
@@ -17,17 +21,20 @@ _TENSORBOARD_EVERY = 10
 class StepRecord:
     """One optimizer step.
 
+    In `metrics.jsonl` the metrics stand beside the other keys.
+
     Args:
         step: steps done, this one included.
         epoch: 0-based, over all phases.
         phase: `float` or `quantized`.
-        precision: what the step trained; several are joined by +.
+        precision: the precision that the step trained; several are joined by +.
         loss: mean over the global batch.
         lr: learning rate of the weights.
         images_per_s: over all processes.
-        accuracy: share of this process's images that were right and not attacked, in training mode; None if all were.
-        adversarial_accuracy: the same of the attacked images; None if there were none.
-        gir_cosine: cosine between raw and perturbed gradient; None for steps that were not perturbed.
+        metrics: figures that the objective, its regularizers and the gradient rule name; of several processes, those of
+            the first, and of several precisions, those of the last. The ordinary loss names `accuracy`, the share of
+            images without an attack that are classified correctly, and `adversarial_accuracy`, that of attacked
+            images, both in training mode. GIR names `gir_cosine` on steps that it perturbs.
     """
 
     step: int
@@ -37,10 +44,33 @@ class StepRecord:
     loss: float
     lr: float
     images_per_s: float
-    accuracy: float | None
-    adversarial_accuracy: float | None
-    gir_cosine: float | None
+    metrics: dict[str, float] = field(default_factory=dict[str, float])
     kind: Literal["step"] = "step"
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the record as a line of `metrics.jsonl` holds it."""
+        line = asdict(self)
+        metrics, kind = line.pop("metrics"), line.pop("kind")
+        return {**line, **metrics, "kind": kind}
+
+
+_RESERVED = frozenset(facts.name for facts in fields(StepRecord))
+
+
+def as_figures(metrics: Mapping[str, float | Tensor]) -> dict[str, float]:
+    """Return metrics as floats, without those that are not finite.
+
+    Raises:
+        PluginError: a metric has a name that the log uses itself, or is not a single number.
+    """
+    if taken := sorted(_RESERVED & metrics.keys()):
+        raise PluginError(f"metric {taken[0]!r} has a name that the training log uses itself: choose another one")
+    figures: dict[str, float] = {}
+    for name, value in metrics.items():
+        if isinstance(value, Tensor) and value.numel() != 1:
+            raise PluginError(f"metric {name!r} has shape {tuple(value.shape)}: give a single number, as value.mean()")
+        figures[name] = float(value)
+    return {name: value for name, value in figures.items() if math.isfinite(value)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,10 +81,10 @@ class EpochRecord:
         step: steps done.
         epoch: 0-based, over all phases.
         phase: `float` or `quantized`.
-        means: mean over the epoch of each figure of its steps.
-        split: what `val_accuracy` was measured on: `val`, images held out of training, or `test`, for monitoring only.
-        val_accuracy: precision -> share of images that are right; None in epochs without a validation.
-        best: this epoch is the best so far (only with held-out images).
+        means: mean over the epoch of the loss, the speed and each metric, over the steps that have it.
+        split: the images of `val_accuracy`: `val`, held out of training, or `test`, for monitoring only.
+        val_accuracy: share of correctly classified images by precision; None in epochs without a validation.
+        best: whether this epoch is the best so far (only with held-out images).
     """
 
     step: int
@@ -68,28 +98,28 @@ class EpochRecord:
 
 
 class TrainingObserver:
-    """Told what a run does; override what is of interest. Called in the main process only."""
+    """Follows a run; override the methods of interest. Called in the main process only."""
 
     def on_start(self, *, step: int, total_steps: int, epochs: int) -> None:
-        """Training is about to go on from `step`."""
+        """Handle the start of training after `step` steps that are done already."""
 
     def on_step(self, record: StepRecord) -> None:
-        """A step is done."""
+        """Handle the end of a step."""
 
     def on_epoch(self, record: EpochRecord) -> None:
-        """An epoch is done and validated, or the finished model is."""
+        """Handle the end of an epoch, after its validation, or of the run."""
 
     def on_message(self, message: str) -> None:
-        """Something worth a line of talk."""
+        """Handle a line of text for the user."""
 
 
 class RunLog:
-    """Writes records to `metrics.jsonl` and, where TensorBoard is installed, to event files.
+    """Appends records to `metrics.jsonl` and, where TensorBoard is installed, to event files.
 
     Args:
-        metrics: the JSON lines file; appended to.
+        metrics: the JSON lines file.
         events: folder of the event files.
-        step: lines and events of later steps are removed, so that a resumed run doubles none.
+        step: the step that the run resumes after; lines and events of later steps are deleted.
 
     Raises:
         CheckpointError: a file cannot be written.
@@ -102,14 +132,15 @@ class RunLog:
         self._events = _summary_writer(events, step)
 
     def step(self, record: StepRecord) -> None:
-        """Logs a step."""
-        self._write(asdict(record))
+        """Log a step."""
+        self._write(record.as_json())
         if self._events and record.step % _TENSORBOARD_EVERY == 0:
-            figures = {f"loss/{record.precision}": record.loss, "lr": record.lr, "images_per_s": record.images_per_s}
-            self._scalars(figures, record.step)
+            by_precision = {"loss": record.loss, **record.metrics}
+            figures = {f"{name}/{record.precision}": value for name, value in by_precision.items()}
+            self._scalars({**figures, "lr": record.lr, "images_per_s": record.images_per_s}, record.step)
 
     def epoch(self, record: EpochRecord) -> None:
-        """Logs an epoch or the finished model."""
+        """Log an epoch or the finished model."""
         self._write(asdict(record))
         if self._events:
             self._scalars({f"epoch/{name}": value for name, value in record.means.items()}, record.step)
@@ -118,7 +149,7 @@ class RunLog:
             self._events.flush()
 
     def close(self) -> None:
-        """Closes the files."""
+        """Close the files."""
         self._file.close()
         if self._events:
             self._events.close()
@@ -126,11 +157,11 @@ class RunLog:
     def _write(self, record: dict[str, Any]) -> None:
         try:
             self._file.write(json.dumps(record, allow_nan=False) + "\n")
-            # A line a step is readable while the run goes on; nothing depends on it, so no fsync.
+            # Readable while the run is under way. Nothing depends on the line, so no fsync.
             self._file.flush()
         except OSError as error:
             raise CheckpointError(
-                f"cannot write {self._path}: {error.strerror or error}; free some space, then give the same command"
+                f"cannot write {self._path}: {error.strerror or error}; free some space and give the same command again"
             ) from error
 
     def _scalars(self, figures: dict[str, float], step: int) -> None:
@@ -139,23 +170,23 @@ class RunLog:
 
 
 def last_epoch(metrics: Path) -> EpochRecord | None:
-    """The last validated epoch, or the finished model, that a metrics file tells of; None if there is none."""
+    """Return the record of the last validated epoch, or of the finished model; None if there is none."""
     records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     validated = [record for record in records if record["kind"] != "step" and record["val_accuracy"]]
     return EpochRecord(**validated[-1]) if validated else None
 
 
 def _truncate(metrics: Path, step: int) -> None:
-    """Drops lines after `step`, the line of a finish that was not recorded, and a line cut off by a crash."""
+    """Delete lines after `step`, the line of a finished model, and a line that a crash cut off."""
     if not metrics.is_file():
         metrics.parent.mkdir(parents=True, exist_ok=True)
         return
     lines = metrics.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-    kept = "".join(line for line in lines if _belongs(line, step))
+    kept = "".join(line for line in lines if _is_kept(line, step))
     write_atomically(metrics, lambda path: path.write_text(kept, encoding="utf-8"))
 
 
-def _belongs(line: str, step: int) -> bool:
+def _is_kept(line: str, step: int) -> bool:
     try:
         record = json.loads(line)
         return line.endswith("\n") and record["step"] <= step and record["kind"] != "final"

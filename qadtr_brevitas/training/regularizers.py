@@ -1,32 +1,37 @@
-"""Distillation from the model's own float branch."""
+"""Regularizers: extra losses that are added to the cross-entropy."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from typing import Annotated
 
-from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 
 from qadtr_brevitas.core.plugin import Field, plugin
 from qadtr_brevitas.core.precision import Precision
+from qadtr_brevitas.training.step import FLOAT, ForwardOutput, StepLoss, TrainingStep
 
 
 class Regularizer(ABC):
-    """An extra loss of the training step."""
+    """A regularizer plug-in: an extra loss of the training step."""
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """Patterns of the module names whose outputs `compute` finds in `output.features`."""
+        return ()
+
+    @property
+    def precisions(self) -> tuple[Precision, ...]:
+        """The precisions that it runs the model at besides that of the step; the model must have them."""
+        return ()
 
     @abstractmethod
-    def loss(
-        self, logits: Tensor, images: Tensor, *, teacher: Callable[[Tensor], Tensor], precision: Precision
-    ) -> Tensor | None:
-        """What is added to the loss (0-dim), or None where there is nothing to add.
+    def compute(self, step: TrainingStep, output: ForwardOutput) -> StepLoss | None:
+        """Return what is added to the loss, with metrics, or None where there is nothing to add.
 
         Args:
-            logits: (N, classes) of the step's model.
-            images: (N, 3, H, W) in [0, 1], the images `logits` were computed from.
-            teacher: images -> logits of the model at 32 bit, in eval mode and without gradients.
-            precision: the step's precision.
+            step: the batch, and further forward passes at any precision.
+            output: logits and `features` of the forward pass on `step.adversarial.images`, in training mode.
         """
 
 
@@ -41,13 +46,18 @@ class Distillation(Regularizer):
     weight: Annotated[float, Field(ge=0, description="factor of the extra loss")] = 0.5
     temperature: Annotated[float, Field(gt=0, description="softens teacher and student")] = 1.0
 
-    def loss(
-        self, logits: Tensor, images: Tensor, *, teacher: Callable[[Tensor], Tensor], precision: Precision
-    ) -> Tensor | None:
-        """weight * T^2 * KL(teacher / T || student / T), mean over the images; see `Regularizer.loss`."""
-        if precision.is_float:
+    @property
+    def precisions(self) -> tuple[Precision, ...]:
+        """32 bit, for the teacher."""
+        return (FLOAT,)
+
+    def compute(self, step: TrainingStep, output: ForwardOutput) -> StepLoss | None:
+        """Return weight * T^2 * KL(teacher / T || student / T), the mean over the images, also as a metric."""
+        if step.precision.is_float:
             return None
-        target = log_softmax(teacher(images) / self.temperature, dim=1)
-        student = log_softmax(logits / self.temperature, dim=1)
+        teacher = step.teacher(step.adversarial.images).logits
+        target = log_softmax(teacher / self.temperature, dim=1)
+        student = log_softmax(output.logits / self.temperature, dim=1)
         divergence = kl_div(student, target, log_target=True, reduction="batchmean")
-        return self.weight * self.temperature**2 * divergence
+        loss = self.weight * self.temperature**2 * divergence
+        return StepLoss(loss, {"distillation": loss.detach()})

@@ -1,6 +1,6 @@
 """Precision schedules: which precision a training step runs at.
 
-A draw depends on (seed, step) only: every rank draws the same, and a resumed run what an uninterrupted one would have.
+A draw depends on (seed, step) only: every rank draws the same, and a resumed run draws what an uninterrupted one would.
 """
 
 from __future__ import annotations
@@ -17,11 +17,14 @@ from qadtr_brevitas.core.seeding import derive_seed
 
 
 class Schedule(ABC):
-    """Chooses the precision, or precisions, of each training step."""
+    """A schedule plug-in: chooses the precision, or precisions, of each training step."""
+
+    choices: tuple[Precision, ...] = ()
+    """The precisions that it chooses from, where that is a key of the recipe; each must be in `quant.precisions`."""
 
     @abstractmethod
     def precisions(self, step: int, *, seed: int, epoch: int, epochs: int) -> tuple[Precision, ...]:
-        """Precisions of one step, usually one; the losses at several are averaged.
+        """Return the precisions of one step, usually one; the losses at several are averaged.
 
         Args:
             step: 0-based count of optimizer steps since the run began.
@@ -32,7 +35,7 @@ class Schedule(ABC):
 
     @abstractmethod
     def possible(self) -> tuple[Precision, ...]:
-        """Every precision a step may get: the model must have been converted for them."""
+        """Return every precision that a step may get; the model must have them."""
 
 
 Choices = Annotated[
@@ -42,7 +45,7 @@ Choices = Annotated[
         description="precisions to choose from, e.g. [8, 4] or [w4a8, w2a8]; default: quant.precisions",
     ),
 ]
-_DEFAULT = parse_precisions(DEFAULT_BITS)
+_ALL = parse_precisions(DEFAULT_BITS)
 
 
 @plugin
@@ -54,19 +57,19 @@ class Uniform(Schedule):
     model must then be converted for the pairs too, and their norm statistics recalibrated.
     """
 
-    choices: Choices = _DEFAULT
+    choices: Choices = _ALL
     independent: Annotated[bool, Field(description="draw weight and activation bits separately")] = False
 
     def precisions(self, step: int, *, seed: int, epoch: int, epochs: int) -> tuple[Precision, ...]:
-        """One precision, drawn for this step; see `Schedule.precisions`."""
-        random = _random(seed, step)
+        """Return one precision, drawn for this step; see `Schedule.precisions`."""
+        random = _step_random(seed, step)
         drawn = random.choice(self.choices)
         if self.independent:
             drawn = Precision(drawn.weight, random.choice(self.choices).act)
         return (drawn,)
 
     def possible(self) -> tuple[Precision, ...]:
-        """See `Schedule.possible`."""
+        """Return the precisions that a step may get; see `Schedule.possible`."""
         return _pairs(self.choices) if self.independent else self.choices
 
 
@@ -77,11 +80,11 @@ class Fixed(Schedule):
     choice: Annotated[PrecisionField, Field(description="the precision, e.g. 4 or w4a8")] = Precision(4, 4)
 
     def precisions(self, step: int, *, seed: int, epoch: int, epochs: int) -> tuple[Precision, ...]:
-        """The one precision; see `Schedule.precisions`."""
+        """Return the one precision; see `Schedule.precisions`."""
         return (self.choice,)
 
     def possible(self) -> tuple[Precision, ...]:
-        """See `Schedule.possible`."""
+        """Return the precisions that a step may get; see `Schedule.possible`."""
         return (self.choice,)
 
 
@@ -94,16 +97,16 @@ class Cycle(Schedule):
     alternative, which starts over after the last precision.
     """
 
-    choices: Choices = _DEFAULT
+    choices: Choices = _ALL
     epochs_each: Annotated[int | None, Field(ge=1, description="epochs at a time; null: all epochs, divided")] = None
 
     def precisions(self, step: int, *, seed: int, epoch: int, epochs: int) -> tuple[Precision, ...]:
-        """The precision of this epoch; see `Schedule.precisions`."""
+        """Return the precision of this epoch; see `Schedule.precisions`."""
         turn = epoch * len(self.choices) // epochs if self.epochs_each is None else epoch // self.epochs_each
         return (self.choices[turn % len(self.choices)],)
 
     def possible(self) -> tuple[Precision, ...]:
-        """See `Schedule.possible`."""
+        """Return the precisions that a step may get; see `Schedule.possible`."""
         return self.choices
 
 
@@ -111,7 +114,7 @@ class Cycle(Schedule):
 class Weighted(Schedule):
     """One precision a step, drawn with given weights, for instance to train low precisions more often."""
 
-    choices: Choices = _DEFAULT
+    choices: Choices = _ALL
     weights: Annotated[
         tuple[Annotated[float, Field(ge=0)], ...], Field(description="one for each choice, e.g. [1, 1, 1, 1, 2.5]")
     ] = (1, 1, 1, 1, 1)
@@ -125,11 +128,11 @@ class Weighted(Schedule):
         return self
 
     def precisions(self, step: int, *, seed: int, epoch: int, epochs: int) -> tuple[Precision, ...]:
-        """One precision, drawn for this step; see `Schedule.precisions`."""
-        return tuple(_random(seed, step).choices(self.choices, self.weights))
+        """Return one precision, drawn for this step; see `Schedule.precisions`."""
+        return tuple(_step_random(seed, step).choices(self.choices, self.weights))
 
     def possible(self) -> tuple[Precision, ...]:
-        """See `Schedule.possible`."""
+        """Return the precisions that a step may get; see `Schedule.possible`."""
         return self.choices
 
 
@@ -137,20 +140,20 @@ class Weighted(Schedule):
 class Sandwich(Schedule):
     """Highest, random and lowest precision in every step (Yu and Huang 2019), which costs three steps."""
 
-    choices: Choices = _DEFAULT
+    choices: Choices = _ALL
 
     def precisions(self, step: int, *, seed: int, epoch: int, epochs: int) -> tuple[Precision, ...]:
-        """Up to three precisions, highest first; see `Schedule.precisions`."""
+        """Return up to three precisions, highest first; see `Schedule.precisions`."""
         ordered = sorted(self.choices, key=lambda p: (p.weight + p.act, p), reverse=True)
-        between = [_random(seed, step).choice(ordered[1:-1])] if len(ordered) > 2 else []
+        between = [_step_random(seed, step).choice(ordered[1:-1])] if len(ordered) > 2 else []
         return tuple(dict.fromkeys((ordered[0], *between, ordered[-1])))
 
     def possible(self) -> tuple[Precision, ...]:
-        """See `Schedule.possible`."""
+        """Return the precisions that a step may get; see `Schedule.possible`."""
         return self.choices
 
 
-def _random(seed: int, step: int) -> Random:
+def _step_random(seed: int, step: int) -> Random:
     return Random(derive_seed(seed, "precision", step))
 
 

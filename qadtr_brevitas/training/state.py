@@ -1,4 +1,4 @@
-"""What a run keeps on disk to go on after a stop: the recipe it was started with and one file of training state."""
+"""What a run directory holds for resuming: the recipe the run was started with and one file of training state."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ _SHOWN_DIFFERENCES = 8
 
 
 @dataclass
-class TrainState:
-    """How far a run has come. Plain numbers: nothing else has to be restored but weights and optimizer.
+class RunCounters:
+    """How far a run has come, in plain numbers. Besides them only weights and optimizer have to be restored.
 
     Args:
         step: optimizer steps done, over all phases.
-        finished: the run is over, final models are written.
+        finished: whether the run is over and its final models are written.
         best: best mean accuracy over precisions on held-out training images so far.
         sums: sum and count of each logged figure since the epoch began.
     """
@@ -42,20 +42,20 @@ class TrainState:
 
 
 @dataclass(frozen=True)
-class SavedState:
-    """A training state as read from disk.
+class TrainingState:
+    """Everything that an interrupted run resumes from.
 
     Args:
-        state: how far the run had come.
+        counters: how far the run had come.
         phase: name of the phase the optimizer belongs to.
         processes: number of processes of the run.
         model: the model's `state_dict`.
         optimizer: the optimizer's `state_dict`.
         scaler: the gradient scaler's `state_dict`, with fp16 only.
-        memory: what the attack keeps from step to step, that of each process in turn.
+        memory: what the attack keeps from step to step in each process, (processes, ...).
     """
 
-    state: TrainState
+    counters: RunCounters
     phase: str
     processes: int
     model: dict[str, Tensor]
@@ -64,18 +64,19 @@ class SavedState:
     memory: dict[str, Tensor] = field(default_factory=dict)
 
 
-def save_state(run: Path, saved: SavedState) -> None:
-    """Writes the training state of a run, atomically: a state that was there stays until the new one is on disk.
+def save_state(run: Path, saved: TrainingState) -> None:
+    """Write the training state of a run, atomically: an earlier state stays until the new one is on disk.
 
     Raises:
         CheckpointError: the disk is full or cannot be written.
     """
-    content = {**vars(saved), "state": asdict(saved.state), "version": _VERSION}
+    content = {name: value for name, value in vars(saved).items() if name != "counters"}
+    content |= {"state": asdict(saved.counters), "version": _VERSION}
     write_atomically(run / _STATE_FILE, lambda path: torch.save(content, path))
 
 
-def load_state(run: Path) -> SavedState | None:
-    """Reads the training state of a run, on the CPU; None if it has none yet. Nothing is ever unpickled from it.
+def load_state(run: Path) -> TrainingState | None:
+    """Read the training state of a run, on the CPU; None if there is none. No code in the file is ever run.
 
     Raises:
         CheckpointError: the file is damaged, or of another version.
@@ -83,56 +84,56 @@ def load_state(run: Path) -> SavedState | None:
     path = run / _STATE_FILE
     if not path.is_file():
         return None
-    again = f"start over with --resume never --overwrite, which deletes the run in {run}"
+    restart = f"start over with --resume never --overwrite, which deletes the run in {run}"
     try:
         content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         version = content.pop("version")
         if version != _VERSION:
-            raise CheckpointError(f"{path} has version {version}, this release reads {_VERSION}; {again}")
-        state = TrainState(**content.pop("state"))
-        return SavedState(state=state, **content)
+            raise CheckpointError(f"{path} has version {version}, but this release reads version {_VERSION}; {restart}")
+        counters = RunCounters(**content.pop("state"))
+        return TrainingState(counters=counters, **content)
     except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise CheckpointError(f"{path} is damaged ({type(error).__name__}); {again}") from error
+        raise CheckpointError(f"{path} is damaged ({type(error).__name__}); {restart}") from error
 
 
-def open_run(run: Path, recipe: Recipe, *, resume: Literal["auto", "never"], overwrite: bool) -> SavedState | None:
-    """Decides how a run starts, without writing anything: from the state it returns, or from nothing (None).
+def open_run(run: Path, recipe: Recipe, *, resume: Literal["auto", "never"], overwrite: bool) -> TrainingState | None:
+    """Return the state that a run resumes from, or None where it starts anew; nothing is written.
 
     Raises:
-        UsageError: the folder holds a run of another recipe (the keys that differ are named), or holds a run and
-            `resume` is never without `overwrite`; or holds a model that no run wrote; or `run` is a file.
+        UsageError: the folder holds a run of another recipe (the keys that differ are named); or it holds a run,
+            `resume` is never and `overwrite` is not set; or it holds a model that no run wrote; or `run` is a file.
         CheckpointError: the state of the run is damaged.
     """
     if run.exists() and not run.is_dir():
         raise UsageError(f"{run} is a file; choose another folder with -o")
     if (run / CONFIG).is_file() or (run / WEIGHTS).is_file():
-        # It, and not the run's own model, would be what other commands find there.
-        raise UsageError(f"{run} holds a model that no run wrote: choose another folder with -o")
+        # Other commands would find that model instead of the run's own.
+        raise UsageError(f"{run} is a model directory, not a run: choose another folder with -o")
     begun = (run / _STATE_FILE).is_file() or (run / LAST_FOLDER).is_dir()
-    # A recipe alone is of a run that ended before it had anything to keep.
+    # A recipe alone was left by a run that ended before it saved anything.
     if not begun or not (run / RECIPE_FILE).is_file() or (resume == "never" and overwrite):
         return None
     if resume == "never":
         raise UsageError(
-            f"{run} already holds a run: choose another folder with -o, continue it with --resume auto, "
+            f"{run} already holds a run: choose another folder with -o, resume it with --resume auto, "
             "or delete it with --resume never --overwrite"
         )
     if differences := differing_keys(load_recorded_recipe(run / RECIPE_FILE), recipe):
         shown = ", ".join(differences[:_SHOWN_DIFFERENCES]) + (", ..." if differences[_SHOWN_DIFFERENCES:] else "")
         raise UsageError(
-            f"{run} holds a run of another recipe, which differs in {shown}: choose another folder with -o, "
+            f"{run} holds a run of another recipe; these keys differ: {shown}. Choose another folder with -o, "
             "or delete that run with --resume never --overwrite"
         )
     return load_state(run)
 
 
 def start_run(run: Path, recipe: Recipe) -> None:
-    """Removes what an earlier run left in the folder and writes the recipe as resolved.
+    """Delete what an earlier run left in the folder and write the recipe as resolved.
 
     Raises:
         CheckpointError: the folder cannot be written.
     """
-    # The recipe goes first: a folder without one is no run, should this be interrupted.
+    # The recipe is deleted first: if this is interrupted, a folder without one is not a run.
     for name in (RECIPE_FILE, STATE_FOLDER, TENSORBOARD_FOLDER, LAST_FOLDER, BEST_FOLDER, METRICS_FILE):
         path = run / name
         if path.is_dir():
@@ -143,13 +144,13 @@ def start_run(run: Path, recipe: Recipe) -> None:
 
 
 def differing_keys(one: Recipe, other: Recipe) -> list[str]:
-    """Dotted paths of the keys in which two recipes differ, sorted."""
+    """Return the dotted paths of the keys in which two recipes differ, sorted."""
     first, second = (dict(_flatten(recipe.model_dump(mode="json"))) for recipe in (one, other))
     return sorted(key for key in {*first, *second} if first.get(key, ...) != second.get(key, ...))
 
 
 def check_finite(model: nn.Module, step: int) -> None:
-    """Makes sure that no weight is NaN or infinite, so that a state on disk is always one to go on from.
+    """Check that no weight is NaN or infinite, so that training can resume from every saved state.
 
     Raises:
         TrainingError: a weight is not finite.

@@ -1,4 +1,4 @@
-"""Stopping a run in an orderly way: a signal is only noted, and the loop stops once its step is done."""
+"""Orderly interruption of a run: a signal sets a flag, and the loop stops after the current step."""
 
 from __future__ import annotations
 
@@ -10,36 +10,36 @@ from qadtr_brevitas.core.errors import TrainingError
 
 
 class Interrupted(TrainingError):
-    """Training was stopped by Ctrl-C or a signal, after its state was saved."""
+    """Training was interrupted by Ctrl-C or SIGTERM, after its state was saved."""
 
 
 class StopRequest:
-    """Notes the first Ctrl-C or SIGTERM inside its `with` block; a second one of its kind stops at once.
+    """Records the first Ctrl-C or SIGTERM inside its `with` block; a second one of its kind ends the program at once.
 
     Attributes:
-        asked: somebody wants this process to stop.
+        requested: whether a signal has arrived.
     """
 
     def __init__(self) -> None:
-        self.asked = False
-        self._before: dict[int, Any] = {}
+        self.requested = False
+        self._previous_handlers: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
         try:
             for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._note)
+                self._previous_handlers[number] = signal.signal(number, self._record)
         except ValueError:
-            # Only the main thread may catch signals; elsewhere they end the program as always.
-            self._before.clear()
+            # Only the main thread may catch signals; in other threads they end the program as usual.
+            self._previous_handlers.clear()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
-        # Only this one: torchrun answers a Ctrl-C with a SIGTERM, too.
-        signal.signal(number, self._before[number])
+    def _record(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
+        # Only this signal's handler is restored: torchrun answers a Ctrl-C with a SIGTERM.
+        signal.signal(number, self._previous_handlers[number])

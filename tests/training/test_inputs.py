@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from qadtr_brevitas.data.split import Split
-from qadtr_brevitas.training.inputs import Inputs, NormBatches
+from qadtr_brevitas.training.inputs import NormBatches, TrainingInputs
 from tests.training.support import make_recipe
 
 CPU = torch.device("cpu")
@@ -15,8 +15,8 @@ def make_split() -> Split:
     return split
 
 
-def inputs(rank: int = 0, processes: int = 1, **keys: Any) -> Inputs:
-    return Inputs(make_recipe(**keys), make_split(), rank, processes, CPU)
+def inputs(rank: int = 0, processes: int = 1, **keys: Any) -> TrainingInputs:
+    return TrainingInputs(make_recipe(**keys), make_split(), rank, processes, CPU)
 
 
 def test_an_epoch_visits_every_image_once() -> None:

@@ -18,11 +18,13 @@ from qadtr_brevitas.core.errors import TrainingError, UsageError
 from qadtr_brevitas.core.precision import Precision
 from qadtr_brevitas.pipeline.checkpoint import load_model
 from qadtr_brevitas.quant import at_precision, quantizer_parameters
+from qadtr_brevitas.training import loop, objectives
 from qadtr_brevitas.training.gir import GirOptimizer
+from qadtr_brevitas.training.inputs import attack_autocast
 from qadtr_brevitas.training.log import EpochRecord
-from qadtr_brevitas.training.loop import _Trainer, train
-from qadtr_brevitas.training.loop import loop as train_module
-from qadtr_brevitas.training.setup import average_norm_statistics, make_optimizer, own_memory
+from qadtr_brevitas.training.loop import train
+from qadtr_brevitas.training.processes import average_norm_statistics, memory_of_rank
+from qadtr_brevitas.training.setup import make_optimizer
 from qadtr_brevitas.training.state import load_state
 from tests.training.support import Recorder, make_recipe, weights
 
@@ -66,12 +68,12 @@ def test_records_say_what_each_step_did(tmp_path: Path) -> None:
     before, after = recorder.steps[:6], recorder.steps[6:]
     # The float phase is plain training; A-QAPA attacks half of each batch after it.
     assert {record.precision for record in before} == {"32"}
-    assert all(record.adversarial_accuracy is None and record.gir_cosine is None for record in before)
+    assert all("adversarial_accuracy" not in record.metrics and "gir_cosine" not in record.metrics for record in before)
     assert {record.precision for record in after} == {"32", "4", "2"}
-    assert all(record.adversarial_accuracy is not None for record in after)
-    perturbed = [record for record in after if record.gir_cosine is not None]
+    assert all("adversarial_accuracy" in record.metrics for record in after)
+    perturbed = [record for record in after if "gir_cosine" in record.metrics]
     assert perturbed
-    assert all(record.precision != "32" and record.gir_cosine < 1 for record in perturbed)
+    assert all(record.precision != "32" and record.metrics["gir_cosine"] < 1 for record in perturbed)
     assert len(perturbed) < len([record for record in after if record.precision != "32"])
     assert all(math.isfinite(record.loss) and record.images_per_s > 0 for record in recorder.steps)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -98,7 +100,7 @@ def test_best_is_chosen_on_held_out_training_images(tmp_path: Path) -> None:
     assert [record.best for record in recorder.epochs] == [m > max(means[:i], default=-1) for i, m in enumerate(means)]
     state = load_state(tmp_path)
     assert state is not None
-    assert state.state.best == max(means)
+    assert state.counters.best == max(means)
     best, _ = load_model(tmp_path / "best")
     last, _ = load_model(tmp_path / "last")
     equal = all(torch.equal(a, b) for a, b in zip(best.parameters(), last.parameters(), strict=True))
@@ -126,15 +128,17 @@ def test_weights_of_other_classes_are_told(tmp_path: Path) -> None:
     plain = make_recipe(**SHORT)
     assert not observe(plain, tmp_path / "plain").messages
     pretrained = plain.model_copy(update={"model": plain.model.model_copy(update={"pretrained": True})})
-    told = observe(pretrained, tmp_path / "pretrained").messages
-    assert told == ["the classifier begins anew: for 3 classes, the weights are for 1000"]
+    messages = observe(pretrained, tmp_path / "pretrained").messages
+    (message,) = messages
+    assert "3 classes" in message
+    assert "1000" in message
 
 
 def test_sandwich_trains_three_precisions_a_step(tmp_path: Path) -> None:
     precision = {"schedule": "sandwich", "choices": [32, 4, 2]}
     recorder = observe(make_recipe(**{**SHORT, "gradient": "gir"}, precision=precision), tmp_path)
     assert {record.precision for record in recorder.steps} == {"32+4+2"}
-    assert any(record.gir_cosine is not None for record in recorder.steps)
+    assert any("gir_cosine" in record.metrics for record in recorder.steps)
 
 
 @pytest.mark.parametrize(
@@ -160,13 +164,13 @@ def test_options_change_the_outcome(tmp_path: Path, keys: dict[str, Any]) -> Non
 def test_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    healthy, calls = train_module.cross_entropy, []
+    healthy, calls = objectives.cross_entropy, []
 
     def poisoned(*args: Any, **keys: Any) -> torch.Tensor:
         calls.append(1)
         return healthy(*args, **keys) * (math.nan if len(calls) == 7 else 1)
 
-    monkeypatch.setattr(train_module, "cross_entropy", poisoned)
+    monkeypatch.setattr(objectives, "cross_entropy", poisoned)
     with pytest.raises(TrainingError) as error:
         train(make_recipe(**{**SHORT, "epochs": 2, "checkpoint_every": 4}), tmp_path, device="cpu")
     message = str(error.value)
@@ -175,7 +179,7 @@ def test_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(
     assert "Try a lower train.optimizer.lr, or train.clip_grad_norm=1" in message
     saved = load_state(tmp_path)
     assert saved is not None
-    assert saved.state.step == 6
+    assert saved.counters.step == 6
     assert all(value.isfinite().all() for value in saved.model.values())
 
 
@@ -184,18 +188,18 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path) -> None:
         def on_step(self, record: Any) -> None:
             if record.step == 3:
                 with torch.no_grad():
-                    train_module_model[0].fill_(math.inf)
+                    biases[0].fill_(math.inf)
 
-    train_module_model: list[torch.Tensor] = []
-    build = train_module.build_switchable
+    biases: list[torch.Tensor] = []
+    build = loop.build_switchable
 
     def spy(*args: Any) -> Any:
         built = build(*args)
-        train_module_model.append(built[0].net.linear.bias)
+        biases.append(built[0].net.linear.bias)
         return built
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_module, "build_switchable", spy)
+        patch.setattr(loop, "build_switchable", spy)
         with pytest.raises(TrainingError, match=r"step 3 the weights net\.linear\.bias are not finite; the last good"):
             train(make_recipe(**{**SHORT, "checkpoint_every": 3}), tmp_path, device="cpu", observer=Poison())
     assert load_state(tmp_path) is None
@@ -223,7 +227,7 @@ def test_recipes_that_cannot_be_trained_are_refused(tmp_path: Path, keys: dict[s
 def test_thresholds_norms_and_biases_have_no_weight_decay(tmp_path: Path) -> None:
     recipe = make_recipe(optimizer={"lr": 0.05, "weight_decay": 0.1, "threshold_lr_scale": 0.5})
     data = recipe.data.dataset.load("train")
-    model, _ = train_module.build_switchable(recipe, data)
+    model, _ = loop.build_switchable(recipe, data)
     optimizer = make_optimizer(model, recipe.train.optimizer)
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     assert len(decay) == len(list(model.parameters()))
@@ -267,11 +271,12 @@ def test_attack_sees_the_model_in_eval_mode_at_the_steps_precision(
 def test_attacks_are_made_in_bfloat16_and_not_in_float16(amp: str, enabled: bool) -> None:
     # Only GPUs have float16, so there is no run of it here.
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": None}[amp]
-    trainer = SimpleNamespace(
-        recipe=make_recipe(amp=amp),
-        accelerator=SimpleNamespace(autocast=lambda: torch.autocast("cpu", dtype) if dtype else nullcontext()),
+    accelerator = SimpleNamespace(
+        mixed_precision=amp,
+        device=torch.device("cpu"),
+        autocast=lambda: torch.autocast("cpu", dtype) if dtype else nullcontext(),
     )
-    with _Trainer._attack_precision(trainer):
+    with accelerator.autocast(), attack_autocast(accelerator):
         assert torch.is_autocast_enabled("cpu") is enabled
 
 
@@ -293,7 +298,7 @@ RANKS = """
 import sys, torch
 torch.set_num_threads(1)
 from tests.training.support import Recorder, make_recipe
-from qadtr_brevitas.training.loop import loop as t
+from qadtr_brevitas.training import loop as t
 models, build = [], t.build_switchable
 t.build_switchable = lambda *a: (lambda built: models.append(built[0]) or built)(build(*a))
 keys = dict(epochs=3, float_epochs=1, norm_batches=0, regularizers=["distillation"], checkpoint_every=1000)
@@ -331,7 +336,7 @@ def test_the_patches_that_each_process_keeps_are_saved(two_processes: Path) -> N
     # Each has images of its own, so patches too.
     assert not torch.equal(memory["textures"][0], memory["textures"][1])
     for rank in (0, 1):
-        own = own_memory(memory, rank, torch.device("cpu"))
+        own = memory_of_rank(memory, rank, torch.device("cpu"))
         assert torch.equal(own["textures"], memory["textures"][rank])
 
 

@@ -115,7 +115,7 @@ def test_finished_run_does_nothing(whole: Path) -> None:
     before = (whole / "last" / "model.safetensors").stat().st_mtime_ns
     recorder = Recorder()
     train(make_recipe(), whole, device="cpu", observer=recorder)
-    assert "is finished: nothing to do" in recorder.messages[0]
+    assert "is finished, there is nothing to do" in recorder.messages[0]
     assert not recorder.steps
     assert (whole / "last" / "model.safetensors").stat().st_mtime_ns == before
 
@@ -139,14 +139,12 @@ def test_run_that_kept_nothing_does_not_stand_in_the_way(whole: Path, tmp_path: 
 
 
 def test_other_recipe_is_refused_and_keys_are_named(whole: Path) -> None:
-    with pytest.raises(
-        UsageError, match=r"another recipe, which differs in train\.epochs, train\.optimizer\.lr: choose"
-    ):
+    with pytest.raises(UsageError, match=r"another recipe.*train\.epochs, train\.optimizer\.lr\. Choose"):
         train(make_recipe(epochs=4, optimizer={"lr": 0.1}), whole, device="cpu")
 
 
 def test_never_refuses_a_run_unless_overwriting(whole: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="already holds a run: choose another folder with -o"):
+    with pytest.raises(UsageError, match=r"already holds a run.*-o"):
         train(make_recipe(), whole, resume="never", device="cpu")
     quick = {"epochs": 1, "float_epochs": 0, "norm_batches": 0, "attack": None, "scheduler": {"warmup_epochs": 0}}
     train(make_recipe(**quick, val_share=0.2), tmp_path, device="cpu")
@@ -158,14 +156,14 @@ def test_never_refuses_a_run_unless_overwriting(whole: Path, tmp_path: Path) -> 
 
 def test_file_in_place_of_the_run_is_refused(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("mine")
-    with pytest.raises(UsageError, match="is a file; choose another folder with -o"):
+    with pytest.raises(UsageError, match=r"is a file.*-o"):
         train(make_recipe(), tmp_path / "run", device="cpu")
 
 
 def test_a_model_in_place_of_the_run_is_refused(whole: Path, tmp_path: Path) -> None:
     model = shutil.copytree(whole / "last", tmp_path / "model")
     for overwrite in (False, True):
-        with pytest.raises(UsageError, match="holds a model that no run wrote: choose another folder with -o"):
+        with pytest.raises(UsageError, match=r"model directory.*-o"):
             train(make_recipe(), model, resume="never" if overwrite else "auto", overwrite=overwrite, device="cpu")
     assert not (model / "recipe.yaml").exists()
 
@@ -197,7 +195,7 @@ def test_pickled_code_in_a_state_is_not_run(tmp_path: Path) -> None:
 def test_other_version_of_state_is_refused(tmp_path: Path) -> None:
     (tmp_path / "state").mkdir()
     torch.save({"version": 99}, tmp_path / "state" / "training.pt")
-    with pytest.raises(CheckpointError, match="has version 99, this release reads 1"):
+    with pytest.raises(CheckpointError, match=r"version 99.*version 1"):
         load_state(tmp_path)
 
 
@@ -205,7 +203,7 @@ def test_interrupt_saves_and_says_how_to_go_on(whole: Path, tmp_path: Path) -> N
     assert threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGINT)
     stopper = StopAt(9, lambda: os.kill(os.getpid(), signal.SIGINT))
-    with pytest.raises(Interrupted, match=r"stopped after step 10; the state is saved in .*: the same command goes on"):
+    with pytest.raises(Interrupted, match=r"after step 10 .*state saved in .*same command"):
         train(make_recipe(), tmp_path, device="cpu", observer=stopper)
     assert signal.getsignal(signal.SIGINT) is handler
     recorder = Recorder()
@@ -231,7 +229,7 @@ def test_full_disk_keeps_the_last_state(whole: Path, tmp_path: Path, monkeypatch
     assert [path.name for path in (tmp_path / "state").iterdir()] == ["training.pt"]
     saved = load_state(tmp_path)
     assert saved is not None
-    assert saved.state.step == 8
+    assert saved.counters.step == 8
     train(make_recipe(), tmp_path, device="cpu")
     assert same_weights(whole, tmp_path)
 

@@ -1,0 +1,150 @@
+"""The processes of a run: how they start, what they have to agree on, and how they average losses and statistics."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import Tensor, nn
+
+from qadtr_brevitas.attacks.base import Memory
+from qadtr_brevitas.config import TrainSection
+from qadtr_brevitas.core.device import resolve_device
+from qadtr_brevitas.core.errors import PluginError, UsageError
+from qadtr_brevitas.training.objectives import Objective
+from qadtr_brevitas.training.step import TrainingStep
+
+_RUNNING_STATISTICS = ("running_mean", "running_var")
+
+
+@contextmanager
+def started_processes(train: TrainSection, device: str) -> Generator[Accelerator]:
+    """Join the processes that torchrun started, or run alone, with device and mixed precision set up.
+
+    Raises:
+        UsageError: there is no such device, one GPU is named for several processes, fp16 is wanted off a GPU, or the
+            batch cannot be shared equally.
+    """
+    joined = torch.distributed.is_available() and torch.distributed.is_initialized()
+    accelerator = _start_processes(train, device)
+    try:
+        yield accelerator
+    finally:
+        # The caller ends a process group that the caller made.
+        if not joined:
+            accelerator.end_training()
+
+
+def _start_processes(train: TrainSection, device: str) -> Accelerator:
+    if ":" in device and "LOCAL_RANK" in os.environ:
+        raise UsageError(f"device {device!r} is a single GPU, but torchrun gives each process its own: use cuda")
+    wanted = resolve_device(device)
+    if train.amp == "fp16" and wanted.type == "cpu":
+        raise UsageError("train.amp=fp16 needs a GPU: give train.amp=bf16 or train.amp=no")
+    if wanted.type == "cuda" and device != "auto":
+        torch.cuda.set_device(wanted)
+    # Accelerate keeps the first device and mixed precision of a process for good; another run of it may want others.
+    AcceleratorState._reset_state(reset_partial_state=True)  # pyright: ignore[reportPrivateUsage]
+    accelerator = Accelerator(cpu=wanted.type == "cpu", mixed_precision=train.amp)
+    if train.batch_size % accelerator.num_processes:
+        raise UsageError(
+            f"train.batch_size={train.batch_size} cannot be shared equally by {accelerator.num_processes} processes: "
+            "give a multiple of their number"
+        )
+    return accelerator
+
+
+def check_agreement(run: Path, found: tuple[int, bool, bool], accelerator: Accelerator) -> None:
+    """Check that every process found the same state in the run directory; call it in all of them.
+
+    Args:
+        run: the directory.
+        found: the step of the saved state or -1, whether the run is finished, and whether its model is there.
+        accelerator: of this process.
+
+    Raises:
+        UsageError: they found different states, and would train different models.
+    """
+    own = torch.tensor([found], dtype=torch.int64, device=accelerator.device)
+    everywhere = cast(Tensor, accelerator.gather(own))
+    if (everywhere != everywhere[0]).any():
+        steps = ", ".join("none" if step < 0 else str(step) for step in everywhere[:, 0].tolist())
+        raise UsageError(
+            f"the processes find different states in {run} (steps: {steps}): use a directory on a disk they share"
+        )
+
+
+class LossForward(nn.Module):
+    """Computes an objective in its forward pass.
+
+    DistributedDataParallel averages the gradients of one forward pass of the module it wraps. Wrapping the whole
+    objective, and not the model, lets an objective run the model several times, at several precisions.
+
+    Attributes:
+        metrics: those of the last forward pass, detached.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.metrics: Mapping[str, float | Tensor] = {}
+
+    def forward(self, objective: Objective, step: TrainingStep) -> Tensor:
+        """Return the loss of an objective, 0-dim.
+
+        Raises:
+            PluginError: the loss is not 0-dim or has no gradient.
+        """
+        result = objective.compute(step)
+        if result.loss.ndim or not result.loss.requires_grad:
+            raise PluginError(
+                f"objective {type(objective).__name__} returned a loss of shape {tuple(result.loss.shape)} with "
+                f"requires_grad={result.loss.requires_grad}: it must be 0-dim and computed from the model's outputs"
+            )
+        # A metric with a graph would count as a result that a backward pass follows.
+        self.metrics = {k: v.detach() if isinstance(v, Tensor) else v for k, v in result.metrics.items()}
+        return result.loss
+
+
+def replicate(forward: LossForward, accelerator: Accelerator) -> nn.Module:
+    """Return a module that computes the same loss and averages the gradients over the processes, if there are several.
+
+    Not `accelerator.prepare`, which would patch autocast into the forward pass for good.
+    """
+    if accelerator.num_processes == 1:
+        return forward
+    # A step at one precision leaves the thresholds of the others without a gradient. Norm statistics are averaged by
+    # `average_norm_statistics`; DistributedDataParallel would copy those of rank 0.
+    return nn.parallel.DistributedDataParallel(
+        forward,
+        device_ids=None if accelerator.device.type == "cpu" else [accelerator.device],
+        find_unused_parameters=True,
+        forward_sync_buffers=False,
+    )
+
+
+def average_norm_statistics(model: nn.Module, accelerator: Accelerator) -> None:
+    """Average the running norm statistics over all processes, in place, so that replicas stay equal."""
+    buffers = [buffer for name, buffer in model.named_buffers() if name.rpartition(".")[2] in _RUNNING_STATISTICS]
+    # Networks with LayerNorm have none.
+    if accelerator.num_processes == 1 or not buffers:
+        return
+    flat: Any = accelerator.reduce(torch.cat([buffer.flatten() for buffer in buffers]), "mean")
+    for buffer, part in zip(buffers, flat.split([buffer.numel() for buffer in buffers]), strict=True):
+        buffer.copy_(part.view_as(buffer))
+
+
+def gather_memory(memory: Memory, accelerator: Accelerator) -> Memory:
+    """Return what the attack keeps in each process, (processes, ...); call it in all of them."""
+    return {name: cast(Tensor, accelerator.gather(kept[None])) for name, kept in memory.items()}
+
+
+def memory_of_rank(gathered: Memory, rank: int, device: torch.device) -> Memory:
+    """Return one process's part of `gather_memory`; with more processes than then, some start with the same."""
+    return {name: kept[rank % len(kept)].to(device) for name, kept in gathered.items()}
