@@ -3,30 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import reduce
 from typing import Annotated, Literal, TypeVar
 
 import torch
 from pydantic import model_validator
 from torch import Tensor
 
-from qadtr_brevitas.attacks.base import Memory, Model, TrainingAttack
+from qadtr_brevitas.attacks.base import IterativeAttack, Memory, Model, RememberingAttack, TargetedAttack
+from qadtr_brevitas.attacks.descent import OptimizerSteps, Variable, descend
 from qadtr_brevitas.attacks.fake_quantize import fake_quantize
-from qadtr_brevitas.attacks.geometry import shape_mask
 from qadtr_brevitas.attacks.patch_pool import PatchedBatch, pool_patches
-from qadtr_brevitas.attacks.per_image import Aim, Attempt
+from qadtr_brevitas.attacks.per_image import search_patches
+from qadtr_brevitas.attacks.results import AttackGoal, AttackResult
+from qadtr_brevitas.attacks.shapes import shape_mask
 from qadtr_brevitas.attacks.starts import shrunk
 from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.core.plugin import Field, plugin
 from qadtr_brevitas.core.precision import DEFAULT_BITS, FLOAT_BITS, MAX_BITS, MIN_BITS, Precision
 
-_SHARES = (6 / 32, 8 / 32, 10 / 32)
+_SIDES = (6 / 32, 8 / 32, 10 / 32)
+"""Default sides of the patches, as shares of the image's side."""
 
 Choice = TypeVar("Choice")
 Bits = Annotated[int, Field(ge=MIN_BITS, le=MAX_BITS)] | Literal[32]
 
 
 @plugin
-class AQapa(TrainingAttack):
+class AQapa(RememberingAttack, TargetedAttack, IterativeAttack):
     """Adaptive quantization-aware patches (QADT-R, eq. 1): x_adv = Q_b(x) (1 - M) + Q_b(p) M.
 
     A fresh patch per image, at a place of its own, is optimized by sign steps inside the network at its current
@@ -45,15 +50,16 @@ class AQapa(TrainingAttack):
     - Steps, sizes, shapes, attacked share and target in training are not given. As in PBAT (Rao et al. 2020) half of
       each batch is attacked, with steps of 0.1 against the true class; 5 of its 25 steps, because 8x8 patches
       on a float CIFAR ResNet-20 then already leave about 22 % accuracy (10 steps 13 %, noise 80 %).
-      `targeted=true` goes towards a random other class instead, `target` towards a given one.
-    - One patch p, or one for each image: the equation does not say. Default: one for each image. `universal=0.5` gives
-      half of the attacked images universal patches (`pool_patches.py`), which a few steps for each image by itself
-      never come near: LAVAN does a third less to a network trained so, at the same cost (docs/results.md).
+      `targeted=true` aims at a random other class of each image instead, `target` at a given one.
+    - The equation does not say whether there is one patch p, or one for each image. Default: one for each image.
+      `universal=0.5` gives half of the attacked images universal patches (`patch_pool.py`), which a few steps for each
+      image by itself never come near: LAVAN does a third less to a network trained so, at the same cost
+      (docs/results.md).
 
-    As an attack to evaluate with, it needs `quantize_image=false`, or what the rounding of the image breaks would count
-    as broken by patches, and what training does not pay for: `keep_best=true` (one more forward pass)
-    returns the best iterate of every image instead of the last, over `restarts` that each draw size, shape and places
-    anew; `patch_bits=8` keeps patches on the grid of 8-bit images; more and smaller steps, as `steps=50
+    To evaluate with it, give `quantize_image=false`: what the rounding of the image breaks would else count as broken
+    by patches. Give also what training does not pay for: `keep_best=true` (one more forward pass), which returns the
+    best iterate of every image instead of the last, over `restarts` that each draw size, shape and places anew;
+    `patch_bits=8`, which keeps patches on the grid of 8-bit images; and more and smaller steps, as `steps=50
     step_size=0.05`.
     """
 
@@ -75,40 +81,43 @@ class AQapa(TrainingAttack):
     noise: Annotated[float, Field(ge=0, le=0.1, description="relative error of the quantizers' steps, std")] = 0.0
     init: Annotated[
         Literal["uniform", "image", "mixed"],
-        Field(description="patches at the start: noise, other images of the batch made as small, or either by chance"),
+        Field(description="patches at the start: noise, other images of the batch, shrunk, or either at random"),
     ] = "uniform"
     universal: Annotated[
         float,
         Field(ge=0, le=1, description="share of the attacked images under universal patches, kept over the training"),
     ] = 0.0
     targeted: Annotated[bool, Field(description="aim at a random other class instead of any")] = False
-    target: Annotated[int | None, Field(ge=0, description="class to be seen instead; null: see targeted")] = None
+    target: Annotated[int | None, Field(ge=0, description="class to be predicted instead; null: see targeted")] = None
     keep_best: Annotated[bool, Field(description="return every image's best iterate instead of the last")] = False
     restarts: Annotated[int, Field(ge=1, description="independent runs, of which the best is kept")] = 1
 
     @model_validator(mode="after")
     def _one_aim(self) -> AQapa:
         if self.targeted and self.target is not None:
-            raise ValueError("targeted draws a class, target gives one: give only one of them")
+            raise ValueError("targeted draws the target class and target fixes it: give only one of them")
         if self.universal and (self.keep_best or self.targeted or self.target is not None):
-            raise ValueError("universal patches have targets of their own and keep no best: leave these fields out")
+            raise ValueError(
+                "universal patches have targets of their own and cannot keep the best iterate: leave out target, "
+                "targeted and keep_best, or give universal=0"
+            )
         if self.restarts > 1 and not self.keep_best:
-            raise ValueError("of several restarts the best is kept: give keep_best=true with them")
+            raise ValueError(f"restarts={self.restarts} needs keep_best=true: the best of the restarts is returned")
         return self
 
     @property
     def remembers(self) -> bool:
-        """Whether a training has to keep patches for it from step to step."""
+        """Whether training has to keep universal patches from step to step."""
         return self.universal > 0
 
     @property
     def not_scored(self) -> str | None:
-        """Why no evaluation can score what it makes; None where one can."""
+        """Why an evaluation cannot score these images; None if it can."""
         if not self.quantize_image:
             return None
         return (
-            "a-qapa rounds the whole image to the network's bits (quantize_image), and what that breaks would count as "
-            "broken by patches: give quantize_image: false, as in --attack '{name: a-qapa, quantize_image: false}'"
+            "a-qapa rounds the whole image to the network's bits (quantize_image), so images that the rounding breaks "
+            "would count as broken by patches: give --attack '{name: a-qapa, quantize_image: false}'"
         )
 
     def run(
@@ -121,41 +130,41 @@ class AQapa(TrainingAttack):
         precision: Precision | None = None,
         memory: Memory | None = None,
     ) -> Tensor:
-        """Patched images of every image given. The model's parameters get no gradients.
+        """Return patched versions of all images. The model's parameters receive no gradients.
 
         Args:
             model: in evaluation mode, at `precision`.
             images: (N, 3, H, W) in [0, 1].
-            labels: (N,).
+            labels: (N,), the true classes.
             generator: draws sizes, shapes, places, bit-widths and starts.
-            precision: what the model runs at; None means not quantized.
-            memory: of the training, for universal patches; is changed.
+            precision: precision the model runs at; None means not quantized.
+            memory: keeps universal patches over the training; changed in place.
 
         Returns:
             (N, 3, H, W) in [0, 1]; outside the masks equal to the images, quantized if `quantize_image`.
 
         Raises:
-            UsageError: a size larger than the images, the model has no class `target`, or there is no memory to keep
-                universal patches in.
+            UsageError: a size is larger than the images, the model has no class `target`, or `universal` is not 0 and
+                there is no memory.
         """
         if self.universal and memory is None:
             raise UsageError(
-                f"a-qapa universal={self.universal:g} keeps patches over a training, and outside of one has none: "
-                "give universal=0, or attack with lavan, which makes universal patches"
+                f"a-qapa universal={self.universal:g} works only in training, which keeps its patches: "
+                "give universal=0, or make universal patches with lavan"
             )
         count = round(len(images) * self.universal)
         if memory is None or count == 0:
-            return self._fresh(model, images, labels, generator=generator, precision=precision)
+            return self._patch_each(model, images, labels, generator=generator, precision=precision)
 
         batch = self._batch(images[:count], generator, precision)
         side = max(self._sides(images))
-        kept = pool_patches(batch, model, labels[:count], memory, side=side, steps=self.steps, generator=generator)
+        pooled = pool_patches(batch, model, labels[:count], memory, side=side, steps=self.steps, generator=generator)
         if count == len(images):
-            return kept
-        rest = self._fresh(model, images[count:], labels[count:], generator=generator, precision=precision)
-        return torch.cat([kept, rest])
+            return pooled
+        rest = self._patch_each(model, images[count:], labels[count:], generator=generator, precision=precision)
+        return torch.cat([pooled, rest])
 
-    def _fresh(
+    def _patch_each(
         self,
         model: Model,
         images: Tensor,
@@ -164,29 +173,48 @@ class AQapa(TrainingAttack):
         generator: torch.Generator,
         precision: Precision | None,
     ) -> Tensor:
-        """Images, each under a patch of its own."""
-        best: Attempt | None = None
-        for _ in range(self.restarts):
-            batch = self._batch(images, generator, precision)
-            corners = batch.corners(generator)
-            shifts = _draw(len(images), like=images, generator=generator) if self.targeted else None
-            patches = self._starts(images, batch.size, generator)
-            for _ in range(self.steps):
-                patches.requires_grad_()
-                attempt = self._attempt(model, batch.put(patches, corners), labels, shifts)
-                (gradient,) = torch.autograd.grad(attempt.losses.sum(), patches)
-                patches = (patches.detach() - self.step_size * gradient.sign()).clamp_(0, 1)
-                if self.keep_best:
-                    best = attempt.detach().better_of(best)
-            if not self.keep_best:
-                return batch.put(patches, corners)
-            with torch.no_grad():
-                best = self._attempt(model, batch.put(patches, corners), labels, shifts).better_of(best)
-        assert best is not None
-        return best.images
+        """Return the images, each under a patch of its own."""
+        rule = OptimizerSteps(steps=self.steps, step_rule="sign", lr=self.step_size)
+
+        def start() -> _Start:
+            return self._start(model, images, labels, generator=generator, precision=precision)
+
+        if self.keep_best:
+            starts = (start() for _ in range(self.restarts))
+            results = (search_patches(s.assess, s.patches, s.corners, rule=rule, steps=self.steps) for s in starts)
+            # Of equal results the later one is kept, as within a search.
+            return reduce(lambda best, result: result.or_better(best), results).images
+        only = start()
+        # No forward pass over the last patches: in training each one counts.
+        (patches,) = descend([Variable(only.patches, rule)], only.losses, steps=self.steps)
+        return only.batch.with_patches(patches, only.corners)
+
+    def _start(
+        self,
+        model: Model,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        generator: torch.Generator,
+        precision: Precision | None,
+    ) -> _Start:
+        """Draw everything that one run is about: size, shape, bit-width, places, target classes and textures."""
+        batch = self._batch(images, generator, precision)
+        corners = batch.draw_corners(generator)
+        shifts = _draw(len(images), like=images, generator=generator) if self.targeted else None
+        patches = self._starts(images, batch.patch_size, generator)
+        return _Start(
+            model=model,
+            batch=batch,
+            labels=labels,
+            target=self.target,
+            shifts=shifts,
+            corners=corners,
+            patches=patches,
+        )
 
     def _batch(self, images: Tensor, generator: torch.Generator, precision: Precision | None) -> PatchedBatch:
-        """The images, and a size, a shape and a bit-width for all patches on them."""
+        """Draw a size, a shape and a bit-width for all patches on the images."""
         side = _choose(self._sides(images), generator)
         mask = shape_mask(_choose(self.shapes, generator), side)
         bits = FLOAT_BITS if precision is None else precision.act
@@ -197,11 +225,15 @@ class AQapa(TrainingAttack):
         return PatchedBatch(images=images, background=background, mask=mask, bits=patch_bits, step_error=patch_error)
 
     def _sides(self, images: Tensor) -> tuple[int, ...]:
+        """Return the sides or diameters to draw from, in pixels."""
         side = min(images.shape[-2], images.shape[-1])
-        return self.sizes or tuple(max(1, round(share * side)) for share in _SHARES)
+        return self.sizes or tuple(max(1, round(share * side)) for share in _SIDES)
 
     def _starts(self, images: Tensor, size: tuple[int, int], generator: torch.Generator) -> Tensor:
-        """Patches (N, 3, h, w) to start from. No picture is chosen for its loss: that would cost passes."""
+        """Return patches (N, 3, h, w) to start from.
+
+        No picture is chosen for its loss, which would cost forward passes.
+        """
         count = len(images)
         noise = _draw(count, 3, *size, like=images, generator=generator)
         if self.init == "uniform":
@@ -211,29 +243,60 @@ class AQapa(TrainingAttack):
             return pictures
         return pictures.where(_draw(count, 1, 1, 1, like=images, generator=generator) < 0.5, noise)
 
-    def _attempt(self, model: Model, patched: Tensor, labels: Tensor, shifts: Tensor | None) -> Attempt:
-        """How patched images do."""
-        logits = model(patched)
-        if shifts is None:
-            return Aim.at(self.target, labels, loss="cross-entropy").attempt(patched, logits)
-        targets = _other_classes(labels, shifts, logits.shape[1])
-        return Aim(labels, targets, "cross-entropy").attempt(patched, logits)
-
     def _patch_bits(self, network_bits: int, generator: torch.Generator) -> int:
+        """Return the bit-width of the patches."""
         if self.patch_bits == "same":
             return network_bits
         return _choose(DEFAULT_BITS, generator) if self.patch_bits == "random" else self.patch_bits
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Start:
+    """The start of one run: images, patches and their places, and what the model is to predict.
+
+    Args:
+        model: the model under attack.
+        batch: the images, and what all patches on them have in common.
+        labels: (N,), the true classes.
+        target: class to be predicted; None for any wrong one, or if there are `shifts`.
+        shifts: (N,) in [0, 1), which draw a target class for each image; None if there is one for all, or none.
+        corners: (N, 2), the places of the patches.
+        patches: (N, 3, h, w) in [0, 1].
+    """
+
+    model: Model
+    batch: PatchedBatch
+    labels: Tensor
+    target: int | None
+    shifts: Tensor | None
+    corners: Tensor
+    patches: Tensor
+
+    def assess(self, patches: Tensor, corners: Tensor) -> AttackResult:
+        """Return how the images do with patches at corners."""
+        patched = self.batch.with_patches(patches, corners)
+        logits = self.model(patched)
+        if self.shifts is None:
+            goal = AttackGoal.of(self.target, self.labels, loss="cross-entropy")
+        else:
+            goal = AttackGoal(self.labels, _other_classes(self.labels, self.shifts, logits.shape[1]), "cross-entropy")
+        return goal.assess(patched, logits)
+
+    def losses(self, patches: Tensor) -> Tensor:
+        """Return the losses (N,) with patches at the places of the start."""
+        return self.assess(patches, self.corners).losses
+
+
 def _draw(*size: int, like: Tensor, generator: torch.Generator) -> Tensor:
-    """Uniform in [0, 1), on the device of `like`."""
+    """Draw uniform numbers in [0, 1), on the device of `like`."""
     return torch.rand(*size, generator=generator, device=generator.device).to(like.device)
 
 
 def _choose(choices: Sequence[Choice], generator: torch.Generator) -> Choice:
+    """Draw one of the choices."""
     return choices[int(torch.randint(len(choices), (), generator=generator, device=generator.device))]
 
 
 def _other_classes(labels: Tensor, shifts: Tensor, classes: int) -> Tensor:
-    """A class other than each label; `shifts` in [0, 1) say which."""
+    """Return a class other than each label; `shifts` in [0, 1) choose it."""
     return (labels + 1 + (shifts * (classes - 1)).long()) % classes

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import torch
 from torch import Tensor
 
-from qadtr_brevitas.attacks.base import ImageAttack, Model
+from qadtr_brevitas.attacks.base import Model, PixelAttack
 from qadtr_brevitas.attacks.library import InputGradientModel, seeded
 from qadtr_brevitas.attacks.pixel import Distance
 from qadtr_brevitas.core.errors import UsageError
@@ -19,13 +19,13 @@ _LEAST_CLASSES = {"standard": 4, "rand": 3}
 
 
 @plugin
-class AutoAttack(ImageAttack):
+class AutoAttack(PixelAttack):
     """AutoAttack (Croce & Hein 2020), untargeted, in the maximum norm.
 
     `standard` runs APGD on cross-entropy, targeted APGD and targeted FAB against 9 classes (fewer where the network
-    has fewer) and Square with 5,000 queries, each on the images that the ones before left. `rand`, for networks that
-    are random at inference, runs APGD on cross-entropy and DLR with 20 passes for each gradient.
-    Images that are classified wrongly, or withstand all of them, come back unchanged.
+    has fewer) and Square with 5,000 queries, each on the images that withstood the attacks before. `rand`, for networks
+    that are random at inference, runs APGD on cross-entropy and DLR with 20 passes for each gradient.
+    Images that are classified wrongly, or withstand all attacks, are returned unchanged.
     """
 
     eps: Distance = 0.03
@@ -42,37 +42,45 @@ class AutoAttack(ImageAttack):
         generator: torch.Generator,
         precision: Precision | None = None,
     ) -> Tensor:
-        """Images (N, 3, H, W) in [0, 1] at most `eps` away. What AutoAttack warns of goes to the log `auto-attack`.
+        """Return images (N, 3, H, W) in [0, 1] at most `eps` away.
+
+        Warnings of AutoAttack go to the logger `auto-attack`.
 
         Raises:
             UsageError: pyautoattack is not installed, or the model has too few classes for the attacks' losses.
         """
-        library = _library()
-        guarded = InputGradientModel(model)
+        library = _import_library()
+        input_only = InputGradientModel(model)
         with torch.no_grad():
-            classes = guarded(images[:1]).shape[1]
-        self._check(classes)
+            classes = input_only(images[:1]).shape[1]
+        self._check_classes(classes)
         with seeded(generator, images.device) as seed:
             attack = library.AutoAttack(
-                guarded, norm="Linf", eps=self.eps, version=self.version, device=images.device, seed=seed
+                input_only, norm="Linf", eps=self.eps, version=self.version, device=images.device, seed=seed
             )
             attack.apgd_targeted.n_target_classes = attack.fab.n_target_classes = min(_TARGETS, classes - 1)
             adversarial, _ = attack.run_standard_evaluation(images, labels, batch_size=len(images))
         return adversarial.detach()
 
-    def _check(self, classes: int) -> None:
+    def _check_classes(self, classes: int) -> None:
+        """Raise if the losses of these attacks need more classes than the model has."""
         if classes < _LEAST_CLASSES[self.version]:
             raise UsageError(
-                f"autoattack version={self.version} needs {_LEAST_CLASSES[self.version]} classes or more, the model "
-                f"has {classes}: use pgd with restarts"
+                f"autoattack version={self.version} needs {_LEAST_CLASSES[self.version]} classes or more, and the "
+                f"model has {classes}: use pgd with restarts"
             )
 
 
-def _library() -> Any:
+def _import_library() -> Any:
+    """Import pyautoattack.
+
+    Raises:
+        UsageError: it is not installed.
+    """
     try:
         import pyautoattack
     except ImportError:
         raise UsageError(
-            "autoattack needs a package that is not installed: pip install qadtr-brevitas[autoattack]"
+            "autoattack needs the package pyautoattack, which is not installed: pip install qadtr-brevitas[autoattack]"
         ) from None
     return pyautoattack

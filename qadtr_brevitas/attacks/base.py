@@ -1,10 +1,15 @@
-"""The contracts of attacks: what each kind of attack gets, returns and declares about itself."""
+"""The contracts of attacks: what each kind of attack gets, returns and declares about itself.
+
+`ImageAttack` and `PatchAttack` are the two kinds; an attack may be both. The other classes declare optional abilities:
+an attack that derives from one of them has the keys that the class names in `required_keys`.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import ClassVar, TypeAlias
+from dataclasses import replace
+from typing import Any, ClassVar, Self, TypeAlias
 
 import torch
 from torch import Tensor
@@ -23,8 +28,15 @@ Memory: TypeAlias = dict[str, Tensor]
 class Attack:
     """An attack plug-in: an `ImageAttack`, a `PatchAttack`, or both."""
 
+    required_keys: ClassVar[tuple[str, ...]] = ()
+    """Keys that a plug-in which derives from this class has to have as fields."""
+
     black_box: ClassVar[bool] = False
-    """Whether it sees nothing of the model but its outputs."""
+    """Whether the attack uses the model's outputs only, never its gradients."""
+
+    def with_settings(self, **settings: Any) -> Self:
+        """Return a copy of the attack with other values of some of its keys."""
+        return replace(self, **settings)  # pyright: ignore[reportArgumentType, reportUnknownVariableType]
 
 
 class ImageAttack(Attack, ABC):
@@ -45,30 +57,18 @@ class ImageAttack(Attack, ABC):
         generator: torch.Generator,
         precision: Precision | None = None,
     ) -> Tensor:
-        """Return adversarial versions of `images`.
+        """Return adversarial versions of images, which are not changed themselves.
 
         Args:
-            model: what is attacked. Its parameters receive no gradients.
+            model: the model under attack. Its parameters receive no gradients.
             images: (N, 3, H, W) in [0, 1].
             labels: (N,), the true classes.
             generator: source of all random draws.
-            precision: what the model runs at; None if it is not quantized or not known.
+            precision: precision the model runs at; None if it is not quantized or the precision is not known.
 
         Returns:
             (N, 3, H, W) in [0, 1].
         """
-
-
-class TrainingAttack(ImageAttack):
-    """An image attack that is cheap enough to run in every training step, on a share of each batch."""
-
-    share: float
-    """Share of each training batch that is attacked, in (0, 1]."""
-
-    @property
-    def remembers(self) -> bool:
-        """Whether `run` takes a `memory`, which training keeps from step to step and saves with the run."""
-        return False
 
 
 class PatchAttack(Attack, ABC):
@@ -77,6 +77,8 @@ class PatchAttack(Attack, ABC):
     @abstractmethod
     def mask(self, image_size: tuple[int, int]) -> Tensor:
         """Return the pixels that the patch covers, boolean (h, w), for images of (H, W) pixels.
+
+        The mask of a patch whose shape is searched may be another one; it covers no more pixels.
 
         Raises:
             UsageError: the patch does not fit on the images.
@@ -96,10 +98,80 @@ class PatchAttack(Attack, ABC):
         """Make a patch. The model's parameters receive no gradients.
 
         Args:
-            model: what is attacked.
+            model: the model under attack.
             images: (N, 3, H, W), uint8 or float in [0, 1], on the model's device.
             labels: (N,), the true classes.
             held_out: images and labels on which the best patch is chosen; not those it is scored on.
             seed: the same seed gives the same patch.
             progress: called after every step.
+        """
+
+
+class TargetedAttack(Attack):
+    """An attack that can aim at a class."""
+
+    required_keys: ClassVar[tuple[str, ...]] = ("target",)
+
+    target: int | None
+    """The class that the model is to predict; None if any wrong class counts."""
+
+
+class IterativeAttack(Attack):
+    """An attack whose cost is a number of gradient steps."""
+
+    required_keys: ClassVar[tuple[str, ...]] = ("steps",)
+
+    steps: int
+    """Gradient steps of one run."""
+
+
+class PixelAttack(ImageAttack):
+    """An image attack that may change every pixel, each value by a small distance."""
+
+    required_keys: ClassVar[tuple[str, ...]] = ("eps",)
+
+    eps: float
+    """Largest change of a value, for values in [0, 1]."""
+
+
+class TrainingAttack(ImageAttack):
+    """An image attack that is cheap enough to run in every training step, on a share of each batch."""
+
+    required_keys: ClassVar[tuple[str, ...]] = ("share",)
+
+    share: float
+    """Share of each training batch that is attacked, in (0, 1]."""
+
+
+class RememberingAttack(TrainingAttack):
+    """A training attack that can keep tensors from one step to the next."""
+
+    @property
+    @abstractmethod
+    def remembers(self) -> bool:
+        """Whether these settings need the memory."""
+
+    @abstractmethod
+    def run(
+        self,
+        model: Model,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        generator: torch.Generator,
+        precision: Precision | None = None,
+        memory: Memory | None = None,
+    ) -> Tensor:
+        """Return adversarial versions of images, as `ImageAttack.run` does.
+
+        Args:
+            model: the model under attack. Its parameters receive no gradients.
+            images: (N, 3, H, W) in [0, 1].
+            labels: (N,), the true classes.
+            generator: source of all random draws.
+            precision: precision the model runs at; None if it is not quantized or the precision is not known.
+            memory: tensors that training keeps from step to step and saves with the run; changed in place.
+
+        Returns:
+            (N, 3, H, W) in [0, 1].
         """

@@ -10,14 +10,14 @@ from torch import Tensor
 from qadtr_brevitas.core.precision import FLOAT_BITS
 
 PATCH_FILE_BITS = 8
-"""Patches live on the grid of 8-bit images: they are quantized before they are scored, not when they are saved."""
+"""Patches are on the grid of 8-bit images: they are quantized before they are scored, not when they are saved."""
 
 
 def fake_quantize(values: Tensor, bits: int, *, step_error: float = 0.0) -> Tensor:
-    """Uniform quantization of pixels on [0, 1]: round(p * (2^b - 1)) / (2^b - 1).
+    """Quantize pixels uniformly on [0, 1]: round(p * (2^b - 1)) / (2^b - 1).
 
-    The gradient is the identity for values inside [0, 1] and zero outside, where they are clipped. At 32 bit nothing
-    is done.
+    The gradient is the identity for values inside [0, 1] and zero outside, where they are clipped. At 32 bit the
+    values are returned as they are.
 
     Args:
         values: any shape, range [0, 1].

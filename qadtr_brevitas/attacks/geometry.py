@@ -1,14 +1,11 @@
-"""Where patches lie and how they get on images: places, pasting, blending. Vectorised over images.
+"""Where patches lie and how they are drawn into images: places, pasting, blending. Vectorized over images.
 
 A patch has a texture (3, h, w), a mask (h, w) of the pixels it covers, and a corner per image: row and column
 of its top left pixel. Every function takes all images of a batch at once.
-
-What a patch covers: masks of simple shapes, exact to the pixel, and their budgets.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Literal, TypeAlias
 
 import torch
@@ -29,7 +26,7 @@ def random_corners(
     generator: torch.Generator,
     keep_out: Box | None = None,
 ) -> Tensor:
-    """Uniform over every place where the patch fits, the last row and column included; one place per image.
+    """Draw a place for each image, uniformly from all where the patch fits, the last row and column included.
 
     Args:
         count: number of images.
@@ -48,7 +45,7 @@ def random_corners(
     if keep_out is not None:
         allowed = corners_outside(keep_out, image_size, patch_size).to(device)
         return allowed[torch.randint(len(allowed), (count,), generator=generator, device=device)]
-    rows, columns = _places(image_size, patch_size)
+    rows, columns = _corner_ranges(image_size, patch_size)
     return torch.stack(
         [
             torch.randint(rows, (count,), generator=generator, device=device),
@@ -59,12 +56,12 @@ def random_corners(
 
 
 def corners_outside(keep_out: Box, image_size: tuple[int, int], patch_size: tuple[int, int]) -> Tensor:
-    """Every corner (K, 2) whose patch lies on the image and does not touch the box, row by row.
+    """Return every corner (K, 2) whose patch lies on the image and does not touch the box, row by row.
 
     Raises:
-        UsageError: there is none.
+        UsageError: there is no such corner.
     """
-    rows, columns = torch.meshgrid(*map(torch.arange, _places(image_size, patch_size)), indexing="ij")
+    rows, columns = torch.meshgrid(*map(torch.arange, _corner_ranges(image_size, patch_size)), indexing="ij")
     row, column, height, width = keep_out
     beside = (rows + patch_size[0] <= row) | (rows >= row + height)
     beside |= (columns + patch_size[1] <= column) | (columns >= column + width)
@@ -79,12 +76,12 @@ def corners_outside(keep_out: Box, image_size: tuple[int, int], patch_size: tupl
 def fixed_corners(
     corner: tuple[int, int], count: int, image_size: tuple[int, int], patch_size: tuple[int, int]
 ) -> Tensor:
-    """The same corner (row, column) for every image, as (count, 2).
+    """Return the same corner (row, column) for every image, as (count, 2).
 
     Raises:
         UsageError: the patch does not fit there.
     """
-    rows, columns = _places(image_size, patch_size)
+    rows, columns = _corner_ranges(image_size, patch_size)
     if not (0 <= corner[0] < rows and 0 <= corner[1] < columns):
         raise UsageError(
             f"a {patch_size[0]}x{patch_size[1]} patch does not fit at row {corner[0]}, column {corner[1]} of a "
@@ -102,22 +99,22 @@ def place_corners(
     generator: torch.Generator | None,
     keep_out: Box | None = None,
 ) -> Tensor:
-    """Corners (count, 2) by a placement rule: anew per image if `random`, else the same (row, column).
+    """Return corners (count, 2) by a placement rule: drawn for each image if `random`, else the same for all.
 
     The box to keep out of concerns random places only.
 
     Raises:
-        UsageError: the patch does not fit, or `random` without a generator.
+        UsageError: the patch does not fit, or the rule is `random` and there is no generator.
     """
     if place != "random":
         return fixed_corners(place, count, image_size, patch_size)
     if generator is None:
-        raise UsageError("this patch goes to random places: give a generator, or the corners themselves")
+        raise UsageError("the place of this patch is random: give a generator, or the corners themselves")
     return random_corners(count, image_size, patch_size, generator=generator, keep_out=keep_out)
 
 
 def windows_about(middles: Tensor, image_size: tuple[int, int], window: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Windows of one size about points of the images, pushed inside where they hang over the border.
+    """Return windows of one size about points of the images, moved inside where they hang over the border.
 
     Args:
         middles: (N, 2) row and column in pixels from the image's corner, fractions allowed.
@@ -133,7 +130,7 @@ def windows_about(middles: Tensor, image_size: tuple[int, int], window: tuple[in
 
 
 def paste(images: Tensor, texture: Tensor, mask: Tensor, corners: Tensor) -> Tensor:
-    """Puts a texture on images: `x * (1 - M) + p * M` without touching a pixel outside the mask.
+    """Paste a texture into images: `x * (1 - M) + p * M`, without touching a pixel outside the mask.
 
     Differentiable in the texture (a shared one gets the sum over images) and in the images. Costs a copy of the
     images; the backward pass reads the patch's window only.
@@ -150,16 +147,16 @@ def paste(images: Tensor, texture: Tensor, mask: Tensor, corners: Tensor) -> Ten
     Raises:
         UsageError: the patch is larger than the image, or a corner puts part of it outside.
     """
-    _check_corners(images, _size(texture), corners)
+    _check_corners(images, _spatial_size(texture), corners)
     flat = images.flatten(2)
-    index = _window_index(images, _size(texture), corners)
+    index = _window_index(images, _spatial_size(texture), corners)
     window = flat.gather(2, index)
     patched = torch.where(mask.flatten(-2).unsqueeze(-2).to(images.device), texture.flatten(-2), window)
     return flat.scatter(2, index, patched).view_as(images)
 
 
 def blend(images: Tensor, texture: Tensor, cover: Tensor, corners: Tensor) -> Tensor:
-    """Puts a texture on images under a soft mask: `x * (1 - M) + p * M`, differentiable in texture and mask.
+    """Blend a texture into images under a soft mask: `x * (1 - M) + p * M`, differentiable in texture and mask.
 
     Args:
         images: (N, 3, H, W).
@@ -174,40 +171,44 @@ def blend(images: Tensor, texture: Tensor, cover: Tensor, corners: Tensor) -> Te
     Raises:
         UsageError: a corner puts more than half of the window outside.
     """
-    (height, width), (down, right) = _size(images), (side // 2 for side in _size(texture))
-    room = F.pad(images, (right, right, down, down))
+    (height, width), (down, right) = _spatial_size(images), (side // 2 for side in _spatial_size(texture))
+    padded = F.pad(images, (right, right, down, down))
     inner = corners + corners.new_tensor([down, right])
-    _check_corners(room, _size(texture), inner)
-    flat = room.flatten(2)
-    index = _window_index(room, _size(texture), inner)
+    _check_corners(padded, _spatial_size(texture), inner)
+    flat = padded.flatten(2)
+    index = _window_index(padded, _spatial_size(texture), inner)
     window = flat.gather(2, index)
     blended = window + cover.flatten() * (texture.flatten(1) - window)
-    return flat.scatter(2, index, blended).view_as(room)[..., down : down + height, right : right + width]
+    return flat.scatter(2, index, blended).view_as(padded)[..., down : down + height, right : right + width]
 
 
 def crop(images: Tensor, size: tuple[int, int], corners: Tensor) -> Tensor:
-    """The windows (N, 3, h, w) of `images` (N, 3, H, W) at corners (N, 2): what `paste` would replace."""
+    """Return the windows (N, 3, h, w) of `images` (N, 3, H, W) at corners (N, 2): what `paste` would replace."""
     return images.flatten(2).gather(2, _window_index(images, size, corners)).unflatten(2, size)
 
 
-def _size(images: Tensor) -> tuple[int, int]:
+def _spatial_size(images: Tensor) -> tuple[int, int]:
+    """Return height and width, the last two dimensions."""
     return images.shape[-2], images.shape[-1]
 
 
-def _places(image_size: tuple[int, int], patch_size: tuple[int, int]) -> tuple[int, int]:
-    """Number of rows and of columns a corner can be in."""
+def _corner_ranges(image_size: tuple[int, int], patch_size: tuple[int, int]) -> tuple[int, int]:
+    """Return the numbers of rows and of columns a corner can be in."""
     rows, columns = image_size[0] - patch_size[0] + 1, image_size[1] - patch_size[1] + 1
     if rows < 1 or columns < 1:
         raise UsageError(
             f"a {patch_size[0]}x{patch_size[1]} patch is larger than the {image_size[0]}x{image_size[1]} image: "
-            "give a smaller size or np"
+            "give a smaller size or area"
         )
     return rows, columns
 
 
 def _check_corners(images: Tensor, size: tuple[int, int], corners: Tensor) -> None:
-    """A corner outside would raise nowhere else: its pixels would wrap into the next row or image."""
-    rows, columns = _places(_size(images), size)
+    """Raise if a corner lies outside the image.
+
+    No other code would notice: the pixels would wrap into the next row or image.
+    """
+    rows, columns = _corner_ranges(_spatial_size(images), size)
     if corners.shape != (len(images), 2):
         raise UsageError(
             f"corners of shape {tuple(corners.shape)} for {len(images)} images: give one (row, column) each"
@@ -219,72 +220,9 @@ def _check_corners(images: Tensor, size: tuple[int, int], corners: Tensor) -> No
 
 
 def _window_index(images: Tensor, size: tuple[int, int], corners: Tensor) -> Tensor:
-    """Flat pixel numbers (N, 3, h * w) of each image's window."""
+    """Return the flat pixel numbers (N, 3, h * w) of each image's window."""
     width = images.shape[-1]
     offsets = torch.arange(size[0])[:, None] * width + torch.arange(size[1])
     starts = corners[:, 0] * width + corners[:, 1]
     index = starts[:, None].to(images.device) + offsets.flatten().to(images.device)
     return index[:, None, :].expand(-1, images.shape[1], -1)
-
-
-Shape: TypeAlias = Literal["square", "rectangle", "disc"]
-
-
-def shape_mask(shape: Shape, size: int | tuple[int, int]) -> Tensor:
-    """The pixels a shape covers.
-
-    Args:
-        shape: `square` and `disc` take one side or diameter in pixels; `rectangle` takes (height, width).
-            A disc covers the pixels whose center lies in the circle.
-        size: in pixels.
-
-    Returns:
-        Boolean mask (h, w).
-
-    Raises:
-        UsageError: a size that does not go with the shape or is not positive.
-    """
-    if isinstance(size, int) == (shape == "rectangle"):
-        raise UsageError(f"size {size} does not fit shape {shape}: give a {_SIZE_RULE[shape]}")
-    height, width = (size, size) if isinstance(size, int) else size
-    if min(height, width) < 1:
-        raise UsageError(f"patch size {size} is not possible: give at least 1 pixel a side")
-    if shape != "disc":
-        return torch.ones(height, width, dtype=torch.bool)
-    # Twice the distances, so that everything stays an exact integer.
-    offsets = 2 * torch.arange(height) - (height - 1)
-    return offsets[:, None] ** 2 + offsets**2 <= height**2
-
-
-_SIZE_RULE = {
-    "square": "single number, its side in pixels, such as size=8",
-    "disc": "single number, its diameter in pixels, such as size=8",
-    "rectangle": "height and a width in pixels, such as size=[6, 10]",
-}
-
-
-def side_for_share(share: float, image_size: tuple[int, int], shape: Shape = "square") -> int:
-    """The largest side (or diameter) in pixels whose mask covers at most a share of the image.
-
-    For a square this is int(sqrt(NP * H * W)), what the literature's "noise percentage" NP means: a share of the
-    pixels, not of a norm.
-
-    Raises:
-        UsageError: a rectangle, which a share alone does not determine, or a share too small for one pixel.
-    """
-    if shape == "rectangle":
-        raise UsageError("a share of the pixels does not determine a rectangle: give size=[height, width] instead")
-    # The tolerance keeps 0.0625 * 32 * 32 and the like, exact on paper, from falling just short.
-    pixels = math.floor(share * image_size[0] * image_size[1] + 1e-6)
-    side = math.isqrt(pixels if shape == "square" else pixels * 3 // 2)
-    while side > 0 and int(shape_mask(shape, side).sum()) > pixels:
-        side -= 1
-    if side < 1:
-        raise UsageError(f"np={share} of a {image_size[0]}x{image_size[1]} image is less than one pixel: give more")
-    return side
-
-
-def bounding_box(mask: Tensor) -> tuple[int, int, int, int]:
-    """(row, column, height, width) of the smallest box around the pixels of a mask (h, w) that covers any."""
-    (rows, columns) = (mask.any(1).nonzero().flatten().tolist(), mask.any(0).nonzero().flatten().tolist())
-    return rows[0], columns[0], rows[-1] - rows[0] + 1, columns[-1] - columns[0] + 1

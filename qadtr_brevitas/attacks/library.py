@@ -1,4 +1,4 @@
-"""What stands between a network and another library's attack: no traces on parameters, none on the global seed."""
+"""Adapters for attacks of other libraries: they leave no gradients on parameters and do not touch the global seed."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class InputGradientModel(nn.Module):
     Libraries call `loss.backward()`, which would leave gradients on every parameter.
 
     Args:
-        model: what is attacked.
-        target: class that must exist, or None.
+        model: the model under attack.
+        target: class that the model must have, or None.
     """
 
     def __init__(self, model: Model, *, target: int | None = None) -> None:
@@ -31,7 +31,7 @@ class InputGradientModel(nn.Module):
         self.eval()
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (N, classes) of images (N, 3, H, W).
+        """Return the logits (N, classes) of images (N, 3, H, W).
 
         Raises:
             UsageError: the model has no class `target`.
@@ -55,14 +55,14 @@ class _InputGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
-        # FAB goes back once for every class.
+        # FAB calls backward once for every class.
         (gradient,) = torch.autograd.grad(ctx.logits, ctx.images, grad_outputs[0], retain_graph=True)
         return gradient, None
 
 
 @contextmanager
 def seeded(generator: torch.Generator, device: torch.device) -> Generator[int]:
-    """Global random numbers drawn from a generator, and put back afterwards; gives the seed that is used."""
+    """Seed the global random numbers from a generator within a block, and restore them; yields the seed."""
     seed = int(torch.randint(2**31, (), generator=generator, device=generator.device))
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)

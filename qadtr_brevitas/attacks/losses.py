@@ -1,4 +1,4 @@
-"""What an attack descends: one number per image, from logits, smaller where the attack does better."""
+"""The losses that attacks descend: one number per image, from logits, smaller where the attack does better."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ AttackLoss: TypeAlias = Literal["logits", "cross-entropy", "margin"]
 
 
 def attack_loss(loss: AttackLoss, logits: Tensor, labels: Tensor, targets: Tensor | None = None) -> Tensor:
-    """The loss an attack descends.
+    """Return the loss that an attack descends.
 
     | loss          | targeted                  | untargeted                |
     |---------------|---------------------------|---------------------------|
@@ -22,46 +22,46 @@ def attack_loss(loss: AttackLoss, logits: Tensor, labels: Tensor, targets: Tenso
     | cross-entropy | CE(t)                     | -CE(s)                    |
     | margin        | max of the others - z_t   | z_s - max of the others   |
 
-    `logits` is LaVAN's (Karmon et al. 2018). It is taken on logits because on log-probabilities it is the same, the
+    `logits` is LaVAN's (Karmon et al. 2018). It uses logits: on log-probabilities it is the same, because the
     normalizer cancels, and on probabilities it saturates.
 
     Args:
-        loss: which one.
+        loss: name of the loss.
         logits: (N, classes).
         labels: (N,) true classes s.
         targets: (N,) target classes t, or None for an untargeted attack.
 
     Returns:
-        (N,), to be made small.
+        (N,), to be minimized.
     """
     if loss == "cross-entropy":
         return (
             -F.cross_entropy(logits, labels, reduction="none") if targets is None else _cross_entropy(logits, targets)
         )
     if targets is None:
-        return _own(logits, labels) - _best_other(logits, labels)
-    rival = _own(logits, labels) if loss == "logits" else _best_other(logits, targets)
-    return rival - _own(logits, targets)
+        return _logit_of(logits, labels) - _largest_other_logit(logits, labels)
+    rival = _logit_of(logits, labels) if loss == "logits" else _largest_other_logit(logits, targets)
+    return rival - _logit_of(logits, targets)
 
 
 def check_target(target: int, *, classes: int) -> None:
-    """Refuses a target class that the model does not have.
+    """Raise if the model does not have a target class.
 
     Raises:
-        UsageError: it is not below `classes`.
+        UsageError: `target` is not below `classes`.
     """
     if target >= classes:
-        raise UsageError(f"target {target}: the model has {classes} classes, give 0..{classes - 1}")
+        raise UsageError(f"target class {target} is out of range: the model has classes 0 to {classes - 1}")
 
 
 def _cross_entropy(logits: Tensor, classes: Tensor) -> Tensor:
     return F.cross_entropy(logits, classes, reduction="none")
 
 
-def _own(logits: Tensor, classes: Tensor) -> Tensor:
+def _logit_of(logits: Tensor, classes: Tensor) -> Tensor:
     return logits.gather(1, classes[:, None]).squeeze(1)
 
 
-def _best_other(logits: Tensor, classes: Tensor) -> Tensor:
-    """The largest logit of any class but the given one."""
+def _largest_other_logit(logits: Tensor, classes: Tensor) -> Tensor:
+    """Return the largest logit of any class but the given one."""
     return logits.scatter(1, classes[:, None], -torch.inf).amax(1)

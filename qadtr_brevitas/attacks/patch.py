@@ -1,4 +1,4 @@
-"""A patch: texture, shape, placement rule and the facts of how it was made. Saved without pickle."""
+"""A universal patch: texture, shape, placement rule and the facts of how it was made. Saved without pickle."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ class Patch:
         place: `random`, or (row, column) of the top left pixel.
         keep_out: (row, column, height, width) of a box that random places leave free, for instance the main object's.
         meta: how it was made, JSON values only. The attack fills `attack`, `settings`, `target`, `seed`,
-            `threat_model` (such as "universal targeted") and `versions`; whoever knows the model attacked adds
-            `model`, `fingerprint` and `precision` with `with_meta`.
+            `threat_model` (such as "universal targeted") and `versions`; the caller, who knows the model under attack,
+            adds `model`, `fingerprint` and `precision` with `with_meta`.
 
     Raises:
-        UsageError: shapes that do not go together, or a texture off the grid.
+        UsageError: the shapes of texture and mask do not match, or the texture is off the grid.
     """
 
     texture: Tensor
@@ -55,7 +55,7 @@ class Patch:
     def __post_init__(self) -> None:
         if self.texture.ndim != 3 or self.texture.shape[0] != 3 or self.texture.shape[1:] != self.mask.shape:
             raise UsageError(
-                f"texture {tuple(self.texture.shape)} and mask {tuple(self.mask.shape)} do not go together: "
+                f"texture {tuple(self.texture.shape)} and mask {tuple(self.mask.shape)} do not match: "
                 "give (3, h, w) and (h, w)"
             )
         if not _is_on_grid(self.texture):
@@ -72,25 +72,25 @@ class Patch:
         return int(self.mask.sum())
 
     def to(self, device: torch.device | str) -> Patch:
-        """The same patch on another device."""
+        """Return the same patch on another device."""
         return replace(self, texture=self.texture.to(device), mask=self.mask.to(device))
 
     def with_meta(self, **facts: Any) -> Patch:
-        """The same patch with more known about it."""
+        """Return the same patch with further facts in its meta."""
         return replace(self, meta={**self.meta, **facts})
 
     def apply(
         self, images: Tensor, *, corners: Tensor | None = None, generator: torch.Generator | None = None
     ) -> Tensor:
-        """Puts the patch on images (N, 3, H, W) in [0, 1]; pixels outside the mask stay the same floats.
+        """Paste the patch into images (N, 3, H, W) in [0, 1]; pixels outside the mask stay the same floats.
 
         Args:
             images: on the patch's device.
             corners: (N, 2) row and column per image; None follows the patch's own placement rule.
-            generator: where random places come from; needed if `place` is random and no corners are given.
+            generator: draws random places; needed if `place` is random and no corners are given.
 
         Raises:
-            UsageError: the patch does not fit on the image, or no generator for random places.
+            UsageError: the patch does not fit on the image, or its place is random and there is no generator.
         """
         if corners is None:
             image_size = images.shape[-2], images.shape[-1]
@@ -100,7 +100,7 @@ class Patch:
         return paste(images, self.texture, self.mask, corners)
 
     def save(self, path: str | Path) -> Path:
-        """Writes NAME.safetensors and, to look at, NAME.png; returns the path of the first.
+        """Write NAME.safetensors and a picture, NAME.png, and return the path of the first.
 
         Raises:
             CheckpointError: the files cannot be written.
@@ -123,10 +123,10 @@ class Patch:
 
     @classmethod
     def load(cls, path: str | Path) -> Patch:
-        """Reads what `save` wrote, bit for bit.
+        """Read what `save` wrote, bit for bit.
 
         Raises:
-            CheckpointError: no such file, not a patch file, a damaged one, or one of a newer version.
+            CheckpointError: there is no such file, it is not a patch file, it is damaged, or its version is newer.
         """
         source = _with_suffix(Path(path))
         header, tensors = _read(source)
@@ -145,7 +145,7 @@ class Patch:
             raise CheckpointError(f"{source} is damaged ({error}): make the patch again") from error
 
     def _draw(self, path: Path) -> None:
-        """The patch enlarged without smoothing; pixels outside the mask are transparent."""
+        """Draw the patch enlarged without smoothing; pixels outside the mask are transparent."""
         pixels = torch.cat([self.texture, self.mask[None].float()]).mul(255).round().to(torch.uint8).cpu()
         scale = max(1, _PICTURE_SIDE // max(self.size))
         enlarged = pixels.repeat_interleave(scale, 1).repeat_interleave(scale, 2).permute(1, 2, 0).contiguous()
@@ -153,7 +153,7 @@ class Patch:
 
 
 def versions() -> dict[str, str]:
-    """Releases a patch was made with, for its meta."""
+    """Return the releases a patch is made with, for its meta."""
     return {"qadtr_brevitas": __version__, **{name: version(name) for name in ("torch", "brevitas")}}
 
 

@@ -1,12 +1,10 @@
-"""Universal patches that training keeps from step to step, and that become strong a few gradient steps at a time.
+"""A pool of universal patches that training keeps from step to step and improves a few gradient steps at a time.
 
 A patch of an image's own gets a handful of steps, and a network learns to ignore what these make of it. What breaks
-such a network is a patch that was made for hundreds of steps on many images, and that costs too much to do anew in
-each training step. So these go on where the last step left them (after Shafahi et al. 2020, "Universal Adversarial
-Training", for perturbations of whole images). Each process of a training keeps its own and improves them on its part of
-the batch: with more processes they stay as strong where the batch grows with them.
-
-Images as a quantized network sees them, and how patches get on them: QADT-R, eq. 1.
+such a network is a patch that was optimized for hundreds of steps on many images, which costs too much to repeat in
+each training step. So the patches of the pool continue where the last training step left them (after Shafahi et al.
+2020, "Universal Adversarial Training", for perturbations of whole images). Each training process keeps a pool of its
+own and improves it on its part of the batch: with more processes the patches stay as strong if the batch grows too.
 """
 
 from __future__ import annotations
@@ -18,24 +16,40 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from qadtr_brevitas.attacks.base import Memory, Model
+from qadtr_brevitas.attacks.descent import ApplyStep, StepRule, Variable, descend
 from qadtr_brevitas.attacks.fake_quantize import fake_quantize
 from qadtr_brevitas.attacks.geometry import paste, random_corners
 from qadtr_brevitas.attacks.starts import shrunk
 
 _PATCHES = 40
-"""Patches kept. Each begins as a picture of the batch, and aims at the picture's class."""
+"""Patches in the pool. Each starts as a picture of the batch, and aims at the picture's class."""
 
 _IMAGES_EACH = 16
-"""Images that share a patch in a training step: a gradient of one image points to what fools that image only."""
+"""Images that share a patch in a training step: the gradient of one image finds what fools that image only."""
 
 _RENEWED = 0.05
-"""Chance of a patch to begin anew when its turn comes, so that one gets 20 turns on average."""
+"""Probability that a patch is replaced when its turn comes, so that it gets 20 turns on average."""
 
 _STEP = 0.04
 """Root mean square of the change of a patch's pixels in one step."""
 
 _LARGEST = 2.0
 """Bound of a pixel's change, in such steps."""
+
+
+@dataclass(frozen=True)
+class NormalizedSteps(StepRule):
+    """Gradient steps of the same length for every patch, whatever the size of its gradient.
+
+    Not sign steps, which make noise of a picture.
+    """
+
+    def bind(self, values: Tensor) -> ApplyStep:
+        def apply(gradient: Tensor, step: int) -> None:
+            length = gradient.square().mean((1, 2, 3), keepdim=True).sqrt().clamp(min=torch.finfo(gradient.dtype).tiny)
+            values.sub_(_STEP * (gradient / length).clamp(-_LARGEST, _LARGEST))
+
+        return apply
 
 
 def pool_patches(
@@ -48,18 +62,17 @@ def pool_patches(
     steps: int,
     generator: torch.Generator,
 ) -> Tensor:
-    """Patched images, under some of the patches kept, which are improved first.
+    """Return the images under some patches of the pool, which are improved first.
 
-    Patches follow the cross-entropy to their class, averaged over images and places; steps are as long whatever the
-    gradient's size, but not sign steps, which make noise of a picture.
+    Patches descend the cross-entropy to their class, averaged over images and places.
 
     Args:
-        batch: the images, and how patches get on them.
-        model: what is attacked.
-        labels: (N,).
-        memory: `textures` (K, 3, side, side) in [0, 1] and `targets` (K,), -1 where a patch has not begun; made where
-            there are none, and changed.
-        side: of the patches as they are kept, in pixels; on the canvas they have its mask's.
+        batch: the images, and how patches are drawn into them.
+        model: the model under attack.
+        labels: (N,), the true classes.
+        memory: the pool: `textures` (K, 3, side, side) in [0, 1] and `targets` (K,), -1 where a patch has not started.
+            Filled if it is empty, and changed in place.
+        side: side of the patches in the pool, in pixels; in the images they have the size of the batch's mask.
         steps: gradient steps.
         generator: draws patches and places.
 
@@ -76,43 +89,44 @@ def pool_patches(
     count = len(labels)
     turns = torch.randperm(_PATCHES, generator=generator, device=generator.device).to(device)
     turns = turns[: min(_PATCHES, max(1, count // _IMAGES_EACH))]
-    _begin(memory, turns, batch.images, labels, generator=generator)
-    share = torch.arange(count, device=device) % len(turns)
-    textures, targets = memory["textures"][turns], memory["targets"][turns][share]
-    misled = targets != labels
+    _start_new_patches(memory, turns, batch.images, labels, generator=generator)
+    patch_of_image = torch.arange(count, device=device) % len(turns)
+    targets = memory["targets"][turns][patch_of_image]
+    # An image of the target class itself tells nothing.
+    counts = targets != labels
 
     def patched(textures: Tensor) -> Tensor:
-        return batch.put(shrunk(textures, batch.size)[share], batch.corners(generator))
+        patches = shrunk(textures, batch.patch_size)[patch_of_image]
+        return batch.with_patches(patches, batch.draw_corners(generator))
 
-    for _ in range(steps):
-        textures.requires_grad_()
-        losses = cross_entropy(model(patched(textures)), targets, reduction="none")
-        (gradient,) = torch.autograd.grad((losses * misled).sum(), textures)
-        length = gradient.square().mean((1, 2, 3), keepdim=True).sqrt().clamp(min=torch.finfo(gradient.dtype).tiny)
-        change = (gradient / length).clamp(-_LARGEST, _LARGEST)
-        textures = (textures.detach() - _STEP * change).clamp_(0, 1)
+    def losses(textures: Tensor) -> Tensor:
+        return cross_entropy(model(patched(textures)), targets, reduction="none") * counts
+
+    (textures,) = descend([Variable(memory["textures"][turns], NormalizedSteps())], losses, steps=steps)
     memory["textures"][turns] = textures
     with torch.no_grad():
         return patched(textures)
 
 
-def _begin(memory: Memory, turns: Tensor, pictures: Tensor, labels: Tensor, *, generator: torch.Generator) -> None:
-    """Of the patches whose numbers are `turns`, replaces those not begun yet, and a few others, by pictures."""
+def _start_new_patches(
+    memory: Memory, turns: Tensor, pictures: Tensor, labels: Tensor, *, generator: torch.Generator
+) -> None:
+    """Replace those patches among `turns` (their numbers) that have not started, and a few others, by pictures."""
     textures, targets = memory["textures"], memory["targets"]
     draws = torch.rand(2, len(turns), generator=generator, device=generator.device).to(labels.device)
-    anew = (targets[turns] < 0) | (draws[0] < _RENEWED)
-    drawn = (draws[1] * len(labels)).long()[anew]
-    textures[turns[anew]] = shrunk(pictures[drawn], (textures.shape[-2], textures.shape[-1]))
-    targets[turns[anew]] = labels[drawn]
+    replaced = (targets[turns] < 0) | (draws[0] < _RENEWED)
+    drawn = (draws[1] * len(labels)).long()[replaced]
+    textures[turns[replaced]] = shrunk(pictures[drawn], (textures.shape[-2], textures.shape[-1]))
+    targets[turns[replaced]] = labels[drawn]
 
 
 @dataclass(frozen=True, kw_only=True)
 class PatchedBatch:
-    """Images of a batch, and what is the same for all patches on them.
+    """Images as a quantized network sees them, and what all patches on them have in common (QADT-R, eq. 1).
 
     Args:
         images: (N, 3, H, W) in [0, 1].
-        background: the same images as they are under the patches, quantized or not.
+        background: the same images as they are around the patches, quantized or not.
         mask: boolean (h, w) of the pixels a patch covers.
         bits: bit-width of the patches.
         step_error: relative error of their quantizer's step.
@@ -125,19 +139,20 @@ class PatchedBatch:
     step_error: float
 
     @property
-    def size(self) -> tuple[int, int]:
+    def patch_size(self) -> tuple[int, int]:
         """Height and width of the patches."""
         return self.mask.shape[0], self.mask.shape[1]
 
-    def corners(self, generator: torch.Generator) -> Tensor:
-        """A random place (N, 2), row and column in pixels, for each image's patch.
+    def draw_corners(self, generator: torch.Generator) -> Tensor:
+        """Draw a place (N, 2), row and column in pixels, for each image's patch.
 
         Raises:
             UsageError: the patches are larger than the images.
         """
         image_size = self.images.shape[-2], self.images.shape[-1]
-        return random_corners(len(self.images), image_size, self.size, generator=generator)
+        return random_corners(len(self.images), image_size, self.patch_size, generator=generator)
 
-    def put(self, patches: Tensor, corners: Tensor) -> Tensor:
-        """Images (N, 3, H, W) with the patches (N, 3, h, w), quantized, at corners (N, 2)."""
-        return paste(self.background, fake_quantize(patches, self.bits, step_error=self.step_error), self.mask, corners)
+    def with_patches(self, patches: Tensor, corners: Tensor) -> Tensor:
+        """Return images (N, 3, H, W) with the patches (N, 3, h, w), quantized, at corners (N, 2)."""
+        quantized = fake_quantize(patches, self.bits, step_error=self.step_error)
+        return paste(self.background, quantized, self.mask, corners)

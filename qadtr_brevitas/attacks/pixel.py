@@ -8,9 +8,9 @@ from typing import Annotated, Any, ClassVar
 import torch
 from torch import Tensor
 
-from qadtr_brevitas.attacks.base import ImageAttack, Model, TrainingAttack
+from qadtr_brevitas.attacks.base import IterativeAttack, Model, PixelAttack, TargetedAttack, TrainingAttack
 from qadtr_brevitas.attacks.library import InputGradientModel, seeded
-from qadtr_brevitas.attacks.per_image import Aim, Attempt, best_of
+from qadtr_brevitas.attacks.results import AttackGoal, AttackResult, best_per_image
 from qadtr_brevitas.core.plugin import Field, plugin
 from qadtr_brevitas.core.precision import Precision
 
@@ -20,23 +20,22 @@ Distance = Annotated[
 StepSize = Annotated[
     float | None, Field(gt=0, le=1, description="step in pixel values; null: a quarter of eps, as 2/255 to 8/255")
 ]
-Target = Annotated[int | None, Field(ge=0, description="class to be seen instead; null: any wrong one")]
+Target = Annotated[int | None, Field(ge=0, description="class to be predicted instead; null: any wrong one")]
 
 
 @plugin
-class PixelAttack(ImageAttack):
-    """What the attacks of the library share. A subclass names the library's class and its settings."""
+class TorchAttack(PixelAttack, TargetedAttack):
+    """A pixel attack of the library torchattack. A subclass names the library's class and its arguments."""
 
-    library: ClassVar[str]
+    library_class: ClassVar[str]
     """Name of the class in torchattack."""
 
     eps: Distance = 0.03
     target: Target = None
 
     @abstractmethod
-    def settings(self) -> dict[str, Any]:
-        """Arguments of the library's class beside `eps`."""
-        ...
+    def library_arguments(self) -> dict[str, Any]:
+        """Return the arguments of the library's class beside `eps`."""
 
     @property
     def runs(self) -> int:
@@ -52,12 +51,12 @@ class PixelAttack(ImageAttack):
         generator: torch.Generator,
         precision: Precision | None = None,
     ) -> Tensor:
-        """Images at most `eps` away. The model's parameters get no gradients.
+        """Return images at most `eps` away. The model's parameters receive no gradients.
 
         Args:
             model: in evaluation mode, at the precision to attack.
             images: (N, 3, H, W) in [0, 1].
-            labels: (N,).
+            labels: (N,), the true classes.
             generator: draws random starts.
             precision: not used.
 
@@ -67,42 +66,42 @@ class PixelAttack(ImageAttack):
         Raises:
             UsageError: the model has no class `target`.
         """
-        settings = {"eps": self.eps, **self.settings()}
+        arguments = {"eps": self.eps, **self.library_arguments()}
 
-        def one_run() -> Tensor:
-            return _run(self.library, model, images, labels, self.target, generator, **settings)
+        def run_once() -> Tensor:
+            return _run_library(self.library_class, model, images, labels, self.target, generator, **arguments)
 
         if self.runs == 1:
-            return one_run()
+            return run_once()
 
-        aim = Aim.at(self.target, labels, loss="cross-entropy")
+        goal = AttackGoal.of(self.target, labels, loss="cross-entropy")
 
-        def attempt() -> Attempt:
-            adversarial = one_run()
-            return aim.attempt(adversarial, model(adversarial))
+        def result() -> AttackResult:
+            adversarial = run_once()
+            return goal.assess(adversarial, model(adversarial))
 
         with torch.no_grad():
-            return best_of(attempt() for _ in range(self.runs)).images
+            return best_per_image(result() for _ in range(self.runs)).images
 
 
 @plugin
-class Fgsm(PixelAttack):
+class Fgsm(TorchAttack):
     """FGSM (Goodfellow et al. 2015): x + eps sign(gradient of the cross-entropy) in one step, clipped to [0, 1]."""
 
-    library: ClassVar[str] = "FGSM"
+    library_class: ClassVar[str] = "FGSM"
 
-    def settings(self) -> dict[str, Any]:
+    def library_arguments(self) -> dict[str, Any]:
         return {}
 
 
 @plugin
-class Pgd(PixelAttack, TrainingAttack):
+class Pgd(TorchAttack, TrainingAttack, IterativeAttack):
     """PGD (Madry et al. 2018): sign steps from a random start, projected to the eps ball and to [0, 1].
 
-    20 steps to evaluate; `steps=7` is usual in adversarial training, on `share` of each batch.
+    The default of 20 steps is for evaluation; `steps=7` is usual in adversarial training, on `share` of each batch.
     """
 
-    library: ClassVar[str] = "PGD"
+    library_class: ClassVar[str] = "PGD"
 
     share: Annotated[float, Field(gt=0, le=1, description="share of each training batch that is attacked")] = 1.0
     alpha: StepSize = None
@@ -114,38 +113,38 @@ class Pgd(PixelAttack, TrainingAttack):
     def runs(self) -> int:
         return self.restarts
 
-    def settings(self) -> dict[str, Any]:
+    def library_arguments(self) -> dict[str, Any]:
         return {"alpha": self.alpha or self.eps / 4, "steps": self.steps, "random_start": self.random_start}
 
 
 @plugin
-class MiFgsm(PixelAttack):
+class MiFgsm(TorchAttack, IterativeAttack):
     """MI-FGSM (Dong et al. 2018): sign steps along an average of gradients, each divided by its mean size."""
 
-    library: ClassVar[str] = "MIFGSM"
+    library_class: ClassVar[str] = "MIFGSM"
 
     alpha: StepSize = None
     steps: Annotated[int, Field(ge=1, description="sign steps")] = 10
     decay: Annotated[float, Field(ge=0, description="share of the average that is carried over a step")] = 1.0
 
-    def settings(self) -> dict[str, Any]:
+    def library_arguments(self) -> dict[str, Any]:
         return {"alpha": self.alpha or self.eps / 4, "steps": self.steps, "decay": self.decay}
 
 
-def _run(
+def _run_library(
     name: str,
     model: Model,
     images: Tensor,
     labels: Tensor,
     target: int | None,
     generator: torch.Generator,
-    **settings: Any,
+    **arguments: Any,
 ) -> Tensor:
-    """Runs a torchattack class and makes good what it leaves undone."""
+    """Run a class of torchattack: without gradients on parameters, seeded, and finite."""
     import torchattack
 
     attack = getattr(torchattack, name)(
-        InputGradientModel(model, target=target), device=images.device, targeted=target is not None, **settings
+        InputGradientModel(model, target=target), device=images.device, targeted=target is not None, **arguments
     )
     with seeded(generator, images.device), torch.enable_grad():
         adversarial = attack(images, labels if target is None else torch.full_like(labels, target)).detach()

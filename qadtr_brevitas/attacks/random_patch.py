@@ -12,7 +12,8 @@ from torch import Tensor
 from qadtr_brevitas.attacks.base import Model, PatchAttack
 from qadtr_brevitas.attacks.fake_quantize import PATCH_FILE_BITS, fake_quantize
 from qadtr_brevitas.attacks.patch import Patch, versions
-from qadtr_brevitas.attacks.per_image import Attempt, ImageAttackInputs, ImagePatch
+from qadtr_brevitas.attacks.per_image import PatchTask, PerImagePatch
+from qadtr_brevitas.attacks.results import AttackGoal, AttackResult
 from qadtr_brevitas.attacks.starts import start_patches, start_texture
 from qadtr_brevitas.core.plugin import Field, plugin
 from qadtr_brevitas.core.progress import Progress
@@ -20,16 +21,18 @@ from qadtr_brevitas.core.seeding import generator
 
 
 @plugin
-class RandomPatch(ImagePatch, PatchAttack):
-    """A patch of uniform noise, the baseline every optimized patch has to beat.
+class RandomPatch(PerImagePatch, PatchAttack):
+    """A patch of uniform noise, the baseline that every optimized patch has to beat.
 
     `fit` makes one for all images; `run` draws several for every image, each at a place of its own, and keeps the one
-    that lowers the margin of the true class most: luck alone, with as many tries as an attack may have steps.
+    that lowers the margin of the true class most. Only luck helps it, with as many tries as an attack may have steps.
     """
 
     black_box: ClassVar[bool] = True
 
-    draws: Annotated[int, Field(ge=1, description="patches tried on every image; one where one is made for all")] = 100
+    draws: Annotated[int, Field(ge=1, description="patches tried on every image; a universal patch is drawn once")] = (
+        100
+    )
 
     def fit(
         self,
@@ -41,11 +44,11 @@ class RandomPatch(ImagePatch, PatchAttack):
         seed: int,
         progress: Progress | None = None,
     ) -> Patch:
-        """Draws the patch; the model and the labels are not looked at.
+        """Draw the patch; the model and the labels are not used.
 
         Args:
             model: not called.
-            images: (N, 3, H, W); only their size matters.
+            images: (N, 3, H, W); only their size is used.
             labels: not used.
             held_out: not used.
             seed: the same seed gives the same patch.
@@ -70,14 +73,15 @@ class RandomPatch(ImagePatch, PatchAttack):
         patch = Patch(texture=texture, mask=mask, place=self.place, keep_out=self.keep_out, meta=meta)
         return patch.to(images.device)
 
-    def attempts(self, inputs: ImageAttackInputs) -> Iterator[Attempt]:
-        """Patches of noise, each at a place of its own; the model is only asked for its outputs."""
-        problem = inputs.problem(None, loss="margin")
+    def goal(self, labels: Tensor) -> AttackGoal:
+        return AttackGoal.of(None, labels, loss="margin")
+
+    def results(self, task: PatchTask, generator: torch.Generator) -> Iterator[AttackResult]:
+        """Yield the results of patches of noise, each at a place of its own; only outputs of the model are used."""
 
         @torch.no_grad()
-        def one_draw() -> Attempt:
-            corners = self.corners(len(inputs.images), inputs.image_size, inputs.size, generator=inputs.generator)
-            corners = corners.to(inputs.images.device)
-            return problem.attempt(start_patches("uniform", problem, corners, generator=inputs.generator), corners)
+        def one_draw() -> AttackResult:
+            corners = self.draw_corners(task, generator)
+            return task.assess(start_patches("uniform", task, corners, generator=generator), corners)
 
         return (one_draw() for _ in range(self.draws))

@@ -9,24 +9,25 @@ import torch
 from torch import Tensor
 
 from qadtr_brevitas.attacks.geometry import Box, corners_outside
-from qadtr_brevitas.attacks.per_image import Attempt, PatchProblem
+from qadtr_brevitas.attacks.per_image import AssessPatches
+from qadtr_brevitas.attacks.results import AttackResult
 
 _DIRECTIONS = torch.tensor([(-1, 0), (1, 0), (0, -1), (0, 1)])
 
 
 @dataclass(frozen=True)
 class AllowedCorners:
-    """The corners where patches may be.
+    """The corners where patches may lie.
 
     Args:
-        allowed: boolean (rows, columns).
+        allowed: boolean (rows, columns), one entry for each corner where a patch fits on the image.
     """
 
     allowed: Tensor
 
     @classmethod
     def outside(cls, box: Box | None, image_size: tuple[int, int], patch_size: tuple[int, int]) -> AllowedCorners:
-        """Wherever a patch lies on the image and does not touch the box.
+        """Return the corners where a patch lies on the image and does not touch the box.
 
         Raises:
             UsageError: there is no such place.
@@ -38,7 +39,10 @@ class AllowedCorners:
         return cls(torch.zeros_like(allowed).index_put_((rows, columns), torch.tensor(True)))
 
     def shifted(self, corners: Tensor, offsets: Tensor) -> Tensor:
-        """Corners (N, 2) plus offsets (N, 2). Moves over the border end at it; forbidden ones are not made."""
+        """Return corners (N, 2) plus offsets (N, 2).
+
+        Moves over the border end at it; moves to a corner that is not allowed are not made.
+        """
         last = corners.new_tensor(self.allowed.shape) - 1
         places = (corners + offsets.to(corners.device)).clamp(min=torch.zeros_like(last), max=last)
         allowed = self.allowed.to(corners.device)[places[:, 0], places[:, 1]]
@@ -47,12 +51,12 @@ class AllowedCorners:
 
 @dataclass(frozen=True, kw_only=True)
 class Relocation:
-    """Tries to move patches; called once a step of the search.
+    """Moves patches where that lowers the loss; called once a step of the search.
 
     Args:
-        allowed_corners: where they may be.
+        allowed_corners: where patches may lie.
         rule: `random` tries one direction for each image (one forward pass), `full` all four.
-        stride: pixels.
+        stride: length of a move in pixels.
         generator: draws directions.
     """
 
@@ -63,20 +67,20 @@ class Relocation:
 
     @torch.no_grad()
     def __call__(
-        self, problem: PatchProblem, patches: Tensor, corners: Tensor, attempt: Attempt
-    ) -> tuple[Tensor, Attempt]:
-        """Corners (N, 2) after the moves that lower the loss, and the attempt there."""
+        self, assess: AssessPatches, patches: Tensor, corners: Tensor, result: AttackResult
+    ) -> tuple[Tensor, AttackResult]:
+        """Return corners (N, 2) after the moves that lower the loss, and the result there."""
         start = corners
         for directions in self._directions(len(corners)):
             places = self.allowed_corners.shifted(start, self.stride * directions)
-            tried = problem.attempt(patches, places)
-            lower = tried.losses < attempt.losses
+            moved = assess(patches, places)
+            lower = moved.losses < result.losses
             corners = torch.where(lower[:, None], places, corners)
-            attempt = attempt.replaced(tried, lower)
-        return corners, attempt
+            result = result.replace_where(lower, moved)
+        return corners, result
 
     def _directions(self, count: int) -> list[Tensor]:
-        """What to try, one after the other: (N, 2) each."""
+        """Return the directions to try one after the other, (N, 2) each."""
         if self.rule == "full":
             return [direction.expand(count, 2) for direction in _DIRECTIONS]
         drawn = torch.randint(len(_DIRECTIONS), (count,), generator=self.generator, device=self.generator.device)

@@ -1,8 +1,8 @@
-"""Where the search of a patch begins: noise, gray, or a picture that the network already takes for something.
+"""The texture that a patch search starts from: noise, gray, or a picture that the network recognizes.
 
-A network that was trained on patches is blind to noise, and from there its gradients lead nowhere. A picture of the
-target class is seen; from it the same search finds patches that succeed twenty times as often (docs/results.md). So a
-search that begins at noise says little about such a network.
+A network that was trained on patches is blind to noise, and its gradients there lead nowhere. It recognizes a picture
+of the target class; from it the same search finds patches that succeed twenty times as often (docs/results.md). So a
+search that starts from noise says little about such a network.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from qadtr_brevitas.attacks.per_image import PatchProblem
+from qadtr_brevitas.attacks.per_image import PatchTask
 
 Init: TypeAlias = Literal["image", "uniform", "gray"]
 
 _PICTURES = 64
 """Pictures that are tried for a universal patch: each costs a forward pass over one batch."""
 
-_PICTURES_EACH = 8
+_PICTURES_PER_IMAGE = 8
 """Pictures that are tried for a patch of a single image."""
 
 
 def start_texture(init: Literal["uniform", "gray"], size: tuple[int, int], *, generator: torch.Generator) -> Tensor:
-    """Texture (3, h, w) to start from: uniform noise in [0, 1], or mid-gray."""
+    """Return a texture (3, h, w) to start from: uniform noise in [0, 1], or mid-gray."""
     if init == "gray":
         return torch.full((3, *size), 0.5)
     return torch.rand(3, *size, generator=generator, device=generator.device)
@@ -36,12 +36,12 @@ def start_texture(init: Literal["uniform", "gray"], size: tuple[int, int], *, ge
 def best_picture(
     pictures: Tensor, size: tuple[int, int], *, loss: Callable[[Tensor], float], generator: torch.Generator
 ) -> Tensor:
-    """Of some pictures, made as small as a patch, the one with the lowest loss.
+    """Return the picture with the lowest loss, of some that are drawn and shrunk to the size of a patch.
 
     Args:
         pictures: (N, 3, H, W) in [0, 1], not empty.
         size: (h, w) of the patch.
-        loss: of a texture (3, h, w).
+        loss: loss of a texture (3, h, w).
         generator: draws the pictures that are tried.
 
     Returns:
@@ -52,35 +52,35 @@ def best_picture(
     return tried[min(range(len(tried)), key=[loss(picture) for picture in tried].__getitem__)]
 
 
-def start_patches(init: Init, problem: PatchProblem, corners: Tensor, *, generator: torch.Generator) -> Tensor:
-    """A patch (N, 3, h, w) to start from for each image of a scene.
+def start_patches(init: Init, task: PatchTask, corners: Tensor, *, generator: torch.Generator) -> Tensor:
+    """Return a patch (N, 3, h, w) to start from for each image of a task.
 
-    Pictures are the other images of the scene: of those tried at an image's corner, the one with the lowest loss. So
+    Pictures are the other images of the task: of those tried at an image's corner, the one with the lowest loss. So
     with them, and only with them, an image's patch depends on what else is in its batch.
 
     Args:
         init: noise, gray or pictures.
-        problem: the images, and what is wanted of them.
+        task: the images and the goal of the attack.
         corners: (N, 2) where the patches lie.
-        generator: draws.
+        generator: draws noise and pictures.
     """
-    shape, device = (len(problem.images), 3, *problem.mask.shape), problem.images.device
+    shape, device = (len(task.images), 3, *task.mask.shape), task.images.device
     if init == "gray":
         return torch.full(shape, 0.5, device=device)
     noise = torch.rand(shape, generator=generator, device=generator.device).to(device)
-    return _pictures(problem, corners, noise, generator=generator) if init == "image" else noise
+    return _with_pictures(task, corners, noise, generator=generator) if init == "image" else noise
 
 
 @torch.no_grad()
-def _pictures(problem: PatchProblem, corners: Tensor, patches: Tensor, *, generator: torch.Generator) -> Tensor:
-    """The patches given, replaced by pictures of lower loss."""
-    labels, targets = problem.aim.labels, problem.aim.targets
-    pictures = shrunk(problem.images, (patches.shape[-2], patches.shape[-1]))
-    lowest = problem.attempt(patches, corners).losses
-    for _ in range(_PICTURES_EACH):
+def _with_pictures(task: PatchTask, corners: Tensor, patches: Tensor, *, generator: torch.Generator) -> Tensor:
+    """Return the patches given, replaced by pictures where those have a lower loss."""
+    labels, targets = task.goal.labels, task.goal.targets
+    pictures = shrunk(task.images, (patches.shape[-2], patches.shape[-1]))
+    lowest = task.assess(patches, corners).losses
+    for _ in range(_PICTURES_PER_IMAGE):
         drawn = torch.randperm(len(labels), generator=generator, device=generator.device).to(labels.device)
-        losses = problem.attempt(pictures[drawn], corners).losses
-        # A picture of its own class would not mislead anybody.
+        losses = task.assess(pictures[drawn], corners).losses
+        # A picture of the image's own class would not mislead the network.
         fits = labels[drawn] != labels if targets is None else labels[drawn] == targets
         better = fits & (losses < lowest)
         patches = torch.where(better[:, None, None, None], pictures[drawn], patches)
@@ -89,5 +89,5 @@ def _pictures(problem: PatchProblem, corners: Tensor, patches: Tensor, *, genera
 
 
 def shrunk(pictures: Tensor, size: tuple[int, int]) -> Tensor:
-    """Pictures (N, 3, H, W) in [0, 1], as small as a patch, (N, 3, h, w)."""
+    """Return pictures (N, 3, H, W) in [0, 1] shrunk to the size of a patch, (N, 3, h, w)."""
     return interpolate(pictures, size=size, mode="bilinear", antialias=True).clamp(0, 1)

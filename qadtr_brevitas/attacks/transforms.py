@@ -1,4 +1,4 @@
-"""Patches turned, scaled and lit anew: each image its own way, differentiable in the texture.
+"""Rotation, scaling and relighting of patches: for each image its own way, differentiable in the texture.
 
 A pixel of the result belongs to the patch if and only if its center comes from a pixel of the mask: masks stay exact.
 Inside, colors are interpolated between pixels of the mask alone, so that nothing from outside it bleeds in.
@@ -12,19 +12,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qadtr_brevitas.attacks.geometry import bounding_box
+from qadtr_brevitas.attacks.shapes import bounding_box
 
 
 def transform_patch(
     texture: Tensor, mask: Tensor, *, size: tuple[int, int], degrees: Tensor, scale: Tensor, shift: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Turns and scales a patch about its middle, once per image, and shifts it within windows of one size.
+    """Rotate and scale a patch about its middle, once per image, and shift it within windows of one size.
 
     Args:
         texture: (3, h, w) in [0, 1].
         mask: boolean (h, w).
         size: (H', W') of the windows, in pixels; what lies outside is cut off.
-        degrees: (N,) turn, counterclockwise as seen.
+        degrees: (N,) rotation, counterclockwise as seen.
         scale: (N,) positive.
         shift: (N, 2) pixels, down and to the right, from the middle of the window to the middle of the patch.
 
@@ -43,7 +43,7 @@ def transform_patch(
 
 
 def rotate_patch(texture: Tensor, mask: Tensor, degrees: float) -> tuple[Tensor, Tensor]:
-    """A patch turned about its middle, in the smallest box that holds it.
+    """Rotate a patch about its middle, and return it in the smallest box that holds it.
 
     Multiples of 90 degrees move pixels without a change. At other angles colors are interpolated and off the 8-bit
     grid, and the number of pixels may differ by a few.
@@ -70,15 +70,15 @@ def rotate_patch(texture: Tensor, mask: Tensor, degrees: float) -> tuple[Tensor,
 
 
 def relight(textures: Tensor, *, contrast: Tensor, brightness: Tensor) -> Tensor:
-    """Textures (N, 3, h, w) times `contrast` (N,) plus `brightness` (N,), clipped to [0, 1]."""
+    """Return textures (N, 3, h, w) times `contrast` (N,) plus `brightness` (N,), clipped to [0, 1]."""
     return (textures * contrast.view(-1, 1, 1, 1) + brightness.view(-1, 1, 1, 1)).clamp(0, 1)
 
 
 def turning_reach(mask: Tensor, degrees: float) -> tuple[float, float]:
-    """How far a patch (h, w) reaches from its middle, up or down and sideways, turned by at most +-`degrees`.
+    """Return how far a patch (h, w) reaches from its middle, rotated by at most +-`degrees`.
 
     Returns:
-        (rows, columns) in pixels, to the border of the farthest pixel.
+        (rows, columns) in pixels, up or down and sideways, to the border of the farthest pixel.
     """
     covered = mask.cpu().nonzero().double()
     middle = covered.new_tensor([(side - 1) / 2 for side in mask.shape])
@@ -99,7 +99,7 @@ def _size(mask: Tensor) -> tuple[int, int]:
 def _inverse_maps(
     patch_size: tuple[int, int], size: tuple[int, int], degrees: Tensor, scale: Tensor, shift: Tensor
 ) -> Tensor:
-    """Matrices (N, 2, 3) from a window to the patch, both in coordinates x, y from -1 to 1."""
+    """Return matrices (N, 2, 3) from a window to the patch, both in coordinates x, y from -1 to 1."""
     (height, width), (rows, columns) = patch_size, size
     cosine, sine = degrees.deg2rad().cos() / scale, degrees.deg2rad().sin() / scale
     down, right = shift.unbind(1)

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from qadtr_brevitas.attacks.base import Model
-from qadtr_brevitas.attacks.geometry import side_for_share
-from qadtr_brevitas.attacks.per_image import Aim, PatchProblem
+from qadtr_brevitas.attacks.shapes import side_for_area
+from qadtr_brevitas.attacks.per_image import PatchTask
+from qadtr_brevitas.attacks.results import AttackGoal
 from qadtr_brevitas.attacks.sparse_rs import RandomSearch
 from qadtr_brevitas.attacks.starts import start_patches
 from qadtr_brevitas.auditing.context import PATCH_SHARE, AuditContext
@@ -92,11 +93,11 @@ def random_search(context: AuditContext, model: Model, scene: PatchedImages) -> 
     for chunk in torch.arange(len(scene.images), device=scene.images.device).split(context.batch_size):
         part = scene.only(chunk)
         search = RandomSearch(
-            problem=PatchProblem(
+            task=PatchTask(
                 model=model,
                 images=part.images,
                 mask=torch.ones(context.size, dtype=torch.bool, device=scene.images.device),
-                aim=Aim(part.labels, None, "margin"),
+                goal=AttackGoal(part.labels, None, "margin"),
             ),
             draw_corners=lambda part=part: part.corners,
             allowed_corners=None,
@@ -117,7 +118,7 @@ FULL_IMAGE_ASR = 0.99
 
 def larger_patches(context: AuditContext) -> Verdict:
     """Success by the size of the patch, up to the whole image."""
-    sides = dict.fromkeys(side_for_share(max(share, _one_pixel(context)), context.image_size) for share in SHARES)
+    sides = dict.fromkeys(side_for_area(max(share, _one_pixel(context)), context.image_size) for share in SHARES)
     found = {f"{side}x{side}": _broken(context, (side, side)) for side in sides}
     found["whole image"] = _broken(context, context.image_size)
     numbers = {f"asr {name}": rate(broken) for name, broken in found.items()}
@@ -202,7 +203,7 @@ def _starts(context: AuditContext) -> Tensor:
     mask = torch.ones(context.size, dtype=torch.bool, device=images.device)
     draw = context.generator("pictures")
     for chunk in torch.arange(len(images), device=images.device).split(context.batch_size):
-        aim = Aim(labels[chunk], None, "margin")
-        scene = PatchProblem(model=context.victim.logits, images=images[chunk], mask=mask, aim=aim)
+        aim = AttackGoal(labels[chunk], None, "margin")
+        scene = PatchTask(model=context.victim.logits, images=images[chunk], mask=mask, goal=aim)
         found.append(start_patches("image", scene, corners[chunk], generator=draw))
     return torch.cat(found)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from qadtr_brevitas.attacks.base import Model
-from qadtr_brevitas.attacks.geometry import side_for_share
+from qadtr_brevitas.attacks.shapes import side_for_area
 from qadtr_brevitas.auditing.finding import Profile
 from qadtr_brevitas.auditing.search import STEP_SIZE, Objective, PatchedImages, SearchTrace, cross_entropy, search
 from qadtr_brevitas.auditing.victim import AuditedModel
@@ -85,7 +85,7 @@ class AuditContext:
     @cached_property
     def size(self) -> tuple[int, int]:
         """Height and width of the patches."""
-        side = side_for_share(PATCH_SHARE, self.image_size)
+        side = side_for_area(PATCH_SHARE, self.image_size)
         return side, side
 
     def corners(self, size: tuple[int, int]) -> Tensor:

@@ -124,8 +124,10 @@ def _make_attack(name: str, overrides: tuple[str, ...]) -> Any:
     if any(text.startswith("target=") for text in overrides):
         raise UsageError("target=... is not a key here: give the target classes with --target")
     plugin = make_plugin(ATTACKS, name, overrides)
-    if not hasattr(plugin, "fit"):
-        able = [other for other in ATTACKS.names() if hasattr(ATTACKS.load(other), "fit")]
+    from qadtr_brevitas.attacks.base import PatchAttack
+
+    if not isinstance(plugin, PatchAttack):
+        able = [other for other in ATTACKS.names() if issubclass(ATTACKS.load(other), PatchAttack)]
         raise UsageError(
             f"{name} attacks each image by itself and makes no patch: give it to `qadtr-brevitas evaluate MODEL_DIR "
             f"--attack {name}`, or choose --attack from {', '.join(able)}"

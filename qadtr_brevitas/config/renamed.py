@@ -21,3 +21,8 @@ def renamed_key(key: str, fields: Container[str]) -> str | None:
     """
     new = RENAMED_KEYS.get(key)
     return new if new is not None and new in fields and key not in fields else None
+
+
+def with_present_names(settings: Mapping[str, object]) -> dict[str, object]:
+    """Return stored settings of a plug-in, in which older releases may have written older names of keys."""
+    return {RENAMED_KEYS.get(key, key): value for key, value in settings.items()}

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qadtr_brevitas.attacks.base import Model
+from qadtr_brevitas.attacks.base import Model, TargetedAttack
 from qadtr_brevitas.attacks.patch import Patch
 from qadtr_brevitas.core.device import has_fast_bf16
 from qadtr_brevitas.core.errors import DataError, UsageError
@@ -213,7 +213,7 @@ def _sources(loaded: LoadedModel, precisions: Sequence[PrecisionLike | Inference
 
 def _targets(attack: Any, targets: Sequence[int | None] | None, split: Split) -> list[int | None]:
     classes = len(split.classes)
-    if not any(known.name == "target" for known in fields(attack)):
+    if not isinstance(attack, TargetedAttack):
         return [None]
     if targets is None:
         return list(range(min(DEFAULT_TARGETS, classes)))
@@ -224,7 +224,7 @@ def _targets(attack: Any, targets: Sequence[int | None] | None, split: Split) ->
 
 
 def _aimed(attack: Any, target: int | None) -> Any:
-    return replace(attack, target=target) if any(known.name == "target" for known in fields(attack)) else attack
+    return attack.with_settings(target=target) if isinstance(attack, TargetedAttack) else attack
 
 
 def _aim(target: int | None) -> str:

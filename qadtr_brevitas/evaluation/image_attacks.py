@@ -12,6 +12,7 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from qadtr_brevitas import __version__
+from qadtr_brevitas.attacks.base import ImageAttack, PatchAttack, TargetedAttack
 from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.core.files import fingerprint_facts
 from qadtr_brevitas.core.seeding import derive_seed, generator
@@ -34,13 +35,13 @@ class NamedAttack:
     plugin: Any
 
     def __post_init__(self) -> None:
-        if not hasattr(self.plugin, "run"):
+        if not isinstance(self.plugin, ImageAttack):
             raise UsageError(
                 f"{self.name} makes one patch for all images: make it with `qadtr-brevitas attack MODEL_DIR --attack "
                 f"{self.name}`, then `qadtr-brevitas evaluate MODEL_DIR` scores it"
             )
-        if reason := getattr(self.plugin, "not_scored", None):
-            raise UsageError(reason)
+        if self.plugin.not_scored is not None:
+            raise UsageError(self.plugin.not_scored)
 
     @cached_property
     def settings(self) -> dict[str, Any]:
@@ -50,12 +51,12 @@ class NamedAttack:
     @property
     def target(self) -> int | None:
         """The class it aims at; None where any wrong class counts."""
-        return getattr(self.plugin, "target", None)
+        return self.plugin.target if isinstance(self.plugin, TargetedAttack) else None
 
     @property
     def is_black_box(self) -> bool:
         """Whether it sees nothing but the model's outputs."""
-        return getattr(self.plugin, "black_box", False)
+        return self.plugin.black_box
 
     @cached_property
     def family(self) -> str:
@@ -63,12 +64,10 @@ class NamedAttack:
         defaults = _default_settings(self.plugin)
         changed = {key: value for key, value in self.settings.items() if key not in defaults or defaults[key] != value}
         words = [f"{key}={value}" for key, value in changed.items() if key != "target"]
-        kind = [word for word, said in (("per image", hasattr(self.plugin, "fit")), ("targeted", self._aims)) if said]
+        # The name of a universal patch attack says that it is used on each image.
+        per_image = ["per image"] if isinstance(self.plugin, PatchAttack) else []
+        kind = per_image + (["targeted"] if self.target is not None else [])
         return " ".join([self.name, *kind, *words])
-
-    @property
-    def _aims(self) -> bool:
-        return self.target is not None
 
     @cached_property
     def fingerprint(self) -> str:

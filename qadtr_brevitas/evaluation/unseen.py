@@ -44,7 +44,7 @@ SIZES = (6, 10, 12)
 LEFT_OUT_BITS = (3, 6, 7, *range(9, MAX_BITS + 1), 4, 5, 8, 2)
 """Bit-widths in the order in which they are tried for one that was left out of training."""
 
-_SHAPE = ("size", "np", "shape")
+_SHAPE = ("size", "area", "shape")
 _FAMILY = {"lavan": "gap", "gap": "lavan", "dpr": "gap"}
 _PATCH: TypeAdapter[Any] = TypeAdapter(Annotated[Any, Slot(ATTACKS)])
 

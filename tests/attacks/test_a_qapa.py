@@ -211,7 +211,7 @@ def test_a_size_larger_than_the_images(toy):
         ({"init": "picture"}, "'uniform', 'image' or 'mixed'"),
         ({"step_sise": 0.1}, "step_sise"),
         ({"targeted": True, "target": 1}, "give only one of them"),
-        ({"restarts": 3}, "give keep_best=true with them"),
+        ({"restarts": 3}, "restarts=3.*keep_best=true"),
     ],
 )
 def test_bad_fields(fields, message):

@@ -28,7 +28,7 @@ def put(images, *, texture=None, seed=0, **fields):
     attack = Gap(**{"size": 6, **fields})
     mask = attack.mask((images.shape[-2], images.shape[-1]))
     texture = torch.ones(3, *mask.shape) if texture is None else texture
-    return attack.put(mask)(texture, images, generator(seed, "put"))
+    return attack.apply_texture(mask)(texture, images, generator(seed, "put"))
 
 
 @pytest.mark.parametrize("target", [0, 2])

@@ -1,6 +1,4 @@
 import copy
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -133,7 +131,7 @@ def test_a_saved_patch_scores_the_same(toy, tmp_path):
 
 def test_the_default_budget_is_a_sixteenth_of_the_pixels(toy):
     assert fit(toy, size=None, steps=1).size == (4, 4)
-    assert fit(toy, size=None, np=0.25, steps=1).size == (8, 8)
+    assert fit(toy, size=None, area=0.25, steps=1).size == (8, 8)
     assert fit(toy, size=(3, 6), shape="rectangle", steps=1).size == (3, 6)
 
 
@@ -142,20 +140,20 @@ def test_bad_requests(toy):
         fit(toy, size=20)
     with pytest.raises(UsageError, match="does not fit at row 12"):
         fit(toy, place=(12, 0))
-    with pytest.raises(UsageError, match="target 7: the model has 4 classes"):
+    with pytest.raises(UsageError, match=r"7.*0 to 3"):
         fit(toy, target=7)
     only = toy.labels == 1
-    with pytest.raises(DataError, match="no images to make the patch on"):
+    with pytest.raises(DataError, match="of the target class"):
         Lavan(size=5, target=1).fit(toy.model, toy.images[only], toy.labels[only], held_out=toy.held_out, seed=0)
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"size": 4, "np": 0.1}, "give only one of them"),
+        ({"size": 4, "area": 0.1}, "give only one of them"),
         ({"shape": "rectangle", "size": 4}, "a rectangle needs size"),
         ({"size": (4, 4)}, "a square needs a single size"),
-        ({"np": 1.5}, "less than or equal to 1"),
+        ({"area": 1.5}, "less than or equal to 1"),
         ({"step_rule": "rmsprop"}, "'sgd', 'sign' or 'adam'"),
         ({"stepz": 5}, "stepz"),
         ({"place": (-1, 0)}, "greater than or equal to 0"),
@@ -189,11 +187,3 @@ def test_a_patch_for_every_image_lies_at_one_place_of_its_own_throughout(toy):
     assert all(torch.equal(place, places[0]) for place in places)
     # Separate draws of row and column: one for both would leave all patches on the diagonal.
     assert len(places[0].unique(dim=0)) > 100
-
-
-def test_attacks_are_named_without_loading_torch():
-    code = (
-        "import sys, qadtr_brevitas.attacks.lavan, qadtr_brevitas.attacks.random_patch, qadtr_brevitas.attacks.a_qapa;"
-        "sys.exit('torch' in sys.modules)"
-    )
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

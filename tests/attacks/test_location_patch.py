@@ -3,8 +3,9 @@ import torch
 from pydantic import ValidationError
 
 from qadtr_brevitas.attacks.location_patch import LocationPatch
-from qadtr_brevitas.attacks.per_image import Aim, PatchProblem
+from qadtr_brevitas.attacks.per_image import PatchTask
 from qadtr_brevitas.attacks.relocation import AllowedCorners, Relocation
+from qadtr_brevitas.attacks.results import AttackGoal
 from qadtr_brevitas.config import Recipe
 from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.core.seeding import generator
@@ -157,21 +158,21 @@ def test_shifted_corners():
 
 def test_random_directions_are_all_four():
     seen = []
-    problem = PatchProblem(
+    task = PatchTask(
         model=spy(towards(COLUMNS), seen),
         images=torch.zeros(400, 3, 16, 16),
         mask=torch.ones(4, 4, dtype=torch.bool),
-        aim=Aim.at(None, torch.zeros(400, dtype=torch.long), loss="margin"),
+        goal=AttackGoal.of(None, torch.zeros(400, dtype=torch.long), loss="margin"),
     )
     patches, corners = torch.ones(400, 3, 4, 4), torch.full((400, 2), 6)
-    moves = Relocation(
+    relocate = Relocation(
         allowed_corners=AllowedCorners.outside(None, (16, 16), (4, 4)), rule="random", stride=2, generator=generator(0)
     )
-    moved, attempt = moves(problem, patches, corners, problem.attempt(patches, corners))
+    moved, result = relocate(task.assess, patches, corners, task.assess(patches, corners))
     tried = corners_of(seen[-1]) - 6
     assert {tuple(offset) for offset in tried.tolist()} == {(-2, 0), (2, 0), (0, -2), (0, 2)}
     # Only the moves to the right lower the loss.
     right = tried[:, 1] == 2
     assert torch.equal(moved[right], corners[right] + torch.tensor([0, 2]))
     assert torch.equal(moved[~right], corners[~right])
-    assert torch.equal(corners_of(attempt.images), moved)
+    assert torch.equal(corners_of(result.images), moved)

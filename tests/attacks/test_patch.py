@@ -9,8 +9,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from qadtr_brevitas.attacks.fake_quantize import fake_quantize
-from qadtr_brevitas.attacks.geometry import crop, shape_mask
+from qadtr_brevitas.attacks.geometry import crop
 from qadtr_brevitas.attacks.patch import FORMAT, Patch, versions
+from qadtr_brevitas.attacks.shapes import shape_mask
 from qadtr_brevitas.core.errors import CheckpointError, UsageError
 from qadtr_brevitas.core.seeding import generator
 
@@ -114,7 +115,7 @@ def test_a_texture_off_the_grid_is_refused():
 
 
 def test_texture_and_mask_must_go_together():
-    with pytest.raises(UsageError, match="do not go together"):
+    with pytest.raises(UsageError, match="do not match"):
         Patch(texture=torch.zeros(3, 4, 4), mask=shape_mask("square", 5))
 
 

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from qadtr_brevitas.attacks.dpr import (
+from qadtr_brevitas.attacks.polygon import (
     distance_ratios,
     fit_to_pixels,
     polygon_area,
@@ -137,5 +137,5 @@ def test_many_polygons_are_fitted_at_once():
 
 @pytest.mark.parametrize("function", [polygon_area, lambda rays: polygon_mask(rays, (5, 5))])
 def test_two_rays_make_no_polygon(function):
-    with pytest.raises(UsageError, match="2 rays make no polygon: give at least 3"):
+    with pytest.raises(UsageError, match=r"2 rays.*at least 3"):
         function(torch.ones(2))

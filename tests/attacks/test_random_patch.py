@@ -11,7 +11,7 @@ def fit(seed, **fields):
 
 
 def test_noise_of_the_given_seed():
-    first, again, other = (fit(seed, np=0.25) for seed in (0, 0, 1))
+    first, again, other = (fit(seed, area=0.25) for seed in (0, 0, 1))
     assert first.size == (32, 32)
     assert torch.equal(first.texture, again.texture)
     assert not torch.equal(first.texture, other.texture)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from qadtr_brevitas.attacks.geometry import bounding_box, shape_mask, side_for_share
+from qadtr_brevitas.attacks.shapes import bounding_box, shape_mask, side_for_area
 from qadtr_brevitas.core.errors import UsageError
 
 
@@ -35,24 +35,24 @@ def test_a_size_must_be_positive():
 
 @pytest.mark.parametrize(("share", "side"), [(0.06, 54), (0.08, 63), (0.1, 70), (1.0, 224)])
 def test_np_is_a_share_of_the_pixels(share, side):
-    assert side_for_share(share, (224, 224)) == side
+    assert side_for_area(share, (224, 224)) == side
 
 
 def test_np_on_small_images():
-    assert side_for_share(1 / 16, (32, 32)) == 8
+    assert side_for_area(1 / 16, (32, 32)) == 8
 
 
 @pytest.mark.parametrize("share", [0.01, 0.0351563, 0.0625, 0.2])
 def test_a_disc_never_exceeds_its_budget_and_uses_it(share):
-    side = side_for_share(share, (32, 32), "disc")
+    side = side_for_area(share, (32, 32), "disc")
     assert shape_mask("disc", side).sum() <= share * 1024 < shape_mask("disc", side + 1).sum()
 
 
 def test_shares_that_cannot_be_used():
     with pytest.raises(UsageError, match="less than one pixel"):
-        side_for_share(0.0001, (32, 32))
+        side_for_area(0.0001, (32, 32))
     with pytest.raises(UsageError, match="does not determine a rectangle"):
-        side_for_share(0.1, (32, 32), "rectangle")
+        side_for_area(0.1, (32, 32), "rectangle")
 
 
 def test_the_smallest_box_around_a_mask():

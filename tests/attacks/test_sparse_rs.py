@@ -2,8 +2,9 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from qadtr_brevitas.attacks.per_image import Aim, PatchProblem
+from qadtr_brevitas.attacks.per_image import PatchTask
 from qadtr_brevitas.attacks.relocation import AllowedCorners
+from qadtr_brevitas.attacks.results import AttackGoal
 from qadtr_brevitas.attacks.sparse_rs import RandomSearch, SparseRs
 from qadtr_brevitas.core.seeding import generator
 from tests.attacks.support import accuracy, attacked, sample, spy, target_rate
@@ -26,10 +27,10 @@ def run(model, *, count=20, seed=0, **fields):
 def search(*, queries, size=20, image_size=64, alpha=0.4, count=1, model=light):
     images, labels = torch.zeros(count, 3, image_size, image_size), torch.zeros(count, dtype=torch.long)
     mask = torch.ones(size, size, dtype=torch.bool)
-    problem = PatchProblem(model=model, images=images, mask=mask, aim=Aim.at(None, labels, loss="margin"))
+    task = PatchTask(model=model, images=images, mask=mask, goal=AttackGoal.of(None, labels, loss="margin"))
     allowed_corners = AllowedCorners.outside(None, (image_size, image_size), (size, size))
     return RandomSearch(
-        problem=problem,
+        task=task,
         draw_corners=lambda: torch.full((count, 2), 6),
         allowed_corners=allowed_corners,
         queries=queries,

@@ -6,7 +6,8 @@ import torch
 from qadtr_brevitas.attacks.dpr import Dpr
 from qadtr_brevitas.attacks.lavan import Lavan
 from qadtr_brevitas.attacks.location_patch import LocationPatch
-from qadtr_brevitas.attacks.per_image import Aim, PatchProblem
+from qadtr_brevitas.attacks.per_image import PatchTask
+from qadtr_brevitas.attacks.results import AttackGoal
 from qadtr_brevitas.attacks.starts import best_picture, shrunk, start_patches, start_texture
 from qadtr_brevitas.core.errors import DataError
 from qadtr_brevitas.core.seeding import generator
@@ -65,10 +66,10 @@ def test_a_searched_shape_begins_with_a_picture_under_it(toy):
 def test_patches_of_single_images_begin_with_other_images(toy, target):
     images, labels = toy.test[0][:40].float() / 255, toy.test[1][:40]
     mask = torch.ones(5, 5, dtype=torch.bool)
-    problem = PatchProblem(model=toy.model, images=images, mask=mask, aim=Aim.at(target, labels, loss="margin"))
+    task = PatchTask(model=toy.model, images=images, mask=mask, goal=AttackGoal.of(target, labels, loss="margin"))
     corners = torch.zeros(40, 2, dtype=torch.int64)
-    noise = start_patches("uniform", problem, corners, generator=generator(1))
-    started = start_patches("image", problem, corners, generator=generator(1))
+    noise = start_patches("uniform", task, corners, generator=generator(1))
+    started = start_patches("image", task, corners, generator=generator(1))
     distance = (started[:, None] - shrunk(images, (5, 5))).abs().amax((2, 3, 4))
     taken = distance.min(1).values == 0
     assert taken.any()
@@ -77,7 +78,7 @@ def test_patches_of_single_images_begin_with_other_images(toy, target):
     source = labels[distance.argmin(1)][taken]
     assert (source != labels[taken]).all() if target is None else (source == target).all()
     with torch.no_grad():
-        losses = [problem.attempt(patches, corners).losses for patches in (started, noise)]
+        losses = [task.assess(patches, corners).losses for patches in (started, noise)]
     assert (losses[0] <= losses[1]).all()
 
 

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from qadtr_brevitas.attacks.geometry import bounding_box, shape_mask
+from qadtr_brevitas.attacks.shapes import bounding_box, shape_mask
 from qadtr_brevitas.attacks.transforms import relight, rotate_patch, transform_patch, turning_reach
 from qadtr_brevitas.core.seeding import generator
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
+from qadtr_brevitas.attacks.base import ImageAttack, TargetedAttack
 from qadtr_brevitas.attacks.patch import Patch
 from qadtr_brevitas.core.precision import Precision, parse_precisions
 from qadtr_brevitas.data.split import Split
@@ -116,7 +117,7 @@ def small_report(
 
 
 @dataclass(frozen=True)
-class Whiten:
+class Whiten(ImageAttack, TargetedAttack):
     """A per-image attack that whitens a corner where that fools the model it is given; it notes its calls."""
 
     target: int | None = None

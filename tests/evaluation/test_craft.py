@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from qadtr_brevitas.attacks.base import PatchAttack, TargetedAttack
 from qadtr_brevitas.attacks.patch import Patch
 from qadtr_brevitas.attacks.random_patch import RandomPatch
 from qadtr_brevitas.core.errors import CheckpointError, DataError, UsageError
@@ -25,7 +26,7 @@ class Killed(Exception):
 
 
 @dataclass(frozen=True)
-class White:
+class White(PatchAttack, TargetedAttack):
     """An attack that always finds the white patch; it notes what it was asked and can be killed."""
 
     target: int | None = 0
@@ -153,7 +154,7 @@ def test_killed_run_keeps_finished_patches_and_makes_the_others(
 def test_patch_made_otherwise_is_not_overwritten(tmp_path: Path) -> None:
     made = make(tmp_path, precisions=[4], targets=[1])
     before = made[0].path.read_bytes()
-    for changed in ({"seed": 1}, {"attack": White(side=2, strength=2)}, {"subject": reader(fingerprint="retrained")}):
+    for changed in ({"seed": 1}, {"attack": White(side=2, strength=2)}, {"loaded": reader(fingerprint="retrained")}):
         with pytest.raises(UsageError, match=r"is there already, made from another model.*--output"):
             make(tmp_path, precisions=[4], targets=[1], **changed)
     assert made[0].path.read_bytes() == before

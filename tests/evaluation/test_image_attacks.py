@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from qadtr_brevitas.attacks.a_qapa import AQapa
+from qadtr_brevitas.attacks.base import ImageAttack
 from qadtr_brevitas.attacks.lavan import Lavan
 from qadtr_brevitas.attacks.random_patch import RandomPatch
 from qadtr_brevitas.attacks.sparse_rs import SparseRs
@@ -204,7 +205,7 @@ def test_cells_depend_on_chunks_settings_seed_and_content(tmp_path: Path) -> Non
         {"batch_size": 30},
         {"seed": 1},
         {"attacks": [NamedAttack("whiten", Whiten(side=3))]},
-        {"subjects": [reader(fingerprint="retrained")]},
+        {"loaded_models": [reader(fingerprint="retrained")]},
     ):
         Whiten.calls.clear()
         run(tmp_path, **changed)
@@ -287,7 +288,7 @@ def test_damaged_chunk_is_computed_again(tmp_path: Path, damage: str) -> None:
 
 
 @dataclass(frozen=True)
-class Noise:
+class Noise(ImageAttack):
     """Draws from its generator and from the global one; shows what it drew."""
 
     add: float = 0.0

@@ -7,9 +7,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 
 from qadtr_brevitas import __version__
+from qadtr_brevitas.config.renamed import with_present_names
 from qadtr_brevitas.core.document import Document
 from qadtr_brevitas.core.errors import CheckpointError
 from qadtr_brevitas.core.files import read_json
@@ -104,6 +105,10 @@ class VariantFacts(Document):
         return " ".join(filter(None, words)) or "as made"
 
 
+AttackSettings = Annotated[dict[str, Any], AfterValidator(with_present_names)]
+"""The keys of an attack, as JSON values. Reports and patches of older releases may have older names for them."""
+
+
 class PatchFacts(Document):
     """One patch; `name` is unique in the report, and `geometry` the same for patches of one size, shape and place.
 
@@ -115,7 +120,7 @@ class PatchFacts(Document):
     file: str | None
     fingerprint: str
     attack: str
-    settings: dict[str, Any] = {}
+    settings: AttackSettings = {}
     apart: str = ""
     target: int | None
     height: int
@@ -163,7 +168,7 @@ class ImageAttackFacts(Document):
     attack: str
     black_box: bool = False
     fingerprint: str
-    settings: dict[str, Any] = {}
+    settings: AttackSettings = {}
     target: int | None
     source: SourceFacts
 

@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from qadtr_brevitas.attacks.base import PatchAttack
 from qadtr_brevitas.config.slots import slot_name
 from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.core.files import fingerprint_facts, fingerprint_file, fingerprint_tensors
@@ -116,7 +117,7 @@ def _make(
     targets: Sequence[int] | None,
 ) -> list[Path]:
     name = slot_name(attack)
-    if not hasattr(attack, "fit"):
+    if not isinstance(attack, PatchAttack):
         raise UsageError(f"{name} makes no patch: choose an attack that does, for instance attack=lavan")
     held_out, train = _divide(context.data.train(), seed=context.seed)
     setup = CraftSetup(

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Annotated, Any, Literal
 
+from qadtr_brevitas.attacks.base import PixelAttack
 from qadtr_brevitas.config.slots import Slot, slot_name
 from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.core.plugin import Field, plugin
@@ -83,9 +83,9 @@ def run(analysis: Pixel, context: AnalysisContext) -> Findings:
 
 def _at(attack: Any, eps: float) -> NamedAttack:
     name = slot_name(attack)
-    if not hasattr(attack, "eps"):
+    if not isinstance(attack, PixelAttack):
         raise UsageError(f"{name} has no eps to change: choose pixel attacks, for instance attacks=[fgsm, pgd]")
-    return NamedAttack(name, replace(attack, eps=eps))
+    return NamedAttack(name, attack.with_settings(eps=eps))
 
 
 def _kinds(attacks: Sequence[Any]) -> dict[str, str]:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Annotated, Any
 
+from qadtr_brevitas.attacks.patch_settings import PatchSettings
 from qadtr_brevitas.config.slots import Slot, slot_name
 from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.core.plugin import Field, plugin
@@ -79,7 +80,7 @@ def run(analysis: Size, context: AnalysisContext) -> Findings:
 
 
 def _of_size(attack: Any, size: int) -> Any:
-    if not hasattr(attack, "size") or isinstance(attack.size, tuple):
+    if not isinstance(attack, PatchSettings) or isinstance(attack.size, tuple):
         raise UsageError(f"{slot_name(attack)} has no single size to change: choose another attack, for instance lavan")
     return replace(attack, size=size)
 

@@ -153,7 +153,7 @@ def _patch(facts: PatchFacts, report: EvaluationReport) -> dict[str, str]:
     variant, (height, width) = facts.variant, report.data.image_size
     moved = {"shift": f"{variant.shift}", "degrees": f"{variant.degrees:g}"} if variant else {}
     # To two figures: a side in whole pixels covers a little less than the share asked for.
-    budget = facts.settings.get("np") or round(facts.pixels / (height * width), 2)
+    budget = facts.settings.get("area") or round(facts.pixels / (height * width), 2)
     return {"size": facts.size, "np": f"{budget:g}", **moved}
 
 

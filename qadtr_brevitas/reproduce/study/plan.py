@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from qadtr_brevitas.attacks.base import IterativeAttack, TargetedAttack
+from qadtr_brevitas.attacks.patch_settings import PatchSettings
 from qadtr_brevitas.config.slots import slot_name
 from qadtr_brevitas.core.errors import QadtrError, UsageError
 from qadtr_brevitas.core.files import fingerprint_facts
@@ -259,7 +261,7 @@ class _Planner:
 
     def _unseen(self, network: StudyNetwork, spec: StudyAttack) -> Iterator[PatchStep]:
         """The protocol's patches, made where the seen ones would be."""
-        size = getattr(spec.attack, "size", None)
+        size = spec.attack.size if isinstance(spec.attack, PatchSettings) else None
         side = size * SIDE // SEEN_SIZE if isinstance(size, int) else SIDE
         for unseen in unseen_patches(spec.attack, side):
             for source in self._sources(network, spec):
@@ -318,9 +320,9 @@ class _Planner:
 
 def _hurried(study: Study, spec: StudyAttack) -> StudyAttack:
     """The attack with the number of steps that the budget allows."""
-    if study.budget.steps is None or not hasattr(spec.attack, "steps"):
+    if study.budget.steps is None or not isinstance(spec.attack, IterativeAttack):
         return spec
-    return spec.model_copy(update={"attack": replace(spec.attack, steps=study.budget.steps)})
+    return spec.model_copy(update={"attack": spec.attack.with_settings(steps=study.budget.steps)})
 
 
 def _finished_patches(analysis: Any) -> list[str]:
@@ -344,8 +346,8 @@ def _accesses(spec: StudyAttack, source: StudyNetwork, study: Study) -> list[Inf
 def _image_attacks(spec: StudyAttack) -> Iterator[NamedAttack]:
     """An attack on each image, for every class it aims at where it aims at classes."""
     name = slot_name(spec.attack)
-    if not hasattr(spec.attack, "target"):
+    if not isinstance(spec.attack, TargetedAttack):
         yield NamedAttack(name, spec.attack)
         return
     for target in spec.aims:
-        yield NamedAttack(name, replace(spec.attack, target=target))
+        yield NamedAttack(name, spec.attack.with_settings(target=target))

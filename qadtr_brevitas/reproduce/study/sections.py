@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, PlainSerializer, model_validator
 
+from qadtr_brevitas.attacks.base import ImageAttack, PatchAttack
 from qadtr_brevitas.config.sections import AttackSlot, RecipeSection
 from qadtr_brevitas.config.slots import Slot
 from qadtr_brevitas.core.errors import UsageError
@@ -77,7 +78,7 @@ class StudyAttack(RecipeSection):
     @property
     def is_per_image(self) -> bool:
         """Whether every image is attacked by itself."""
-        return not hasattr(self.attack, "fit") if self.per_image is None else self.per_image
+        return not isinstance(self.attack, PatchAttack) if self.per_image is None else self.per_image
 
     @property
     def aims(self) -> tuple[int | None, ...]:
@@ -86,11 +87,11 @@ class StudyAttack(RecipeSection):
 
     @model_validator(mode="after")
     def _possible(self) -> StudyAttack:
-        for per_image, method, what in (
-            (True, "run", "attack single images"),
-            (False, "fit", "make universal patches"),
+        for per_image, contract, what in (
+            (True, ImageAttack, "attack single images"),
+            (False, PatchAttack, "make universal patches"),
         ):
-            if self.is_per_image is per_image and not hasattr(self.attack, method):
+            if self.is_per_image is per_image and not isinstance(self.attack, contract):
                 raise ValueError(f"this attack cannot {what}: give per_image={str(not per_image).lower()}")
         if self.is_per_image and self.made_at:
             raise ValueError("an attack on each image is made at every precision that is scored: leave out made_at")

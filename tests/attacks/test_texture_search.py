@@ -2,23 +2,26 @@ import pytest
 import torch
 from torch import nn
 
-from qadtr_brevitas.attacks.engine import HeldOut, Search, as_float, search_texture
-from qadtr_brevitas.core.errors import DataError, TrainingError, UsageError
+from qadtr_brevitas.attacks.descent import OptimizerSteps
+from qadtr_brevitas.attacks.texture_search import search_texture
+from qadtr_brevitas.core.errors import TrainingError
 from qadtr_brevitas.core.seeding import generator
 
 SLOPE = torch.linspace(-1, 1, 27).view(3, 3, 3)
 IMAGES = torch.arange(8.0).view(8, 1, 1, 1).expand(8, 3, 1, 1)
 
 
-def run(*, objective, score=lambda texture: 0.0, start=None, steps=2, images=IMAGES, **changes):
-    budget = {"batch_size": 4, "step_rule": "sgd", "lr": 0.125, "cosine": False, "check_every": 1, **changes}
+def run(*, loss, score=lambda texture: 0.0, start=None, steps=2, batch_size=4, check_every=1, **changes):
+    rule = {"step_rule": "sgd", "lr": 0.125, "cosine": False, **changes}
     return search_texture(
         torch.full((3, 3, 3), 128 / 255) if start is None else start,
-        images,
-        torch.zeros(len(images), dtype=torch.long),
-        objective=objective,
+        IMAGES,
+        torch.zeros(len(IMAGES), dtype=torch.long),
+        loss=loss,
         score=score,
-        search=Search(steps=steps, **budget),
+        rule=OptimizerSteps(steps=steps, **rule),
+        batch_size=batch_size,
+        check_every=check_every,
         generator=generator(0, "batches"),
     )
 
@@ -30,7 +33,7 @@ def linear(texture, images, labels):
 def last_of(**arguments):
     """Every texture that was scored, the last one at the end."""
     scored = []
-    run(objective=linear, score=lambda texture: scored.append(texture) or 0.0, **arguments)
+    run(loss=linear, score=lambda texture: scored.append(texture) or 0.0, **arguments)
     return scored
 
 
@@ -72,7 +75,7 @@ def test_a_pixel_that_reached_a_bound_can_leave_it():
     target = torch.full((3, 3, 3), 0.6)
     scored = []
     run(
-        objective=lambda texture, images, labels: ((texture - target) ** 2).sum(),
+        loss=lambda texture, images, labels: ((texture - target) ** 2).sum(),
         score=lambda texture: scored.append(texture) or 0.0,
         start=torch.zeros(3, 3, 3),
         steps=20,
@@ -83,9 +86,7 @@ def test_a_pixel_that_reached_a_bound_can_leave_it():
 
 def test_what_is_scored_and_returned_is_on_the_8_bit_grid():
     scored = []
-    found = run(
-        objective=linear, start=torch.rand(3, 3, 3, generator=generator(0)), score=lambda t: scored.append(t) or 0.0
-    )
+    found = run(loss=linear, start=torch.rand(3, 3, 3, generator=generator(0)), score=lambda t: scored.append(t) or 0.0)
     for texture in (*scored, found.texture):
         assert torch.equal(texture, grid(texture))
 
@@ -93,14 +94,14 @@ def test_what_is_scored_and_returned_is_on_the_8_bit_grid():
 def test_the_best_is_kept_not_the_last():
     scores = iter([0.0, 0.1, 0.7, 0.3, 0.2])
     scored = []
-    found = run(objective=linear, score=lambda texture: scored.append(texture) or next(scores), steps=4)
+    found = run(loss=linear, score=lambda texture: scored.append(texture) or next(scores), steps=4)
     assert found.score == 0.7
     assert torch.equal(found.texture, scored[2])
 
 
 def test_the_start_is_kept_if_no_step_does_better():
     scores = iter([0.8, 0.1, 0.7])
-    found = run(objective=linear, score=lambda texture: next(scores), steps=2)
+    found = run(loss=linear, score=lambda texture: next(scores), steps=2)
     assert found.score == 0.8
     assert (found.texture == 128 / 255).all()
 
@@ -111,7 +112,7 @@ def test_the_start_and_the_last_step_are_scored_too():
 
 def test_every_image_is_used_once_before_any_is_used_twice():
     seen = []
-    run(objective=lambda t, images, labels: seen.append(images[:, 0, 0, 0]) or (t * SLOPE).sum(), steps=4)
+    run(loss=lambda t, images, labels: seen.append(images[:, 0, 0, 0]) or (t * SLOPE).sum(), steps=4)
     for epoch in (seen[:2], seen[2:]):
         assert torch.cat(epoch).sort().values.tolist() == list(range(8))
     assert not torch.equal(torch.cat(seen[:2]), torch.cat(seen[2:]))
@@ -119,45 +120,16 @@ def test_every_image_is_used_once_before_any_is_used_twice():
 
 def test_a_batch_larger_than_the_data_uses_all_of_it():
     sizes = []
-    run(objective=lambda t, images, labels: sizes.append(len(images)) or (t * SLOPE).sum(), batch_size=100)
+    run(loss=lambda t, images, labels: sizes.append(len(images)) or (t * SLOPE).sum(), batch_size=100)
     assert sizes == [8, 8]
 
 
 def test_the_network_gets_no_gradients():
     net = nn.Conv2d(3, 2, 3)
-    run(objective=lambda texture, images, labels: net(texture[None]).sum())
+    run(loss=lambda texture, images, labels: net(texture[None]).sum())
     assert all(parameter.grad is None for parameter in net.parameters())
 
 
 def test_a_gradient_that_is_not_finite_stops_the_search():
     with pytest.raises(TrainingError, match="not finite after step 1"):
-        run(objective=lambda texture, images, labels: (texture * torch.nan).sum())
-
-
-def test_as_float():
-    images = torch.tensor([0, 255], dtype=torch.uint8)
-    assert as_float(images).tolist() == [0, 1]
-    assert images.tolist() == [0, 255]
-
-
-def one_hot(images):
-    """Classifies an image by its first value."""
-    return nn.functional.one_hot(images[:, 0, 0, 0].long(), 8).float()
-
-
-def test_held_out_images_count_if_right_and_not_of_the_target():
-    labels = torch.tensor([0, 1, 2, 3, 4, 5, 0, 0])
-    judge = HeldOut.select(one_hot, IMAGES, labels, target=3, batch_size=3)
-    assert judge.labels.tolist() == [0, 1, 2, 4, 5]
-    untargeted = HeldOut.select(one_hot, IMAGES, labels, target=None, batch_size=3)
-    assert untargeted.labels.tolist() == [0, 1, 2, 3, 4, 5]
-    assert judge.success_rate(one_hot, lambda x: torch.full_like(x, 3), batch_size=2) == 1
-    assert judge.success_rate(one_hot, lambda x: torch.full_like(x, 2), batch_size=2) == 0
-    assert untargeted.success_rate(one_hot, lambda x: torch.full_like(x, 2), batch_size=2) == pytest.approx(5 / 6)
-
-
-def test_held_out_images_that_do_not_serve():
-    with pytest.raises(DataError, match="classifies no held-out image correctly"):
-        HeldOut.select(one_hot, IMAGES, torch.arange(8).roll(1), target=3, batch_size=8)
-    with pytest.raises(UsageError, match=r"target 8: the model has 8 classes, give 0\.\.7"):
-        HeldOut.select(one_hot, IMAGES, torch.arange(8), target=8, batch_size=8)
+        run(loss=lambda texture, images, labels: (texture * torch.nan).sum())
