@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -175,21 +176,30 @@ class TestSectionsFitTogether:
         assert found == {"train.precision.choices": (4, "3 must also be in quant.precisions, which has 32, 4")}
 
     @pytest.mark.parametrize(
-        ("only", "rule"),
+        ("only", "place", "facts"),
         [
-            ("[5]", "5 must be in train.precision, which has 32, 4"),
-            ("[32]", "32 is perturbed only with float_too: true: give that too"),
+            ("[5]", ("train.gradient", 3), "5.*train.precision.*32, 4"),
+            ("[32]", ("train.gradient.only", 5), "32.*float_too: true"),
         ],
     )
-    def test_gradients_are_perturbed_at_precisions_that_come(self, write, only: str, rule: str) -> None:
+    def test_gradients_are_perturbed_at_precisions_that_are_trained(
+        self, write, only: str, place: tuple[str, int], facts: str
+    ) -> None:
         text = "quant: {{precisions: [32, 4]}}\ntrain:\n  gradient:\n    name: gir\n    only: {}\n"
-        assert problems(write(text.format(only))) == {"train.gradient.only": (5, rule)}
+        ((path, (line, message)),) = problems(write(text.format(only))).items()
+        assert (path, line) == place
+        assert re.search(facts, message)
         load_recipe(write(text.format("[4]")))
         load_recipe(write(text.format("[32, 4]") + "    float_too: true\n"))
 
-    def test_an_attack_without_a_share_is_not_for_training(self, write) -> None:
-        found = problems(write("train: {attack: random-patch}"))
-        assert "cannot be used in training" in found["train.attack"][1]
+    @pytest.mark.parametrize("attack", ["random-patch", "{name: lavan, steps: 2}"])
+    def test_an_attack_that_is_no_training_attack_is_refused(self, write, attack: str) -> None:
+        found = problems(write(f"seed: 1\ntrain:\n  attack: {attack}"))
+        assert list(found) == ["train.attack"]
+        line, message = found["train.attack"]
+        assert line == 3
+        assert re.search(r"random-patch|lavan", message)
+        assert "cannot be used in training" in message
 
     def test_warm_up_is_no_longer_than_training(self, write) -> None:
         found = problems(write("train: {epochs: 2, scheduler: {warmup_epochs: 3}}"))
