@@ -81,7 +81,9 @@ class Registry:
 
 
 def check_contract(plugin: Any, contract: type, *, what: str) -> None:
-    """Check that a plug-in is a class, or an object, of its contract with every abstract method defined.
+    """Check that a plug-in is a class, or an object, of its contract with everything defined that it declares.
+
+    A base class may declare an ability with the keys that it needs, as `required_keys`.
 
     Args:
         plugin: a class that derives from the contract, or a finished object of it.
@@ -89,7 +91,7 @@ def check_contract(plugin: Any, contract: type, *, what: str) -> None:
         what: how errors call the plug-in.
 
     Raises:
-        PluginError: it does not derive from the contract, or lacks a method.
+        PluginError: it does not derive from the contract, or lacks a method or a required key.
     """
     cls = plugin if isinstance(plugin, type) else type(plugin)
     name = f"{contract.__module__}.{contract.__qualname__}"
@@ -98,6 +100,10 @@ def check_contract(plugin: Any, contract: type, *, what: str) -> None:
     missing: frozenset[str] = getattr(cls, "__abstractmethods__", frozenset())
     if missing:
         raise PluginError(f"{what} does not define {', '.join(sorted(missing))}: see {name} for what each has to do")
+    for ability in cls.__mro__:
+        required: tuple[str, ...] = vars(ability).get("required_keys", ())
+        if lacking := sorted(set(required) - vars(cls).get("__dataclass_fields__", {}).keys()):
+            raise PluginError(f"{what} is a {ability.__name__} but has no key {', '.join(lacking)}: add it as a field")
 
 
 def resolve(target: str) -> Any:

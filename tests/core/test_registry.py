@@ -15,7 +15,7 @@ from qadtr_brevitas.training.schedules import Fixed
 
 BUILTIN = [(kind, name) for kind, found in REGISTRIES.items() for name in found.builtin]
 MODULE = """
-from tests.core.test_registry import Toy
+from tests.core.test_registry import Noisy, Toy
 
 class Good(Toy):
     def play(self): ...
@@ -25,6 +25,9 @@ class WithoutBase:
 
 class WithoutMethod(Toy):
     pass
+
+class WithoutKey(Noisy):
+    def play(self): ...
 """
 
 
@@ -32,6 +35,22 @@ class Toy(ABC):
     """The contract of toys."""
 
     @abstractmethod
+    def play(self) -> None:
+        """Play."""
+
+
+class Noisy(Toy):
+    """A toy with an ability."""
+
+    required_keys = ("volume",)
+
+
+@dataclasses.dataclass(frozen=True)
+class Bell(Noisy):
+    """A toy that has the key its ability needs."""
+
+    volume: float = 1.0
+
     def play(self) -> None:
         """Play."""
 
@@ -100,11 +119,17 @@ def test_entry_points_add_plugins_but_replace_none(add_plugins: AddPlugins, toys
     assert toys.describe("mine") == "from a plug-in"
 
 
+def test_a_plugin_with_the_keys_of_its_ability_is_loaded(add_plugins: AddPlugins, toys: Registry) -> None:
+    add_plugins("toy", mine="tests.core.test_registry:Bell")
+    assert toys.load("mine") is Bell
+
+
 @pytest.mark.parametrize(
     ("target", "facts"),
     [
         ("toys:WithoutBase", r"toy 'mine' \(toys:WithoutBase\).*tests\.core\.test_registry\.Toy.*base class"),
         ("toys:WithoutMethod", r"toy 'mine' \(toys:WithoutMethod\).*play.*tests\.core\.test_registry\.Toy"),
+        ("toys:WithoutKey", r"toy 'mine'.*Noisy.*volume"),
         ("toys:Absent", r"toy 'mine'.*toys:Absent.*Absent"),
         ("nowhere:Nothing", r"toy 'mine'.*nowhere:Nothing.*No module named 'nowhere'"),
         ("broken:Toy", r"toy 'mine'.*broken:Toy.*RuntimeError: no display"),
