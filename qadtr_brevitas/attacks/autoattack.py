@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from qadtr_brevitas.attacks.base import Model, PixelAttack
 from qadtr_brevitas.attacks.library import InputGradientModel, seeded
 from qadtr_brevitas.attacks.pixel import Distance
 from qadtr_brevitas.core.errors import UsageError
+from qadtr_brevitas.core.extras import require
 from qadtr_brevitas.core.plugin import Field, plugin
 from qadtr_brevitas.core.precision import Precision
 
@@ -49,7 +50,7 @@ class AutoAttack(PixelAttack):
         Raises:
             UsageError: pyautoattack is not installed, or the model has too few classes for the attacks' losses.
         """
-        library = _import_library()
+        library = require("pyautoattack", extra="attacks", purpose="autoattack")
         input_only = InputGradientModel(model)
         with torch.no_grad():
             classes = input_only(images[:1]).shape[1]
@@ -69,18 +70,3 @@ class AutoAttack(PixelAttack):
                 f"autoattack version={self.version} needs {_LEAST_CLASSES[self.version]} classes or more, and the "
                 f"model has {classes}: use pgd with restarts"
             )
-
-
-def _import_library() -> Any:
-    """Import pyautoattack.
-
-    Raises:
-        UsageError: it is not installed.
-    """
-    try:
-        import pyautoattack
-    except ImportError:
-        raise UsageError(
-            "autoattack needs the package pyautoattack, which is not installed: pip install qadtr-brevitas[autoattack]"
-        ) from None
-    return pyautoattack

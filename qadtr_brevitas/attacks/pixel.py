@@ -11,6 +11,7 @@ from torch import Tensor
 from qadtr_brevitas.attacks.base import IterativeAttack, Model, PixelAttack, TargetedAttack, TrainingAttack
 from qadtr_brevitas.attacks.library import InputGradientModel, seeded
 from qadtr_brevitas.attacks.results import AttackGoal, AttackResult, best_per_image
+from qadtr_brevitas.core.extras import require
 from qadtr_brevitas.core.plugin import Field, plugin
 from qadtr_brevitas.core.precision import Precision
 
@@ -141,9 +142,8 @@ def _run_library(
     **arguments: Any,
 ) -> Tensor:
     """Run a class of torchattack: without gradients on parameters, seeded, and finite."""
-    import torchattack
-
-    attack = getattr(torchattack, name)(
+    library = require("torchattack", extra="attacks", purpose=f"attack {name}")
+    attack = getattr(library, name)(
         InputGradientModel(model, target=target), device=images.device, targeted=target is not None, **arguments
     )
     with seeded(generator, images.device), torch.enable_grad():

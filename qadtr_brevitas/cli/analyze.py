@@ -11,6 +11,7 @@ from qadtr_brevitas.cli.common import RecordedCommand, command_line, emit, examp
 from qadtr_brevitas.cli.plugin_options import dataset_settings, find_dataset, load_split, make_plugin
 from qadtr_brevitas.config.slots import slot_name
 from qadtr_brevitas.core.errors import UsageError
+from qadtr_brevitas.core.extras import require
 from qadtr_brevitas.core.registry import ANALYSES
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ def command(
     plugin = make_plugin(ANALYSES, analysis, settings)
     dataset = find_dataset(paths, data)
     output = output or paths[0] / "analysis" / analysis
+    require("matplotlib", extra="report", purpose="analyze")
 
     from qadtr_brevitas.core.device import resolve_device
     from qadtr_brevitas.evaluation.entries import load_subjects

@@ -32,6 +32,7 @@ from qadtr_brevitas.cli.evaluate_options import (
 from qadtr_brevitas.cli.plugin_options import dataset_settings, find_dataset, load_split, make_from_slot
 from qadtr_brevitas.config.slots import slot_name
 from qadtr_brevitas.core.errors import UsageError
+from qadtr_brevitas.core.extras import require
 from qadtr_brevitas.core.registry import ATTACKS
 from qadtr_brevitas.quant.inference import parse_modes
 
@@ -90,6 +91,7 @@ def command(**options: Any) -> None:
     plugins = [make_from_slot(ATTACKS, text, option="--attack") for text in given.attacks]
     wanted = parse_modes(given.precisions) if given.precisions else None
     dataset = find_dataset(given.model_dirs, given.data)
+    require("matplotlib", extra="report", purpose="evaluate")
 
     from qadtr_brevitas.core.device import resolve_device
     from qadtr_brevitas.evaluation import CellStore, compute

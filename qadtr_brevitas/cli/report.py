@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from qadtr_brevitas.cli.common import RecordedCommand, command_line, emit, examples, output_options, say
+from qadtr_brevitas.core.extras import require
 
 
 @click.command(
@@ -29,6 +30,8 @@ def command(folders: tuple[Path, ...], title: str, output: Path) -> None:
     The page is one file with its pictures inside. What an audit says stands above the tables it concerns, and every
     figure says how it was made. The same tables are written as Markdown and CSV beside it.
     """
+    for package in ("jinja2", "matplotlib"):
+        require(package, extra="report", purpose="report")
     from qadtr_brevitas.reproduce.page import build_page, check_path, read_inputs, write_page
 
     check_path(output)

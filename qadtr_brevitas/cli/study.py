@@ -21,6 +21,7 @@ from qadtr_brevitas.cli.common import (
     say,
     threads_option,
 )
+from qadtr_brevitas.core.extras import require
 
 if TYPE_CHECKING:
     from qadtr_brevitas.reproduce.study.plan import StudyPlan
@@ -98,6 +99,8 @@ def command(**options: Any) -> None:
     plan = make_plan(study, work=work, output=output)
     if given.dry_run:
         return _show(plan)
+    for package in ("jinja2", "matplotlib"):
+        require(package, extra="reproduce", purpose="study")
 
     from qadtr_brevitas.core.device import resolve_device
     from qadtr_brevitas.reproduce.study.claims import Claims

@@ -5,28 +5,20 @@ The libraries that exports need, which are an extra.
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import Any
 
 import numpy as np
 
-from qadtr_brevitas.core.errors import UsageError
+from qadtr_brevitas.core.extras import require
 
 
 def library(name: str) -> Any:
-    """Imports a module of an optional library.
+    """Import and return a module of a library that exports need.
 
     Raises:
         UsageError: it is not installed.
     """
-    try:
-        return import_module(name)
-    except ImportError as error:
-        package = name.partition(".")[0]
-        raise UsageError(
-            f"exports need {package}, which is not installed or not complete ({error}): "
-            "pip install qadtr-brevitas[export]"
-        ) from error
+    return require(name, extra="export", purpose="export")
 
 
 # Parts of a node's name that are inside a layer.

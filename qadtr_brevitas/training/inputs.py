@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from qadtr_brevitas.attacks.base import Memory, RememberingAttack, TrainingAttack
@@ -20,6 +20,9 @@ from qadtr_brevitas.data.split import Split, epoch_order
 from qadtr_brevitas.quant import SwitchableModel, frozen_weights
 from qadtr_brevitas.training.objectives import ordinary_loss
 from qadtr_brevitas.training.step import AdversarialBatch, ForwardOutput, StepLoss, TrainingStep
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,9 @@ from __future__ import annotations
 import math
 import time
 from pathlib import Path
-from typing import Literal, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from qadtr_brevitas.config import Recipe
@@ -42,6 +41,9 @@ from qadtr_brevitas.training.setup import check_optimizer, check_precisions, mak
 from qadtr_brevitas.training.state import LAST_FOLDER, RunCounters, TrainingState, check_finite, open_run
 from qadtr_brevitas.training.stop import Interrupted, StopRequest
 from qadtr_brevitas.training.validation import Validation
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 def train(

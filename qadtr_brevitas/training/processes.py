@@ -6,19 +6,21 @@ import os
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from qadtr_brevitas.attacks.base import Memory
 from qadtr_brevitas.config import TrainSection
 from qadtr_brevitas.core.device import resolve_device
 from qadtr_brevitas.core.errors import PluginError, UsageError
+from qadtr_brevitas.core.extras import require
 from qadtr_brevitas.training.objectives import Objective
 from qadtr_brevitas.training.step import TrainingStep
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 _RUNNING_STATISTICS = ("running_mean", "running_var")
 
@@ -28,8 +30,8 @@ def started_processes(train: TrainSection, device: str) -> Generator[Accelerator
     """Join the processes that torchrun started, or run alone, with device and mixed precision set up.
 
     Raises:
-        UsageError: there is no such device, one GPU is named for several processes, fp16 is wanted off a GPU, or the
-            batch cannot be shared equally.
+        UsageError: accelerate is not installed, there is no such device, one GPU is named for several processes, fp16
+            is wanted off a GPU, or the batch cannot be shared equally.
     """
     joined = torch.distributed.is_available() and torch.distributed.is_initialized()
     accelerator = _start_processes(train, device)
@@ -42,6 +44,10 @@ def started_processes(train: TrainSection, device: str) -> Generator[Accelerator
 
 
 def _start_processes(train: TrainSection, device: str) -> Accelerator:
+    require("accelerate", extra="train", purpose="training")
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
     if ":" in device and "LOCAL_RANK" in os.environ:
         raise UsageError(f"device {device!r} is a single GPU, but torchrun gives each process its own: use cuda")
     wanted = resolve_device(device)

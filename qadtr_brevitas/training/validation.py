@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from qadtr_brevitas.core.precision import Precision
@@ -20,6 +19,9 @@ from qadtr_brevitas.training.phases import TrainingPhase
 from qadtr_brevitas.training.run_writer import RunWriter
 from qadtr_brevitas.training.state import BEST_FOLDER, LAST_FOLDER, check_finite
 from qadtr_brevitas.training.step import FLOAT
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 def accuracy_per_precision(

@@ -64,7 +64,7 @@ def test_what_the_library_is_told(toy, monkeypatch):
 
 def test_what_to_install_where_it_is_missing(toy, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyautoattack", None)
-    with pytest.raises(UsageError, match=r"pip install qadtr-brevitas\[autoattack\]"):
+    with pytest.raises(UsageError, match=r"pyautoattack.*qadtr-brevitas\[attacks\]"):
         attacked(toy, AutoAttack(), count=2)
 
 

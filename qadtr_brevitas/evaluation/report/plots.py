@@ -9,17 +9,20 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from torch import Tensor
 
+from qadtr_brevitas.core.extras import require
 from qadtr_brevitas.core.files import write_atomically
 from qadtr_brevitas.evaluation.metrics import Mean
 from qadtr_brevitas.evaluation.report import EvaluationReport, PatchFacts
 from qadtr_brevitas.evaluation.report.views import FLOAT, View, attacked_precisions, families
 from qadtr_brevitas.quant.inference import sorted_modes
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # Okabe and Ito's colors, which color-blind readers tell apart.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -28,6 +31,7 @@ _DPI = 150
 
 def new_figure(*, width: float, height: float) -> Figure:
     """An empty figure, in inches."""
+    require("matplotlib", extra="report", purpose="drawing")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -96,13 +100,13 @@ def draw_asr(report: EvaluationReport, path: Path) -> Path:
     Raises:
         CheckpointError: the file cannot be written.
     """
-    from matplotlib.lines import Line2D
-
     shown = families(report)
     columns = attacked_precisions(report)
     across = min(_PANELS_ACROSS, len(shown))
     down = math.ceil(len(shown) / across)
     figure = new_figure(width=max(8.0, 5.6 * across), height=0.6 + 4.2 * down)
+    from matplotlib.lines import Line2D
+
     grid = figure.subplots(down, across, squeeze=False, sharey=True)
     panels = list(grid.flat)[: len(shown)]
     for axes in list(grid.flat)[len(shown) :]:

@@ -17,6 +17,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from qadtr_brevitas.core.extras import require
 from qadtr_brevitas.evaluation.report.layout import EMPTY, Table, bits
 from qadtr_brevitas.evaluation.report.plots import COLORS, new_figure, save_figure, tidy
 from qadtr_brevitas.quant.inference import sorted_modes
@@ -169,8 +170,7 @@ def heat(values: Tensor, *, most: float | None = None) -> Tensor:
         values: finite.
         most: the value with the brightest color; None for the largest there is.
     """
-    from matplotlib import colormaps
-
+    colormaps = require("matplotlib", extra="report", purpose="drawing").colormaps
     top = float(values.max()) if most is None else most
     scaled = (values / top if top > 0 else torch.zeros_like(values)).clamp(0, 1)
     colors = torch.from_numpy(colormaps["magma"](scaled.double().cpu().numpy()))

@@ -16,6 +16,7 @@ from io import StringIO
 from pathlib import Path
 
 from qadtr_brevitas.core.errors import UsageError
+from qadtr_brevitas.core.extras import require
 from qadtr_brevitas.core.files import write_atomically
 from qadtr_brevitas.evaluation.report.files import markdown_table
 from qadtr_brevitas.reproduce.page.blocks import Block, Page
@@ -23,6 +24,7 @@ from qadtr_brevitas.reproduce.page.blocks import Block, Page
 
 def html(page: Page) -> str:
     """The page as HTML; whatever names and captions hold is escaped."""
+    require("jinja2", extra="report", purpose="report")
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True)

@@ -1,0 +1,25 @@
+"""Optional packages, which the extras of this package install."""
+
+from importlib import import_module
+from types import ModuleType
+
+from qadtr_brevitas.core.errors import UsageError
+
+
+def require(module: str, *, extra: str, purpose: str) -> ModuleType:
+    """Import and return a module of an optional package.
+
+    Args:
+        module: full name of the module, for instance `qonnx.core.modelwrapper`.
+        extra: the extra of this package that installs it.
+        purpose: what needs it, as the subject of the error message.
+
+    Raises:
+        UsageError: the package is not installed, or one that it needs is missing.
+    """
+    try:
+        return import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        reason = "" if getattr(error, "name", None) == package else f" ({error})"
+        raise UsageError(f"{purpose} needs {package}{reason}: pip install 'qadtr-brevitas[{extra}]'") from error
