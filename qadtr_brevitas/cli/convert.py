@@ -22,6 +22,7 @@ from qadtr_brevitas.cli.common import (
 from qadtr_brevitas.cli.conversion_table import conversion_table
 from qadtr_brevitas.cli.plugin_options import read_choice
 from qadtr_brevitas.core.errors import UsageError
+from qadtr_brevitas.core.registry import TARGETS
 
 if TYPE_CHECKING:
     from qadtr_brevitas.config import Recipe
@@ -45,7 +46,7 @@ class _ConvertOptions:
     samples: int | None
     bias_correction: bool
     dynamic: bool
-    target: Literal["finn", "hls4ml"] | None
+    target: str | None
     output: Path | None
     overwrite: bool
     dry_run: bool
@@ -95,7 +96,7 @@ _calibration_options = option_block(
         "qadtr-brevitas convert runs/float --method minmax --samples 256 -o models/float_ptq",
         "qadtr-brevitas convert alexnet --calibrate image-folder:photos data.dataset.holdout=5 --dynamic",
         "qadtr-brevitas convert runs/float --target finn -o models/float_finn",
-        "qadtr-brevitas convert deit_base_patch16_224 quant.edge=same quant.precisions=[32,4] --dry-run",
+        "qadtr-brevitas convert deit_base_patch16_224 quant.first_last=same quant.precisions=[32,4] --dry-run",
     ),
 )
 @click.argument("model")
@@ -104,7 +105,7 @@ _calibration_options = option_block(
 @click.option("--pretrained", is_flag=True, help="Load the weights that timm or torchvision knows for the name.")
 @_calibration_options
 @click.option(
-    "--target", type=click.Choice(["finn", "hls4ml"]), help="Place quantizers so that this compiler accepts the export."
+    "--target", type=click.Choice(TARGETS.names()), help="Place quantizers so that this compiler accepts the export."
 )
 @click.option("--output", "-o", type=click.Path(path_type=Path), help="Model directory.  [default: models/MODEL]")
 @click.option("--overwrite", is_flag=True, help="Replace a model directory that is there.")
@@ -119,7 +120,7 @@ def command(**options: Any) -> None:
     run or model, of which the weights at 32 bit are taken.
 
     The table says of every layer how it is quantized, or why it stays float. KEY=VALUE are the keys of a recipe's
-    sections model, data and quant, for instance quant.edge=same; options are short for some of them.
+    sections model, data and quant, for instance quant.first_last=same; options are short for some of them.
     """
     given = _ConvertOptions(**options)
     recipe, has_data = _make_recipe(given)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from io import StringIO
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.representer import RoundTripRepresenter
@@ -16,11 +16,21 @@ from qadtr_brevitas.config.slots import Slot
 from qadtr_brevitas.core.errors import QadtrError
 from qadtr_brevitas.core.plugin import PrecisionField
 from qadtr_brevitas.core.precision import DEFAULT_BITS, parse_precisions
-from qadtr_brevitas.core.registry import ATTACKS, DATASETS, GRADIENT_RULES, OBJECTIVES, REGULARIZERS, SCHEDULES
+from qadtr_brevitas.core.registry import (
+    ATTACKS,
+    DATASETS,
+    GRADIENT_RULES,
+    OBJECTIVES,
+    QUANTIZERS,
+    REGULARIZERS,
+    SCHEDULES,
+    TARGETS,
+)
 
 if TYPE_CHECKING:
     from qadtr_brevitas.attacks.base import Attack, TrainingAttack
     from qadtr_brevitas.data.base import Dataset
+    from qadtr_brevitas.quant.quantizer import Quantizer
     from qadtr_brevitas.training.gradient_rules import GradientRule
     from qadtr_brevitas.training.objectives import Objective
     from qadtr_brevitas.training.regularizers import Regularizer
@@ -30,6 +40,7 @@ if TYPE_CHECKING:
     DatasetSlot: TypeAlias = Dataset
     GradientSlot: TypeAlias = GradientRule
     ObjectiveSlot: TypeAlias = Objective
+    QuantizerSlot: TypeAlias = Quantizer
     RegularizerSlot: TypeAlias = Regularizer
     ScheduleSlot: TypeAlias = Schedule
     TrainingAttackSlot: TypeAlias = TrainingAttack
@@ -38,6 +49,7 @@ else:
     DatasetSlot = Annotated[Any, Slot(DATASETS)]
     GradientSlot = Annotated[Any, Slot(GRADIENT_RULES)]
     ObjectiveSlot = Annotated[Any, Slot(OBJECTIVES)]
+    QuantizerSlot = Annotated[Any, Slot(QUANTIZERS)]
     RegularizerSlot = Annotated[Any, Slot(REGULARIZERS)]
     ScheduleSlot = Annotated[Any, Slot(SCHEDULES, key="schedule")]
     TrainingAttackSlot = Annotated[
@@ -48,6 +60,15 @@ else:
             advice="it cannot be used in training: use it with `qadtr-brevitas attack` or `evaluate --attack`",
         ),
     ]
+
+
+def _known_target(name: str) -> str:
+    if name not in TARGETS.entries():
+        raise ValueError(f"must be one of {', '.join(TARGETS.names())}, got {name!r}")
+    return name
+
+
+TargetName = Annotated[str, AfterValidator(_known_target)]
 
 
 def _plugin(name: str) -> Any:
@@ -106,7 +127,7 @@ class QuantSection(RecipeSection):
     precisions: tuple[PrecisionField, ...] = Field(
         default=parse_precisions(DEFAULT_BITS), min_length=1, description="the precisions the model can be switched to"
     )
-    edge: Literal["8bit", "same", "float"] = Field(
+    first_last: Literal["8bit", "same", "float"] = Field(
         default="8bit", description="first and last layer: at least 8 bit, same, float"
     )
     norm: Literal["statistics", "switchable"] = Field(
@@ -119,8 +140,14 @@ class QuantSection(RecipeSection):
     activations: Literal["static", "dynamic"] = Field(
         default="static", description="activation ranges: calibrated and learned, or each image's own at run time"
     )
-    target: Literal["finn", "hls4ml"] | None = Field(
+    target: TargetName | None = Field(
         default=None, description="place quantizers so that this FPGA compiler accepts the export"
+    )
+    weight_quantizer: QuantizerSlot | None = Field(
+        default=None, description="how weights become levels; null: the target's own, or uniform"
+    )
+    act_quantizer: QuantizerSlot | None = Field(
+        default=None, description="how activations become levels; null: the target's own, or uniform"
     )
     calibration: CalibrationSection = Field(default_factory=CalibrationSection, description="first quantizer ranges")
 

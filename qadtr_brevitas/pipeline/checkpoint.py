@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from qadtr_brevitas.config.renamed import with_present_names
 from qadtr_brevitas.core.errors import CheckpointError, UsageError
 from qadtr_brevitas.core.files import read_json, replace_directory, write_json
 from qadtr_brevitas.core.precision import parse_precisions
@@ -126,6 +127,7 @@ def read_info(path: str | Path) -> ModelInfo:
     known = {field.name for field in fields(ModelInfo)}
     try:
         info = ModelInfo(**{key: value for key, value in config.items() if key in known})
+        info = replace(info, quant=with_present_names(info.quant))
         height, width = info.image_size
         parse_precisions(info.quant["precisions"])
         return replace(

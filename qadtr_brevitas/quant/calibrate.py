@@ -135,6 +135,8 @@ def _set_thresholds(quantizer: SwitchableQuant, sample: Sample, method: Method, 
         threshold = quantizer.threshold_above(reached * quantizer.headroom(bits), bits)
         if method == "mse":
             levels, steps = quantizer.levels(bits), quantizer.steps_per_threshold(bits)
-            threshold = least_error(sample, threshold, levels, steps, halves=quantizer.power_of_two)
+            threshold = least_error(
+                sample, threshold, levels, steps, halves=quantizer.quantizer.halving, rounding=quantizer.quantizer.round
+            )
         with torch.no_grad():
             parameter.copy_(threshold.view_as(parameter))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -16,10 +16,12 @@ from qadtr_brevitas.quant.bias_correction import add_bias_correction
 from qadtr_brevitas.quant.conversion_report import ConversionReport, LayerReport
 from qadtr_brevitas.quant.model import SwitchableModel
 from qadtr_brevitas.quant.norm import BATCH_NORMS
-from qadtr_brevitas.quant.plan import Activations, ConversionPlan, Edge, Norm, Residual, Target, mark_edges
+from qadtr_brevitas.quant.plan import Activations, ConversionPlan, FirstLast, Norm, Residual, mark_first_and_last
 from qadtr_brevitas.quant.probe import Call, Probe, probe
+from qadtr_brevitas.quant.quantizer import Quantizer, make_quantizer
 from qadtr_brevitas.quant.rules import converted
 from qadtr_brevitas.quant.switch import Switch
+from qadtr_brevitas.quant.targets import Target, find_target
 
 
 def convert(
@@ -29,13 +31,15 @@ def convert(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     image_size: tuple[int, int] | None = None,
-    edge: Edge = "8bit",
+    first_last: FirstLast = "8bit",
     residual: Residual = "8bit",
     norm: Norm = "statistics",
     narrow_range: bool = True,
     per_channel: bool = True,
     activations: Activations = "static",
-    target: Target | None = None,
+    target: str | None = None,
+    weight_quantizer: Quantizer | str | Mapping[str, Any] | None = None,
+    act_quantizer: Quantizer | str | Mapping[str, Any] | None = None,
     bias_correction: bool = False,
     in_place: bool = False,
 ) -> SwitchableModel:
@@ -56,15 +60,18 @@ def convert(
         mean: per channel of pixels in [0, 1]; by default the model's own (timm's pretrained_cfg), else 0.
         std: likewise, else 1.
         image_size: height and width of images; by default the model's own.
-        edge: first and last layer at 8 bit or more, at the same precision as the others, or float.
+        first_last: first and last layer at 8 bit or more, at the same precision as the others, or float.
         residual: residual streams at 8 bit or more, or at the same precision as the others.
         norm: running statistics per precision with a shared affine, or a whole BatchNorm per precision.
         narrow_range: symmetric weight levels (ternary at 2 bit); otherwise one more level below.
         per_channel: a weight threshold per output channel, or one for all.
         activations: thresholds of activations that are calibrated or learned, or ranges measured on every image.
-        target: the compiler that a frozen copy must be acceptable to. Both want one signed quantizer for the two sides
-            of every sum of activations; hls4ml also wants steps that are powers of two, and linear layers with one
-            weight threshold for all channels.
+        target: name of the compiler that a frozen copy must be acceptable to (`quant/targets.py`). Each wants one
+            signed quantizer for the two sides of every sum of activations; hls4ml also wants steps that are powers of
+            two, and linear layers with one weight threshold for all channels.
+        weight_quantizer: how weights become levels: a quantizer, its name, or its name and keys; None for the target's
+            own, or `uniform`.
+        act_quantizer: likewise for activations, which have one threshold per tensor.
         bias_correction: give each layer a correction of its bias per precision, which is 0 until `calibrate()` sets it.
         in_place: make the switchable model of the float network's own modules, which saves a copy of its weights; it
             cannot be used afterwards.
@@ -78,25 +85,31 @@ def convert(
     """
     if next(model.parameters(), None) is None:
         raise UsageError(f"{type(model).__name__} has no parameters: there is nothing to quantize")
+    compiler = find_target(target)
+    quantizers = [_quantizer(given, compiler) for given in (weight_quantizer, act_quantizer)]
+    if quantizers[1].granularity not in (None, "tensor"):
+        raise UsageError("activations have one threshold per tensor: leave granularity out of act_quantizer")
     net = model if in_place else copy.deepcopy(model)
     training = model.training
     switch = Switch(parse_precisions(precisions))
     config = _image_config(net, mean, std, image_size)
     device = next((p.device for p in net.parameters()), torch.device("cpu"))
-    found = probe(net, _noise(config).to(device), nonnegative=not any(config["mean"]), sums=target is not None)
+    found = probe(net, _noise(config).to(device), nonnegative=not any(config["mean"]), sums=compiler is not None)
     _check_products(net, found)
-    if target is not None:
-        _check_target(target, found, edge, activations)
-    mark_edges(net, found)
+    if compiler is not None:
+        _check_target(compiler, found, first_last, activations)
+    mark_first_and_last(net, found)
     plan = ConversionPlan(
         switch=switch,
-        edge=edge,
+        first_last=first_last,
         residual=residual,
         norm=norm,
         narrow_range=narrow_range,
         per_channel=per_channel,
         activations=activations,
-        target=target,
+        target=compiler,
+        weight_quantizer=quantizers[0],
+        act_quantizer=quantizers[1],
         probe=found,
     )
     modules = dict(net.named_modules())
@@ -147,15 +160,28 @@ def _check_products(net: nn.Module, found: Probe) -> None:
         )
 
 
-def _check_target(target: Target, found: Probe, edge: Edge, activations: Activations) -> None:
-    for name, given in (("edge", edge), ("activations", activations)):
+def _quantizer(given: Quantizer | str | Mapping[str, Any] | None, target: Target | None) -> Quantizer:
+    wanted = "uniform" if target is None else target.quantizer
+    quantizer = make_quantizer(wanted if given is None else given)
+    if target is not None and not isinstance(quantizer, type(make_quantizer(target.quantizer))):
+        raise UsageError(
+            f"{target.name} computes with the quantizer {target.quantizer!r} only: leave the quantizers out, or "
+            "convert without target"
+        )
+    return quantizer
+
+
+def _check_target(target: Target, found: Probe, first_last: FirstLast, activations: Activations) -> None:
+    for name, given in (("first_last", first_last), ("activations", activations)):
         if given in ("float", "dynamic"):
-            raise UsageError(f"{name}={given!r} is not possible with target={target!r}, which computes with integers")
+            raise UsageError(
+                f"{name}={given!r} is not possible with target={target.name!r}, which computes with integers"
+            )
     for product in found.products:
-        if product.name not in ("conv2d", "linear") and not product.is_constant:
+        if product.name not in target.products and not product.is_constant:
             owner = product.owner or "the network"
             raise UsageError(
-                f"{target} computes convolutions of images and linear layers only, and {owner} computes "
+                f"{target.name} computes convolutions of images and linear layers only, and {owner} computes "
                 f"{product.name}: convert it without target, or choose a convolutional network"
             )
 

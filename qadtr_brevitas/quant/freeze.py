@@ -15,6 +15,7 @@ from brevitas.quant import (
 )
 from torch import Tensor, nn
 
+from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.core.precision import PrecisionLike
 from qadtr_brevitas.quant.layers import (
     SwitchableConv2d,
@@ -27,14 +28,9 @@ from qadtr_brevitas.quant.layers import (
 )
 from qadtr_brevitas.quant.model import SwitchableModel
 from qadtr_brevitas.quant.norm import SwitchableBatchNorm
-from qadtr_brevitas.quant.products import QuantizedFunctions, hide_products, restore_products
-from qadtr_brevitas.quant.quantizers import (
-    SwitchableActProxy,
-    SwitchableQuant,
-    SwitchableWeightProxy,
-    SwitchableWeightQuant,
-    act_injector,
-)
+from qadtr_brevitas.quant.products import QuantizedFunctions, exclude_products, restore_products
+from qadtr_brevitas.quant.proxies import SwitchableActProxy, SwitchableWeightProxy, act_injector
+from qadtr_brevitas.quant.quantizers import SwitchableQuant, SwitchableWeightQuant
 from qadtr_brevitas.quant.switch import Switch, at_precision
 
 
@@ -72,7 +68,8 @@ def freeze(model: SwitchableModel, precision: PrecisionLike) -> FrozenModel:
         The frozen model, in eval mode: images (N, C, H, W) in [0, 1] to logits (N, classes).
 
     Raises:
-        UsageError: the precision is not allowed, or the model is not switchable.
+        UsageError: the precision is not allowed, the model is not switchable, or a quantizer has levels or a
+            granularity that Brevitas's own quantizers lack.
     """
     with at_precision(model, precision):
         copied = copy.deepcopy(model)
@@ -87,11 +84,25 @@ def freeze(model: SwitchableModel, precision: PrecisionLike) -> FrozenModel:
         return frozen.to(copied.mean.device).eval()
 
 
+def _check_stock(quantizer: SwitchableQuant) -> None:
+    kind = type(quantizer.quantizer).__name__
+    if not quantizer.quantizer.stock:
+        raise UsageError(
+            f"{kind} levels cannot be frozen: Brevitas's own quantizers, and so all export formats, have uniform "
+            "levels only; convert with the quantizer 'uniform' or 'power-of-two' to export"
+        )
+    if quantizer.quantizer.granularity == "group" and isinstance(quantizer, SwitchableWeightQuant):
+        raise UsageError(
+            "weights with a threshold per group cannot be frozen: no export format has them; convert with "
+            "granularity 'channel' to export"
+        )
+
+
 def _hide_layers(net: nn.Module) -> None:
     outer = [module for module in net.modules() if isinstance(module, QuantizedFunctions)]
     for layer in {layer for module in outer for layer in module.modules()}:
         if isinstance(layer, QuantConv2d | QuantLinear | QuantReLU | QuantIdentity):
-            hide_products(layer)
+            exclude_products(layer)
 
 
 def _frozen_layer(module: nn.Module) -> nn.Module | None:
@@ -157,7 +168,7 @@ def _act_quant(proxy: SwitchableActProxy) -> Any:
         return None
     quantizer = proxy.quantizer
     if quantizer.dynamic:
-        names = ("min_bits", "signed", "max_threshold")
+        names = ("min_bits", "signed", "max_threshold", "quantizer")
         settings = {name: getattr(quantizer, name) for name in names}
         return act_injector(quantizer.switch, dynamic=True, bits=(quantizer.bits,), **settings)
     stock: Any = Int8ActPerTensorFloat if quantizer.signed else Uint8ActPerTensorFloat
@@ -165,6 +176,7 @@ def _act_quant(proxy: SwitchableActProxy) -> Any:
 
 
 def _settings(quantizer: SwitchableQuant) -> dict[str, Any]:
+    _check_stock(quantizer)
     threshold = quantizer.threshold(quantizer.bits).detach().clone()
     return {
         "bit_width": quantizer.bits,

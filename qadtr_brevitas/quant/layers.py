@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from qadtr_brevitas.core.precision import Precision
 from qadtr_brevitas.quant.products import products_not_intercepted
-from qadtr_brevitas.quant.quantizers import SwitchableActProxy, SwitchableWeightProxy
+from qadtr_brevitas.quant.proxies import SwitchableActProxy, SwitchableWeightProxy
 from qadtr_brevitas.quant.switch import Switch
 
 

@@ -6,19 +6,21 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from qadtr_brevitas.core.precision import FLOAT_BITS, MIN_BITS
 from qadtr_brevitas.quant.probe import Operand, Probe, Product
 from qadtr_brevitas.quant.provenance import IMAGE
-from qadtr_brevitas.quant.quantizers import EDGE_BITS, SwitchableWeightQuant, act_injector, weight_injector
+from qadtr_brevitas.quant.proxies import act_injector, weight_injector
+from qadtr_brevitas.quant.quantizer import Quantizer
+from qadtr_brevitas.quant.quantizers import WIDE_BITS, SwitchableWeightQuant
 from qadtr_brevitas.quant.switch import Switch
+from qadtr_brevitas.quant.targets import Target
 
-Edge = Literal["8bit", "same", "float"]
+FirstLast = Literal["8bit", "same", "float"]
 Residual = Literal["8bit", "same"]
 Norm = Literal["statistics", "switchable"]
 Activations = Literal["static", "dynamic"]
-Target = Literal["finn", "hls4ml"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,35 +29,53 @@ class ConversionPlan:
 
     Args:
         switch: the model's switch.
-        edge, residual, norm, narrow_range, per_channel, activations, target: as in `convert()`.
+        first_last, residual, norm, narrow_range, per_channel, activations: as in `convert()`.
+        target: the compiler to convert for.
+        weight_quantizer: how weights become levels.
+        act_quantizer: how activations become levels.
         probe: what the network does.
     """
 
     switch: Switch
-    edge: Edge
+    first_last: FirstLast
     residual: Residual
     norm: Norm
     narrow_range: bool
     per_channel: bool
     activations: Activations
     target: Target | None
+    weight_quantizer: Quantizer
+    act_quantizer: Quantizer
     probe: Probe
 
     def min_bits(self, product: Product) -> int:
         """Least bit-width of the operands of a product, below 32."""
-        setting = self.residual if product.is_sum else self.edge if product.edge else "same"
-        return EDGE_BITS if setting == "8bit" else MIN_BITS
+        setting = self.residual if product.is_sum else self.first_last if product.is_first_or_last else "same"
+        return WIDE_BITS if setting == "8bit" else MIN_BITS
 
     def stays_float(self, product: Product) -> bool:
         """Whether a product is left as it is."""
         if product.is_sum:
             return any(operand.fixed for operand in product.operands)
-        return product.is_constant or (product.edge and self.edge == "float")
+        return product.is_constant or (product.is_first_or_last and self.first_last == "float")
 
-    def is_per_channel(self, layer: nn.Module) -> bool:
-        """Whether each output channel of a layer has a threshold of its own."""
-        # hls4ml refuses scales per channel in linear layers.
-        return self.per_channel and not (self.target == "hls4ml" and isinstance(layer, nn.Linear))
+    def weight_shape(self, weight: Tensor, *, linear: bool) -> tuple[int, ...]:
+        """Return the shape of the thresholds of a layer's weight (out, in / groups, ...)."""
+        granularity = self.weight_quantizer.granularity or ("channel" if self.per_channel else "tensor")
+        if linear and self.target is not None and not self.target.linear_per_channel:
+            granularity = "tensor"
+        ones = (1,) * (weight.dim() - 1)
+        if granularity == "tensor":
+            return (1, *ones)
+        size = self.weight_quantizer.group_size
+        if granularity == "group" and weight.shape[1] % size == 0 and weight.shape[1] > size:
+            return (weight.shape[0], weight.shape[1] // size, 1, *ones[1:])
+        return (weight.shape[0], *ones)
+
+    @property
+    def rows_have_thresholds(self) -> bool:
+        """Whether each output channel of a weight that is computed in the forward has a threshold of its own."""
+        return (self.weight_quantizer.granularity or ("channel" if self.per_channel else "tensor")) != "tensor"
 
     def is_wide_stream(self, name: str | None) -> bool:
         """Whether what an activation module of this name gives keeps 8 bit, for a later layer to quantize further."""
@@ -74,7 +94,7 @@ class ConversionPlan:
             min_bits=min_bits,
             signed=signed,
             max_threshold=max_threshold,
-            power_of_two=self._power_of_two,
+            quantizer=self.act_quantizer,
             dynamic=self.activations == "dynamic",
         )
 
@@ -86,7 +106,7 @@ class ConversionPlan:
             min_bits=min_bits,
             narrow_range=self.narrow_range,
             shape=shape,
-            power_of_two=self._power_of_two,
+            quantizer=self.weight_quantizer,
         )
 
     def computed_weight(self, shape: tuple[int, ...], *, min_bits: int) -> Any:
@@ -99,20 +119,15 @@ class ConversionPlan:
             signed=True,
             narrow_range=self.narrow_range,
             shape=shape,
-            power_of_two=self._power_of_two,
+            quantizer=self.weight_quantizer,
         )
-
-    @property
-    def _power_of_two(self) -> bool:
-        # hls4ml computes in fixed point, in which only steps of this kind are exact.
-        return self.target == "hls4ml"
 
     def _weight_bits(self) -> tuple[int, ...]:
         return tuple(p.weight for p in self.switch.allowed if p.weight != FLOAT_BITS)
 
 
-def mark_edges(net: nn.Module, probe: Probe) -> None:
-    """Marks the products of the first and last layers: what reads the image, the first and last of all, the classifier.
+def mark_first_and_last(net: nn.Module, probe: Probe) -> None:
+    """Mark the products of the first and last layers: what reads the image, the first and last of all, the classifier.
 
     Args:
         net: the float network.
@@ -122,9 +137,9 @@ def mark_edges(net: nn.Module, probe: Probe) -> None:
     heads = set(_classifier_names(net))
     for product in counted:
         reads_image = any(operand.origin == IMAGE for operand in product.operands)
-        product.edge = reads_image or product.owner in heads
+        product.is_first_or_last = reads_image or product.owner in heads
     if counted:
-        counted[0].edge = counted[-1].edge = True
+        counted[0].is_first_or_last = counted[-1].is_first_or_last = True
 
 
 def _classifier_names(net: nn.Module) -> Iterator[str]:

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from qadtr_brevitas.core.errors import UsageError
-from qadtr_brevitas.quant.products import ATTENTION, CLOSED, SUM, is_product, is_sum, opened, operands
+from qadtr_brevitas.quant.products import ATTENTION, CLOSED, SUM, is_product, is_sum, operands, without_dispatch
 from qadtr_brevitas.quant.provenance import IMAGE, Provenance, TensorFacts, tensors_in
 
 ACTIVATIONS = (nn.ReLU, nn.ReLU6)
@@ -58,14 +58,14 @@ class Product:
         name: of the function.
         operands: what it multiplies.
         macs: multiply-accumulates for one image, over all calls.
-        edge: it belongs to the first or last layers; the converter says so.
+        is_first_or_last: it belongs to the first or last layers; the converter says so.
     """
 
     owner: str
     name: str
     operands: list[Operand]
     macs: int = 0
-    edge: bool = False
+    is_first_or_last: bool = False
 
     @property
     def is_sum(self) -> bool:
@@ -132,7 +132,7 @@ class _ProbeMode(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         name, kwargs = getattr(func, "__name__", ""), kwargs or {}
-        if (inside := opened(func)) is not None:
+        if (inside := without_dispatch(func)) is not None:
             with self:
                 return inside(*args, **kwargs)
         if name in CLOSED:

@@ -8,13 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.core.seeding import generator
+from qadtr_brevitas.quant.quantizer import Levels
 from qadtr_brevitas.quant.quantizers import SwitchableQuant
 
 Method = Literal["mse", "minmax", "percentile"]
@@ -89,7 +90,27 @@ def thinned(sample: Sample) -> Sample:
     return Sample(torch.cat((rows.gather(1, where), rest), dim=1), sample.largest, tail, count / others)
 
 
-def least_error(sample: Sample, start: Tensor, levels: tuple[int, int], steps: int, *, halves: bool = False) -> Tensor:
+class Rounding(Protocol):
+    """Rounds values in steps to levels (`Quantizer.round`)."""
+
+    def __call__(self, scaled: Tensor, levels: Levels, *, out: Tensor) -> Tensor:
+        """Write the rounded values to `out`, which is returned."""
+        ...
+
+
+def _to_integers(scaled: Tensor, levels: Levels, *, out: Tensor) -> Tensor:
+    return torch.round(scaled, out=out).clamp_(*levels)
+
+
+def least_error(
+    sample: Sample,
+    start: Tensor,
+    levels: Levels,
+    steps: int,
+    *,
+    halves: bool = False,
+    rounding: Rounding = _to_integers,
+) -> Tensor:
     """The threshold of each row with the least squared quantization error, by a grid search that gets finer.
 
     Args:
@@ -98,6 +119,7 @@ def least_error(sample: Sample, start: Tensor, levels: tuple[int, int], steps: i
         levels: lowest and highest integer level.
         steps: number of steps between 0 and the threshold.
         halves: try only `start`, half of it, a quarter and so on, so that powers of two stay powers of two.
+        rounding: rounds values in steps; by at most half a step where they are not clipped.
 
     Returns:
         Thresholds, (rows,): within 5 % of the best between 1/23 of `start` and `start`; with `halves` the best of those
@@ -108,13 +130,15 @@ def least_error(sample: Sample, start: Tensor, levels: tuple[int, int], steps: i
     shares, factors = (_HALVES, []) if halves else (_COARSE, _FINE)
     return torch.cat(
         [
-            _search(replace(sample, rows=rows, largest=largest), levels, steps, shares, factors)
+            _search(replace(sample, rows=rows, largest=largest), levels, steps, shares, factors, rounding)
             for rows, largest in blocks
         ]
     )
 
 
-def _search(sample: Sample, levels: tuple[int, int], steps: int, shares: list[float], factors: list[float]) -> Tensor:
+def _search(
+    sample: Sample, levels: Levels, steps: int, shares: list[float], factors: list[float], rounding: Rounding
+) -> Tensor:
     """`least_error` for a block of rows: shares of their largest threshold, then factors around the best of them."""
     rows, largest, tail, weight = sample.rows, sample.largest, sample.tail, sample.weight
     count = tail + weight * (rows.shape[1] - tail)
@@ -126,7 +150,7 @@ def _search(sample: Sample, levels: tuple[int, int], steps: int, shares: list[fl
         nonlocal best, least
         step = thresholds / steps
         torch.mul(rows, step.reciprocal()[:, None], out=scaled)
-        torch.round(scaled, out=rounded).clamp_(*levels).sub_(scaled)
+        rounding(scaled, levels, out=rounded).sub_(scaled)
         found = torch.linalg.vector_norm(rounded[:, tail:], dim=1).square_().mul_(weight)
         if tail:
             found += torch.linalg.vector_norm(rounded[:, :tail], dim=1).square_()

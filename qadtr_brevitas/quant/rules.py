@@ -27,10 +27,10 @@ from qadtr_brevitas.quant.products import (
     QuantizedAttention,
     QuantizedProduct,
     QuantizedSum,
-    hide_products,
+    exclude_products,
     quantize_products,
 )
-from qadtr_brevitas.quant.quantizers import EDGE_BITS
+from qadtr_brevitas.quant.quantizers import WIDE_BITS
 
 # Exact classes: another forward than these have would be lost with the class.
 _PLAIN_LAYERS = (nn.Conv2d, nn.Linear, timm.layers.Linear)
@@ -66,7 +66,7 @@ def converted(call: Call, module: nn.Module, plan: ConversionPlan) -> tuple[nn.M
     """
     if call.products:
         if all(plan.stays_float(product) and not product.is_sum for product in call.products):
-            hide_products(module)
+            exclude_products(module)
             return None, _left_float(call.products)
         if type(module) in _PLAIN_LAYERS:
             return _layer(call.products[0], module, plan), _layer_note(call.products[0], module, plan)
@@ -74,7 +74,7 @@ def converted(call: Call, module: nn.Module, plan: ConversionPlan) -> tuple[nn.M
     if type(module) in (nn.ReLU, nn.ReLU6):
         return _activation(call, module, plan)
     if type(module) in _GATES:
-        min_bits = EDGE_BITS if plan.residual == "8bit" else 0
+        min_bits = WIDE_BITS if plan.residual == "8bit" else 0
         gate = SwitchableGate(module, plan.activation(signed=False, min_bits=min_bits))
         return gate, "gate, unsigned, per tensor" + _at_least(min_bits)
     if type(module) in BATCH_NORMS:
@@ -92,12 +92,12 @@ def _left_float(products: list[Product]) -> str:
         return "stays float: adds something that is the same for every image"
     if all(product.is_constant for product in products):
         return "stays float: the same for every image, and so a constant"
-    return "stays float: first or last layer with edge=float"
+    return "stays float: first or last layer with first_last=float"
 
 
 def _activation(call: Call, module: nn.Module, plan: ConversionPlan) -> tuple[nn.Module, str]:
     wide = plan.is_wide_stream(call.name)
-    min_bits = EDGE_BITS if wide else 0
+    min_bits = WIDE_BITS if wide else 0
     stream = ", residual stream, at least 8 bit" if wide else ""
     if isinstance(module, nn.ReLU6):
         quant = plan.activation(signed=False, min_bits=min_bits, max_threshold=6.0)
@@ -125,7 +125,7 @@ def _float_note(module: nn.Module) -> str:
 def _layer(product: Product, module: nn.Module, plan: ConversionPlan) -> nn.Module:
     assert isinstance(module, nn.Conv2d | nn.Linear)
     min_bits = plan.min_bits(product)
-    shape = (module.weight.shape[0] if plan.is_per_channel(module) else 1, *(1,) * (module.weight.dim() - 1))
+    shape = plan.weight_shape(module.weight, linear=isinstance(module, nn.Linear))
     read, _ = product.operands
     input_quant = None
     if not plan.is_quantized(read):
@@ -135,7 +135,10 @@ def _layer(product: Product, module: nn.Module, plan: ConversionPlan) -> nn.Modu
 
 
 def _layer_note(product: Product, module: nn.Module, plan: ConversionPlan) -> str:
-    note = f"weights {'per channel' if plan.is_per_channel(module) else 'per tensor'}"
+    assert isinstance(module, nn.Conv2d | nn.Linear)
+    shape = plan.weight_shape(module.weight, linear=isinstance(module, nn.Linear))
+    per = "group" if len(shape) > module.weight.dim() else "channel" if shape[0] > 1 else "tensor"
+    note = f"weights per {per}"
     read, _ = product.operands
     if not plan.is_quantized(read):
         note += f", own {'unsigned' if read.nonnegative else 'signed'} input quantizer"
@@ -176,7 +179,7 @@ def _operand_quant(operand: Operand, product: Product, plan: ConversionPlan) -> 
     if not _is_weight(operand, product):
         return plan.activation(signed=not operand.nonnegative, min_bits=min_bits)
     # A filter that is not learned, as in a blur pool, was not made for few levels.
-    min_bits = min_bits if operand.parameters else EDGE_BITS
+    min_bits = min_bits if operand.parameters else WIDE_BITS
     shape = (operand.shape[0], *(1,) * (len(operand.shape) - 1)) if _is_per_channel(product, plan) else ()
     return plan.computed_weight(shape, min_bits=min_bits)
 
@@ -186,7 +189,7 @@ def _is_weight(operand: Operand, product: Product) -> bool:
 
 
 def _is_per_channel(product: Product, plan: ConversionPlan) -> bool:
-    return plan.per_channel and product.name in ROWS_ARE_CHANNELS
+    return plan.rows_have_thresholds and product.name in ROWS_ARE_CHANNELS
 
 
 def _product_note(product: Product, plan: ConversionPlan) -> str:
@@ -209,4 +212,4 @@ def _operand_note(operand: Operand, product: Product, plan: ConversionPlan) -> s
 
 
 def _at_least(min_bits: int) -> str:
-    return ", at least 8 bit" if min_bits == EDGE_BITS else ""
+    return ", at least 8 bit" if min_bits == WIDE_BITS else ""

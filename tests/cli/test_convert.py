@@ -212,8 +212,8 @@ def test_keeps_a_directory_that_is_there(tmp_path: Path) -> None:
     ("arguments", "code", "message"),
     [
         (["--data", "shapez"], 2, "did you mean 'shapes'?"),
-        (["--data", "shapes", "quant.egde=same"], 2, "edge"),
-        (["--data", "shapes", "quant.edge=4bit"], 2, "must be one of"),
+        (["--data", "shapes", "quant.frist_last=same"], 2, "first_last"),
+        (["--data", "shapes", "quant.first_last=4bit"], 2, "must be one of"),
         (["--data", "shapes", "train.epochs=3"], 2, "train.epochs=3 does not matter to a conversion"),
         (["--data", "shapes", "--checkpoint", "nowhere.safetensors"], 1, "nowhere.safetensors"),
         ([], 2, "needs images to calibrate on: give --calibrate NAME[:ROOT]"),

@@ -14,7 +14,7 @@ from qadtr_brevitas.core.files import write_json
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     save_file({"a": torch.zeros(2, 3)}, tmp_path / "model.safetensors")
-    quant = {"precisions": [32, 4], "edge": "8bit", "narrow_range": True, "args": {}}
+    quant = {"precisions": [32, 4], "first_last": "8bit", "narrow_range": True, "args": {}}
     write_json(tmp_path / "config.json", {"name": "toy", "source": None, "quant": quant})
     return tmp_path
 
@@ -28,7 +28,7 @@ def test_info_is_read_by_people(model: Path, capsys: pytest.CaptureFixture[str])
         "source: none",
         "quant:",
         "  precisions: 32, 4",
-        "  edge: 8bit",
+        "  first_last: 8bit",
         "  narrow_range: yes",
     ]
 

@@ -62,7 +62,7 @@ def reader(name: str = "reader", model: Reader | None = None, *, fingerprint: st
         classes=tuple("abcd"),
         mean=(0.0,) * 3,
         std=(1.0,) * 3,
-        quant={"edge": "8bit"},
+        quant={"first_last": "8bit"},
         source="a recipe",
     )
     return LoadedModel(name, model or Reader(), fingerprint or f"{name}-weights", info, path=f"runs/{name}")

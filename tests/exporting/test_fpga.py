@@ -151,7 +151,7 @@ def vit() -> nn.Module:
         (plain, {"target": "hls4ml", "image_size": (12, 12)}, "hls4ml", r": an average over 9 pixels, no power of two"),
         (
             residual,
-            {"edge": "float"},
+            {"first_last": "float"},
             "finn",
             r"0, .*: (computes on activations that are|its weights are) not quantized",
         ),

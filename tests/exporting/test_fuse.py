@@ -72,7 +72,7 @@ def test_a_norm_that_turns_signs_around_is_merged_where_levels_are_symmetric(tmp
 
 
 def test_what_is_not_quantized_is_left_alone(tmp_path: Path) -> None:
-    frozen = write(loaded(residual(), precisions=(8,), edge="float"), 8, tmp_path)
+    frozen = write(loaded(residual(), precisions=(8,), first_last="float"), 8, tmp_path)
     found = FORMATS["ort"].load(tmp_path / MODEL_FILE)(IMAGES)
     with torch.no_grad():
         assert (found - frozen(IMAGES)).abs().amax(1).median() < 0.01 * found.abs().max()

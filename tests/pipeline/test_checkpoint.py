@@ -21,7 +21,7 @@ INFO = ModelInfo(
     classes=("a", "b", "c"),
     mean=(0.5, 0.4, 0.3),
     std=(0.2, 0.3, 0.4),
-    quant={"precisions": [32, 4, "w2a8"], "edge": "same", "norm": "switchable", "narrow_range": False},
+    quant={"precisions": [32, 4, "w2a8"], "first_last": "same", "norm": "switchable", "narrow_range": False},
     source="a-recipe",
 )
 IMAGES = torch.rand(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -141,7 +141,7 @@ def test_a_missing_file(gone: str, message: str, model: SwitchableModel, tmp_pat
         ({"format": None}, "is not the config of a switchable model"),
         ({"classes": None}, r"config.json lacks a key or has a wrong value \(.*classes.*\): save the model again"),
         ({"image_size": 32}, r"config.json lacks a key or has a wrong value"),
-        ({"quant": {"edge": "8bit"}}, r"config.json lacks a key or has a wrong value \('precisions'\)"),
+        ({"quant": {"first_last": "8bit"}}, r"config.json lacks a key or has a wrong value \('precisions'\)"),
         ({"quant": {"precisions": [32, 8]}}, "config.json and model.safetensors do not fit"),
         ({"quant": {"precisions": [32, 4], "unknown": 1}}, "config.json and model.safetensors do not fit"),
         ({"num_classes": 5}, "config.json and model.safetensors do not fit"),

@@ -21,12 +21,8 @@ from qadtr_brevitas.quant import (
     set_precision,
 )
 from qadtr_brevitas.quant.fake_quantize import quantize_weight
-from qadtr_brevitas.quant.quantizers import (
-    SwitchableActProxy,
-    SwitchableActQuant,
-    SwitchableQuant,
-    SwitchableWeightQuant,
-)
+from qadtr_brevitas.quant.proxies import SwitchableActProxy
+from qadtr_brevitas.quant.quantizers import SwitchableActQuant, SwitchableQuant, SwitchableWeightQuant
 from qadtr_brevitas.quant.switch import observing
 from tests.quant.conftest import SIZE
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import qadtr_brevitas.models  # noqa: F401  registers the CIFAR networks
-from qadtr_brevitas.quant import SwitchableModel, at_precision, calibrate, convert, quantizers
+from qadtr_brevitas.quant import SwitchableModel, at_precision, calibrate, convert, uniform
 
 PRECISIONS = (32, 8, 4, 2)
 NETWORKS = {"cifar_resnet8": (16, 16), "test_vit": (160, 160)}
@@ -63,8 +63,8 @@ def test_they_equal_those_of_quantizers_written_with_plain_operations(
     model.train(training)
     with at_precision(model, precision):
         ours = penalty_gradients(model, images(model))
-        monkeypatch.setattr(quantizers, "quantize_activation", plain_activation)
-        monkeypatch.setattr(quantizers, "quantize_weight", plain_weight)
+        monkeypatch.setattr(uniform, "quantize_activation", plain_activation)
+        monkeypatch.setattr(uniform, "quantize_weight", plain_weight)
         plain = penalty_gradients(model, images(model))
     assert ours.keys() == plain.keys()
     assert len(ours) > 10

@@ -21,6 +21,7 @@ from qadtr_brevitas.quant import (
 from qadtr_brevitas.quant.fake_quantize import quantize_images
 from qadtr_brevitas.quant.quantizers import SwitchableDynamicQuant
 from qadtr_brevitas.quant.switch import Switch
+from qadtr_brevitas.quant.uniform import Uniform
 from tests.quant.conftest import SIZE
 
 BITS = (8, 5, 4, 2)
@@ -33,7 +34,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 def quantizer(bits: int, *, images: int, signed: bool, max_threshold: float | None = None) -> SwitchableDynamicQuant:
     switch = Switch(parse_precisions([bits]))
     switch.images = images
-    return SwitchableDynamicQuant(switch, (bits,), 2, signed, False, (), max_threshold)
+    return SwitchableDynamicQuant(switch, (bits,), 2, signed, False, (), max_threshold, Uniform())
 
 
 def reference(x: Tensor, bits: int, *, signed: bool) -> Tensor:

@@ -30,8 +30,8 @@ def test_frozen_resnet_equals_the_switchable_one(model: SwitchableModel, images:
 @pytest.mark.parametrize(
     "settings",
     [
-        {"edge": "same"},
-        {"edge": "float"},
+        {"first_last": "same"},
+        {"first_last": "float"},
         {"narrow_range": False},
         {"per_channel": False},
         {"residual": "same"},

@@ -250,7 +250,7 @@ def test_other_layers_of_torch(layer: nn.Module, shape: tuple[int, ...]) -> None
     net = nn.Sequential(nn.Unflatten(0, (2, 1)), nn.Flatten(0), nn.Unflatten(0, shape), layer, nn.Flatten(0))
     net = nn.Sequential(net, nn.Unflatten(0, (2, -1)), nn.LazyLinear(5))
     net(IMAGES)
-    model = convert(net.eval(), image_size=(8, 8), edge="same")
+    model = convert(net.eval(), image_size=(8, 8), first_last="same")
     report = model.report
     calibrate(model, [IMAGES])
     assert report.quantized_macs == report.macs

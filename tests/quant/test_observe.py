@@ -9,11 +9,12 @@ from qadtr_brevitas.core.precision import parse_precisions
 from qadtr_brevitas.quant.quantizers import SwitchableActQuant
 from qadtr_brevitas.quant.ranges import Observations, percentiles
 from qadtr_brevitas.quant.switch import Switch
+from qadtr_brevitas.quant.uniform import Uniform
 
 
 def quantizer(*, signed: bool = True, max_threshold: float | None = None) -> SwitchableActQuant:
     switch = Switch(parse_precisions([32, 4]))
-    return SwitchableActQuant(switch, (4,), 2, signed, False, (), max_threshold)
+    return SwitchableActQuant(switch, (4,), 2, signed, False, (), max_threshold, Uniform())
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

@@ -140,12 +140,12 @@ BREAKS: dict[str, tuple[str, Any, str]] = {
         r"at 8 bit convolution in conv computes on operand 0 \(2, 3, 8, 8\) of 257 levels",
     ),
     "signs": (
-        "qadtr_brevitas.quant.provenance.Facts.result_is_nonnegative",
+        "qadtr_brevitas.quant.provenance.TensorFacts.result_is_nonnegative",
         True,
         r"inner.input_quant.* is unsigned and is given -\d",
     ),
     "gradients": (
-        "qadtr_brevitas.quant.quantizers.quantize_weight",
+        "qadtr_brevitas.quant.uniform.quantize_weight",
         lambda w, scale, lo, hi: quantize_weight(w, scale, lo, hi).detach(),
         "at 8 bit net.conv.weight and 2 more get no gradient",
     ),

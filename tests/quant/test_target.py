@@ -17,6 +17,7 @@ from qadtr_brevitas.quant.products import QuantizedSum
 from qadtr_brevitas.quant.quantizers import SwitchableActQuant, SwitchableQuant
 from qadtr_brevitas.quant.ranges import Method
 from qadtr_brevitas.quant.switch import Switch, observing
+from qadtr_brevitas.quant.uniform import PowerOfTwo
 from tests.quant.conftest import randomize_norms
 
 SIZE = (16, 16)
@@ -215,7 +216,7 @@ def test_mse_for_hls4ml_takes_the_best_power_of_two(bits: int) -> None:
 @pytest.mark.parametrize("max_threshold", [None, 6.0])
 def test_learned_steps_for_hls4ml_round_to_the_nearest_and_calibrated_ones_up(max_threshold: float | None) -> None:
     switch = Switch((Precision(4, 4),))
-    quantizer = SwitchableActQuant(switch, (4,), 2, False, False, (4,), max_threshold, power_of_two=True)
+    quantizer = SwitchableActQuant(switch, (4,), 2, False, False, (4,), max_threshold, PowerOfTwo())
     # Of 15 steps; 1.4 and 1.5 lie on either side of the middle between 1 and 2, in log scale.
     wanted = torch.tensor([1.4, 1.5, 1.0, 1.0000001]) * 15 / 8
     with torch.no_grad():
@@ -243,7 +244,7 @@ def test_a_network_that_multiplies_activations_is_refused() -> None:
         convert(net, [32, 4], image_size=SIZE, target="finn")
 
 
-@pytest.mark.parametrize(("setting", "value"), [("edge", "float"), ("activations", "dynamic")])
+@pytest.mark.parametrize(("setting", "value"), [("first_last", "float"), ("activations", "dynamic")])
 def test_floats_and_ranges_at_run_time_are_refused(setting: str, value: str) -> None:
     with pytest.raises(UsageError, match=f"{setting}='{value}' is not possible with target='hls4ml'"):
         convert(Net(), [32, 4], image_size=SIZE, target="hls4ml", **{setting: value})

@@ -1,0 +1,138 @@
+"""How quantizers plug into Brevitas: its proxies, switchable, and the injectors that make them.
+
+`tensor_quant` is ours, proxies and layers are Brevitas's, so `quant_weight()`, QuantTensor and Brevitas's own tools
+keep working at every precision below 32. At 32 the proxies report themselves disabled, and the layer computes what the
+float layer computes.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from brevitas.inject import ExtendedInjector
+from brevitas.proxy import ActQuantProxyFromInjector, WeightQuantProxyFromInjector
+from brevitas.quant_tensor import IntQuantTensor
+from torch import Tensor, nn
+
+from qadtr_brevitas.quant.quantizers import SwitchableActQuant, SwitchableDynamicQuant, SwitchableWeightQuant
+from qadtr_brevitas.quant.switch import Switch
+from qadtr_brevitas.quant.uniform import Uniform
+
+
+class _KeepTensorQuant:
+    """Brevitas rebuilds tensor_quant whenever a state dict is loaded or a parameter set anew.
+
+    Ours must survive: optimizers hold its thresholds, and the switch it refers to differs between copies of a model.
+    """
+
+    def init_tensor_quant(self, *args: Any, **kwargs: Any) -> None:
+        if not getattr(self, "_has_quantizer", False):
+            super().init_tensor_quant(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+            self._has_quantizer = True
+
+
+class SwitchableWeightProxy(_KeepTensorQuant, WeightQuantProxyFromInjector):
+    """Brevitas's weight proxy, disabled at 32 bit."""
+
+    tensor_quant: Any
+
+    @property
+    def quantizer(self) -> SwitchableWeightQuant:
+        """The switchable quantizer module."""
+        return self.tensor_quant
+
+    @property
+    def is_quant_enabled(self) -> bool:
+        return not self.disable_quant and self.quantizer.is_active
+
+    @property
+    def per_channel(self) -> bool:
+        """Whether each output channel has a threshold of its own."""
+        return math.prod(self.quantizer.shape) > 1
+
+    def quantize(self, w: Tensor) -> Tensor:
+        """Return the value alone, without the cost of a QuantTensor."""
+        if (observer := self.quantizer.switch.observer) is not None:
+            observer(self.quantizer, w)
+            return w
+        return self.quantizer.quantize(w) if self.is_quant_enabled else w
+
+
+class SwitchableActProxy(_KeepTensorQuant, ActQuantProxyFromInjector):
+    """Brevitas's activation proxy: disabled at 32 bit, and without a separate ReLU pass below.
+
+    An unsigned quantizer clamps at 0 and its gradient is 0 there: it is the ReLU.
+    """
+
+    fused_activation_quant_proxy: Any
+
+    @property
+    def quantizer(self) -> SwitchableActQuant:
+        """The switchable quantizer module inside Brevitas's wrapper."""
+        return self.fused_activation_quant_proxy.tensor_quant
+
+    @property
+    def is_quant_enabled(self) -> bool:
+        return self._is_quant_enabled and not self.disable_quant and self.quantizer.is_active
+
+    @is_quant_enabled.setter
+    def is_quant_enabled(self, is_quant_enabled: bool) -> None:
+        self._is_quant_enabled = is_quant_enabled
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """Return the value alone, without the cost of a QuantTensor."""
+        if (observer := self.quantizer.switch.observer) is not None:
+            observer(self.quantizer, x)
+        elif self.is_quant_enabled:
+            return self.quantizer.quantize(x)
+        activation = self.fused_activation_quant_proxy.activation_impl
+        folding = self.quantizer.switch.folding
+        if folding is not None and folding.in_place and isinstance(activation, nn.ReLU):
+            return x.relu_()
+        return activation(x)
+
+    def forward(self, x: Any) -> Any:
+        if self.export_mode or not self.is_quant_enabled:
+            return super().forward(x)
+        value = x.value if isinstance(x, IntQuantTensor) else x
+        if self.quantizer.dynamic:
+            # Brevitas's arithmetic on QuantTensors knows no scale per image.
+            return self.quantizer.quantize(value)
+        return self.create_quant_tensor(self.quantizer(value), x=x)
+
+
+def weight_injector(switch: Switch, **settings: Any) -> Any:
+    """Return the injector of a weight quantizer; settings are those of SwitchableQuant."""
+    return _WeightInjector.let(switch=switch, **settings)
+
+
+def act_injector(switch: Switch, *, dynamic: bool = False, **settings: Any) -> Any:
+    """Return the injector of an activation quantizer; settings are those of SwitchableQuant."""
+    injector = _DynamicInjector if dynamic else _ActInjector
+    return injector.let(switch=switch, **settings)
+
+
+# Injectors are made by a metaclass that no type checker follows.
+_Injector: Any = ExtendedInjector
+
+
+class _WeightInjector(_Injector):
+    proxy_class = SwitchableWeightProxy
+    tensor_quant = SwitchableWeightQuant
+    signed = True
+    max_threshold = None
+    quantizer = Uniform()
+
+
+class _ActInjector(_Injector):
+    proxy_class = SwitchableActProxy
+    tensor_quant = SwitchableActQuant
+    narrow_range = False
+    max_threshold = None
+    quantizer = Uniform()
+    shape = ()
+
+
+class _DynamicInjector(_ActInjector):
+    tensor_quant = SwitchableDynamicQuant
