@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from qadtr_brevitas.api.inputs import ModelLike, as_loaded, as_split, left_as_found
 from qadtr_brevitas.auditing import AuditReport
 from qadtr_brevitas.auditing import audit as audit_loaded
-from qadtr_brevitas.auditing.finding import ProfileName
+from qadtr_brevitas.auditing.profile import ProfileName
 from qadtr_brevitas.core.device import resolve_device
 from qadtr_brevitas.core.precision import PrecisionLike
 from qadtr_brevitas.core.progress import Progress

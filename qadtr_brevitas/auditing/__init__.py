@@ -1,4 +1,4 @@
-"""The audit that tells a defense from a mirage: checks G1 to G19, each with its numbers and what they mean."""
+"""The audit of an evaluation: 19 checks that tell robustness from an attack that failed, each with its numbers."""
 
 from qadtr_brevitas.auditing.finding import AuditReport as AuditReport
 from qadtr_brevitas.auditing.finding import Finding as Finding

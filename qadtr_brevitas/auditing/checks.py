@@ -6,20 +6,17 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from qadtr_brevitas.auditing.black_box import black_box, larger_patches, noise_patches, pictures
-from qadtr_brevitas.auditing.context import AuditContext
-from qadtr_brevitas.auditing.finding import Finding, Verdict, skipped
-from qadtr_brevitas.auditing.gradients import (
-    mean_over_precisions,
-    other_losses,
-    outputs_are_logits,
-    random_outputs,
-    smooth_loss,
-    targeted,
-    usable_gradients,
-)
-from qadtr_brevitas.auditing.sources import FEWEST_IMAGES, ablated, other_gradients, transfer, undefended_twin
-from qadtr_brevitas.auditing.steps import best_kept, more_steps, plateau, single_step
+from qadtr_brevitas.auditing.ablation_checks import ablated
+from qadtr_brevitas.auditing.black_box_checks import black_box, noise_patches
+from qadtr_brevitas.auditing.context import FEWEST_IMAGES, AuditContext
+from qadtr_brevitas.auditing.convergence_checks import best_kept, more_steps, plateau, single_step
+from qadtr_brevitas.auditing.finding import CheckResult, Finding, skipped
+from qadtr_brevitas.auditing.gradient_checks import smooth_loss, usable_gradients
+from qadtr_brevitas.auditing.loss_checks import other_losses, targeted
+from qadtr_brevitas.auditing.output_checks import mean_over_precisions, outputs_are_logits, random_outputs
+from qadtr_brevitas.auditing.picture_checks import pictures
+from qadtr_brevitas.auditing.size_checks import larger_patches
+from qadtr_brevitas.auditing.transfer_checks import other_gradients, transfer, undefended_twin
 
 
 @dataclass(frozen=True)
@@ -29,26 +26,26 @@ class Check:
     Args:
         id: G1 to G19.
         title: what is compared, in a few words.
-        judge: finds the verdict.
+        measure: runs the check.
         attacks: whether it needs images that are classified correctly.
     """
 
     id: str
     title: str
-    judge: Callable[[AuditContext], Verdict]
+    measure: Callable[[AuditContext], CheckResult]
     attacks: bool = True
 
     def run(self, context: AuditContext) -> Finding:
-        """The finding; `skipped` where too few images are classified correctly to tell anything."""
-        verdict = self.judge(context) if self._can_run(context) else skipped(_too_few(context))
-        if not all(map(math.isfinite, verdict.numbers.values())):
-            verdict = Verdict("WARN", _NOT_FINITE)
+        """Return the finding; `skipped` if too few images are classified correctly to show anything."""
+        result = self.measure(context) if self._can_run(context) else skipped(_too_few(context))
+        if not all(map(math.isfinite, result.numbers.values())):
+            result = CheckResult("WARN", _NOT_FINITE)
         return Finding(
-            id=self.id, title=self.title, status=verdict.status, numbers=verdict.numbers, meaning=verdict.meaning
+            id=self.id, title=self.title, status=result.status, numbers=result.numbers, meaning=result.meaning
         )
 
     def _can_run(self, context: AuditContext) -> bool:
-        return len(context) >= FEWEST_IMAGES if self.attacks else len(context.batch) > 0
+        return len(context) >= FEWEST_IMAGES if self.attacks else len(context.images) > 0
 
 
 _NOT_FINITE = "the network's outputs are not finite on attacked images, so nothing can be measured: look for overflow"
@@ -56,7 +53,7 @@ _NOT_FINITE = "the network's outputs are not finite on attacked images, so nothi
 
 def _too_few(context: AuditContext) -> str:
     return (
-        f"only {len(context)} of {len(context.batch)} images are classified correctly, at least {FEWEST_IMAGES} are "
+        f"only {len(context)} of {len(context.images)} images are classified correctly, at least {FEWEST_IMAGES} are "
         "needed: give more images"
     )
 

@@ -1,4 +1,4 @@
-"""Audits as tables and files: what was found, on which numbers, and what it means."""
+"""Audits as tables and files."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _SHARES = ("asr", "gain", "noise", "fall", "share", "largest fall", "relative", 
 
 
 def audit_tables(audits: Sequence[AuditReport]) -> list[Table]:
-    """A summary of all models and precisions, then the findings of each."""
+    """Return a summary of all models and precisions, and then the findings of each."""
     return [summary(audits), *(_findings(audit, part) for audit in audits for part in audit.precisions)]
 
 
 def summary(audits: Sequence[AuditReport]) -> Table:
-    """One line for each model and precision."""
+    """Return the table with one line for each model and precision."""
     rows = [
         (
             audit.model,
@@ -58,7 +58,7 @@ def summary(audits: Sequence[AuditReport]) -> Table:
 
 
 def write_audits(audits: Sequence[AuditReport], folder: Path) -> Path:
-    """Writes audit.json, adds the tables to report.md if there is one, and returns the path of audit.json.
+    """Write audit.json, add the tables to report.md if there is one, and return the path of audit.json.
 
     Raises:
         CheckpointError: a file cannot be written.

@@ -8,17 +8,18 @@ import pytest
 import torch
 from torch import nn
 
+from qadtr_brevitas.auditing.audited_model import AuditedModel, ModelToAudit, audited_models, evaluation_mode
 from qadtr_brevitas.auditing.checks import CHECKS
 from qadtr_brevitas.auditing.context import AuditContext
-from qadtr_brevitas.auditing.finding import Finding, Profile
-from qadtr_brevitas.auditing.victim import Audited, AuditedModel, held_still, victims
+from qadtr_brevitas.auditing.finding import Finding
+from qadtr_brevitas.auditing.profile import AuditProfile
 from qadtr_brevitas.core.seeding import generator
 from qadtr_brevitas.data.split import Split
 
 CLASSES, SIDE = 5, 16
 
 # The smallest sizes at which the tests' networks are told apart.
-SMALL = Profile(steps=10, compared_steps=10, restarts=2, queries=100, noise_patches=2_000, directions=5, draws=5)
+SMALL = AuditProfile(steps=10, compared_steps=10, restarts=2, queries=100, noise_patches=2_000, directions=5, draws=5)
 
 
 @dataclass(frozen=True)
@@ -28,16 +29,16 @@ class Trained:
     net: nn.Module
     split: Split
 
-    def context(self, victim: AuditedModel) -> AuditContext:
-        """What the checks of a victim share, with small attacks."""
+    def context(self, audited: AuditedModel) -> AuditContext:
+        """What the checks of a audited share, with small attacks."""
         batch, labels = self.split.batch(torch.arange(len(self.split)))
-        return AuditContext(victim, SMALL, batch, labels, seed=0, batch_size=256)
+        return AuditContext(audited, SMALL, batch, labels, seed=0, batch_size=256)
 
-    def findings(self, model: Audited, *ids: str, **others: object) -> dict[str, Finding]:
+    def findings(self, model: ModelToAudit, *ids: str, **others: object) -> dict[str, Finding]:
         """Some of the findings, at the model's first precision."""
-        victim = victims(model, **others)[0]
-        with held_still([model], device="cpu"):
-            return run_checks(self.context(victim), *ids)
+        audited = audited_models(model, **others)[0]
+        with evaluation_mode([model], device="cpu"):
+            return run_checks(self.context(audited), *ids)
 
 
 def run_checks(context: AuditContext, *ids: str) -> dict[str, Finding]:

@@ -138,12 +138,12 @@ def test_finished_precisions_are_kept(tmp_path: Path, monkeypatch: pytest.Monkey
     calls: list[str] = []
 
     def counted(context: AuditContext, report: object) -> PrecisionAudit:
-        calls.append(str(context.victim.precision))
+        calls.append(str(context.audited.precision))
         nothing = Rate.of(Proportion(0, 0))
         facts = {"clean_accuracy": nothing, "asr": nothing, "worst_case": nothing, "resolution": None, "passes": {}}
         return PrecisionAudit(precision=calls[-1], side=4, findings=(), **facts)
 
-    monkeypatch.setattr("qadtr_brevitas.auditing.run._audit", counted)
+    monkeypatch.setattr("qadtr_brevitas.auditing.run._audit_precision", counted)
     loaded = load_subjects([make_model_dir(tmp_path / "net")])[0]
 
     def again(folder: Path | None, **settings: Any) -> AuditReport:

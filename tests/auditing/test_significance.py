@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from scipy.stats import binomtest
 
-from qadtr_brevitas.auditing.significance import Gain, compare, deviations, resolution
+from qadtr_brevitas.auditing.significance import FALSE_ALARM, AsrGain, compare, deviations, resolution
 
 
 def broken(*spans: tuple[int, int], images: int = 200) -> torch.Tensor:
@@ -14,17 +15,17 @@ def broken(*spans: tuple[int, int], images: int = 200) -> torch.Tensor:
 
 
 def test_a_gain_counts_the_images_that_differ() -> None:
-    gain = Gain.of(broken((0, 50)), broken((40, 60)))
+    gain = AsrGain.of(broken((0, 50)), broken((40, 60)))
     assert gain.value == pytest.approx((40 - 10) / 200)
     assert gain.noise == pytest.approx(deviations() * 50**0.5 / 200)
     assert gain.exceeds(0)
 
 
 def test_a_gain_within_noise_or_threshold_does_not_count() -> None:
-    assert not Gain.of(broken((0, 9)), broken()).exceeds(0)
-    assert Gain.of(broken((0, 10)), broken()).exceeds(0)
-    assert not Gain.of(broken((0, 10)), broken()).exceeds(0.05)
-    assert not Gain.of(broken((0, 110)), broken((90, 200))).exceeds(0)
+    assert not AsrGain.of(broken((0, 9)), broken()).exceeds(0)
+    assert AsrGain.of(broken((0, 10)), broken()).exceeds(0)
+    assert not AsrGain.of(broken((0, 10)), broken()).exceeds(0.05)
+    assert not AsrGain.of(broken((0, 110)), broken((90, 200))).exceeds(0)
     assert resolution(200) == 10 / 200
 
 
@@ -45,7 +46,17 @@ def test_comparing_names_the_best_and_gives_the_numbers() -> None:
 def test_chance_alone_hardly_ever_counts() -> None:
     draw = torch.Generator().manual_seed(0)
     alarms = sum(
-        Gain.of(torch.rand(200, generator=draw) < 0.5, torch.rand(200, generator=draw) < 0.5).exceeds(0)
+        AsrGain.of(torch.rand(200, generator=draw) < 0.5, torch.rand(200, generator=draw) < 0.5).exceeds(0)
         for _ in range(2000)
     )
     assert alarms <= 6
+
+
+@pytest.mark.parametrize("differing", [10, 17, 50, 120, 200])
+def test_the_exact_test_decides_alike_but_for_one_image(differing: int) -> None:
+    """McNemar's test by the normal distribution against the exact one, on images that only one attack breaks."""
+    counts = range(differing // 2, differing + 1)
+    gains = {more: AsrGain.of(broken((0, more)), broken((more, differing))).exceeds(0) for more in counts}
+    exact = {more: binomtest(more, differing, alternative="greater").pvalue < FALSE_ALARM for more in counts}
+    fewest, fewest_exact = (min(more for more in counts if decided[more]) for decided in (gains, exact))
+    assert fewest <= fewest_exact <= fewest + 1

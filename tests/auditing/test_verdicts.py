@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from qadtr_brevitas.auditing import budget
+from qadtr_brevitas.auditing import size_checks
+from qadtr_brevitas.auditing.audited_model import AuditedModel, ForwardCounter
 from qadtr_brevitas.auditing.context import AuditContext
 from qadtr_brevitas.auditing.search import SearchTrace
-from qadtr_brevitas.auditing.victim import AuditedModel, ForwardCounter
 from tests.auditing.conftest import SIDE, Trained, run_checks
 
 IMAGES, STEPS = 200, 40
@@ -29,8 +29,8 @@ def set_outcomes(context: AuditContext, *, after: dict[int, int], losses: Tensor
     patches = context.start()
     none = torch.zeros(STEPS, IMAGES, dtype=torch.bool)
     context.__dict__["longest"] = SearchTrace({}, patches, losses, none, none)
-    context.__dict__["after"] = {steps: broken(count) for steps, count in after.items()}
-    context.__dict__["restarts_break"] = broken(restarts)
+    context.__dict__["broken_after"] = {steps: broken(count) for steps, count in after.items()}
+    context.__dict__["broken_by_restarts"] = broken(restarts)
 
 
 def falling(*, late: float) -> Tensor:
@@ -105,15 +105,15 @@ def test_other_precisions_and_their_mean_may_be_better_sources(trained: Trained)
     def masked(images: Tensor) -> Tensor:
         return trained.net(images.detach())
 
-    victim = AuditedModel(
+    audited = AuditedModel(
         name="net",
         precision=None,
         logits=masked,
-        others={"32 bit": trained.net},
-        full=trained.net,
+        other_precisions={"32 bit": trained.net},
+        full_precision=trained.net,
         passes=ForwardCounter(),
     )
-    found = run_checks(trained.context(victim), "G6", "G10", "G13")
+    found = run_checks(trained.context(audited), "G6", "G10", "G13")
     assert {finding.status for finding in found.values()} == {"WARN"}
     assert "patches from 32 bit break more images" in found["G6"].meaning
     assert "8+4+2" in found["G10"].meaning
@@ -128,7 +128,7 @@ def test_a_larger_patch_must_not_be_worse(
     context: AuditContext, monkeypatch: pytest.MonkeyPatch, counts: list[int], status: str
 ) -> None:
     outcomes = dict(zip((2, 3, 4, 6, SIDE), counts, strict=True))
-    monkeypatch.setattr(budget, "_broken", lambda context, size: broken(outcomes[size[0]]))
+    monkeypatch.setattr(size_checks, "_broken", lambda context, size: broken(outcomes[size[0]]))
     found = run_checks(context, "G3")["G3"]
     assert found.status == status
     assert ("(3x3 to 4x4)" in found.meaning) == (status == "WARN")
@@ -138,5 +138,5 @@ def test_a_larger_patch_must_not_be_worse(
 def test_an_attacker_who_chooses_every_pixel_must_succeed(
     context: AuditContext, monkeypatch: pytest.MonkeyPatch, left: int, status: str
 ) -> None:
-    monkeypatch.setattr(budget, "_broken", lambda context, size: broken(IMAGES - left))
+    monkeypatch.setattr(size_checks, "_broken", lambda context, size: broken(IMAGES - left))
     assert run_checks(context, "G3")["G3"].status == status
