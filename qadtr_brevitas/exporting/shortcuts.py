@@ -11,7 +11,7 @@ from brevitas.quant import Int8WeightPerTensorFloat
 from torch import Tensor, nn
 
 from qadtr_brevitas.models.cifar import PaddedShortcut
-from qadtr_brevitas.quant.products import hide_products
+from qadtr_brevitas.quant.products import exclude_products
 
 
 def replace_shortcuts(frozen: nn.Module, image: Tensor) -> None:
@@ -44,5 +44,5 @@ def _convolution(channels: int, padding: int) -> nn.Module:
     weight = torch.zeros_like(conv.weight)
     weight[range(padding, padding + channels), range(channels)] = 1
     conv.weight = nn.Parameter(weight)
-    hide_products(conv)
+    exclude_products(conv)
     return conv.eval()

@@ -1,7 +1,7 @@
-"""Bias correction: outputs of layers keep the means they have in the float network (Nagel et al. 2019, section 4.2).
+"""Bias correction: layers keep the mean outputs of the float network (Nagel et al. 2019, section 4.2).
 
-Quantization shifts the mean output of a channel, and shifts add up from layer to layer. At each precision each
-convolution and linear layer therefore adds a constant per channel, measured on images.
+Quantization shifts the mean output of a channel, and the shifts add up from layer to layer. At each precision, each
+convolution and linear layer therefore adds a constant per channel that is measured on images.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from qadtr_brevitas.quant.switch import (
 )
 
 Layer = SwitchableConv2d | SwitchableLinear
-# For each layer, in the order of its calls: the mean output per channel, (out,), and over how many images it was taken.
+# By layer, in the order of its calls: the mean output per channel, (out,), and the number of images it was taken over.
 OutputMeans = dict[Layer, list[tuple[Tensor, int]]]
 
 
 def add_bias_correction(model: nn.Module) -> None:
-    """Gives every convolution and linear layer that has none a bias correction of 0, in place."""
+    """Add a bias correction of 0 to every convolution and linear layer that has none, in place."""
     for layer in _layers(model):
         if layer.bias_correction is None:
             layer.bias_correction = BiasCorrection(switch_of(model), layer.weight.detach().flatten(1)[:, 0])
 
 
 def reset_bias_correction(model: nn.Module) -> None:
-    """Sets every bias correction to 0, in place."""
+    """Set every bias correction to 0, in place."""
     for module in model.modules():
         if isinstance(module, BiasCorrection):
             for offset in module.buffers():
@@ -44,13 +44,13 @@ def reset_bias_correction(model: nn.Module) -> None:
 
 
 def corrected_precisions(model: nn.Module) -> list[Precision]:
-    """The precisions that biases are corrected for: all below 32."""
+    """Return the precisions that biases are corrected for: all below 32."""
     return [precision for precision in allowed_precisions(model) if not precision.is_float]
 
 
 @contextmanager
 def output_means(model: nn.Module, *, enabled: bool = True) -> Generator[OutputMeans]:
-    """Collects the mean outputs of all layers for the duration of a block, unless disabled."""
+    """Collect the mean outputs of all layers for the duration of a block, unless disabled."""
     means: OutputMeans = {layer: [] for layer in _layers(model)} if enabled else {}
 
     def note(layer: Layer, _: object, y: Tensor) -> None:
@@ -63,20 +63,20 @@ def output_means(model: nn.Module, *, enabled: bool = True) -> Generator[OutputM
 def correct_biases(
     model: nn.Module, batches: Iterable[Tensor], means: OutputMeans, count_batch: Callable[[], object]
 ) -> None:
-    """Measures the bias corrections of every precision; before, they must be 0.
+    """Measure the bias corrections of every precision, in place.
 
-    In each batch the output of each layer is shifted at once, so that later layers see what they will see. A
+    Within each batch the output of each layer is shifted at once, so that later layers see corrected inputs. A
     correction is the mean of these shifts over all images: exact on one batch, close on many.
 
     Args:
-        model: a calibrated switchable model; only its bias corrections change, in place.
+        model: a calibrated switchable model whose bias corrections are 0.
         batches: the images that `means` were taken on, in the same order.
-        means: those of the float network.
-        count_batch: is called after each batch.
+        means: mean outputs of the float network.
+        count_batch: called after each batch.
     """
     add_bias_correction(model)
     for precision in corrected_precisions(model):
-        # Weights are held quantized for one precision at a time only.
+        # One block per precision, so that quantized weights of one precision only are in memory.
         with evaluating(model), at_precision(model, precision), frozen_weights(model), _shifting(means) as shifts:
             for images in batches:
                 model(images)
@@ -90,7 +90,7 @@ def correct_biases(
 
 @contextmanager
 def _shifting(means: OutputMeans) -> Generator[dict[Layer, list[Tensor]]]:
-    """Shifts every output to the mean it has in the float network, and collects the shifts, (out,) each."""
+    """Shift every output to its mean in the float network, and collect the shifts, (out,) each."""
     shifts: dict[Layer, list[Tensor]] = {layer: [] for layer, found in means.items() if found}
 
     def shift(layer: Layer, _: object, y: Tensor) -> Tensor:
@@ -105,7 +105,7 @@ def _shifting(means: OutputMeans) -> Generator[dict[Layer, list[Tensor]]]:
 @contextmanager
 def _hooked(layers: Iterable[Layer], hook: Callable[[Layer, object, Tensor], Tensor | None]) -> Generator[None]:
     def hidden_hook(layer: Layer, args: object, y: Tensor) -> Tensor | None:
-        # A block that quantizes its own products and sums watches what its layers call, and these are none of them.
+        # The hook's own products and sums are not part of a module that quantizes its own.
         with products_not_intercepted():
             return hook(layer, args, y)
 
@@ -122,6 +122,6 @@ def _layers(model: nn.Module) -> list[Layer]:
 
 
 def _channel_means(layer: Layer, y: Tensor) -> Tensor:
-    """Mean of each output channel, (out,): the second dimension of a convolution's output, the last of a linear's."""
+    """Return the mean of each output channel, (out,): dimension 1 of a convolution's output, the last of a linear's."""
     channel = 1 if isinstance(layer, SwitchableConv2d) else y.dim() - 1
     return y.mean([d for d in range(y.dim()) if d != channel])

@@ -1,4 +1,4 @@
-"""What convert() did to every layer."""
+"""The report of `convert()`: what it did to every layer."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class LayerReport:
         type: class name in the float network.
         quantized: whether it computes on quantized values below 32 bit.
         note: how it is quantized, or why it stays float.
-        parameters: number of parameters of its own, 0 if none.
-        quantized_parameters: how many of them belong to a layer whose weight is quantized.
-        macs: multiply-accumulates for one image, of its own.
-        quantized_macs: how many of them are on quantized operands.
+        parameters: number of parameters, without those of submodules.
+        quantized_parameters: number of them that belong to a layer whose weight is quantized.
+        macs: multiply-accumulates for one image, without those of submodules.
+        quantized_macs: number of them on quantized operands.
     """
 
     name: str
@@ -34,11 +34,11 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """Every module that runs, in order of execution, and every parameter; nothing is passed over.
+    """Every module that runs, in order of execution, and every parameter.
 
     Args:
-        layers: one entry each.
-        sizes: bytes of all weights and statistics by precision, each weight at its own bit-width, packed.
+        layers: one entry per module or parameter.
+        sizes: bytes of all weights and statistics by precision, each weight packed at its own bit-width.
     """
 
     layers: tuple[LayerReport, ...]
@@ -46,7 +46,7 @@ class ConversionReport:
 
     @property
     def parameters(self) -> int:
-        """Number of all parameters."""
+        """The number of all parameters."""
         return sum(layer.parameters for layer in self.layers)
 
     @property
@@ -56,7 +56,7 @@ class ConversionReport:
 
     @property
     def quantized_macs(self) -> int:
-        """Those of them that are on quantized operands."""
+        """Multiply-accumulates on quantized operands, for one image."""
         return sum(layer.quantized_macs for layer in self.layers)
 
     @property
@@ -66,7 +66,7 @@ class ConversionReport:
         return sum(layer.quantized_parameters for layer in self.layers) / total if total else 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the report as JSON values."""
         return {
             "quantized_share": self.quantized_share,
             "parameters": self.parameters,

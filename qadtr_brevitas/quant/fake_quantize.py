@@ -7,11 +7,11 @@ g * (y - x) / s inside and g * lo or g * hi outside.
 The step gradient needs no mask or residual of its own: with dx the masked gradient, it is (<g, y> - <dx, x>) / s,
 because y = lo * s or hi * s outside. So only x is kept besides y, which the next layer keeps anyway.
 
-With y in the place of x the same formulas are PACT's (Choi et al. 2018): the step learns from clipped values alone.
-At 8 bit and more, where what rounding adds is noise, that saves keeping x.
+With y in the place of x the same formulas are those of PACT (Choi et al. 2018): the step learns from clipped values
+only. At 8 bit and more, where rounding contributes only noise to the step's gradient, this saves keeping x.
 
-Under autocast activations are bfloat16, which holds all integer levels up to 8 bit and rounds those above. In blocks
-the step stays float32; on other devices it is rounded with them.
+Under autocast activations are bfloat16, which represents all integer levels up to 8 bit and rounds those above. In
+blocks the step stays float32; on other devices it is rounded to bfloat16.
 
 Gradients of gradients are the derivatives of these formulas: the mask and the integer levels round(x / s) are constant,
 as they are almost everywhere. A backward pass that records a graph (`create_graph=True`) computes the formulas with
@@ -108,26 +108,26 @@ class _QuantizeWeight(torch.autograd.Function):
         (g,) = grads
         dw = g * ((levels > ctx.lo) & (levels < ctx.hi))
         if torch.is_grad_enabled():
-            # What the forward pass computed is no function of w and scale to autograd.
+            # Computed again, since autograd does not know the saved tensor as a function of w and scale.
             levels = w / scale
         return dw, (g * y - dw * levels).sum_to_size(scale.shape), None, None
 
 
 def _step(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """The step in the activations' type; float16 would make 0 of one below its smallest number."""
+    """Return the step in the activations' type; in float16, at least its smallest number."""
     step = scale.to(dtype)
     return step.clamp(min=_SMALLEST_HALF) if dtype == torch.float16 else step
 
 
 def quantize_activation(x: Tensor, scale: Tensor, lo: int, hi: int, *, keep_input: bool = True) -> Tensor:
-    """Quantizes activations to the levels lo * scale ... hi * scale.
+    """Quantize activations to the levels lo * scale ... hi * scale.
 
     Args:
         x: activations of any shape.
         scale: the step, positive, one element.
         lo: lowest integer level, 0 for unsigned.
         hi: highest integer level.
-        keep_input: learned-step gradients (LSQ) if true; those of PACT, which need no memory of x, otherwise.
+        keep_input: the step's gradient is that of LSQ if true; that of PACT, which does not keep x, otherwise.
 
     Returns:
         A tensor like x with at most hi - lo + 1 distinct values.
@@ -138,15 +138,15 @@ def quantize_activation(x: Tensor, scale: Tensor, lo: int, hi: int, *, keep_inpu
 def quantize_images(
     x: Tensor, scale: Tensor, lo: int, hi: int, *, low: float = -torch.inf, high: float = torch.inf
 ) -> Tensor:
-    """Quantizes each image of a batch with its own step.
+    """Quantize each image of a batch with its own step.
 
     Args:
         x: activations; the first dimension is that of scale, or a multiple, image after image (windows, heads).
         scale: positive steps, (images,), such that lo * scale ... hi * scale covers each image. It takes no gradient.
         lo: lowest integer level, 0 for unsigned.
         hi: highest integer level.
-        low: at values at or below, the gradient is 0: 0 for unsigned.
-        high: at values at or above, the gradient is 0.
+        low: values at or below it get no gradient: 0 for unsigned levels.
+        high: values at or above it get no gradient.
 
     Returns:
         A tensor like x, whose gradient passes to x between low and high.
@@ -155,7 +155,7 @@ def quantize_images(
 
 
 def quantize_weight(w: Tensor, scale: Tensor, lo: int, hi: int) -> Tensor:
-    """Quantizes a weight, per output channel or per tensor.
+    """Quantize a weight, per output channel or per tensor.
 
     Args:
         w: weight, (out, in, ...).
@@ -186,12 +186,12 @@ def _like(g: Tensor, x: Tensor) -> Tensor:
 
 
 def _end(step: Tensor, level: int, dtype: torch.dtype) -> Tensor:
-    # Rounded as y is. In bfloat16 values that were clipped to y would lie inside of an end that is not.
+    # Rounded as y is. In bfloat16, values clipped to y would otherwise lie inside the range.
     return torch.full_like(step, level, dtype=dtype).mul_(step)
 
 
 def _quantize_blocks(x: Tensor, step: Tensor, lo: int, hi: int) -> Tensor:
-    # A step that is a number would be made a tensor anew in each block.
+    # A Python number would be converted to a tensor in each block.
     y = torch.empty_like(x)
     for source, target in zip(_flat(x).split(_BLOCK), _flat(y).split(_BLOCK), strict=True):
         torch.div(source, step, out=target)
@@ -212,7 +212,7 @@ def _backward_blocks(g: Tensor, x: Tensor, y: Tensor | None, low: float, high: f
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    # In bfloat16 it takes 30 times as long, and its rounding is larger than the difference it is needed for.
+    # In bfloat16 it takes 30 times as long, and rounds more than the difference that it is needed for.
     return torch.dot(a.float(), b.float())
 
 

@@ -1,14 +1,14 @@
-"""BatchNorms folded into the convolutions in front of them, for as long as patches are made.
+"""BatchNorms folded into the preceding convolutions while patches are made.
 
 In eval mode y = g (w * x + b - mean) / sqrt(var + eps) + beta is a convolution with other weights (Jacob et al. 2018,
-section 3.2). Here the weights are quantized first, as in the network, and folded then: the function stays the same but
-for the rounding of floats, which may carry a value over to the next level of a quantizer. That is why nothing that is
-reported is scored in this form. `examples/benchmark_attacks.py` measures what it saves.
+section 3.2). The weights are quantized first, as in the network, and folded afterwards: the function stays the same up
+to float rounding, which may move a value to the next level of a quantizer. Reported scores are therefore never computed
+in this form. `examples/benchmark_attacks.py` measures what it saves.
 
-ReLUs at 32 bit write over what they read, where nothing else reads it: a convolution does not need its result again.
+ReLUs at 32 bit work in place where nothing else reads their input: a convolution does not need its result again.
 
-If wished, forwards at 32 bit run in bfloat16: a patch climbs by the direction of its gradient, which keeps it. At lower
-precisions the rounding would carry values over to other levels, so these stay in float32.
+Optionally, forwards at 32 bit run in bfloat16: patches are optimized by the direction of the gradient, which bfloat16
+keeps. At lower precisions the rounding would move values to other levels, so these stay in float32.
 """
 
 from __future__ import annotations
@@ -29,57 +29,58 @@ from qadtr_brevitas.quant.norm import SwitchableBatchNorm, norms
 from qadtr_brevitas.quant.switch import Switch, observing, switch_of
 
 _TOLERANCE = 1e-3
-# Cosine of the gradients in bfloat16 and float32 from which on the former is good enough to make patches by.
+# The least cosine of the gradients in bfloat16 and float32 with which patches are made in bfloat16.
 _SAME_DIRECTION = 0.9
 
 
 @dataclass(frozen=True)
 class FoldedNorms:
-    """Which norms are folded, and the weights this gives, made once for each precision.
+    """The folded norms, and the folded weights, which are computed once per precision.
 
     Args:
         switch: the model's switch.
-        behind: the norm behind a convolution, by the convolution.
-        in_place: whether ReLUs write over what they read.
+        norm_after: the norm that reads the output of a convolution, by the convolution.
+        in_place: whether ReLUs work in place.
         bf16: whether forwards at 32 bit run in bfloat16.
+        computed: weights and bias so far, by convolution and precision.
     """
 
     switch: Switch
-    behind: Mapping[nn.Module, SwitchableBatchNorm]
+    norm_after: Mapping[nn.Module, SwitchableBatchNorm]
     in_place: bool = False
     bf16: bool = False
-    made: dict[tuple[nn.Module, Precision], tuple[Tensor, Tensor | None]] = field(default_factory=dict)
+    computed: dict[tuple[nn.Module, Precision], tuple[Tensor, Tensor | None]] = field(default_factory=dict)
 
     @property
     def norms(self) -> frozenset[nn.Module]:
-        """The norms that are folded, and have nothing left to do."""
-        return frozenset(self.behind.values())
+        """The folded norms, which return their input."""
+        return frozenset(self.norm_after.values())
 
     def weights(self, conv: nn.Module, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Weights and bias of a convolution with its norm folded in.
+        """Return weights and bias of a convolution with its norm folded in.
 
         Args:
             conv: the layer.
-            weight: (out, in / groups, height, width), quantized at the precision in force.
+            weight: (out, in / groups, height, width), quantized at the current precision.
             bias: (out,), or None.
         """
         key = (conv, self.switch.precision)
-        if key not in self.made:
+        if key not in self.computed:
             with torch.no_grad():
-                if (norm := self.behind.get(conv)) is not None:
+                if (norm := self.norm_after.get(conv)) is not None:
                     weight, bias = _folded(norm, self.switch.precision, weight, bias)
-                # On CPUs convolutions are faster if channels come last, and it is the weights that decide it.
+                # On CPUs convolutions are faster in channels-last format, which the format of the weights selects.
                 if weight.device.type == "cpu":
                     weight = weight.contiguous(memory_format=torch.channels_last)
-            self.made[key] = weight, bias
-        return self.made[key]
+            self.computed[key] = weight, bias
+        return self.computed[key]
 
     def rounds(self, precision: Precision) -> bool:
-        """Whether forwards at a precision run in bfloat16."""
+        """Return whether forwards at a precision run in bfloat16."""
         return self.bf16 and precision.is_float
 
     def arithmetic(self, images: Tensor) -> AbstractContextManager[Any]:
-        """What a forward over images runs in, at the precision in force."""
+        """Return the context that a forward over images runs in, at the current precision."""
         if self.rounds(self.switch.precision):
             return torch.autocast(images.device.type, torch.bfloat16)
         return nullcontext()
@@ -87,16 +88,17 @@ class FoldedNorms:
 
 @contextmanager
 def folded_norms(model: nn.Module, images: Tensor, *, bf16: bool = False) -> Generator[FoldedNorms]:
-    """Folds the BatchNorms of a model into its convolutions inside a block, where this is the same function.
+    """Fold the BatchNorms of a model into its convolutions inside a block, as far as the function stays the same.
 
     Args:
         model: a switchable model in eval mode, whose weights must not change inside.
-        images: a few images, (N, 3, H, W) in [0, 1], on the model's device: to see what follows what, and to check.
-        bf16: run forwards at 32 bit in bfloat16, where gradients to these images keep their direction. Logits stay
-            float32.
+        images: a few images, (N, 3, H, W) in [0, 1], on the model's device. They show which norm follows which
+            convolution, and the folded model is compared with the model on them.
+        bf16: run forwards at 32 bit in bfloat16 if gradients with respect to these images keep their direction. Logits
+            stay float32.
 
     Yields:
-        What is folded.
+        The folded norms.
 
     Raises:
         UsageError: the model is not switchable, or in training mode.
@@ -106,37 +108,37 @@ def folded_norms(model: nn.Module, images: Tensor, *, bf16: bool = False) -> Gen
         raise UsageError("norms are folded with their running statistics: call eval() on the model first")
     before, switch.folding = switch.folding, None
     try:
-        switch.folding = folding = _possible(model, switch, images, bf16=bf16)
+        switch.folding = folding = _largest_exact_folding(model, switch, images, bf16=bf16)
         yield folding
     finally:
         switch.folding = before
 
 
-def _possible(model: nn.Module, switch: Switch, images: Tensor, *, bf16: bool) -> FoldedNorms:
-    """As much as leaves the function what it is: something else may read what a layer gives, or change it."""
+def _largest_exact_folding(model: nn.Module, switch: Switch, images: Tensor, *, bf16: bool) -> FoldedNorms:
+    """Return the folding of most norms with the same logits: other layers may read or change the output of a layer."""
     with observing(model, lambda quantizer, tensor: None):
-        expected, behind = _follow(model, images)
-        for found, in_place in ((behind, True), (behind, False), ({}, True)):
+        expected, norm_after = _find_norms(model, images)
+        for found, in_place in ((norm_after, True), (norm_after, False), ({}, True)):
             switch.folding = FoldedNorms(switch, found, in_place)
             exact = _forward_and_back(model, images)
             if exact is not None and _close(exact[0], expected):
                 switch.folding = FoldedNorms(switch, found, in_place, bf16)
                 rounded = _forward_and_back(model, images) if bf16 else None
                 kept = rounded is not None and _same_direction(rounded[1], exact[1])
-                # Anew: the weights that were made in this block are not quantized.
+                # A new object: the weights that were computed in this block are not quantized.
                 return FoldedNorms(switch, found, in_place, kept)
     return FoldedNorms(switch, {})
 
 
 def _forward_and_back(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Logits, and the gradient of the highest ones to the images; None if a layer cannot compute them."""
+    """Return the logits, and the gradient of the highest ones; None if a layer cannot compute them."""
     with torch.enable_grad():
         images = images.detach().requires_grad_()
         try:
             logits: Tensor = model(images)
             (gradient,) = torch.autograd.grad(logits.amax(1).sum(), images)
         except RuntimeError:
-            # It needs what a ReLU has written over, say, or its own dtype.
+            # For instance, it needs a tensor that a ReLU has overwritten, or another dtype.
             return None
     return logits.detach(), gradient
 
@@ -157,22 +159,22 @@ def _folded(
     return folded.detach(), offset.detach()
 
 
-def _follow(model: nn.Module, images: Tensor) -> tuple[Tensor, dict[nn.Module, SwitchableBatchNorm]]:
-    """The logits, and the norms that are given just what a convolution gives, each layer used once."""
-    given: dict[int, tuple[nn.Module, Tensor, int]] = {}
+def _find_norms(model: nn.Module, images: Tensor) -> tuple[Tensor, dict[nn.Module, SwitchableBatchNorm]]:
+    """Return the logits, and the norms that read the unchanged output of a convolution, where each runs once."""
+    outputs: dict[int, tuple[nn.Module, Tensor, int]] = {}
     calls: dict[nn.Module, int] = {}
-    behind: dict[nn.Module, SwitchableBatchNorm] = {}
+    norm_after: dict[nn.Module, SwitchableBatchNorm] = {}
 
     def leave(conv: nn.Module, _: Any, output: Tensor) -> None:
         calls[conv] = calls.get(conv, 0) + 1
-        # The tensor is kept, so that no other one gets its id.
-        given[id(output)] = conv, output, _version(output)
+        # The tensor is kept so that no other one gets its id.
+        outputs[id(output)] = conv, output, _version(output)
 
     def enter(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         calls[norm] = calls.get(norm, 0) + 1
-        conv, tensor, version = given.get(id(inputs[0]), (None, inputs[0], 0))
+        conv, tensor, version = outputs.get(id(inputs[0]), (None, inputs[0], 0))
         if conv is not None and _version(tensor) == version and isinstance(norm, SwitchableBatchNorm):
-            behind[conv] = norm
+            norm_after[conv] = norm
 
     convs = [module for module in model.modules() if isinstance(module, SwitchableConv2d)]
     handles = [conv.register_forward_hook(leave) for conv in convs]
@@ -182,9 +184,9 @@ def _follow(model: nn.Module, images: Tensor) -> tuple[Tensor, dict[nn.Module, S
     finally:
         for handle in handles:
             handle.remove()
-    return logits, {conv: norm for conv, norm in behind.items() if calls[conv] == calls[norm] == 1}
+    return logits, {conv: norm for conv, norm in norm_after.items() if calls[conv] == calls[norm] == 1}
 
 
 def _version(tensor: Tensor) -> int:
-    """How often a tensor was changed in place."""
+    """Return how often a tensor was changed in place."""
     return tensor._version

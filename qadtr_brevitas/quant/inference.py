@@ -1,8 +1,10 @@
-"""How a switchable model is run: at one precision, or at several together.
+"""Inference modes of a switchable model: one precision, or an aggregate of several.
 
-A single precision is written `4`. Several are run as their mean, `8+4+2`, which is what an attack looks at to allow for
-all of them (EOT); as a random draw for each image, `random(8+4+2)`, which is the random precision inference (RPI) of
-DWQ (Fu et al. 2021); or as a majority vote, `vote(8+4+2)`, which is the ensemble of EMPIR (Sen et al. 2020).
+A single precision is written `4`. An aggregate is one of
+
+- `8+4+2`: the mean of the logits, which an attack on all of them maximizes (EOT);
+- `random(8+4+2)`: one precision drawn for each image, the random precision inference (RPI) of DWQ (Fu et al. 2021);
+- `vote(8+4+2)`: a majority vote, the ensemble of EMPIR (Sen et al. 2020).
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from qadtr_brevitas.core.precision import Precision, PrecisionLike, parse_precis
 from qadtr_brevitas.quant import at_precision, precisions_or_all
 
 Aggregation: TypeAlias = Literal["mean", "random", "vote"]
-"""The mean of the logits, one precision drawn for each image, or the class that most precisions see."""
+"""The mean of the logits, one precision drawn for each image, or the class that most precisions predict."""
 
 _ORDER: tuple[Aggregation, ...] = ("vote", "random", "mean")
 _CALL = re.compile(r"(random|vote)\((.*)\)", flags=re.DOTALL)
@@ -34,8 +36,8 @@ class InferenceMode:
     """One precision, or several that are run together.
 
     Args:
-        precisions: from many bits to few; usually one.
-        aggregation: what is made of several.
+        precisions: in descending order of bit-widths; usually one.
+        aggregation: how several are combined.
     """
 
     precisions: tuple[Precision, ...]
@@ -43,12 +45,12 @@ class InferenceMode:
 
     @property
     def is_single(self) -> bool:
-        """True for one precision, which needs nothing to be made of it."""
+        """Whether there is one precision, and nothing to combine."""
         return len(self.precisions) == 1
 
     @property
     def is_random(self) -> bool:
-        """True where the same images may get other logits each time."""
+        """Whether the logits of the same images may differ from call to call."""
         return self.aggregation == "random" and not self.is_single
 
     def __str__(self) -> str:
@@ -57,10 +59,10 @@ class InferenceMode:
 
 
 def parse_mode(value: PrecisionLike | InferenceMode | Sequence[Precision]) -> InferenceMode:
-    """Reads one precision, or several as "8+4+2", "random(8+4+2)", "vote(8+4+2)" or (their mean) a sequence.
+    """Read an inference mode: one precision, "8+4+2", "random(8+4+2)", "vote(8+4+2)", or a sequence for its mean.
 
     Raises:
-        UsageError: a precision that cannot be read or is not possible.
+        UsageError: a precision cannot be read or is not possible.
     """
     if isinstance(value, InferenceMode):
         return value
@@ -71,7 +73,7 @@ def parse_mode(value: PrecisionLike | InferenceMode | Sequence[Precision]) -> In
         call = _CALL.fullmatch(value.strip())
         if call:
             aggregation = cast("Aggregation", call[1])
-        # Inside parentheses a comma is as good as a plus.
+        # Inside parentheses a comma means the same as a plus.
         parts = re.split(r"[+,]", call[2]) if call else value.split("+")
     else:
         parts = [cast("PrecisionLike", value)]
@@ -80,24 +82,24 @@ def parse_mode(value: PrecisionLike | InferenceMode | Sequence[Precision]) -> In
 
 
 def parse_modes(text: str) -> tuple[InferenceMode, ...]:
-    """Reads several with commas between them, as "8,4,random(8+4)"; repeats are dropped.
+    """Read inference modes separated by commas, as "8,4,random(8+4)"; repeats are dropped.
 
     Raises:
-        UsageError: one that cannot be read or is not possible.
+        UsageError: a precision cannot be read or is not possible.
     """
     return tuple(dict.fromkeys(map(parse_mode, _COMMA.split(text))))
 
 
 def mode_name(value: InferenceMode | Sequence[Precision]) -> str:
-    """How it is written, in files and tables: `4`, `w4a8`, `8+4+2`, `random(8+4+2)`; `parse_mode` reads it."""
+    """Return the name of a mode as files and tables have it: `4`, `w4a8`, `8+4+2`, `random(8+4+2)`."""
     return str(parse_mode(value))
 
 
 def check_differentiable(mode: InferenceMode) -> None:
-    """Refuses what an attack cannot follow the gradient of.
+    """Raise if a mode has no gradient for an attack to follow.
 
     Raises:
-        UsageError: it is a vote.
+        UsageError: the mode is a vote.
     """
     if mode.aggregation == "vote":
         mean = InferenceMode(mode.precisions)
@@ -105,7 +107,7 @@ def check_differentiable(mode: InferenceMode) -> None:
 
 
 def sorted_modes(names: Iterable[str]) -> list[str]:
-    """Names: single precisions from many bits to few, then means, random draws and votes."""
+    """Sort names of modes: single precisions from many bits to few, then means, random draws and votes."""
     found = {name: parse_mode(name) for name in names}
     return sorted(
         found,
@@ -117,21 +119,21 @@ def sorted_modes(names: Iterable[str]) -> list[str]:
 def logits_at(
     model: nn.Module, mode: InferenceMode | Sequence[Precision], *, draws: torch.Generator | None = None
 ) -> Callable[[Tensor], Tensor]:
-    """A model as it is run, whatever precision is in force outside.
+    """Return a function that runs a model in an inference mode, whatever its current precision.
 
-    Gradients flow to the images, but not through a vote.
+    Gradients flow to the images, except through a vote.
 
     Args:
         model: a switchable model in eval mode; put it in `frozen_weights` first.
-        mode: the precision, or those that are run together.
-        draws: where random precisions come from; None for torch's own stream.
+        mode: the inference mode.
+        draws: generator of random precisions; None for torch's default one.
 
     Returns:
-        Images (N, 3, H, W) in [0, 1] to logits (N, classes); of a vote, to numbers of votes, where more bits weigh a
-        little more, which decides ties.
+        A function from images (N, 3, H, W) in [0, 1] to logits (N, classes). A vote returns numbers of votes, in which
+        more bits weigh a little more, so that ties are decided.
 
     Raises:
-        UsageError: the model does not have one of the precisions.
+        UsageError: the model lacks one of the precisions.
     """
     mode = parse_mode(mode)
     wanted = precisions_or_all(model, mode.precisions)
@@ -153,7 +155,7 @@ def logits_at(
     def votes(images: Tensor) -> Tensor:
         outputs = [at(precision, images) for precision in wanted]
         ballots = [one_hot(logits.argmax(dim=1), logits.shape[1]).to(logits.dtype) for logits in outputs]
-        # The fractions are less than a vote all together: they decide between equal numbers only.
+        # The fractions add up to less than one vote, so they only decide ties.
         weighted = [(1 + 0.5 ** (rank + 1)) * ballot for rank, ballot in enumerate(ballots)]
         return sum(weighted[1:], weighted[0])
 

@@ -23,9 +23,9 @@ class SwitchableModel(nn.Module):
 
     Attributes:
         image_size: height and width of the images it was converted for, in pixels.
-        num_classes: how many logits it returns for each image.
+        num_classes: number of logits per image.
         report: what the conversion did to every layer.
-        info: what the model was made of; None where nobody has told.
+        info: what the model was made of; None if unknown.
     """
 
     mean: Tensor
@@ -44,7 +44,7 @@ class SwitchableModel(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits of images.
+        """Return the logits of images.
 
         Args:
             images: (N, C, H, W) in [0, 1].

@@ -1,4 +1,4 @@
-"""What has to be known of a switchable model beside its weights."""
+"""The facts that are stored beside the weights of a switchable model."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ class ModelInfo:
 
     Args:
         name: name of the float network: timm's, torchvision's, or `package.module:function`; empty for a network
-            that has none, which can be used but not saved.
+            without a name, which can be used but not saved.
         args: further arguments of the function that makes the network.
-        num_classes: outputs.
+        num_classes: number of logits.
         image_size: height and width of the images it was made for, in pixels.
         classes: names of the classes, in the order of the outputs.
         mean: per channel, of pixels in [0, 1].
         std: per channel, of pixels in [0, 1].
         quant: keyword arguments of `convert()`; `precisions` is written as the model has them when it is saved.
         source: what made it, for instance the name of a recipe.
-        data: the data set it was made on, as in a recipe: `{name: X, <fields of X>}`; None where that is not known.
+        data: the data set it was made on, as in a recipe: `{name: X, <fields of X>}`; None if unknown.
     """
 
     name: str

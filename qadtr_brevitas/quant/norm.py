@@ -1,10 +1,8 @@
-"""BatchNorm that keeps what must differ between precisions apart.
+"""BatchNorm with running statistics per precision, and their recalibration.
 
-A BatchNorm shared as it is fails: its running statistics average over precisions that see different activations
-(2 bit: 62.7 % falls to 34.5 %). Statistics of their own per precision cure it; the affine may stay shared
-(AdaBits, Any-Precision and DWQ keep a whole BatchNorm per precision: `norm="switchable"`).
-
-Norm statistics measured anew, per precision.
+A BatchNorm that all precisions share fails: its running statistics average over precisions that see different
+activations (2 bit: accuracy falls from 62.7 % to 34.5 %). Statistics per precision cure this, and the affine may stay
+shared. AdaBits, Any-Precision and DWQ keep a whole BatchNorm per precision: `norm="switchable"`.
 """
 
 from __future__ import annotations
@@ -22,14 +20,14 @@ from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.core.precision import Precision, PrecisionLike
 from qadtr_brevitas.quant.switch import Switch, at_precision, evaluating, precisions_or_all
 
-# What BatchNorm1d, 2d and 3d have in common has no public name.
+# The base class of BatchNorm1d, 2d and 3d has no public name.
 BatchNorm = batchnorm._BatchNorm  # pyright: ignore[reportPrivateUsage]
 # The norms that have a switchable form, by their exact classes.
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, BatchNormAct2d)
 
 
 class NormBranch(nn.Module):
-    """Running statistics of one precision, and an affine of its own if the norm is fully switchable."""
+    """Running statistics of one precision, with a weight and bias if each precision has its own affine."""
 
     running_mean: Tensor
     running_var: Tensor
@@ -45,15 +43,15 @@ class NormBranch(nn.Module):
 
 
 class SwitchableBatchNorm(BatchNorm):
-    """BatchNorm with running statistics (or everything) of its own per precision.
+    """BatchNorm with running statistics, and optionally an affine, per precision.
 
     The 32-bit branch is the module itself, so float checkpoints load and 32 bit is exact.
 
     Args:
-        norm: the float BatchNorm, for images or sequences, also timm's with an activation inside; its parameters and
-            buffers are taken over, and copied to every precision.
+        norm: the float BatchNorm, for images or sequences, or timm's with an activation inside; its parameters and
+            buffers are reused, and copied for every precision.
         switch: the model's switch.
-        own_affine: a weight and bias per precision too.
+        own_affine: whether each precision has a weight and bias of its own.
     """
 
     drop: nn.Module
@@ -81,11 +79,11 @@ class SwitchableBatchNorm(BatchNorm):
         )
 
     def branch(self, precision: Precision) -> SwitchableBatchNorm | NormBranch:
-        """Where the statistics of a precision live: the module itself for 32 bit."""
+        """Return the module that holds the statistics of a precision: this one for 32 bit."""
         return self if precision.is_float else self.branches[str(precision)]  # pyright: ignore[reportReturnType]
 
     def at(self, precision: Precision) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Running mean, running variance, weight and bias of a precision."""
+        """Return running mean, running variance, weight and bias of a precision, each (channels,)."""
         branch = self.branch(precision)
         weight = self.weight if branch.weight is None else branch.weight
         bias = self.bias if branch.bias is None else branch.bias
@@ -102,7 +100,7 @@ class SwitchableBatchNorm(BatchNorm):
         return self.act(self.drop(y)) if hasattr(self, "act") else y
 
     def frozen(self) -> BatchNorm:
-        """A norm of the float class with the statistics and affine of the precision in force."""
+        """Return a norm of the float class with the statistics and affine of the current precision."""
         norm: BatchNorm = self.float_class(self.num_features, self.eps, self.momentum, self.affine)
         state = {**self.state_dict(), **self.branch(self.switch.precision).state_dict()}
         own = {name for name, _ in (*norm.named_parameters(recurse=False), *norm.named_buffers(recurse=False))}
@@ -113,12 +111,12 @@ class SwitchableBatchNorm(BatchNorm):
 
 
 def norms(model: nn.Module) -> list[SwitchableBatchNorm]:
-    """Every switchable norm layer of a model."""
+    """Return every switchable norm layer of a model."""
     return [module for module in model.modules() if isinstance(module, SwitchableBatchNorm)]
 
 
 def copy_float_statistics(model: nn.Module) -> None:
-    """Gives every precision of every norm the 32-bit statistics and affine, in place."""
+    """Copy the 32-bit statistics and affine of every norm to every other precision, in place."""
     with torch.no_grad():
         for norm in norms(model):
             for branch in norm.branches.values():
@@ -131,13 +129,13 @@ def copy_float_statistics(model: nn.Module) -> None:
 def recalibrate_norms(
     model: nn.Module, batches: Sequence[Tensor], *, precisions: Sequence[PrecisionLike] | None = None
 ) -> None:
-    """Measures the norm statistics of each precision anew, as the mean over batches.
+    """Measure the norm statistics of each precision again, as the mean over batches.
 
     Args:
         model: a switchable model; only running statistics change, in place.
-        batches: images, each (N, C, H, W) in [0, 1], drawn at random over all classes (class-sorted batches cost
-            about 6 points of accuracy).
-        precisions: default all; 32 bit is measured too where it is among them.
+        batches: batches of images, each (N, C, H, W) in [0, 1], drawn at random over all classes: batches sorted by
+            class cost about 6 points of accuracy.
+        precisions: the precisions to measure, 32 bit too if it is among them; None for all.
 
     Raises:
         UsageError: no images, or a precision that is not allowed.
@@ -155,7 +153,7 @@ def recalibrate_norms(
 
 @contextmanager
 def _averaging(layers: Sequence[SwitchableBatchNorm]) -> Generator[Callable[[int], None]]:
-    """Norm layers in training mode, so that after n batches their statistics are the mean over these n."""
+    """Put norm layers in training mode, so that after n batches their statistics are the mean over these n."""
     momenta = [layer.momentum for layer in layers]
     for layer in layers:
         layer.train()

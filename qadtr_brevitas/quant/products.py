@@ -1,9 +1,9 @@
 """Quantized operands for products that a module computes itself: attention, standardized convolutions, einsums.
 
-Such a module keeps its own forward. Below 32 bit it runs under a mode that hands each product quantized operands; at
-32 bit nothing is in its way, so the result is exact and attention takes PyTorch's fused kernel.
-
-The functions that multiply and accumulate, and where their operands stand in a call; and sums, where they count.
+A product is a call of a function that multiplies and accumulates; its operands are what it multiplies. A module that
+calls such functions in its own forward keeps that forward. Below 32 bit it runs under a `TorchFunctionMode` that
+intercepts each product and passes quantized operands to it. At 32 bit nothing is intercepted, so the result is exact
+and attention runs in PyTorch's fused kernel.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.quant.switch import Switch
 
-# An operand: what it is called here, its position, and the name it has as a keyword argument.
+# Where an operand stands in a call: its label in this package, its position, and its name as a keyword argument.
 Place = tuple[str, int, str]
 Function = Callable[..., Any]
 
@@ -45,32 +45,32 @@ _PLACES: dict[str, tuple[Place, ...]] = {
     "addbmm": (("left", 1, "batch1"), ("right", 2, "batch2")),
     ATTENTION: (("query", 0, "query"), ("key", 1, "key"), ("value", 2, "value")),
 }
-# These have a weight of one output channel a row.
+# The weights of these have one row per output channel.
 ROWS_ARE_CHANNELS = ("linear", "conv1d", "conv2d", "conv3d")
-# These multiply and accumulate inside, where nothing can be quantized.
+# These multiply and accumulate inside a kernel, where operands cannot be quantized.
 _RECURRENT = ("gru", "lstm", "rnn_relu", "rnn_tanh")
 CLOSED = ("bilinear", "cdist", "dot", "vdot", *_RECURRENT, *(f"{name}_cell" for name in _RECURRENT))
-# Written in Python, of other functions; to be followed into.
+# Written in Python and made of other functions, which have to be intercepted one by one.
 _COMPOSED: dict[Function, FunctionType] = {F.multi_head_attention_forward: F.multi_head_attention_forward}
 
 
 def is_product(name: str, args: Sequence[Any]) -> bool:
-    """Whether a call of the function of this name multiplies and accumulates two operands or more."""
+    """Return whether a call of the function of this name multiplies and accumulates two operands or more."""
     return name in _PLACES or (name == _EINSUM and len(_einsum_operands(args)) > 1)
 
 
 def is_sum(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Whether a call of the function of this name adds two tensors, in place or not."""
+    """Return whether a call of the function of this name adds two tensors, in place or not."""
     summands = [*args, *(kwargs[key] for key in ("other",) if key in kwargs)]
     return name in (SUM, "add_") and len(summands) == 2 and all(isinstance(x, Tensor) for x in summands)
 
 
 @cache
-def opened(function: Function) -> Function | None:
-    """A function that computes the same and shows the functions that it calls, if it is made of some that matter.
+def without_dispatch(function: Function) -> Function | None:
+    """Return a copy of a composed function whose inner calls reach a mode one by one; None for any other function.
 
-    PyTorch hands a mode such a function as a whole, and would do so again each time the mode called it. This copy has
-    no such check.
+    PyTorch passes a composed function to a `TorchFunctionMode` as a whole, and would do so again each time the mode
+    called it. The copy skips the check that does this.
     """
     composed = _COMPOSED.get(function)
     if composed is None:
@@ -80,7 +80,7 @@ def opened(function: Function) -> Function | None:
 
 
 def operands(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The operands of a call by what they are called here, in the order of the call."""
+    """Return the operands of a call by their labels, in the order of the call."""
     if name == _EINSUM:
         return {f"operand{index}": operand for index, operand in enumerate(_einsum_operands(args))}
     places = _SUMMANDS if name == SUM else _PLACES[name]
@@ -90,7 +90,7 @@ def operands(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[
 def call_with(
     new: Mapping[str, Tensor], function: Function, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> Any:
-    """Calls the function with other operands and everything else as it was."""
+    """Call a function with other operands and all other arguments unchanged."""
     if name == _EINSUM:
         return function(args[0], *new.values(), **kwargs)
     positional, named = list(args), dict(kwargs)
@@ -111,7 +111,7 @@ class QuantizedProduct(nn.Module):
 
     Args:
         function: name of the function.
-        quantizers: a module for each operand that is to be quantized, by what it is called in the product.
+        quantizers: a module for each operand to quantize, by the operand's label.
     """
 
     def __init__(self, function: str, quantizers: Mapping[str, nn.Module]) -> None:
@@ -120,11 +120,11 @@ class QuantizedProduct(nn.Module):
         self.operands = nn.ModuleDict(quantizers)
 
     def quantized(self, label: str, x: Tensor) -> Tensor:
-        """The operand of that name, quantized if it has a quantizer."""
+        """Return an operand, quantized if it has a quantizer."""
         return self.operands[label](x) if label in self.operands else x
 
     def forward(self, function: Function, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """Calls the function as it was called, but with quantized operands."""
+        """Call the function as the module called it, but with quantized operands."""
         found = operands(self.function, args, kwargs)
         new = {label: self.quantized(label, x) for label, x in found.items()}
         return call_with(new, function, self.function, args, kwargs)
@@ -137,7 +137,7 @@ class QuantizedSum(QuantizedProduct):
     """A sum of two tensors on the levels of one quantizer, so that hardware adds integers.
 
     Args:
-        quantizer: a module for both; None where the sum is left as it is.
+        quantizer: a module for both; None if the sum stays float.
     """
 
     def __init__(self, quantizer: nn.Module | None) -> None:
@@ -147,7 +147,7 @@ class QuantizedSum(QuantizedProduct):
         return super().quantized("both", x)
 
     def forward(self, function: Function, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        # In place, it would change what the quantizer keeps for its gradient.
+        # An addition in place would overwrite what the quantizer keeps for its gradient.
         return super().forward(torch.add if self.operands else function, args, kwargs)
 
 
@@ -155,7 +155,7 @@ class QuantizedAttention(QuantizedProduct):
     """Scaled dot-product attention in two products, with the probabilities between them quantized as well."""
 
     def forward(self, function: Function, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """Computes what torch's scaled_dot_product_attention does, on quantized operands."""
+        """Compute torch's scaled_dot_product_attention on quantized operands."""
         return self._attend(*args, **kwargs)
 
     def _attend(
@@ -191,8 +191,8 @@ class ProductQuant(nn.ModuleList):
     """The quantized products of one module, in the order in which its forward computes them.
 
     Args:
-        products: one for each; those that stay as they are have no quantizers.
-        switch: the model's switch; None where they are always to be quantized, as in a frozen model.
+        products: one for each product; those that stay float have no quantizers.
+        switch: the model's switch; None if the products are quantized always, as in a frozen model.
     """
 
     def __init__(self, products: Iterable[QuantizedProduct], switch: Switch | None) -> None:
@@ -202,32 +202,32 @@ class ProductQuant(nn.ModuleList):
 
     @property
     def is_active(self) -> bool:
-        """False at 32 bit, unless quantizers are being shown what they will quantize."""
+        """False at 32 bit, unless an observer is set."""
         switch = self.switch
         return switch is None or switch.observer is not None or not switch.precision.is_float
 
 
 class _InterceptionPause(threading.local):
-    """How many computations are under way, in this thread, whose products no interception is to touch."""
+    """The depth of nested `products_not_intercepted` blocks in this thread."""
 
     depth = 0
 
 
-_hidden = _InterceptionPause()
+_pause = _InterceptionPause()
 
 
 @contextmanager
 def products_not_intercepted() -> Generator[None]:
-    """Keeps an enclosing module from taking the products inside for some of its own."""
-    _hidden.depth += 1
+    """Keep products inside the block from being intercepted for an enclosing module."""
+    _pause.depth += 1
     try:
         yield
     finally:
-        _hidden.depth -= 1
+        _pause.depth -= 1
 
 
 class _Interception(TorchFunctionMode):
-    """Hands each product of a forward, in order, to the module that quantizes its operands."""
+    """Passes each product of a forward, in order, to the module that quantizes its operands."""
 
     def __init__(self, products: Iterator[QuantizedProduct], *, sums: bool) -> None:
         super().__init__()
@@ -238,9 +238,9 @@ class _Interception(TorchFunctionMode):
         self, func: Function, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         name, kwargs = getattr(func, "__name__", ""), kwargs or {}
-        if _hidden.depth:
+        if _pause.depth:
             return func(*args, **kwargs)
-        if (inside := opened(func)) is not None:
+        if (inside := without_dispatch(func)) is not None:
             with self:
                 return inside(*args, **kwargs)
         if self._sums and is_sum(name, args, kwargs):
@@ -250,15 +250,15 @@ class _Interception(TorchFunctionMode):
         product = next(self._products, None)
         if product is None or product.function != name:
             raise UsageError(
-                f"the network calls {name} where it did not when it was converted: use it in the mode and with the "
-                "image size it was converted for"
+                f"the network calls {name} where it did not when it was converted: run it in the mode and with the "
+                "image size that it was converted for"
             )
         with products_not_intercepted():
             return product(func, args, kwargs)
 
 
 class QuantizedFunctions(nn.Module):
-    """Mixed into the class of a module that computes products itself."""
+    """Mixin of modules that compute products in their own forward."""
 
     product_quant: ProductQuant
 
@@ -271,33 +271,33 @@ class QuantizedFunctions(nn.Module):
 
 
 def quantize_products(module: nn.Module, products: ProductQuant) -> None:
-    """Makes a module compute its own products on quantized operands, in place; it keeps its name and attributes.
+    """Make a module compute its own products on quantized operands, in place; it keeps its name and attributes.
 
     Args:
-        module: any module, whose forward computes these products in this order.
-        products: what quantizes their operands.
+        module: any module whose forward computes these products in this order.
+        products: the modules that quantize their operands.
     """
     module.__class__ = _quantized_class(type(module))
     module.product_quant = products
 
 
 def restore_products(module: QuantizedFunctions) -> None:
-    """Undoes `quantize_products`."""
+    """Undo `quantize_products`."""
     del module.product_quant
     module.__class__ = type(module).__mro__[2]
 
 
-def hide_products(layer: nn.Module) -> None:
-    """Hides the products of a layer that stays float, or of a stock one with quantizers of its own.
+def exclude_products(layer: nn.Module) -> None:
+    """Exclude the products of a layer from interception: a float layer, or a stock one with quantizers of its own.
 
-    Switchable layers do so themselves.
+    Switchable layers exclude theirs themselves.
     """
 
     def enter(module: nn.Module, args: Any) -> None:
-        _hidden.depth += 1
+        _pause.depth += 1
 
     def leave(module: nn.Module, args: Any, y: Any) -> None:
-        _hidden.depth -= 1
+        _pause.depth -= 1
 
     layer.register_forward_pre_hook(enter)
     layer.register_forward_hook(leave, always_call=True)

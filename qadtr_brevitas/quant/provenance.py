@@ -1,7 +1,7 @@
-"""What tensors are made of: followed through every function that a network calls.
+"""Provenance of tensors, followed through every function that a network calls.
 
-Three facts are kept of a tensor, all of them true whatever the weights are: which activation's values it holds (or
-the image's), whether it depends on the image at all, and whether it can be negative.
+Three facts about a tensor are recorded, which hold whatever the weights are: which activation module's values it holds
+(or the image's), whether it depends on the image at all, and whether it can be negative.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-# Names of what a tensor holds the values of: activation modules by their own names, and this.
+# The origin of the image; the other origins are names of activation modules.
 IMAGE = "image"
 
 
@@ -19,7 +19,7 @@ def _names(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-# What these give holds only values of their first argument, and zeros.
+# The results of these hold only values of their first argument, and zeros.
 _PRESERVING = _names(
     "__get__ __getitem__ _pad adaptive_max_pool1d adaptive_max_pool2d alpha_dropout broadcast_to chunk clone "
     "contiguous detach dropout dropout2d expand expand_as flatten flip float gather index_select max_pool1d "
@@ -27,24 +27,24 @@ _PRESERVING = _names(
     "reshape_as roll rot90 select split squeeze swapaxes tensor_split to transpose type type_as unbind unflatten "
     "unfold unsqueeze view view_as"
 )
-# These add values up; what a layer makes of their result it quantizes anyway.
+# These add values up. A layer that reads their result quantizes it anyway.
 _POOLS = _names("adaptive_avg_pool1d adaptive_avg_pool2d avg_pool1d avg_pool2d mean")
 _NONNEGATIVE = _names("abs exp hardsigmoid hardsigmoid_ relu relu_ relu6 sigmoid sigmoid_ softmax softplus square")
-# Never negative where no tensor and no number among their arguments is.
+# The results of these are never negative if no tensor and no number among their arguments is.
 _ARITHMETIC = _names(
     "__radd__ __rmul__ add add_ clamp clamp_ div div_ hardtanh maximum minimum mul mul_ multiply true_divide"
 )
 _SIGN_KEEPING = _PRESERVING | _POOLS | _names("amax cat concat interpolate max sqrt stack sum")
-# Their result takes nothing but its shape from a tensor.
+# The results of these take only their shape from a tensor.
 _SHAPED_AS = _names("empty_like full_like new_empty new_full new_ones new_tensor new_zeros ones_like zeros_like")
 
 
 class TensorFacts:
-    """What is known of the arguments of one call.
+    """The facts known about the arguments of one call.
 
     Args:
-        known: where to look it up.
-        name: of the function.
+        known: the provenance of all tensors so far.
+        name: name of the function.
         args: every argument, positional or named.
     """
 
@@ -62,23 +62,23 @@ class TensorFacts:
 
     @property
     def result_is_nonnegative(self) -> bool:
-        """Whether what the call gives cannot be negative."""
+        """Whether the result of the call cannot be negative."""
         keeping = self.name in _SIGN_KEEPING or self.name in _ARITHMETIC
         return self.name in _NONNEGATIVE or (keeping and self.is_nonnegative)
 
     @property
     def result_needs_quantizing(self) -> bool:
-        """Whether a quantized argument gives a result on other levels."""
+        """Whether the result has other levels than a quantized argument."""
         return self.name not in _PRESERVING and self.name not in _POOLS
 
 
 class Provenance:
-    """The facts known of every tensor of one forward pass.
+    """The facts known about every tensor of one forward pass.
 
     Args:
         net: the network; its parameters are weights, its buffers constants.
-        image: what is put in.
-        nonnegative_image: it has pixels that are not normalized to both sides of 0.
+        image: the input.
+        nonnegative_image: whether the input is never negative, as pixels before normalization.
     """
 
     def __init__(self, net: nn.Module, image: Tensor, *, nonnegative_image: bool) -> None:
@@ -87,34 +87,34 @@ class Provenance:
         self._fixed: dict[int, frozenset[str]] = {id(buffer): frozenset() for buffer in net.buffers()}
         self._fixed |= {id(parameter): frozenset([name]) for name, parameter in net.named_parameters()}
         self._nonnegative: set[int] = {id(image)} if nonnegative_image else set()
-        # So that no id is used twice.
+        # Tensors are kept alive so that no id is used twice.
         self._alive: list[Tensor] = [image]
 
     def origin(self, x: Tensor) -> str | None:
-        """The activation module whose values x holds, IMAGE, or None."""
+        """Return the name of the activation module whose values x holds, IMAGE, or None."""
         return self._origins.get(id(x))
 
     def is_fixed(self, x: Tensor) -> bool:
-        """Whether x is the same for every image."""
+        """Return whether x is the same for every image."""
         return id(x) in self._fixed
 
     def parameters(self, x: Tensor) -> frozenset[str]:
-        """Names of the parameters that x is made of; none if it depends on the image."""
+        """Return the names of the parameters that x is computed from; none if it depends on the image."""
         return self._fixed.get(id(x), frozenset())
 
     def is_nonnegative(self, x: Tensor) -> bool:
-        """Whether x cannot be negative."""
+        """Return whether x cannot be negative."""
         return id(x) in self._nonnegative
 
     def mark(self, x: Tensor, origin: str) -> None:
-        """Notes that x is the output of an activation module, which is never negative."""
+        """Record that x is the output of an activation module, which is never negative."""
         self._forget(x)
         self._origins[id(x)] = origin
         self._nonnegative.add(id(x))
         self._alive.append(x)
 
     def follow(self, facts: TensorFacts, result: Any) -> None:
-        """Notes what is known of the result of a call, from what was known of its arguments before it."""
+        """Record the facts about the result of a call, from those about its arguments before the call."""
         if facts.name == "__setitem__" and facts.first is not None and not facts.is_fixed:
             self._forget(facts.first)
         for y in tensors_in([result]):
@@ -134,7 +134,7 @@ class Provenance:
 
 
 def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
-    """Every tensor among values, also in lists and tuples."""
+    """Yield every tensor among values, also those in lists and tuples."""
     for value in values:
         if isinstance(value, Tensor):
             yield value

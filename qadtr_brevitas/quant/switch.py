@@ -1,4 +1,4 @@
-"""The current precision of a switchable model: one small object that every quantizer and norm layer reads."""
+"""The current precision of a switchable model, in one object that every quantizer and norm layer reads."""
 
 from __future__ import annotations
 
@@ -12,43 +12,46 @@ from torch import Tensor, nn
 from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.core.precision import FLOAT_BITS, Precision, PrecisionLike, parse_precisions
 
-# Is shown a quantizer (SwitchableQuant) and the tensor it would have to quantize.
+# Called with a quantizer (SwitchableQuant) and the float tensor that it would quantize.
 Observer = Callable[[Any, Tensor], None]
 
 
 class Folding(Protocol):
-    """The norms folded into convolutions while patches are made (`quant.folding.folded_norms`)."""
+    """BatchNorms folded into convolutions while patches are made (`quant.folding.folded_norms`)."""
 
     @property
     def norms(self) -> frozenset[nn.Module]:
-        """The norms that are folded, and have nothing left to do."""
+        """The folded norms, which return their input."""
         ...
 
     @property
     def in_place(self) -> bool:
-        """Whether ReLUs write over what they read."""
+        """Whether ReLUs work in place."""
         ...
 
     def weights(self, conv: nn.Module, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Weights (out, in / groups, height, width) and bias (out,) of a convolution with its norm folded in."""
+        """Return weights (out, in / groups, height, width) and bias (out,) of a convolution with its norm folded in."""
         ...
 
     def arithmetic(self, images: Tensor) -> AbstractContextManager[Any]:
-        """What a forward over images runs in, at the precision in force."""
+        """Return the context that a forward over images runs in, at the current precision."""
         ...
 
 
 class Switch:
-    """The precision in force and the weights quantized for it, shared by all layers of one model.
+    """The current precision and the weights quantized for it, shared by all layers of one model.
 
-    A plain object and no module: setting an attribute switches the whole network, whatever its size, and
-    `copy.deepcopy` of a model gives the copy a switch of its own.
-
-    While `observer` is set, quantizers show it what they would have to quantize and pass it on as it is. `images` is
-    the number of images in the batch under way.
+    This is a plain object, not a module: setting one attribute switches the whole network, whatever its size, and
+    `copy.deepcopy` of a model copies the switch with it.
 
     Args:
-        precisions: the allowed precisions; the first one is in force at the start.
+        precisions: the allowed precisions; the first one is the current one at the start.
+
+    Attributes:
+        frozen: weights quantized within `frozen_weights`, by quantizer and bit-width; None outside.
+        observer: called by each quantizer instead of quantizing, with the tensor, which passes unchanged.
+        folding: the norms folded into convolutions; None if none are.
+        images: number of images in the batch that is running.
     """
 
     def __init__(self, precisions: Sequence[Precision]) -> None:
@@ -60,7 +63,7 @@ class Switch:
         self.images = 1
 
     def set(self, precision: PrecisionLike) -> None:
-        """Puts a precision in force.
+        """Switch to a precision.
 
         Raises:
             UsageError: the precision is not among the allowed ones.
@@ -73,7 +76,7 @@ class Switch:
 
 
 def switch_of(model: nn.Module) -> Switch:
-    """The switch of a switchable model, also through wrappers such as DistributedDataParallel.
+    """Return the switch of a switchable model, also through wrappers such as DistributedDataParallel.
 
     Raises:
         UsageError: the model was not converted.
@@ -85,7 +88,7 @@ def switch_of(model: nn.Module) -> Switch:
 
 
 def set_precision(model: nn.Module, precision: PrecisionLike) -> None:
-    """Switches the model in place: every quantizer and norm layer at once, in microseconds.
+    """Switch the model in place: every quantizer and norm layer at once, in microseconds.
 
     Raises:
         UsageError: the precision is not allowed (the allowed ones are named), or the model is not switchable.
@@ -94,18 +97,30 @@ def set_precision(model: nn.Module, precision: PrecisionLike) -> None:
 
 
 def get_precision(model: nn.Module) -> Precision:
-    """The precision in force."""
+    """Return the current precision.
+
+    Raises:
+        UsageError: the model is not switchable.
+    """
     return switch_of(model).precision
 
 
 def allowed_precisions(model: nn.Module) -> tuple[Precision, ...]:
-    """The precisions the model was converted for, in the order given to convert()."""
+    """Return the precisions that the model was converted for, in the order given to `convert()`.
+
+    Raises:
+        UsageError: the model is not switchable.
+    """
     return switch_of(model).allowed
 
 
 @contextmanager
 def at_precision(model: nn.Module, precision: PrecisionLike) -> Generator[None]:
-    """Switches the model for the duration of a block and restores the precision after it."""
+    """Switch the model for the duration of a block and restore the precision after it.
+
+    Raises:
+        UsageError: the precision is not allowed, or the model is not switchable.
+    """
     switch = switch_of(model)
     before = switch.precision
     switch.set(precision)
@@ -117,11 +132,11 @@ def at_precision(model: nn.Module, precision: PrecisionLike) -> Generator[None]:
 
 @contextmanager
 def frozen_weights(model: nn.Module) -> Generator[None]:
-    """Holds the weights still: each is quantized once a precision, and no parameter receives a gradient.
+    """Quantize each weight once per precision inside a block, in which no parameter receives a gradient.
 
-    For patch crafting and evaluation, where many forwards share one set of weights. The outputs are the same
-    numbers as outside; gradients still flow to the input. The precision may be switched inside. Weights must not
-    be changed inside.
+    This is for patch crafting and evaluation, where many forwards share one set of weights. The outputs are the same
+    numbers as outside, and gradients flow to the input. The precision may be switched inside. Weights must not be
+    changed inside.
     """
     switch = switch_of(model)
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -139,7 +154,7 @@ def frozen_weights(model: nn.Module) -> Generator[None]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Generator[None]:
-    """Puts the model in eval mode, without gradients, for the duration of a block; restores the mode of each module."""
+    """Put the model in eval mode, without gradients, for the duration of a block; restore the mode of each module."""
     was_training = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -152,12 +167,12 @@ def evaluating(model: nn.Module) -> Generator[None]:
 
 @contextmanager
 def observing(model: nn.Module, observer: Observer) -> Generator[None]:
-    """Runs the model in float and eval mode for the duration of a block, without gradients.
+    """Run the model in float and eval mode, without gradients, for the duration of a block.
 
     Args:
         model: a switchable model; its precision and modes are restored after the block.
-        observer: is called at every quantizer of weights and activations, with the quantizer and the float tensor
-            it would have to quantize.
+        observer: called at every quantizer of weights and activations, with the quantizer and the float tensor that
+            it would quantize.
     """
     switch = switch_of(model)
     before = switch.precision
@@ -170,7 +185,7 @@ def observing(model: nn.Module, observer: Observer) -> Generator[None]:
 
 
 def precisions_or_all(model: nn.Module, precisions: Sequence[PrecisionLike] | None) -> tuple[Precision, ...]:
-    """The given precisions, each checked to be allowed, or all allowed ones for None.
+    """Return the given precisions, each checked to be allowed, or all allowed ones for None.
 
     Raises:
         UsageError: a precision is not allowed.
