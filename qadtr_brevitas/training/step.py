@@ -114,8 +114,8 @@ class TrainingStep:
         Args:
             images: (N, 3, H, W) in [0, 1].
             precision: precision to run at; None for the step's own.
-            features: patterns of module names, as `layer*` or `blocks.3`, whose outputs are returned. The names are
-                those of timm's network (`named_modules`).
+            features: patterns of module names, as `layer*` or `blocks.*.mlp`, whose outputs are returned. The names
+                are those of the float network (`named_modules`); `*` stands for one part of a name, or some of it.
 
         Returns:
             Logits, and features by module name in the order in which the modules ran. A module that runs several
@@ -195,6 +195,12 @@ def _hook(found: dict[str, Tensor], name: str) -> Callable[[nn.Module, tuple[obj
 def _matching(network: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Module]:
     modules = {name: module for name, module in network.named_modules() if name}
     for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in modules):
+        if not any(_matches(name, pattern) for name in modules):
             raise UsageError(f"no module of the network has a name like {pattern!r}: {suggest(pattern, modules)}")
-    return {name: module for name, module in modules.items() if any(fnmatchcase(name, pattern) for pattern in patterns)}
+    return {name: module for name, module in modules.items() if any(_matches(name, pattern) for pattern in patterns)}
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """Return whether a dotted name matches a pattern part by part, so that `*` stands for no module inside another."""
+    parts, wanted = name.split("."), pattern.split(".")
+    return len(parts) == len(wanted) and all(map(fnmatchcase, parts, wanted))

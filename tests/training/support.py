@@ -1,4 +1,4 @@
-"""A tiny network that timm can make by name, a recipe that trains it in a second, and a training run to be killed."""
+"""A tiny network that timm can make by name, a recipe that trains it in a second, and a training run to kill."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from timm.models import register_model
 from torch import Tensor, nn
 
 from qadtr_brevitas.config import Recipe
+from qadtr_brevitas.pipeline.build import build_switchable
+from qadtr_brevitas.pipeline.calibration import calibrate_on
+from qadtr_brevitas.quant import SwitchableModel
 from qadtr_brevitas.training.log import EpochRecord, StepRecord, TrainingObserver
 from qadtr_brevitas.training.loop import train
 
@@ -40,7 +43,7 @@ def train_tiny_net(pretrained: bool = False, num_classes: int = 3, **kwargs: Any
 
 
 def make_recipe(*, augment: str = "crop-flip", val_share: float = 0.0, **train_keys: Any) -> Recipe:
-    """Three shapes of 8x8 pixels, 96 images, 6 steps an epoch, with everything a run can have switched on."""
+    """A recipe for three shapes of 8x8 pixels, 96 images, 6 steps an epoch, with everything a run can have."""
     keys: dict[str, Any] = {
         "epochs": 3,
         "float_epochs": 1,
@@ -65,8 +68,18 @@ def make_recipe(*, augment: str = "crop-flip", val_share: float = 0.0, **train_k
     )
 
 
+def calibrated_model() -> SwitchableModel:
+    """The network of the recipe, calibrated on its images."""
+    torch.manual_seed(0)
+    recipe = make_recipe()
+    split = recipe.data.dataset.load("train")
+    model, _ = build_switchable(recipe, split)
+    calibrate_on(model, split, recipe.quant.calibration, seed=0)
+    return model
+
+
 class Recorder(TrainingObserver):
-    """Keeps what it is told."""
+    """Keeps all records and messages."""
 
     def __init__(self) -> None:
         self.steps: list[StepRecord] = []
@@ -84,7 +97,7 @@ class Recorder(TrainingObserver):
 
 
 class Slow(TrainingObserver):
-    """Takes its time after every step, so that a run can be killed several times on any machine."""
+    """Waits after every step, so that a run can be killed several times on any machine."""
 
     def on_step(self, record: StepRecord) -> None:
         time.sleep(0.05)
