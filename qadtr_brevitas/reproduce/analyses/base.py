@@ -1,4 +1,4 @@
-"""What an analysis gets and gives back. Light to import: analyses are named on the command line and in studies."""
+"""The contract of analyses: what an analysis receives, declares and returns."""
 
 from __future__ import annotations
 
@@ -6,19 +6,46 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import torch
 
+from qadtr_brevitas.config.slots import Slot
 from qadtr_brevitas.core.errors import UsageError
+from qadtr_brevitas.core.plugin import Field
 from qadtr_brevitas.core.precision import Precision
 from qadtr_brevitas.core.progress import Progress
+from qadtr_brevitas.core.registry import ATTACKS
 from qadtr_brevitas.data.split import Split
 from qadtr_brevitas.evaluation.entries import LoadedModel
 from qadtr_brevitas.evaluation.report.layout import Table
 from qadtr_brevitas.quant import allowed_precisions
+from qadtr_brevitas.reproduce.analyses.document import Picture, Record
 
-"""Is told finished parts, all parts, and what the last one was."""
+if TYPE_CHECKING:
+    from qadtr_brevitas.attacks.base import PatchAttack
+
+    PatchAttackSlot: TypeAlias = PatchAttack
+else:
+    PatchAttackSlot = Annotated[
+        Any,
+        Slot(
+            ATTACKS,
+            contract="qadtr_brevitas.attacks.base:PatchAttack",
+            advice="it makes no patch: choose an attack that does, for instance attack=lavan",
+        ),
+    ]
+
+PatchFiles: TypeAlias = Annotated[
+    tuple[str, ...], Field(description="finished patches, files or folders; none: make them with attack")
+]
+CraftingAttack: TypeAlias = Annotated[
+    PatchAttackSlot, Field(description="patch attack, used where no patches are given")
+]
+ClassIndex: TypeAlias = Annotated[int, Field(ge=0)]
+TargetClasses: TypeAlias = Annotated[
+    tuple[ClassIndex, ...] | None, Field(description="classes that patches are made for; null: the first three")
+]
 
 
 @dataclass(frozen=True)
@@ -27,9 +54,9 @@ class AnalysisData:
 
     Args:
         name: name of the data set, for the report.
-        test: what is measured on.
+        test: the test images that are measured.
         settings: settings of the data set, for the report.
-        load_train: gives the training images, which patches are made on; None where no patch has to be made.
+        load_train: loads the training images, which patches are made on; None if no patch has to be made.
     """
 
     name: str
@@ -38,33 +65,31 @@ class AnalysisData:
     load_train: Callable[[], Split] | None = None
 
     def train(self) -> Split:
-        """The training images.
+        """Return the training images.
 
         Raises:
             UsageError: there are none to make patches on.
         """
         if self.load_train is None:
-            raise UsageError(
-                "there are no training images to make patches on: give the analysis finished ones, patches="
-            )
+            raise UsageError("there are no training images to make patches on: give finished patches with patches=")
         return self.load_train()
 
 
 @dataclass(frozen=True)
 class AnalysisContext:
-    """What every analysis gets.
+    """What an analysis runs on and with.
 
     Args:
-        loaded_models: the models, on the device and in eval mode.
+        models: the models, on the device and in evaluation mode.
         data: the images.
-        output: folder of its own, for cells, patches and pictures.
-        seed: of placements, attacks and whatever else is drawn.
-        device: where to compute.
+        output: folder of the analysis, for cells, patches and pictures.
+        seed: seed of placements, attacks and all other random draws.
+        device: device of the models.
         batch_size: images in one forward pass.
-        progress: told how far it is.
+        progress: called after each part of the work.
     """
 
-    loaded_models: Sequence[LoadedModel]
+    models: Sequence[LoadedModel]
     data: AnalysisData
     output: Path
     seed: int
@@ -73,54 +98,16 @@ class AnalysisContext:
     progress: Progress
 
     def precisions(self, loaded: LoadedModel) -> list[Precision]:
-        """The precisions of a model, from many bits to few; the first one is what the others are compared with."""
+        """Return the precisions of a model, highest first; the first is the reference for the others."""
         return sorted(allowed_precisions(loaded.model), reverse=True)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Record:
-    """One number.
-
-    Args:
-        model: name of the model.
-        precision: the precision it was measured at.
-        what: what it is: `asr`, `accuracy`, `cosine`, `mse`...
-        value: the number, shares in [0, 1]; None where there was nothing to measure.
-        low: lower end of the 95 % interval, where there is one.
-        high: its upper end.
-        n: how many images it is of.
-        facets: what else tells it from the others, for instance the attack.
-    """
-
-    model: str
-    precision: str
-    what: str
-    value: float | None
-    low: float | None = None
-    high: float | None = None
-    n: int | None = None
-    facets: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A PNG in the output folder.
-
-    Args:
-        file: its name.
-        caption: what it shows, and of what.
-    """
-
-    file: str
-    caption: str
-
-
-@dataclass(frozen=True, kw_only=True)
 class Findings:
-    """What an analysis found.
+    """The results of an analysis.
 
     Args:
-        title: what was looked at.
+        title: what was measured.
         records: every number.
         tables: the numbers to read first.
         pictures: PNG files in the output folder.
@@ -133,8 +120,12 @@ class Findings:
 
 
 class Analysis(ABC):
-    """A plug-in that measures something on models."""
+    """An analysis plug-in: measures something on models."""
+
+    patches: tuple[str, ...] = ()
+    """Files and folders of finished patches that the analysis reads. A plug-in that reads patches has a key `patches`;
+    the contents of the files are part of what identifies its result."""
 
     @abstractmethod
     def run(self, context: AnalysisContext) -> Findings:
-        """Measures, and draws pictures into the output folder."""
+        """Measure the models of the context, and draw pictures into its output folder."""

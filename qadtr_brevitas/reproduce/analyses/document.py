@@ -1,12 +1,12 @@
-"""analysis.json: everything an analysis found and everything needed to redo it; and the same numbers as CSV."""
+"""analysis.json: the results of an analysis and everything needed to repeat it; and its numbers as CSV."""
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from io import StringIO
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeAlias
 
 from pydantic import Field, ValidationError
 
@@ -19,15 +19,25 @@ from qadtr_brevitas.evaluation.report.layout import Table
 ANALYSIS_FILE = "analysis.json"
 RECORDS_FILE = "records.csv"
 ANALYSIS_SCHEMA_VERSION = 2
-# Analyses of version 1 do not say which training images patches were made on, and nothing else is different.
-_READABLE = (1, 2)
+# Version 1 differs only in that it does not name the training images that patches were made on.
+_READABLE_VERSIONS = (1, 2)
 
-_FIXED = ("model", "precision")
-_VALUES = ("what", "value", "low", "high", "n")
+FacetValue: TypeAlias = str | int | float
 
 
-class RecordFacts(Document):
-    """One number; the fields are those of `Record`."""
+class Record(Document):
+    """One measured number.
+
+    Args:
+        model: name of the model.
+        precision: the precision that was measured.
+        what: the quantity: `asr`, `accuracy`, `cosine`, `mse`...
+        value: the number, shares in [0, 1]; None if there was nothing to measure.
+        low: lower end of the 95 % interval, if there is one.
+        high: upper end of the interval.
+        n: number of images behind the value.
+        facets: what else distinguishes the record from others, for instance the attack.
+    """
 
     model: str
     precision: str
@@ -36,11 +46,23 @@ class RecordFacts(Document):
     low: float | None = None
     high: float | None = None
     n: int | None = None
-    facets: dict[str, Any] = {}
+    facets: Mapping[str, FacetValue] = {}
 
 
-class TableFacts(Document):
-    """One table; the fields are those of `Table`."""
+class Picture(Document):
+    """A PNG file in the folder of an analysis.
+
+    Args:
+        file: its name.
+        caption: what it shows.
+    """
+
+    file: str
+    caption: str
+
+
+class StoredTable(Document):
+    """A table in analysis.json; the fields are those of `Table`."""
 
     title: str
     header: tuple[str, ...]
@@ -49,22 +71,15 @@ class TableFacts(Document):
     labels: int = 1
 
     def table(self) -> Table:
-        """As tables are drawn."""
+        """Return the table in the form that is printed."""
         return Table(self.title, self.header, self.rows, self.notes, self.labels)
 
 
-class PictureFacts(Document):
-    """A PNG beside analysis.json."""
-
-    file: str
-    caption: str
-
-
 class AnalysisReport(Document):
-    """What `analysis.json` holds.
+    """The contents of analysis.json.
 
-    `made_of` is the same for the same models, images, settings, finished patches, seed and release; `train` is the
-    fingerprint of the training images that patches were made on, null where none were made.
+    `made_of` is the fingerprint of the inputs: models, test images, settings, finished patches, seed and release.
+    `train` is the fingerprint of the training images that patches were made on, null if no patch was made.
     """
 
     schema_version: Annotated[int, Field(ge=1)] = ANALYSIS_SCHEMA_VERSION
@@ -80,35 +95,41 @@ class AnalysisReport(Document):
     data: DataFacts
     train: str | None = None
     models: tuple[ModelFacts, ...]
-    records: tuple[RecordFacts, ...]
-    tables: tuple[TableFacts, ...]
-    pictures: tuple[PictureFacts, ...]
+    records: tuple[Record, ...]
+    tables: tuple[StoredTable, ...]
+    pictures: tuple[Picture, ...]
 
 
 def read_analysis(path: Path) -> AnalysisReport:
-    """Reads `analysis.json`, given the file or the folder that holds it.
+    """Read analysis.json.
+
+    Args:
+        path: the file, or the folder that holds it.
 
     Raises:
-        CheckpointError: no such file, or not an analysis this version can read.
+        CheckpointError: the file is missing, damaged, or of a version that this release cannot read.
     """
     file = path / ANALYSIS_FILE if path.is_dir() else path
     if not file.is_file():
-        raise CheckpointError(f"no analysis at {file}: make one with `qadtr-brevitas analyze`")
+        raise CheckpointError(f"there is no analysis at {file}: make one with `qadtr-brevitas analyze`")
     content = read_json(file)
-    found = content.get("schema_version") if isinstance(content, dict) else None
+    version = content.get("schema_version") if isinstance(content, dict) else None
+    if version not in _READABLE_VERSIONS:
+        raise CheckpointError(
+            f"{file} has analysis schema version {version}, this release reads versions {_READABLE_VERSIONS[0]} to "
+            f"{_READABLE_VERSIONS[-1]}: run `qadtr-brevitas analyze` again"
+        )
     try:
-        if found in _READABLE:
-            return AnalysisReport.model_validate_json(file.read_bytes())
+        return AnalysisReport.model_validate_json(file.read_bytes())
     except ValidationError as error:
-        raise CheckpointError(f"{file} is damaged: make it anew with `qadtr-brevitas analyze`") from error
-    raise CheckpointError(
-        f"{file} has analysis schema version {found}, this release reads {_READABLE[0]} to {_READABLE[-1]}: make it "
-        "anew with `qadtr-brevitas analyze`"
-    )
+        raise CheckpointError(f"{file} is damaged: run `qadtr-brevitas analyze` again") from error
 
 
 def write_analysis(report: AnalysisReport, folder: Path) -> Path:
-    """Writes records.csv and then, when all else is there, analysis.json, whose path it returns.
+    """Write records.csv and then, once everything else exists, analysis.json.
+
+    Returns:
+        The path of analysis.json.
 
     Raises:
         CheckpointError: a file cannot be written.
@@ -119,13 +140,14 @@ def write_analysis(report: AnalysisReport, folder: Path) -> Path:
     return folder / ANALYSIS_FILE
 
 
-def records_csv(records: Sequence[RecordFacts]) -> str:
-    """One line for each number; shares are between 0 and 1."""
+def records_csv(records: Sequence[Record]) -> str:
+    """Return records as CSV, one line for each, with a column for each facet; shares are in [0, 1]."""
     facets = list(dict.fromkeys(name for record in records for name in record.facets))
     text = StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*_FIXED, *facets, *_VALUES])
+    writer.writerow(["model", "precision", *facets, "what", "value", "low", "high", "n"])
     for record in records:
-        told = [record.facets.get(name, "") for name in facets]
-        writer.writerow([record.model, record.precision, *told, *(getattr(record, name) for name in _VALUES)])
+        values = [record.facets.get(name, "") for name in facets]
+        numbers = (record.value, record.low, record.high, record.n)
+        writer.writerow([record.model, record.precision, *values, record.what, *numbers])
     return text.getvalue()

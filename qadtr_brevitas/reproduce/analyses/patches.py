@@ -1,124 +1,119 @@
-"""The patches an analysis looks at: finished ones, or some made at the highest precision of each model.
-
-Patches and attacks scored by the evaluation, cell by cell, and the means over them as records.
-"""
+"""The patches of an analysis: finished ones, or some made at the highest precision of each model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from qadtr_brevitas.attacks.base import PatchAttack
-from qadtr_brevitas.config.slots import slot_name
+from qadtr_brevitas.config.slots import slot_name, slot_settings
 from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.core.files import fingerprint_facts, fingerprint_file, fingerprint_tensors
 from qadtr_brevitas.data.split import Split
-from qadtr_brevitas.evaluation import Grid, evaluate
 from qadtr_brevitas.evaluation.craft import CraftSetup, craft
 from qadtr_brevitas.evaluation.entries import PATCH_FOLDER, LoadedModel, NamedPatch, load_patches, unique_names
-from qadtr_brevitas.evaluation.metrics import mean
 from qadtr_brevitas.evaluation.predict import placements
-from qadtr_brevitas.evaluation.report import AttackCell, EvaluationReport, ImageAttackFacts, PatchFacts, Rate
-from qadtr_brevitas.reproduce.analyses.base import AnalysisContext, Record
+from qadtr_brevitas.reproduce.analyses.base import Analysis, AnalysisContext
 
-_MOST_TRAIN, _MOST_HELD_OUT = 10_000, 1_000
+_MAX_TRAIN, _MAX_HELD_OUT = 10_000, 1_000
 _KEY_LENGTH = 12
-# Files are named after them.
-_IN_THE_NAME = ("size", "target")
+# These settings are part of the names of patch files.
+_NAMED_SETTINGS = ("size", "target")
 
 
-def finished_patches(analysis: Any) -> list[str]:
-    """What tells apart the finished patches that an analysis takes: their files may be remade under the same names.
+def finished_patches(analysis: Analysis) -> list[str]:
+    """Return the fingerprints of the finished patches that an analysis reads.
 
-    Args:
-        analysis: the analysis; only some have a field `patches`.
+    The names of the files are not enough: patches may be made again under the same names.
 
     Raises:
-        UsageError: a place without patches.
-        CheckpointError: a file that is no patch.
+        UsageError: a place holds no patches.
+        CheckpointError: a file is not a patch.
     """
-    places = [Path(place) for place in getattr(analysis, "patches", ()) if isinstance(place, str)]
-    return [fingerprint_file(Path(found.file)) for found in load_patches(places) if found.file]
+    found = load_patches([Path(place) for place in analysis.patches])
+    return [fingerprint_file(Path(patch.file)) for patch in found if patch.file]
 
 
-def float_patches(
+def reference_patches(
     context: AnalysisContext,
     loaded: LoadedModel,
-    attacks: Sequence[Any],
+    attacks: Sequence[PatchAttack],
     *,
     finished: Sequence[str],
     targets: Sequence[int] | None,
 ) -> list[NamedPatch]:
-    """Patches made at the highest precision of a model, 32 bit where it has it.
+    """Return patches made at the highest precision of a model, 32 bit if the model has it.
 
     Args:
-        context: of the analysis; patches are made in its output folder, and kept.
+        context: the analysis; patches are made in its output folder, and kept.
         loaded: the model.
-        attacks: patch attacks, each made on the model's training images unless there are finished patches.
-        finished: patch files and folders to take patches from instead, whatever model they were made on.
-        targets: classes to aim at; None for the first three.
+        attacks: patch attacks, each run on the training images unless there are finished patches.
+        finished: patch files and folders to read instead, whatever model they were made on.
+        targets: target classes; None for the first three.
 
     Raises:
-        UsageError: an attack that makes no patch, finished patches none of which was made at that precision, or no
-            training images to make any on.
+        UsageError: none of the finished patches was made at that precision, or there are no training images.
     """
     reference = str(context.precisions(loaded)[0])
     if finished:
-        found = load_patches([Path(place) for place in finished])
-        wanted = [c for c in found if c.facts.source is None or c.facts.source.precision == reference]
-        if not wanted:
-            raise UsageError(
-                f"none of the patches in {', '.join(finished)} was made at {reference} bit, which the other precisions "
-                f"are compared with: make some with `qadtr-brevitas attack MODEL_DIR --precision {reference}`"
-            )
-        return wanted
+        return _made_at(reference, finished)
     folder = context.output / PATCH_FOLDER / loaded.name.replace("/", "-")
-    paths = [path for attack in attacks for path in _make(context, loaded, attack, folder, reference, targets)]
-    # Named after their model too, because several models have patches of one name.
+    paths = [path for attack in attacks for path in _craft(context, loaded, attack, folder, reference, targets)]
+    # The model is part of the name, because several models have patches of the same name.
     return [
-        NamedPatch(f"{loaded.name} {name}", patch_entry.patch, patch_entry.file)
-        for name, patch_entry in zip(unique_names(paths), load_patches(paths), strict=True)
+        NamedPatch(f"{loaded.name} {name}", found.patch, found.file)
+        for name, found in zip(unique_names(paths), load_patches(paths), strict=True)
     ]
 
 
-def put_on(patches: Sequence[NamedPatch], images: Tensor, *, seed: int) -> tuple[Tensor, Tensor]:
-    """Patched images (N, 3, H, W) and the pixels that are covered, boolean (N, 1, H, W).
-
-    Several patches take turns, so that every image counts once.
+def apply_in_turn(patches: Sequence[NamedPatch], images: Tensor, *, seed: int) -> tuple[Tensor, Tensor]:
+    """Put one patch on each image; several patches take turns, so that every image counts once.
 
     Args:
         patches: at least one.
         images: (N, 3, H, W) in [0, 1].
-        seed: of the placements.
+        seed: seed of the placements.
+
+    Returns:
+        The patched images (N, 3, H, W), and the covered pixels, boolean (N, 1, H, W).
     """
     patched, covered = images.clone(), torch.zeros_like(images[:, :1], dtype=torch.bool)
-    for turn, patch_entry in enumerate(patches):
-        mine = torch.arange(turn, len(images), len(patches))
+    for turn, named in enumerate(patches):
+        chosen = torch.arange(turn, len(images), len(patches))
         size = images.shape[-2], images.shape[-1]
-        corners = placements(patch_entry.patch, len(images), size, seed=seed)[mine].to(images.device)
-        patch = patch_entry.patch.to(images.device)
-        stamp = replace(patch, texture=torch.ones_like(patch.texture))
-        patched[mine] = patch.apply(images[mine], corners=corners)
-        covered[mine] = stamp.apply(torch.zeros_like(images[mine]), corners=corners)[:, :1] > 0
+        corners = placements(named.patch, len(images), size, seed=seed)[chosen].to(images.device)
+        patch = named.patch.to(images.device)
+        white = replace(patch, texture=torch.ones_like(patch.texture))
+        patched[chosen] = patch.apply(images[chosen], corners=corners)
+        covered[chosen] = white.apply(torch.zeros_like(images[chosen]), corners=corners)[:, :1] > 0
     return patched, covered
 
 
-def _make(
+def _made_at(precision: str, places: Sequence[str]) -> list[NamedPatch]:
+    """Return the patches in these places that were made at a precision, or that do not say where."""
+    found = load_patches([Path(place) for place in places])
+    wanted = [patch for patch in found if patch.facts.source is None or patch.facts.source.precision == precision]
+    if not wanted:
+        raise UsageError(
+            f"none of the patches in {', '.join(places)} was made at {precision} bit, the precision that the others "
+            f"are compared with: make some with `qadtr-brevitas attack MODEL_DIR --precision {precision}`"
+        )
+    return wanted
+
+
+def _craft(
     context: AnalysisContext,
     loaded: LoadedModel,
-    attack: Any,
+    attack: PatchAttack,
     folder: Path,
     precision: str,
     targets: Sequence[int] | None,
 ) -> list[Path]:
     name = slot_name(attack)
-    if not isinstance(attack, PatchAttack):
-        raise UsageError(f"{name} makes no patch: choose an attack that does, for instance attack=lavan")
     held_out, train = _divide(context.data.train(), seed=context.seed)
     setup = CraftSetup(
         train=train,
@@ -134,99 +129,14 @@ def _make(
     return [patch.path for patch in made]
 
 
-def _key(context: AnalysisContext, loaded: LoadedModel, attack: Any, *splits: Split) -> str:
-    """Of what files are not named after: patches of other settings stay, for whoever goes back to these."""
-    settings = {name: value for name, value in asdict(attack).items() if name not in _IN_THE_NAME}
+def _key(context: AnalysisContext, loaded: LoadedModel, attack: PatchAttack, *splits: Split) -> str:
+    """Return a key of what file names do not say, so that patches of other settings are kept side by side."""
+    settings = {name: value for name, value in slot_settings(attack).items() if name not in _NAMED_SETTINGS}
     images = fingerprint_tensors([tensor for split in splits for tensor in (split.images, split.labels)])
     return fingerprint_facts([loaded.fingerprint, settings, images, context.seed])[:_KEY_LENGTH]
 
 
 def _divide(split: Split, *, seed: int) -> tuple[Split, Split]:
-    """Images to choose patches on and to make them on, as many as `attack` takes."""
-    judge, rest = split.divide(min(_MOST_HELD_OUT, max(1, len(split) // 5)), seed=seed)
-    return judge, rest.balanced(min(_MOST_TRAIN, len(rest)), seed=seed)
-
-
-Facets: TypeAlias = "Mapping[str, Any] | None"
-"""What a cell's figure is told apart by; None for a cell that does not count."""
-
-
-def score(context: AnalysisContext, loaded: LoadedModel, **grid: Any) -> EvaluationReport:
-    """The evaluation of one model; its finished cells are kept in the output folder.
-
-    Args:
-        context: of the analysis.
-        loaded: the model.
-        grid: further arguments of `Grid`.
-    """
-    plan = Grid(
-        loaded_models=[loaded],
-        split=context.data.test,
-        data_name=context.data.name,
-        data_settings=context.data.settings,
-        available=context.data.test.available,
-        seed=context.seed,
-        batch_size=context.batch_size,
-        **grid,
-    )
-    return evaluate(plan, output=context.output, device=context.device, progress=context.progress)
-
-
-def records(
-    report: EvaluationReport,
-    what: str,
-    figure: Callable[[AttackCell], Rate],
-    facets: Callable[[AttackCell, PatchFacts | ImageAttackFacts], Facets],
-) -> list[Record]:
-    """Means of a figure over the cells that share model, precision and facets, for instance over targets.
-
-    Args:
-        report: the evaluation.
-        what: how the figure is called.
-        figure: the figure of a cell.
-        facets: what tells cells apart.
-    """
-    by_name = report.attack_facts()
-    groups: dict[tuple[Any, ...], list[AttackCell]] = {}
-    told: dict[tuple[Any, ...], Mapping[str, Any]] = {}
-    for cell in report.cells:
-        found = facets(cell, by_name[cell.attack])
-        if found is not None:
-            key = (cell.model, cell.precision, *found.items())
-            groups.setdefault(key, []).append(cell)
-            told[key] = found
-    return [_record(what, figure, cells, told[key]) for key, cells in groups.items()]
-
-
-def _record(
-    what: str, figure: Callable[[AttackCell], Rate], cells: Sequence[AttackCell], facets: Mapping[str, Any]
-) -> Record:
-    first, average = cells[0], mean([figure(cell).share for cell in cells])
-    low, high = average.interval if average else (None, None)
-    return Record(
-        model=first.model,
-        precision=first.precision,
-        what=what,
-        value=average.value if average else None,
-        low=low,
-        high=high,
-        n=average.n[0] if average else 0,
-        facets=facets,
-    )
-
-
-def clean_records(report: EvaluationReport, **facets: Any) -> list[Record]:
-    """Accuracy without an attack."""
-    return [
-        Record(
-            model=cell.model,
-            precision=cell.precision,
-            what="accuracy",
-            value=cell.accuracy.value,
-            low=cell.accuracy.low,
-            high=cell.accuracy.high,
-            n=cell.accuracy.n,
-            facets=facets,
-        )
-        for cell in report.clean
-    ]
+    """Return held-out images to choose patches on and images to make them on, as many as `attack` uses."""
+    held_out, rest = split.divide(min(_MAX_HELD_OUT, max(1, len(split) // 5)), seed=seed)
+    return held_out, rest.balanced(min(_MAX_TRAIN, len(rest)), seed=seed)

@@ -1,42 +1,55 @@
-"""Accuracy under attacks on every pixel, the further they may go.
-
-Scores pixel attacks at growing distances.
-"""
+"""Accuracy under attacks on every pixel, by the largest change eps that they may make."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from qadtr_brevitas.attacks.base import PixelAttack
+from qadtr_brevitas.attacks.pixel import Fgsm, MiFgsm, Pgd
 from qadtr_brevitas.config.slots import Slot, slot_name
-from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.core.plugin import Field, plugin
 from qadtr_brevitas.core.registry import ATTACKS
 from qadtr_brevitas.evaluation import NamedAttack
-from qadtr_brevitas.evaluation.report import AttackCell, ImageAttackFacts, PatchFacts
-from qadtr_brevitas.reproduce.analyses.base import Analysis, AnalysisContext, Findings, Picture, Record
-from qadtr_brevitas.reproduce.analyses.charts import by_precision, draw_records, percents
-from qadtr_brevitas.reproduce.analyses.patches import clean_records, records, score
+from qadtr_brevitas.evaluation.report import AttackCell, ImageAttackFacts
+from qadtr_brevitas.reproduce.analyses.base import Analysis, AnalysisContext, Findings
+from qadtr_brevitas.reproduce.analyses.charts import draw_records
+from qadtr_brevitas.reproduce.analyses.document import Picture, Record
+from qadtr_brevitas.reproduce.analyses.scores import AttackFacts, Facets, clean_records, mean_records, score
+from qadtr_brevitas.reproduce.analyses.tables import percents, precision_table
 
-Distance = Annotated[float, Field(ge=0, le=1)]
-PixelAttackSlot = Annotated[Any, Slot(ATTACKS)]
+if TYPE_CHECKING:
+    PixelAttackSlot: TypeAlias = PixelAttack
+else:
+    PixelAttackSlot = Annotated[
+        Any,
+        Slot(
+            ATTACKS,
+            contract="qadtr_brevitas.attacks.base:PixelAttack",
+            advice="it has no eps to change: choose pixel attacks, for instance attacks=[fgsm, pgd]",
+        ),
+    ]
+
+Distance: TypeAlias = Annotated[float, Field(ge=0, le=1)]
+
+MADE_AT_ATTACKED, MADE_AT_FLOAT = "on the precision attacked", "at 32 bit"
 
 
 @plugin
 class Pixel(Analysis):
-    """Accuracy against eps under pixel attacks at every precision (paper, Figure 1).
+    """Accuracy by eps under pixel attacks at every precision (paper, Figure 1).
 
-    Attacks are made on the precision attacked, and, for comparison, at 32 bit: that attacks made at 32 bit lose their
-    force at few bits says nothing about an attacker who knows the bits. Images count that are right with and without
-    the attack. The paper's fourth attack, `autoattack`, is an extra of the installation and takes long.
+    Attacks are made on the precision that is attacked and, for comparison, at 32 bit. That attacks made at 32 bit fail
+    at few bits proves nothing about an attacker who knows the precision. An image counts if it is classified correctly
+    with and without the attack. The paper's fourth attack, `autoattack`, needs an extra of the installation and takes
+    long.
     """
 
     attacks: Annotated[
         tuple[PixelAttackSlot, ...], Field(min_length=1, description="pixel attacks; their eps is replaced")
-    ] = ("fgsm", "pgd", "mi-fgsm")
+    ] = (Fgsm(), Pgd(), MiFgsm())
     eps: Annotated[tuple[Distance, ...], Field(min_length=1, description="largest changes of a value, in [0, 1]")] = (
         0.0,
         0.005,
@@ -50,72 +63,67 @@ class Pixel(Analysis):
     ] = "float"
 
     def run(self, context: AnalysisContext) -> Findings:
-        """Scores, and draws a picture for each attack."""
-        return run(self, context)
+        """Score the attacks at each eps, and draw a picture for each attack."""
+        distances = sorted(set(self.eps))
+        attacks = [_with_eps(attack, eps) for attack in self.attacks for eps in distances if eps > 0]
+        labels = _labels(self.attacks)
+        found: list[Record] = []
+        for loaded in context.models:
+            report = score(context, loaded, attacks=attacks, transfer=self.transfer)
+            if 0 in distances:
+                for label in labels.values():
+                    found += clean_records(report, {"attack": label, "eps": 0.0, "made": MADE_AT_ATTACKED})
+            found += mean_records(report, "accuracy", lambda cell: cell.robust_accuracy, partial(_facets, labels))
+        found.sort(
+            key=lambda record: (
+                record.facets["attack"],
+                record.facets["made"] != MADE_AT_ATTACKED,
+                record.facets["eps"],
+            )
+        )
+        title = "Accuracy under pixel attacks by eps"
+        note = "In percent of all test images: those classified correctly with and without the attack. Eps in [0, 1]."
+        facets = ("attack", "made", "eps")
+        return Findings(
+            title=title,
+            records=found,
+            tables=[precision_table(title, found, "accuracy", write=percents, facets=facets, notes=(note,))],
+            pictures=[_draw(context, found, label) for label in labels.values()],
+        )
 
 
-_OWN, _FLOAT = "on the precision attacked", "at 32 bit"
+def _with_eps(attack: PixelAttack, eps: float) -> NamedAttack:
+    return NamedAttack(slot_name(attack), attack.with_settings(eps=eps))
 
 
-def run(analysis: Pixel, context: AnalysisContext) -> Findings:
-    """As `Pixel.run` says."""
-    distances = sorted(set(analysis.eps))
-    attacks = [_at(attack, eps) for attack in analysis.attacks for eps in distances if eps > 0]
-    kinds = _kinds(analysis.attacks)
-    found: list[Record] = []
-    for loaded in context.loaded_models:
-        report = score(context, loaded, patches=[], attacks=attacks, transfer=analysis.transfer)
-        if 0 in distances:
-            for kind in kinds.values():
-                found += clean_records(report, attack=kind, eps=0.0, made=_OWN)
-        found += records(report, "accuracy", lambda cell: cell.robust_accuracy, partial(_made, kinds))
-    found.sort(key=lambda record: (record.facets["attack"], record.facets["made"] != _OWN, record.facets["eps"]))
-    title = "Accuracy under pixel attacks by eps"
-    note = "In percent of all test images: those that are right with and without the attack. Eps in [0, 1]."
-    facets = ("attack", "made", "eps")
-    return Findings(
-        title=title,
-        records=found,
-        tables=[by_precision(title, found, "accuracy", write=percents, facets=facets, notes=(note,))],
-        pictures=[_draw(context, found, kind) for kind in kinds.values()],
-    )
-
-
-def _at(attack: Any, eps: float) -> NamedAttack:
-    name = slot_name(attack)
-    if not isinstance(attack, PixelAttack):
-        raise UsageError(f"{name} has no eps to change: choose pixel attacks, for instance attacks=[fgsm, pgd]")
-    return NamedAttack(name, attack.with_settings(eps=eps))
-
-
-def _kinds(attacks: Sequence[Any]) -> dict[str, str]:
-    """What tables call the attacks, by their families: their names, and settings where two share a name."""
+def _labels(attacks: Sequence[PixelAttack]) -> dict[str, str]:
+    """Return how tables call the attacks, by family without eps: the name, with settings if two share it."""
     named = [NamedAttack(slot_name(attack), attack) for attack in attacks]
-    families = {_family(attack.family): attack.name for attack in named}
-    names = list(families.values())
-    return {family: name if names.count(name) == 1 else family for family, name in families.items()}
+    names_by_family = {_without_eps(attack.family): attack.name for attack in named}
+    names = list(names_by_family.values())
+    return {family: name if names.count(name) == 1 else family for family, name in names_by_family.items()}
 
 
-def _family(family: str) -> str:
-    """Without the distance, which tables say beside it."""
+def _without_eps(family: str) -> str:
     return " ".join(word for word in family.split(" ") if not word.startswith("eps="))
 
 
-def _made(kinds: Mapping[str, str], cell: AttackCell, facts: PatchFacts | ImageAttackFacts) -> Mapping[str, Any] | None:
+def _facets(labels: Mapping[str, str], cell: AttackCell, facts: AttackFacts) -> Facets | None:
     if not isinstance(facts, ImageAttackFacts):
         return None
-    made = _OWN if cell.threat == "white-box" else _FLOAT
-    return {"attack": kinds[_family(facts.family)], "eps": facts.settings["eps"], "made": made}
+    made = MADE_AT_ATTACKED if cell.threat == "white-box" else MADE_AT_FLOAT
+    return {"attack": labels[_without_eps(facts.family)], "eps": facts.settings["eps"], "made": made}
 
 
-def _draw(context: AnalysisContext, found: Sequence[Record], kind: str) -> Picture:
-    file = f"pixel-{re.sub(r'[^A-Za-z0-9._]+', '-', kind)}.png"
+def _draw(context: AnalysisContext, found: Sequence[Record], label: str) -> Picture:
+    file = f"pixel-{re.sub(r'[^A-Za-z0-9._]+', '-', label)}.png"
     draw_records(
-        [record for record in found if record.facets["attack"] == kind and record.facets["made"] == _OWN],
+        [record for record in found if (record.facets["attack"], record.facets["made"]) == (label, MADE_AT_ATTACKED)],
         context.output / file,
         along="eps",
         x_label="eps",
         y_label="accuracy (%)",
-        title=f"{kind}, made on the precision attacked",
+        title=f"{label}, made on the precision attacked",
     )
-    return Picture(file, f"Accuracy under {kind}, made on the precision attacked, by eps, with 95 % intervals.")
+    caption = f"Accuracy under {label}, made on the precision attacked, by eps, with 95 % intervals."
+    return Picture(file=file, caption=caption)
