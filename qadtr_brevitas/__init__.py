@@ -12,7 +12,7 @@ Names are imported when they are first used: the import of the package itself lo
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.2.0"
+from qadtr_brevitas.core.version import __version__
 
 if TYPE_CHECKING:
     from qadtr_brevitas import attacks as attacks

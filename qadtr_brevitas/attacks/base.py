@@ -91,8 +91,8 @@ class PatchAttack(Attack, ABC):
         images: Tensor,
         labels: Tensor,
         *,
-        held_out: tuple[Tensor, Tensor],
-        seed: int,
+        held_out: tuple[Tensor, Tensor] | None = None,
+        seed: int = 0,
         progress: Progress | None = None,
     ) -> Patch:
         """Make a patch. The model's parameters receive no gradients.
@@ -101,7 +101,8 @@ class PatchAttack(Attack, ABC):
             model: the model under attack.
             images: (N, 3, H, W), uint8 or float in [0, 1], on the model's device.
             labels: (N,), the true classes.
-            held_out: images and labels on which the best patch is chosen; not those it is scored on.
+            held_out: images and labels on which the best patch is chosen, not those it is scored on; None to take a
+                fifth of the images for it.
             seed: the same seed gives the same patch.
             progress: called after every step.
         """

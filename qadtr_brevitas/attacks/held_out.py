@@ -11,6 +11,7 @@ from torch import Tensor
 from qadtr_brevitas.attacks.base import Model
 from qadtr_brevitas.attacks.losses import check_target
 from qadtr_brevitas.core.errors import DataError
+from qadtr_brevitas.core.seeding import generator
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,30 @@ class HeldOut:
         predictions = _logits(lambda images: model(apply_patch(images)), self.images, batch_size).argmax(1)
         success = predictions != self.labels if self.target is None else predictions == self.target
         return success.float().mean().item()
+
+
+def divide_for_choice(images: Tensor, labels: Tensor, *, seed: int) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """Take a fifth of the images, at random, to choose the best patch on.
+
+    Args:
+        images: (N, 3, H, W).
+        labels: (N,).
+        seed: decides which.
+
+    Returns:
+        The images and labels to make patches on, and the pair to choose on.
+
+    Raises:
+        DataError: there are fewer than 5 images.
+    """
+    count = len(images) // 5
+    if count == 0:
+        raise DataError(
+            f"{len(images)} images are too few to make a patch on some and choose it on others: give 5 or more"
+        )
+    order = torch.randperm(len(images), generator=generator(seed, "held-out images")).to(images.device)
+    chosen, rest = order[:count], order[count:]
+    return images[rest], labels[rest], (images[chosen], labels[chosen])
 
 
 def as_float(images: Tensor) -> Tensor:

@@ -15,11 +15,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from qadtr_brevitas import __version__
 from qadtr_brevitas.attacks.fake_quantize import PATCH_FILE_BITS, fake_quantize
 from qadtr_brevitas.attacks.geometry import Box, Place, paste, place_corners
 from qadtr_brevitas.core.errors import CheckpointError, UsageError
 from qadtr_brevitas.core.files import write_atomically
+from qadtr_brevitas.core.version import __version__
 
 FORMAT = "qadtr_brevitas.patch"
 FORMAT_VERSION = 1

@@ -40,8 +40,8 @@ class RandomPatch(PerImagePatch, PatchAttack):
         images: Tensor,
         labels: Tensor,
         *,
-        held_out: tuple[Tensor, Tensor],
-        seed: int,
+        held_out: tuple[Tensor, Tensor] | None = None,
+        seed: int = 0,
         progress: Progress | None = None,
     ) -> Patch:
         """Draw the patch; the model and the labels are not used.

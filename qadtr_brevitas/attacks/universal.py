@@ -12,12 +12,13 @@ from torch import Tensor
 from qadtr_brevitas.attacks.base import IterativeAttack, Model, PatchAttack, TargetedAttack
 from qadtr_brevitas.attacks.descent import OptimizerSteps
 from qadtr_brevitas.attacks.geometry import paste
-from qadtr_brevitas.attacks.held_out import HeldOut, as_float
+from qadtr_brevitas.attacks.held_out import HeldOut, as_float, divide_for_choice
 from qadtr_brevitas.attacks.losses import AttackLoss, attack_loss
 from qadtr_brevitas.attacks.patch import Patch, versions
 from qadtr_brevitas.attacks.patch_settings import Index, PatchSettings
 from qadtr_brevitas.attacks.starts import best_picture, start_texture
 from qadtr_brevitas.attacks.texture_search import search_texture
+from qadtr_brevitas.attacks.under_attack import under_attack
 from qadtr_brevitas.core.errors import DataError
 from qadtr_brevitas.core.plugin import Field, plugin
 from qadtr_brevitas.core.progress import Progress
@@ -110,17 +111,18 @@ class UniversalPatch(PatchSettings, PatchAttack, TargetedAttack, IterativeAttack
         images: Tensor,
         labels: Tensor,
         *,
-        held_out: tuple[Tensor, Tensor],
-        seed: int,
+        held_out: tuple[Tensor, Tensor] | None = None,
+        seed: int = 0,
         progress: Progress | None = None,
     ) -> Patch:
         """Make the patch. The model's parameters receive no gradients.
 
         Args:
-            model: in evaluation mode, at the precision to attack.
+            model: at the precision to attack; a module is put in evaluation mode meanwhile.
             images: (N, 3, H, W), uint8 or float in [0, 1], on the model's device.
             labels: (N,), the true classes.
-            held_out: images and labels on which the best texture is chosen; not those of the final score.
+            held_out: images and labels on which the best texture is chosen, not those of the final score; None to take
+                a fifth of the images for it.
             seed: the same seed gives the same patch.
             progress: called after every step.
 
@@ -130,9 +132,14 @@ class UniversalPatch(PatchSettings, PatchAttack, TargetedAttack, IterativeAttack
             TrainingError: the texture is no longer finite.
         """
         mask = self.mask((images.shape[-2], images.shape[-1])).to(images.device)
-        first = self._first_search(model, images, labels, held_out=held_out, seed=seed, progress=progress)
-        restarts = (replace(first, attack=self._restarted(number), restart=number) for number in range(self.restarts))
-        best = max((restart.attack.search(restart, mask) for restart in restarts), key=lambda patch: patch.score)
+        if held_out is None:
+            images, labels, held_out = divide_for_choice(images, labels, seed=seed)
+        with under_attack(model):
+            first = self._first_search(model, images, labels, held_out=held_out, seed=seed, progress=progress)
+            restarts = (
+                replace(first, attack=self._restarted(number), restart=number) for number in range(self.restarts)
+            )
+            best = max((restart.attack.search(restart, mask) for restart in restarts), key=lambda patch: patch.score)
         meta = {
             "attack": self.attack,
             "settings": asdict(self),

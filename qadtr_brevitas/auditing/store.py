@@ -9,10 +9,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from qadtr_brevitas import __version__
 from qadtr_brevitas.auditing.audited_model import AuditedModel, ModelToAudit
 from qadtr_brevitas.auditing.finding import AUDIT_SCHEMA_VERSION, PrecisionAudit
 from qadtr_brevitas.core.files import fingerprint_facts, fingerprint_tensors, write_json
+from qadtr_brevitas.core.version import __version__
 from qadtr_brevitas.data.split import Split
 from qadtr_brevitas.evaluation.entries import LoadedModel
 

@@ -10,10 +10,10 @@ from importlib import import_module
 
 import click
 
-from qadtr_brevitas import __version__
 from qadtr_brevitas.cli import common
 from qadtr_brevitas.core.device import keep_freed_memory
 from qadtr_brevitas.core.errors import QadtrError, UsageError
+from qadtr_brevitas.core.version import __version__
 
 COMMANDS = {
     "convert": ("qadtr_brevitas.cli.convert", "Turn a float model into a switchable quantized one."),

@@ -11,11 +11,11 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from qadtr_brevitas import __version__
 from qadtr_brevitas.attacks.base import ImageAttack, PatchAttack, TargetedAttack
 from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.core.files import fingerprint_facts
 from qadtr_brevitas.core.seeding import derive_seed, generator
+from qadtr_brevitas.core.version import __version__
 from qadtr_brevitas.evaluation.entries import LoadedModel
 from qadtr_brevitas.evaluation.report import ImageAttackFacts, SourceFacts
 from qadtr_brevitas.quant.inference import InferenceMode, logits_at

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
 
 from qadtr_brevitas.quant.conversion_report import ConversionReport
 from qadtr_brevitas.quant.model_info import ModelInfo
-from qadtr_brevitas.quant.switch import Switch
+from qadtr_brevitas.quant.switch import Switch, frozen_weights
 
 
 class SwitchableModel(nn.Module):
@@ -42,6 +43,10 @@ class SwitchableModel(nn.Module):
         self.info = None
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
+
+    def frozen_weights(self) -> AbstractContextManager[None]:
+        """Quantize each weight once for all forward passes of a block (`quant.frozen_weights`)."""
+        return frozen_weights(self)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits of images.

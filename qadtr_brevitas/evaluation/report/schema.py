@@ -9,11 +9,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, ValidationError
 
-from qadtr_brevitas import __version__
 from qadtr_brevitas.config.renamed import with_present_names
 from qadtr_brevitas.core.document import Document
 from qadtr_brevitas.core.errors import CheckpointError
 from qadtr_brevitas.core.files import read_json
+from qadtr_brevitas.core.version import __version__
 from qadtr_brevitas.evaluation.metrics import Proportion, Score
 
 SCHEMA_VERSION = 3

@@ -7,8 +7,8 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from qadtr_brevitas import __version__
 from qadtr_brevitas.auditing.tables import audit_tables
+from qadtr_brevitas.core.version import __version__
 from qadtr_brevitas.evaluation.report import EvaluationReport
 from qadtr_brevitas.evaluation.report.summaries import tables, terminal_tables
 from qadtr_brevitas.evaluation.report.views import attacked_precisions, families
