@@ -69,7 +69,7 @@ def as_figures(metrics: Mapping[str, float | Tensor]) -> dict[str, float]:
     for name, value in metrics.items():
         if isinstance(value, Tensor) and value.numel() != 1:
             raise PluginError(f"metric {name!r} has shape {tuple(value.shape)}: give a single number, as value.mean()")
-        figures[name] = float(value)
+        figures[name] = float(value.item() if isinstance(value, Tensor) else value)
     return {name: value for name, value in figures.items() if math.isfinite(value)}
 
 
