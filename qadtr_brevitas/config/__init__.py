@@ -1,4 +1,4 @@
-"""Recipes: one YAML file says everything about a run. Checking one imports neither torch, timm nor brevitas."""
+"""Recipes: one YAML file describes a run completely. Checking a recipe imports the plug-ins that it names."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,7 @@ from qadtr_brevitas.config.sections import (
 )
 from qadtr_brevitas.config.shipped import find_recipe, split_name
 from qadtr_brevitas.config.slots import slot_name
-from qadtr_brevitas.config.source import Node, parse, read_source
+from qadtr_brevitas.config.source import YamlNode, parse, read_source
 from qadtr_brevitas.core.errors import Problem, RecipeError
 
 __all__ = [
@@ -43,15 +43,15 @@ __all__ = [
 
 
 def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Reads and checks a recipe.
+    """Read and check a recipe.
 
     Args:
         source: a file, the name of a shipped recipe, or RECIPE+DEFENSE, the name of a shipped defense that changes it.
-        overrides: `key.sub=value` texts, as on the command line; a value of null takes the key out.
+        overrides: `key.sub=value` texts, as on the command line; a value of null deletes the key.
 
     Raises:
-        UsageError: there is no such recipe or defense, or the file is no mapping.
-        RecipeError: something is wrong in it; the error lists everything that is, each with its place.
+        UsageError: there is no such recipe or defense, or the file is not a mapping.
+        RecipeError: the recipe has problems; the error lists all of them, each with its line.
     """
     parts = split_name(source)
     place = str(find_recipe(source)) if len(parts) == 1 else str(source)
@@ -63,7 +63,7 @@ def load_recorded_recipe(file: Path) -> Recipe:
 
     Raises:
         UsageError: the file cannot be read, or holds no mapping.
-        RecipeError: something is wrong in it; the error lists all problems with their places.
+        RecipeError: the recipe has problems; the error lists all of them, each with its line.
     """
     root = read_source(file)
     rename_old_keys(root, Recipe)
@@ -71,20 +71,20 @@ def load_recorded_recipe(file: Path) -> Recipe:
 
 
 def make_recipe(fields: Mapping[str, Any], overrides: Sequence[str] = (), *, source: str) -> Recipe:
-    """Checks a recipe that comes from no file.
+    """Check a recipe that does not come from a file.
 
     Args:
         fields: sections as nested mappings of plain values.
         overrides: as of `load_recipe`.
-        source: what errors call it, for instance the command.
+        source: the name of the recipe in errors, for instance the command.
 
     Raises:
-        RecipeError: something is wrong in it.
+        RecipeError: the recipe has problems; the error lists all of them.
     """
     return _checked(parse(json.dumps(fields), line=None), overrides, source=source)
 
 
-def _checked(root: Node, overrides: Sequence[str], *, source: str) -> Recipe:
+def _checked(root: YamlNode, overrides: Sequence[str], *, source: str) -> Recipe:
     problems = [problem for text in overrides if (problem := apply_override(root, text))]
     data = root.plain()
     try:

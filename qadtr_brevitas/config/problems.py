@@ -1,4 +1,4 @@
-"""Turns pydantic's errors into ours: where in the recipe, and the rule in plain words."""
+"""Errors of pydantic as problems of a recipe: the key and the rule in plain words."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 from qadtr_brevitas.config.renamed import renamed_key
 from qadtr_brevitas.core.errors import suggest
 
-Location: TypeAlias = tuple[int | str, ...]
+KeyPath: TypeAlias = tuple[int | str, ...]
 
 _LOCATED = "located"
 _UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
@@ -31,61 +31,61 @@ _KINDS = {
 }
 
 
-def located_error(errors: Iterable[tuple[Location, str]]) -> PydanticCustomError:
-    """An error to raise inside a validator, which holds several, each at a place below the validated value."""
+def located_error(errors: Iterable[tuple[KeyPath, str]]) -> PydanticCustomError:
+    """Return an error for a validator to raise, with several messages, each at a key below the validated value."""
     errors = list(errors)
     text = "; ".join(f"{dotted(place)}: {message}" if place else message for place, message in errors)
     return PydanticCustomError(_LOCATED, "{text}", {"text": text, "errors": errors})
 
 
-def explain(error: ValidationError, owner: type, data: Any) -> list[tuple[Location, str]]:
-    """Every problem of a failed validation, with its place and one sentence.
+def explain(error: ValidationError, owner: type, data: Any) -> list[tuple[KeyPath, str]]:
+    """Return every problem of a failed validation: its key and one sentence.
 
     Args:
-        error: what pydantic raised.
-        owner: the class that was validated; its fields are what an unknown key is compared to.
-        data: what was validated.
+        error: the error that pydantic raised.
+        owner: the class that was validated; an unknown key is compared with its fields.
+        data: the value that was validated.
     """
-    found: dict[Location, list[ErrorDetails]] = {}
-    messages: list[tuple[Location, str]] = []
+    found: dict[KeyPath, list[ErrorDetails]] = {}
+    messages: list[tuple[KeyPath, str]] = []
     for item in error.errors(include_url=False):
         if item["type"] == _LOCATED:
-            errors = cast("list[tuple[Location, str]]", item.get("ctx", {})["errors"])
+            errors = cast("list[tuple[KeyPath, str]]", item.get("ctx", {})["errors"])
             messages += [(item["loc"] + place, message) for place, message in errors]
-        elif not _short_by_faults(item):
-            found.setdefault(_trim(item, owner, data), []).append(item)
-    return messages + [(place, _word(items, owner, place)) for place, items in found.items()]
+        elif not _is_short_by_faulty_items(item):
+            found.setdefault(_without_union_names(item, owner, data), []).append(item)
+    return messages + [(place, _sentence(items, owner, place)) for place, items in found.items()]
 
 
 def fields_of(owner: Any) -> Mapping[str, FieldInfo]:
-    """The fields of a recipe section or plug-in class; none for any other type."""
+    """Return the fields of a recipe section or plug-in class; any other type has none."""
     return getattr(owner, "__pydantic_fields__", {})
 
 
 def section_in(annotation: Any) -> Any:
-    """The section or plug-in class inside a field's type, e.g. in `Section | None`; None if there is none."""
+    """Return the section or plug-in class inside a field's type, as in `Section | None`, or None."""
     if fields_of(annotation):
         return annotation
     return next((found for part in get_args(annotation) if (found := section_in(part))), None)
 
 
-def dotted(place: Location) -> str:
-    """A place as it is written on the command line, `train.regularizers.0.weight`."""
+def dotted(place: KeyPath) -> str:
+    """Return a key as it is written on the command line, `train.regularizers.0.weight`."""
     return ".".join(map(str, place))
 
 
 def show(value: Any) -> str:
-    """A value as it is repeated in an error: text in quotes, YAML's words, never long."""
+    """Return a value as errors quote it: text in quotation marks, with YAML's words, at most 60 characters."""
     words = {"True": "true", "False": "false", "None": "null"}
     text = words.get(repr(value), repr(value))
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _word(items: list[ErrorDetails], owner: type, place: Location) -> str:
-    """One sentence for the errors of one place; several are the alternatives of a union."""
+def _sentence(items: list[ErrorDetails], owner: type, place: KeyPath) -> str:
+    """Return one sentence for the errors of one key; several are the alternatives of a union."""
     first = items[0]
     if first["type"] in _UNKNOWN:
-        key, fields = str(place[-1]), fields_of(_owner(owner, place[:-1]))
+        key, fields = str(place[-1]), fields_of(_owner_of(owner, place[:-1]))
         if new := renamed_key(key, fields):
             return f"is called {dotted((*place[:-1], new))}"
         return f"unknown key {key!r}: {suggest(key, fields)}"
@@ -93,13 +93,13 @@ def _word(items: list[ErrorDetails], owner: type, place: Location) -> str:
         return "is required"
     if first["type"] == "value_error" and len(items) == 1:
         return str(first.get("ctx", {}).get("error", first["msg"]))
-    field = fields_of(_owner(owner, place[:-1])).get(str(place[-1])) if place else None
+    field = fields_of(_owner_of(owner, place[:-1])).get(str(place[-1])) if place else None
     rules = dict.fromkeys(_rule(item, field) for item in items)
     return f"{', or '.join(rules)}, got {show(first['input'])}"
 
 
-def _short_by_faults(item: ErrorDetails) -> bool:
-    """Whether a list is only called too short because pydantic does not count its faulty items."""
+def _is_short_by_faulty_items(item: ErrorDetails) -> bool:
+    """Return whether pydantic calls a list too short only because it does not count its faulty items."""
     given = item["input"]
     return (
         item["type"] == "too_short"
@@ -130,7 +130,7 @@ def _items(count: int) -> str:
 
 
 def _range(context: Mapping[str, Any], field: FieldInfo | None) -> str:
-    """The whole allowed range, though pydantic names only the bound that was broken."""
+    """Return the whole allowed range; pydantic names only the bound that was broken."""
     words = {"ge": "at least", "gt": "greater than", "le": "at most", "lt": "less than"}
     bounds = {name: context[name] for name in words if name in context}
     for constraint in field.metadata if field else ():
@@ -138,8 +138,8 @@ def _range(context: Mapping[str, Any], field: FieldInfo | None) -> str:
     return "must be " + " and ".join(f"{words[name]} {bounds[name]}" for name in words if name in bounds)
 
 
-def _trim(item: ErrorDetails, owner: Any, data: Any) -> Location:
-    """The place without the names pydantic gives to the alternatives of a union."""
+def _without_union_names(item: ErrorDetails, owner: Any, data: Any) -> KeyPath:
+    """Return the key of an error without the names that pydantic gives to the alternatives of a union."""
     place: list[int | str] = []
     for part in item["loc"]:
         fields = fields_of(owner)
@@ -156,11 +156,11 @@ def _trim(item: ErrorDetails, owner: Any, data: Any) -> Location:
     return tuple(place)
 
 
-def _owner(owner: Any, place: Location) -> Any:
+def _owner_of(owner: Any, place: KeyPath) -> Any:
     is_key = False
     for part in place:
         if is_key:
-            # A key of one's own choice, in a mapping of sections.
+            # The user's own name for a section, in a mapping of sections.
             is_key = False
             continue
         field = fields_of(owner).get(str(part))

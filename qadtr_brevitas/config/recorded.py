@@ -7,11 +7,11 @@ from pydantic.fields import FieldInfo
 from qadtr_brevitas.config.problems import fields_of, section_in
 from qadtr_brevitas.config.renamed import renamed_key
 from qadtr_brevitas.config.slots import Slot, slot_in
-from qadtr_brevitas.config.source import Node
+from qadtr_brevitas.config.source import YamlNode
 from qadtr_brevitas.core.errors import QadtrError
 
 
-def rename_old_keys(node: Node, owner: object) -> None:
+def rename_old_keys(node: YamlNode, owner: object) -> None:
     """Give every renamed key below a node its new name, in place.
 
     Args:
@@ -28,17 +28,17 @@ def rename_old_keys(node: Node, owner: object) -> None:
                 rename_old_keys(member, _owner(field, member))
 
 
-def _members(node: Node) -> list[Node]:
+def _members(node: YamlNode) -> list[YamlNode]:
     return list((node.children or {}).values()) if node.is_list else [node]
 
 
-def _owner(field: FieldInfo, node: Node) -> object:
+def _owner(field: FieldInfo, node: YamlNode) -> object:
     """Return the section or plug-in class that a value of a field holds; None where it holds neither."""
     slot = slot_in(field.annotation, field.metadata)
     return section_in(field.annotation) if slot is None else _plugin(slot, node)
 
 
-def _plugin(slot: Slot, node: Node) -> object:
+def _plugin(slot: Slot, node: YamlNode) -> object:
     name = next((child.scalar for key in (slot.key, "name") if (child := (node.children or {}).get(key))), None)
     try:
         return slot.registry.load(str(name))

@@ -97,13 +97,13 @@ class ModelSection(RecipeSection):
 
 
 class DataSection(RecipeSection):
-    """Images and labels."""
+    """The images and their labels."""
 
     dataset: DatasetSlot = Field(default=_plugin("cifar10"), description="the data set")
     augment: Literal["none", "crop", "crop-flip"] = Field(default="crop-flip", description="changes to training images")
     val_share: float = Field(default=0.0, ge=0, lt=1, description="share of training images held out to choose best/")
-    train_limit: int | None = Field(default=None, ge=1, description="use so many training images, class-balanced")
-    test_limit: int | None = Field(default=None, ge=1, description="use so many test images, class-balanced")
+    train_limit: int | None = Field(default=None, ge=1, description="number of training images to use, class-balanced")
+    test_limit: int | None = Field(default=None, ge=1, description="number of test images to use, class-balanced")
 
 
 class CalibrationSection(RecipeSection):
@@ -196,9 +196,9 @@ class TrainSection(RecipeSection):
 
 
 class Recipe(RecipeSection):
-    """Everything that is to be said about a run."""
+    """The complete description of a run."""
 
-    seed: int = Field(default=0, ge=0, description="everything random follows from it")
+    seed: int = Field(default=0, ge=0, description="source of everything random")
     model: ModelSection = Field(default_factory=ModelSection, description="the float network")
     data: DataSection = Field(default_factory=DataSection, description="images and labels")
     quant: QuantSection = Field(default_factory=QuantSection, description="quantization")
@@ -206,7 +206,7 @@ class Recipe(RecipeSection):
 
     @model_validator(mode="before")
     @classmethod
-    def _train_what_is_quantized(cls, data: Any) -> Any:
+    def _give_schedule_its_choices(cls, data: Any) -> Any:
         return _with_choices(data) if isinstance(data, dict) else data
 
     @model_validator(mode="after")
@@ -217,12 +217,12 @@ class Recipe(RecipeSection):
         return self
 
     def dump_yaml(self, *, describe: bool = False) -> str:
-        """The recipe as YAML with every key written out; `describe` adds each key's description as a comment."""
+        """Return the recipe as YAML with every key; `describe` adds the description of each key as a comment."""
         return dump_yaml(self, describe=describe)
 
 
 def _with_choices(data: dict[str, Any]) -> dict[str, Any]:
-    """A schedule that names no choices has all that the model is quantized for; a fixed one, if that is only one."""
+    """Give a schedule without choices all precisions of the model, or a fixed one the only precision there is."""
     quant, train = data.get("quant", {}), data.get("train", {})
     slot = train.get("precision", "uniform") if isinstance(train, dict) else None
     fields = {"schedule": slot} if isinstance(slot, str) else slot
@@ -231,7 +231,7 @@ def _with_choices(data: dict[str, Any]) -> dict[str, Any]:
     try:
         schedule = SCHEDULES.load(str(fields.get("schedule", fields.get("name"))))
         precisions = parse_precisions(quant["precisions"])
-    # What is wrong is told where it is wrong, not twice.
+    # Validation of the schedule and of the precisions reports these errors.
     except (QadtrError, TypeError):
         return data
     known = fields_of(schedule)
@@ -269,7 +269,7 @@ def _scheduler_problems(train: TrainSection) -> list[tuple[tuple[str, ...], str]
 
 
 class _Representer(RoundTripRepresenter):
-    """Writes null in full, where ruamel leaves the value out."""
+    """Writes null as a word, where ruamel would write nothing."""
 
     def represent_none(self, data: None) -> Any:
         return self.represent_scalar("tag:yaml.org,2002:null", "null")
@@ -279,7 +279,7 @@ _Representer.add_representer(type(None), _Representer.represent_none)
 
 
 def dump_yaml(recipe: Recipe, *, describe: bool = False) -> str:
-    """The recipe with every key written out; reading it again gives an equal recipe."""
+    """Return the recipe as YAML with every key; reading it gives an equal recipe."""
     yaml = YAML()
     yaml.width = 10_000
     yaml.Representer = _Representer

@@ -12,37 +12,37 @@ _COMMON = "common"
 
 
 def recipe_folder() -> Path:
-    """Where the shipped recipes are: inside an installed package, or at the top of a source checkout."""
+    """Return the folder of the shipped recipes, in an installed package or at the top of a source checkout."""
     installed = _PACKAGE / "recipes"
     return installed if installed.is_dir() else _PACKAGE.parent / "recipes"
 
 
 def shipped_recipes() -> dict[str, Path]:
-    """Name to file of every shipped recipe, sorted by name."""
+    """Return the file of every shipped recipe by name, sorted by name."""
     return {path.stem: path for path in sorted(recipe_folder().glob("*.yaml"))}
 
 
 def shipped_defenses() -> dict[str, Path]:
-    """Name to file of every defense that ships: a part of a recipe, to be given after one as RECIPE+DEFENSE."""
+    """Return the file of every shipped defense by name: changes to a recipe, given after it as RECIPE+DEFENSE."""
     return {path.stem: path for path in sorted((recipe_folder() / "defenses").glob("*.yaml"))}
 
 
 def shipped_studies() -> dict[str, Path]:
-    """Name to file of every study that ships, sorted by name; what they have in common is none."""
+    """Return the file of every shipped study by name, sorted by name, without their common base."""
     found = {path.stem: path for path in sorted((recipe_folder() / "studies").glob("*.yaml"))}
     return {name: path for name, path in found.items() if name != _COMMON}
 
 
 def split_name(source: str | Path) -> list[str | Path]:
-    """The recipe, and the defenses that change it, of `RECIPE+DEFENSE`; a file may have a plus in its name."""
+    """Return the recipe and the defenses of `RECIPE+DEFENSE`; the name of an existing file is not split."""
     return [source] if Path(source).is_file() else [*str(source).split("+")]
 
 
 def find_defense(name: str | Path) -> Path:
-    """Finds a defense by path or, failing that, by the name of a shipped one.
+    """Return the file of a defense that is given by path or by the name of a shipped one.
 
     Raises:
-        UsageError: there is neither; the nearest shipped names are offered.
+        UsageError: there is neither; the nearest shipped name is offered.
     """
     path = Path(name)
     if path.is_file():
@@ -54,10 +54,10 @@ def find_defense(name: str | Path) -> Path:
 
 
 def find_recipe(source: str | Path) -> Path:
-    """Finds a recipe by path or, failing that, by the name of a shipped one, with or without .yaml.
+    """Return the file of a recipe that is given by path or by the name of a shipped one, with or without .yaml.
 
     Raises:
-        UsageError: there is neither; the nearest shipped names are offered.
+        UsageError: there is neither; the nearest shipped name is offered.
     """
     path = Path(source)
     if path.is_file():
@@ -69,23 +69,21 @@ def find_recipe(source: str | Path) -> Path:
     if path.is_dir():
         raise UsageError(f"{source} is a folder, not a recipe; give a YAML file or the name of a shipped recipe")
     if name in shipped_defenses():
-        raise UsageError(
-            f"{name} is a defense, which changes a recipe: give it after one, as cifar10_resnet20_qat+{name}"
-        )
+        raise UsageError(f"{name} is a defense, not a recipe: add it to a recipe, as in cifar10_resnet20_qat+{name}")
     raise UsageError(f"there is no recipe {str(source)!r}: {suggest(path.stem, shipped)}")
 
 
 def recipe_description(path: Path) -> str:
-    """The first line of the comment a recipe starts with, or nothing."""
+    """Return the first line of the comment at the start of a recipe, or an empty text."""
     with path.open(encoding="utf-8", errors="replace") as lines:
         first = next(lines, "")
     return first.lstrip("# ").strip() if first.startswith("#") else ""
 
 
 def copy_recipe(name: str, target: Path, *, force: bool = False) -> Path:
-    """Copies a recipe to a file, or into a folder under its own name, and returns the copy's path.
+    """Copy a recipe to a file, or into a folder under its own name, and return the path of the copy.
 
-    Of RECIPE+DEFENSE the copy is a recipe that names them as its base.
+    The copy of RECIPE+DEFENSE is a recipe that names them as its base.
 
     Raises:
         UsageError: there is no such recipe, or the target exists and `force` is not set, or it cannot be written.
@@ -97,7 +95,7 @@ def copy_recipe(name: str, target: Path, *, force: bool = False) -> Path:
     if target.is_dir():
         target = target / (f"{name}.yaml" if defenses else source.name)
     if target.exists() and not force:
-        raise UsageError(f"{target} is already there; choose another name or overwrite it with --force")
+        raise UsageError(f"{target} already exists: choose another name, or overwrite it with --force")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         if defenses:

@@ -13,7 +13,7 @@ from qadtr_brevitas.core.errors import QadtrError
 from qadtr_brevitas.core.registry import REGISTRIES, Registry, resolve
 
 
-# Compared by identity: typing hashes annotations, and a registry holds a dict.
+# Compared by identity, because typing hashes annotations and a registry holds a dict.
 @dataclass(frozen=True, eq=False)
 class Slot:
     """Annotation of a field that holds a plug-in of one registry.

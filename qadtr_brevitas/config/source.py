@@ -1,4 +1,4 @@
-"""Recipe text as a tree that knows the line of every key, so that errors can name it."""
+"""YAML as a tree that knows the line of every key, so that errors can name it."""
 
 from __future__ import annotations
 
@@ -11,37 +11,37 @@ from ruamel.yaml.comments import CommentedMap, CommentedSeq, TaggedScalar
 from ruamel.yaml.constructor import DuplicateKeyError
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
-from qadtr_brevitas.config.problems import Location
+from qadtr_brevitas.config.problems import KeyPath
 from qadtr_brevitas.core.errors import Problem, RecipeError, UsageError
 
 
 @dataclass
-class Node:
-    """A value of a recipe.
+class YamlNode:
+    """A value in a YAML file.
 
     Args:
         line: 1-based line of its key in the file, None for one given on the command line.
         scalar: the value, where it is neither a mapping nor a list.
         children: its members by key, or by index where `is_list`.
-        takes_out: a null that takes out what a lower layer says.
+        deletes: whether it is a null that deletes the key of a lower layer.
     """
 
     line: int | None
     scalar: Any = None
-    children: dict[int | str, Node] | None = None
+    children: dict[int | str, YamlNode] | None = None
     is_list: bool = False
-    removes: bool = False
+    deletes: bool = False
 
     def plain(self) -> Any:
-        """The value as dicts, lists and scalars."""
+        """Return the value as dicts, lists and scalars."""
         if self.children is None:
             return self.scalar
         if self.is_list:
             return [child.plain() for child in self.children.values()]
         return {key: child.plain() for key, child in self.children.items()}
 
-    def line_of(self, place: Location) -> int | None:
-        """The line of a place, or of the nearest key around it that was written down."""
+    def line_of(self, place: KeyPath) -> int | None:
+        """Return the line of a key, or of the nearest key around it that is in the file."""
         node = self
         for part in place:
             below = (node.children or {}).get(part)
@@ -59,12 +59,12 @@ class YamlError(Exception):
     line: int | None = field(default=None)
 
 
-def read_source(path: Path) -> Node:
-    """Reads a recipe file.
+def read_source(path: Path) -> YamlNode:
+    """Read a recipe file.
 
     Raises:
-        UsageError: it cannot be read, or is empty, or is no text, or is not a mapping.
-        RecipeError: it is not YAML, or a key is there twice.
+        UsageError: the file cannot be read, is empty, is not text, or is not a mapping.
+        RecipeError: it is not YAML, or has a key twice.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -82,11 +82,11 @@ def read_source(path: Path) -> Node:
     return node
 
 
-def parse(text: str, *, line: int | None = 1) -> Node:
-    """Reads YAML 1.2; the tree's lines are all None where `line` is None.
+def parse(text: str, *, line: int | None = 1) -> YamlNode:
+    """Parse YAML 1.2; the lines of the tree are all None if `line` is None.
 
     Raises:
-        YamlError: the text is not YAML, or a key is there twice.
+        YamlError: the text is not YAML, or has a key twice.
     """
     try:
         value = YAML(typ="rt", pure=True).load(text)
@@ -94,7 +94,7 @@ def parse(text: str, *, line: int | None = 1) -> Node:
     except DuplicateKeyError as error:
         mark = error.problem_mark
         key = str(error.problem).partition('"')[2].partition('"')[0]
-        raise YamlError(f"key {key!r} is there twice; remove one", mark.line + 1 if mark else None) from error
+        raise YamlError(f"key {key!r} is given twice: remove one of them", mark.line + 1 if mark else None) from error
     except MarkedYAMLError as error:
         mark = error.problem_mark
         reason = ": ".join(filter(None, (error.context, error.problem)))
@@ -105,28 +105,28 @@ def parse(text: str, *, line: int | None = 1) -> Node:
         raise YamlError("it is nested too deeply") from error
 
 
-def _node(value: Any, line: int | None) -> Node:
+def _node(value: Any, line: int | None) -> YamlNode:
     if isinstance(value, CommentedMap):
         pairs = {str(key): _node(item, _line(value, key, line)) for key, item in cast("dict[Any, Any]", value).items()}
-        return Node(line, children=cast("dict[int | str, Node]", pairs))
+        return YamlNode(line, children=cast("dict[int | str, YamlNode]", pairs))
     if isinstance(value, CommentedSeq):
         items = cast("list[Any]", value)
-        return Node(
+        return YamlNode(
             line, children={i: _node(item, _line(value, i, line)) for i, item in enumerate(items)}, is_list=True
         )
-    return Node(line, scalar=_scalar(value))
+    return YamlNode(line, scalar=_scalar(value))
 
 
 def _line(parent: CommentedMap | CommentedSeq, key: Any, line: int | None) -> int | None:
     if line is None:
         return None
-    # A key merged in with << has no place of its own.
+    # A key merged in with << has no line of its own.
     places = parent.lc.data or {}
     return places[key][0] + 1 if key in places else line
 
 
 def _scalar(value: Any) -> Any:
-    """The plain types that ruamel's round-trip scalars stand for."""
+    """Return the plain value that one of ruamel's round-trip scalars stands for."""
     if isinstance(value, TaggedScalar):
         return str(value.value)
     for kind in (bool, int, float, str):

@@ -1,4 +1,4 @@
-"""Recipes made of others: what a layer changes, what it takes out, and what is wrong with it."""
+"""Recipes made of others: the keys that a layer changes and deletes, and the errors of layers."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_a_defense_replaces_the_attack_and_keeps_the_rest(folder: Path) -> None:
     assert (recipe.seed, recipe.train.epochs, slot_name(recipe.train.gradient)) == (3, 7, "gir")
 
 
-def test_null_takes_out_and_keys_of_the_same_plug_in_are_merged(folder: Path) -> None:
+def test_null_deletes_and_keys_of_the_same_plug_in_are_merged(folder: Path) -> None:
     recipe = load_recipe("net+weak")
     assert attack(recipe) == ("pgd", 1)
     assert recipe.train.gradient is None
@@ -64,34 +64,34 @@ def test_a_copy_of_several_names_them(folder: Path, tmp_path: Path) -> None:
     assert copy_recipe("net+weak", tmp_path / "into").name == "net+weak.yaml"
 
 
-def test_mistakes_name_the_line_that_brought_them(folder: Path, tmp_path: Path) -> None:
+def test_problems_of_a_base_have_the_line_that_names_it(folder: Path, tmp_path: Path) -> None:
     child = write(tmp_path / "child.yaml", "seed: 1\nbase: net\ntrain:\n  epochs: 0\nquant: {precisions: [4]}\n")
-    with pytest.raises(RecipeError, match=r"child.yaml:4: train.epochs: must be at least 1, got 0"):
+    with pytest.raises(RecipeError, match=r"child.yaml:4: train.epochs: .*1, got 0"):
         load_recipe(child)
     write(folder / "net.yaml", "train: {epochs: 0}\n")
-    with pytest.raises(RecipeError, match=r"child2.yaml:2: train.epochs: must be at least 1"):
+    with pytest.raises(RecipeError, match=r"child2.yaml:2: train.epochs: .*1"):
         load_recipe(write(tmp_path / "child2.yaml", "seed: 1\nbase: net\n"))
 
 
-def test_a_base_that_is_not_there_is_told_with_its_line(folder: Path, tmp_path: Path) -> None:
+def test_a_missing_base_is_reported_with_its_line(folder: Path, tmp_path: Path) -> None:
     child = write(tmp_path / "child.yaml", "seed: 1\nbase: nett\n")
-    with pytest.raises(RecipeError, match=r"child.yaml:2: base: there is no recipe 'nett': did you mean 'net'"):
+    with pytest.raises(RecipeError, match=r"child.yaml:2: base: .*'nett'.*'net'"):
         load_recipe(child)
-    with pytest.raises(RecipeError, match=r"child.yaml:1: base: must name a recipe"):
+    with pytest.raises(RecipeError, match=r"child.yaml:1: base: .*name or path"):
         load_recipe(write(child, "base: [net]\n"))
 
 
 def test_a_circle_of_bases_is_refused(folder: Path, tmp_path: Path) -> None:
     write(tmp_path / "one.yaml", "base: two.yaml\n")
     two = write(tmp_path / "two.yaml", "base: one.yaml\n")
-    with pytest.raises(RecipeError, match=r"base: .*\.yaml leads back here: remove one of the two"):
+    with pytest.raises(RecipeError, match=r"base: .*\.yaml leads back"):
         load_recipe(two)
 
 
 def test_an_unknown_defense_and_a_defense_alone_are_refused(folder: Path) -> None:
-    with pytest.raises(UsageError, match="there is no defense 'pgdd' to add to a recipe: did you mean 'pgd'"):
+    with pytest.raises(UsageError, match=r"defense 'pgdd'.*'pgd'"):
         load_recipe("net+pgdd")
-    with pytest.raises(UsageError, match=r"weak is a defense, which changes a recipe: give it after one"):
+    with pytest.raises(UsageError, match=r"weak is a defense.*\+weak"):
         load_recipe("weak")
 
 

@@ -1,4 +1,4 @@
-"""Reading and checking recipes: every mistake is named at once, with its path, its line and what to do."""
+"""Reading and checking recipes: all problems are reported at once, each with its key, line and advice."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def write(tmp_path: Path):
 
 
 def problems(file: Path, *overrides: str) -> dict[str, tuple[int | None, str]]:
-    """Path -> (line, message) of everything that is wrong."""
+    """The line and message of every problem, by key."""
     with pytest.raises(RecipeError) as caught:
         load_recipe(file, overrides)
     return {problem.path: (problem.line, problem.message) for problem in caught.value.problems}
@@ -44,7 +44,7 @@ def test_every_key_has_a_default(write) -> None:
     assert recipe == Recipe(seed=3)
 
 
-def test_all_mistakes_are_named_at_once(write) -> None:
+def test_all_problems_are_reported_at_once(write) -> None:
     file = write(
         "seed: -1\n"
         "model:\n"
@@ -219,7 +219,7 @@ def test_a_schedule_without_choices_follows_an_override(write):
     assert recipe.train.precision == Uniform(choices=(Precision(8, 8), Precision(4, 4)))
 
 
-def test_wrong_precisions_are_told_once_where_they_are(write):
+def test_wrong_precisions_are_reported_once(write):
     assert list(problems(write("quant: {precisions: [8, 99]}"))) == ["quant.precisions.1"]
 
 
@@ -243,7 +243,7 @@ class TestFiles:
         [
             ("seed: 1\ntrain: {epochs: 1\nmodel: x: y\n", 3, "while parsing a flow mapping: expected"),
             ("seed: 1\n\tx: 2\n", 2, "cannot start any token"),
-            ("seed: 1\nmodel: {}\nseed: 2\n", 3, "key 'seed' is there twice; remove one"),
+            ("seed: 1\nmodel: {}\nseed: 2\n", 3, "key 'seed' is given twice"),
             ("seed: *nothing\n", 1, "undefined alias"),
             ("seed: 1\n---\nseed: 2\n", 2, "but found another document"),
             ("seed: \x07\n", 1, "special characters"),

@@ -1,4 +1,4 @@
-"""`key.sub=value` passes the same checks as the file and is named `command line` in errors."""
+"""Overrides: `key.sub=value` passes the same checks as the file, and errors call its place `command line`."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_overrides(file: Path, override: str, value) -> None:
     assert value(load_recipe(file, [override]))
 
 
-def test_later_ones_win(file: Path) -> None:
+def test_later_overrides_win(file: Path) -> None:
     assert load_recipe(file, ["seed=2", "seed=3"]).seed == 3
 
 
@@ -87,14 +87,14 @@ def test_removing_an_item_moves_the_others_up(file: Path) -> None:
         ("train.epochs=0", "command line: train.epochs: must be at least 1, got 0"),
         ("train.attack.stepz=1", "command line: train.attack.stepz: unknown key 'stepz': did you mean 'steps'?"),
         ("train.gradient.alpha=1", "command line: train.gradient.name: must name a gradient rule"),
-        ("train.epochs.x=1", "command line: train.epochs.x: train.epochs is a single value, it has no keys"),
-        ("train.regularizers.7=distillation", "train.regularizers is a list of 2: use an index from 0, or 2 for one"),
-        ("train.regularizers.x=distillation", "train.regularizers is a list of 2"),
+        ("train.epochs.x=1", "command line: train.epochs.x: train.epochs is a single value"),
+        ("train.regularizers.7=distillation", "train.regularizers has 2 items: use an index from 0, or 2 to"),
+        ("train.regularizers.x=distillation", "train.regularizers has 2 items"),
         ("train.regularizers.1.weight=x", "command line: train.regularizers.1.weight: must be a number, got 'x'"),
-        ("seed", "command line: seed: is no override: write key=value, for instance train.epochs=3"),
-        ("=3", "command line: =3: is no override"),
+        ("seed", "command line: seed: is not an override: write key=value"),
+        ("=3", "command line: =3: is not an override"),
         ("seed={", "command line: seed: the value '{' is not YAML"),
-        ("seed={a: 1, a: 2}", "key 'a' is there twice; remove one"),
+        ("seed={a: 1, a: 2}", "key 'a' is given twice"),
         ("train=3", "command line: train: must be a mapping of keys to values, got 3"),
         ("train..epochs=3", "command line: train..epochs: unknown key"),
     ],
@@ -103,7 +103,7 @@ def test_wrong_overrides(file: Path, override: str, words: str) -> None:
     assert words in only_problem(file, override)
 
 
-def test_what_the_file_has_keeps_its_line(file: Path) -> None:
+def test_keys_of_the_file_keep_their_lines(file: Path) -> None:
     with pytest.raises(RecipeError) as caught:
         load_recipe(file, ["train.scheduler.warmup_epochs=1", "train.attack.share=7", "quant.precisions=[3]"])
     assert {problem.path: problem.line for problem in caught.value.problems} == {"train.attack.share": None}
@@ -116,7 +116,7 @@ def test_what_the_file_has_keeps_its_line(file: Path) -> None:
     seed=st.integers(0, 2**62),
     name=st.text("abc: #'", min_size=1),
 )
-def test_what_is_written_out_can_be_given_again(
+def test_a_dumped_recipe_and_its_values_can_be_given_again(
     tmp_path_factory, lr: float, momentum: float, seed: int, name: str
 ) -> None:
     recipe = Recipe.model_validate(

@@ -46,9 +46,9 @@ def test_a_file_wins_over_a_name_but_a_folder_does_not(shipped: Path) -> None:
 
 
 def test_an_unknown_name_is_answered_with_the_nearest(shipped: Path) -> None:
-    with pytest.raises(UsageError, match="there is no recipe 'toy_qatt': did you mean 'toy_qat'"):
+    with pytest.raises(UsageError, match=r"'toy_qatt'.*'toy_qat'"):
         find_recipe("toy_qatt")
-    with pytest.raises(UsageError, match=r"there is no recipe 'folder/toy_qat.yaml': did you mean 'toy_qat'"):
+    with pytest.raises(UsageError, match=r"'folder/toy_qat.yaml'.*'toy_qat'"):
         find_recipe("folder/toy_qat.yaml")
 
 
@@ -69,7 +69,7 @@ class TestCopy:
     def test_nothing_is_overwritten_unless_forced(self, shipped: Path) -> None:
         target = Path("mine.yaml")
         target.write_text("mine")
-        with pytest.raises(UsageError, match=r"mine\.yaml is already there; .* overwrite it with --force"):
+        with pytest.raises(UsageError, match=r"mine\.yaml .*--force"):
             copy_recipe("toy_qat", target)
         assert target.read_text() == "mine"
         copy_recipe("toy_qat", target, force=True)
@@ -81,5 +81,5 @@ class TestCopy:
 
     def test_where_nothing_can_be_written(self, shipped: Path) -> None:
         Path("file").write_text("")
-        with pytest.raises(UsageError, match=r"cannot copy .* choose another target"):
+        with pytest.raises(UsageError, match=r"cannot copy .* target"):
             copy_recipe("toy_qat", Path("file/mine.yaml"))
