@@ -74,11 +74,12 @@ class ImageAttack(Attack, ABC):
 class PatchAttack(Attack, ABC):
     """An attack that makes one universal patch."""
 
+    searches_shape: ClassVar[bool] = False
+    """Whether the shape of the patch is searched too: it then covers at most as many pixels as `mask` has."""
+
     @abstractmethod
     def mask(self, image_size: tuple[int, int]) -> Tensor:
         """Return the pixels that the patch covers, boolean (h, w), for images of (H, W) pixels.
-
-        The mask of a patch whose shape is searched may be another one; it covers no more pixels.
 
         Raises:
             UsageError: the patch does not fit on the images.

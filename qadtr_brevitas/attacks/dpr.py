@@ -57,6 +57,7 @@ class Dpr(UniversalPatch):
     """
 
     attack: ClassVar[str] = "dpr"
+    searches_shape: ClassVar[bool] = True
 
     rays: Annotated[int, Field(ge=3, description="corners of the polygon")] = 36
     ray_lr: Annotated[float, Field(gt=0, description="step of the rays' lengths in pixels")] = 0.1

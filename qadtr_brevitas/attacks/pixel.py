@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from contextlib import nullcontext
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -43,6 +44,11 @@ class TorchAttack(PixelAttack, TargetedAttack):
         """Independent runs, of which the best is kept for every image."""
         return 1
 
+    @property
+    def is_random(self) -> bool:
+        """Whether the library draws random numbers with these settings."""
+        return False
+
     def run(
         self,
         model: Model,
@@ -70,7 +76,8 @@ class TorchAttack(PixelAttack, TargetedAttack):
         arguments = {"eps": self.eps, **self.library_arguments()}
 
         def run_once() -> Tensor:
-            return _run_library(self.library_class, model, images, labels, self.target, generator, **arguments)
+            with seeded(generator, images.device) if self.is_random else nullcontext():
+                return _run_library(self.library_class, model, images, labels, self.target, **arguments)
 
         if self.runs == 1:
             return run_once()
@@ -114,6 +121,10 @@ class Pgd(TorchAttack, TrainingAttack, IterativeAttack):
     def runs(self) -> int:
         return self.restarts
 
+    @property
+    def is_random(self) -> bool:
+        return self.random_start
+
     def library_arguments(self) -> dict[str, Any]:
         return {"alpha": self.alpha or self.eps / 4, "steps": self.steps, "random_start": self.random_start}
 
@@ -138,15 +149,14 @@ def _run_library(
     images: Tensor,
     labels: Tensor,
     target: int | None,
-    generator: torch.Generator,
     **arguments: Any,
 ) -> Tensor:
-    """Run a class of torchattack: without gradients on parameters, seeded, and finite."""
+    """Run a class of torchattack without gradients on parameters, and keep images finite."""
     library = require("torchattack", extra="attacks", purpose=f"attack {name}")
     attack = getattr(library, name)(
         InputGradientModel(model, target=target), device=images.device, targeted=target is not None, **arguments
     )
-    with seeded(generator, images.device), torch.enable_grad():
+    with torch.enable_grad():
         adversarial = attack(images, labels if target is None else torch.full_like(labels, target)).detach()
     # MI-FGSM divides by the size of the gradient: a network that is too sure gives none, and the image would be lost.
     return torch.where(adversarial.isfinite(), adversarial, images)
