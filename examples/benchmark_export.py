@@ -93,12 +93,12 @@ def make_forms(
 
     import torch
 
-    from qadtr_brevitas.exporting import FORMATS
+    from qadtr_brevitas.exporting import find_format
     from qadtr_brevitas.quant import freeze
 
     floats, quantized = freeze(model, 32), freeze(model, BITS)
     for form in ("qcdq", "ort"):
-        FORMATS[form].write(quantized, batch, folder / f"{form}.onnx")
+        find_format(form).write(quantized, batch, folder / f"{form}.onnx")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(floats, (batch,), str(folder / "float.onnx"), dynamo=False, opset_version=17)

@@ -25,12 +25,11 @@ from qadtr_brevitas.cli.export_tables import export_tables
 from qadtr_brevitas.cli.plugin_options import find_dataset, load_split
 from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.core.precision import Precision
+from qadtr_brevitas.core.registry import FORMATS
 
 if TYPE_CHECKING:
     from qadtr_brevitas.attacks.patch import Patch
     from qadtr_brevitas.exporting import ExportReport
-
-_FORMATS = ("qonnx", "qcdq", "ort", "finn", "hls4ml")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +72,7 @@ class _ExportOptions:
     metavar="w4a4|4",
     help="Precision to export, one the model has; give it again for more.",
 )
-@click.option("--format", "-f", "form", type=click.Choice(_FORMATS), required=True, help="What to write.")
+@click.option("--format", "-f", "form", type=click.Choice(FORMATS.names()), required=True, help="What to write.")
 @click.option(
     "--output",
     "-o",
@@ -127,7 +126,7 @@ def command(**options: Any) -> None:
     dataset = find_dataset([given.model_dir], given.data) if given.verify else None
 
     from qadtr_brevitas.evaluation.entries import load_subjects
-    from qadtr_brevitas.exporting import FORMATS, Build, export
+    from qadtr_brevitas.exporting import BuildTarget, export, find_format
     from qadtr_brevitas.quant import precisions_or_all
 
     (loaded,) = load_subjects([given.model_dir])
@@ -143,12 +142,12 @@ def command(**options: Any) -> None:
             report = export(
                 loaded,
                 wanted,
-                FORMATS[given.form],
+                find_format(given.form),
                 output,
                 split=split,
                 patches=_patches(given, wanted) if given.verify else [],
                 tolerance=given.tolerance,
-                build=Build(board=given.board, fps=given.fps),
+                build=BuildTarget(board=given.board, fps=given.fps),
                 with_estimate=given.estimate,
                 seed=given.seed,
                 command=command_line(),
@@ -156,6 +155,8 @@ def command(**options: Any) -> None:
             )
         reports.append(report)
         say(f"wrote {output}; the network is {output / 'model.onnx'}")
+    if note := find_format(given.form).note:
+        say(f"note: {note}")
     found = [
         report.to_dict() | {"output": str(output)} for report, output in zip(reports, outputs.values(), strict=True)
     ]

@@ -213,6 +213,18 @@ ANALYSES = Registry(
     },
 )
 
+FORMATS = Registry(
+    "format",
+    "qadtr_brevitas.exporting.formats:Format",
+    {
+        "finn": ("qadtr_brevitas.exporting.finn:FINN", "a folder to build with FINN"),
+        "hls4ml": ("qadtr_brevitas.exporting.hls4ml:HLS4ML", "a folder to build with hls4ml"),
+        "ort": ("qadtr_brevitas.exporting.onnx_files:ORT", "ONNX that onnxruntime runs in integers, fast at 8 bit"),
+        "qcdq": ("qadtr_brevitas.exporting.onnx_files:QCDQ", "standard ONNX for onnxruntime, up to 8 bit"),
+        "qonnx": ("qadtr_brevitas.exporting.onnx_files:QONNX", "arbitrary bit-widths, as Brevitas writes them"),
+    },
+)
+
 QUANTIZERS = Registry(
     "quantizer",
     "qadtr_brevitas.quant.quantizer:Quantizer",
@@ -239,6 +251,7 @@ REGISTRIES = {
     "schedules": SCHEDULES,
     "objectives": OBJECTIVES,
     "gradient-rules": GRADIENT_RULES,
+    "formats": FORMATS,
     "quantizers": QUANTIZERS,
     "regularizers": REGULARIZERS,
     "targets": TARGETS,

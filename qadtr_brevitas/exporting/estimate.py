@@ -15,10 +15,8 @@ from typing import Any
 
 from qadtr_brevitas.core.errors import ExportError, UsageError
 from qadtr_brevitas.core.files import write_json
-from qadtr_brevitas.exporting.folder import CLOCK_NS
-from qadtr_brevitas.exporting.rewrite import Compiler
+from qadtr_brevitas.exporting.compiler import CLOCK_NS, Compiler
 
-VARIABLES: dict[Compiler, str] = {"finn": "QADTR_BREVITAS_FINN", "hls4ml": "QADTR_BREVITAS_HLS4ML"}
 FOLDING_FILE = "folding_config.json"
 _SCRIPTS = Path(__file__).parent / "compilers"
 _LINES = 3
@@ -63,12 +61,11 @@ def compiler_python(compiler: Compiler) -> Path:
     Raises:
         UsageError: it is not there.
     """
-    variable = VARIABLES[compiler]
-    given = Path(os.environ.get(variable) or f".venv-{compiler}/bin/python")
+    given = Path(os.environ.get(compiler.variable) or f".venv-{compiler.name}/bin/python")
     if not given.is_file():
         raise UsageError(
-            f"there is no Python of {compiler} at {given}: make it with `make compilers` in a checkout of "
-            f"qadtr-brevitas, and name it in {variable}"
+            f"there is no Python of {compiler.name} at {given}: make it with `make compilers` in a checkout of "
+            f"qadtr-brevitas, and name it in {compiler.variable}"
         )
     # Not resolved: the link is what makes it the environment's.
     return given.absolute()
@@ -92,7 +89,7 @@ def run_compiler(compiler: Compiler, folder: Path, *options: str) -> dict[str, A
     python = compiler_python(compiler)
     with tempfile.TemporaryDirectory() as scratch:
         result = Path(scratch) / "result.json"
-        script = _SCRIPTS / f"{compiler}_build.py"
+        script = _SCRIPTS / compiler.script
         done = subprocess.run(
             [python, script, folder.resolve(), result, *options],
             capture_output=True,
@@ -103,19 +100,19 @@ def run_compiler(compiler: Compiler, folder: Path, *options: str) -> dict[str, A
         if done.returncode or not result.is_file():
             last = " ".join(done.stderr.strip().splitlines()[-_LINES:])
             raise ExportError(
-                f"{compiler} does not build the network ({last or f'exit code {done.returncode}'}): "
+                f"{compiler.name} does not build the network ({last or f'exit code {done.returncode}'}): "
                 f"for all it says, run {python} {script} FOLDER RESULT.json on an export made without --estimate"
             )
         return json.loads(result.read_text())
 
 
-def estimate(folder: Path) -> Estimate:
+def estimate(compiler: Compiler, folder: Path) -> Estimate:
     """FINN's estimates for an exported folder, in which the folding they are for is written.
 
     Raises:
         UsageError, ExportError: as `run_compiler`.
     """
-    found = run_compiler("finn", folder, "--no-execute")
+    found = run_compiler(compiler, folder, "--no-execute")
     write_json(folder / FOLDING_FILE, found["folding"])
     return Estimate(
         layers=tuple(LayerCost(**layer) for layer in found["layers"]),

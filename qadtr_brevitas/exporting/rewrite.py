@@ -8,30 +8,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from qadtr_brevitas.exporting.graph import attribute, library, nodes_of
 
-Compiler = Literal["finn", "hls4ml"]
 PIXELS = 255.0
 
 
-def rewrite(model: Any, *, compiler: Compiler) -> None:
-    """Changes a qonnx ModelWrapper in place.
+def rewrite(model: Any, adapt_input: Callable[[Any], None]) -> None:
+    """Change a qonnx ModelWrapper in place.
 
     Args:
         model: with all shapes, and constants folded.
-        compiler: FINN is given pixels as bytes, 0 to 255; hls4ml the normalization of pixels as a BatchNorm.
+        adapt_input: changes how it takes pixels, as its compiler wants them.
     """
     changes = (_split_pools, _replace_global_pools, _replace_average_pools, _quantize_before_flatten, _rectify_unsigned)
-    for change in changes:
+    for change in (*changes, adapt_input):
         change(model)
-    if compiler == "finn":
-        _take_bytes(model)
-    else:
-        _normalize_as_batch_norm(model)
     model.graph.node.sort(key=_order(model))
 
 
@@ -40,9 +35,9 @@ def _split_pools(model: Any) -> None:
     for pool in nodes_of(model, "MaxPool"):
         for reader in model.find_consumers(pool.output[0])[1:]:
             shape = model.get_tensor_shape(pool.output[0])
-            twin = _copy(pool, _tensor(model, shape))
+            twin = _copy(pool, new_tensor(model, shape))
             model.graph.node.append(twin)
-            _reconnect(reader, pool.output[0], twin.output[0])
+            reconnect(reader, pool.output[0], twin.output[0])
 
 
 def _replace_global_pools(model: Any) -> None:
@@ -51,10 +46,10 @@ def _replace_global_pools(model: Any) -> None:
         if pool.op_type == "ReduceMean" and (len(shape) != 4 or sorted(_axes(model, pool)) not in ([2, 3], [-2, -1])):
             continue
         kept = pool.op_type == "GlobalAveragePool" or attribute(pool, "keepdims", 1)
-        output = pool.output[0] if kept else _tensor(model, [*shape[:2], 1, 1])
+        output = pool.output[0] if kept else new_tensor(model, [*shape[:2], 1, 1])
         _average(model, pool, output, kernel=shape[2:], strides=[1, 1], pads=[0, 0, 0, 0])
         if not kept:
-            model.graph.node.append(_node("Flatten", [output], pool.output[0], axis=1))
+            model.graph.node.append(new_node("Flatten", [output], pool.output[0], axis=1))
 
 
 def _axes(model: Any, pool: Any) -> list[int]:
@@ -77,13 +72,13 @@ def _average(
     """A depthwise convolution with 2-bit weights of one level in the place of a pool."""
     channels = model.get_tensor_shape(pool.input[0])[1]
     step = 1 / math.prod(kernel)
-    weight = _tensor(model, [channels, 1, *kernel], np.full([channels, 1, *kernel], step))
-    settings = [_tensor(model, [], np.array(value)) for value in (step, 0.0, 2.0)]
-    quantized = _tensor(model, [channels, 1, *kernel])
-    quant = _node("Quant", [weight, *settings], quantized, signed=1, narrow=1, rounding_mode="ROUND")
+    weight = new_tensor(model, [channels, 1, *kernel], np.full([channels, 1, *kernel], step))
+    settings = [new_tensor(model, [], np.array(value)) for value in (step, 0.0, 2.0)]
+    quantized = new_tensor(model, [channels, 1, *kernel])
+    quant = new_node("Quant", [weight, *settings], quantized, signed=1, narrow=1, rounding_mode="ROUND")
     quant.domain = _quant_domain(model)
     geometry = {"kernel_shape": kernel, "strides": strides, "pads": pads, "dilations": [1, 1], "group": channels}
-    conv = _node("Conv", [pool.input[0], quantized], output, **geometry)
+    conv = new_node("Conv", [pool.input[0], quantized], output, **geometry)
     model.graph.node.remove(pool)
     model.graph.node.extend([quant, conv])
 
@@ -99,7 +94,7 @@ def _quantize_before_flatten(model: Any) -> None:
         if len(readers) != 1 or readers[0].op_type != "Quant" or model.get_initializer(flatten.input[0]) is not None:
             continue
         (quant,) = readers
-        quantized = _tensor(model, model.get_tensor_shape(flatten.input[0]))
+        quantized = new_tensor(model, model.get_tensor_shape(flatten.input[0]))
         quant.input[0], flatten.input[0] = flatten.input[0], quantized
         flatten.output[0], quant.output[0] = quant.output[0], quantized
 
@@ -110,37 +105,13 @@ def _rectify_unsigned(model: Any) -> None:
         is_weight = producer is None and model.get_initializer(quant.input[0]) is not None
         if attribute(quant, "signed") or is_weight or (producer is not None and producer.op_type == "Relu"):
             continue
-        rectified = _tensor(model, model.get_tensor_shape(quant.input[0]))
-        model.graph.node.append(_node("Relu", [quant.input[0]], rectified))
+        rectified = new_tensor(model, model.get_tensor_shape(quant.input[0]))
+        model.graph.node.append(new_node("Relu", [quant.input[0]], rectified))
         quant.input[0] = rectified
 
 
-def _take_bytes(model: Any) -> None:
-    given = model.graph.input[0].name
-    scaled = _tensor(model, model.get_tensor_shape(given))
-    for reader in model.find_consumers(given):
-        _reconnect(reader, given, scaled)
-    largest = _tensor(model, [], np.array(PIXELS))
-    model.graph.node.append(_node("Div", [given, largest], scaled))
-    model.set_tensor_datatype(given, library("qonnx.core.datatype").DataType["UINT8"])
-
-
-def _normalize_as_batch_norm(model: Any) -> None:
-    """What is done to pixels, (x - mean) / std, as one node that hls4ml can turn to channels last."""
-    (subtract,) = model.find_consumers(model.graph.input[0].name)
-    (divide,) = model.find_consumers(subtract.output[0])
-    assert (subtract.op_type, divide.op_type) == ("Sub", "Div")
-    mean, std = (model.get_initializer(node.input[1]).reshape(-1) for node in (subtract, divide))
-    values = (np.ones_like(mean), np.zeros_like(mean), mean, std**2)
-    inputs = [subtract.input[0], *(_tensor(model, value.shape, value) for value in values)]
-    norm = _node("BatchNormalization", inputs, divide.output[0], epsilon=0.0)
-    model.graph.node.remove(subtract)
-    model.graph.node.remove(divide)
-    model.graph.node.append(norm)
-
-
-def _tensor(model: Any, shape: Sequence[int], value: Any = None) -> str:
-    """The name of a new tensor of float32, fixed if a value is given."""
+def new_tensor(model: Any, shape: Sequence[int], value: Any = None) -> str:
+    """Return the name of a new tensor of float32, fixed if a value is given."""
     name = model.make_new_valueinfo_name()
     model.set_tensor_shape(name, list(shape))
     if value is not None:
@@ -148,7 +119,8 @@ def _tensor(model: Any, shape: Sequence[int], value: Any = None) -> str:
     return name
 
 
-def _node(kind: str, inputs: Sequence[str], output: str, **attributes: Any) -> Any:
+def new_node(kind: str, inputs: Sequence[str], output: str, **attributes: Any) -> Any:
+    """Return a node of standard ONNX, named after its output."""
     return library("onnx").helper.make_node(kind, list(inputs), [output], name=f"{kind}_{output}", **attributes)
 
 
@@ -159,7 +131,8 @@ def _copy(node: Any, output: str) -> Any:
     return twin
 
 
-def _reconnect(node: Any, old: str, new: str) -> None:
+def reconnect(node: Any, old: str, new: str) -> None:
+    """Let a node read another tensor in place of one of its inputs."""
     for index, name in enumerate(node.input):
         if name == old:
             node.input[index] = new

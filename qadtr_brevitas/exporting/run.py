@@ -20,8 +20,9 @@ from qadtr_brevitas.core.progress import Progress
 from qadtr_brevitas.core.seeding import generator
 from qadtr_brevitas.data.split import Split
 from qadtr_brevitas.evaluation.entries import LoadedModel
+from qadtr_brevitas.exporting.build_files import write_build_files
+from qadtr_brevitas.exporting.compiler import BuildTarget
 from qadtr_brevitas.exporting.estimate import Estimate, compiler_python, estimate
-from qadtr_brevitas.exporting.folder import Build, write_build_files
 from qadtr_brevitas.exporting.formats import MODEL_FILE, Format, blockers, check_bits
 from qadtr_brevitas.exporting.rewrite import PIXELS
 from qadtr_brevitas.exporting.ties import Ties, check_ties, count_ties
@@ -78,7 +79,7 @@ def export(
     split: Split | None,
     patches: Sequence[tuple[str, Patch]] = (),
     tolerance: float = TOLERANCE,
-    build: Build | None = None,
+    build: BuildTarget | None = None,
     with_estimate: bool = False,
     seed: int = 0,
     command: str = "",
@@ -120,11 +121,13 @@ def export(
                 frozen, form.load(file), split, patches, as_bytes=form.takes_bytes, seed=seed, progress=progress
             )
             check(agreement, tolerance=tolerance, remedy=form.remedy)
-            if form.compiler == "finn":
+            if form.compiler is not None and form.compiler.rounds_ties_up:
                 ties = count_ties(frozen, split)
                 check_ties(ties)
         if form.compiler is not None:
-            write_build_files(folder, form, frozen, image, build or Build())
+            write_build_files(
+                folder, form.compiler, frozen, image, build or BuildTarget(), takes_bytes=form.takes_bytes
+            )
         report = ExportReport(
             model=loaded.path or loaded.name,
             fingerprint=loaded.fingerprint,
@@ -133,7 +136,7 @@ def export(
             bytes=file.stat().st_size,
             agreement=agreement,
             ties=ties,
-            estimate=estimate(folder) if with_estimate else None,
+            estimate=estimate(form.compiler, folder) if with_estimate and form.compiler is not None else None,
             seed=seed,
             command=command,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -149,9 +152,9 @@ def export(
 def _check(loaded: LoadedModel, precision: Precision, form: Format, *, with_estimate: bool) -> None:
     check_bits(precision, form)
     if with_estimate:
-        if form.compiler != "finn":
-            raise UsageError(f"estimates are FINN's, and the format is {form.name}: choose the format finn")
-        compiler_python("finn")
+        if form.compiler is None or not form.compiler.estimates:
+            raise UsageError(f"estimates are FINN's, and the format is {form.name}: choose the format of FINN")
+        compiler_python(form.compiler)
     with at_precision(loaded.model, precision):
         if found := blockers(loaded.model, form):
             raise ExportError(f"{loaded.name} cannot be exported to {form.name}: {'; '.join(found)}")

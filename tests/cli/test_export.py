@@ -73,7 +73,7 @@ def test_several_precisions_have_a_folder_each(tmp_path: Path) -> None:
         (["-p", "8", "-f", "qcdq"], 2, "no precision 8: it was converted for 32, 4"),
         (["-p", "32", "-f", "qcdq"], 2, "qcdq holds integers, and at 32 there are floats"),
         (["-p", "four", "-f", "qcdq"], 2, "four"),
-        (["-p", "4", "-f", "onnx"], 2, "'onnx' is not one of 'qonnx', 'qcdq'"),
+        (["-p", "4", "-f", "onnx"], 2, "'onnx' is not one of"),
         (["-p", "4", "-p", "8", "-f", "qcdq"], 2, "no precision 8: it was converted for 32, 4"),
         (["-p", "4", "-f", "qcdq", "--no-verify", "--estimate"], 2, "estimates are FINN's, and the format is qcdq"),
         (["-p", "4", "-f", "finn", "--no-verify"], 1, "layer1.0, layer1.1"),

@@ -16,8 +16,10 @@ from torch import nn
 from qadtr_brevitas.cli.main import cli
 from qadtr_brevitas.core.errors import ExportError, UsageError
 from qadtr_brevitas.core.precision import Precision
-from qadtr_brevitas.exporting import FORMATS, export
+from qadtr_brevitas.exporting import export, find_format
 from qadtr_brevitas.exporting.estimate import compiler_python, run_compiler
+from qadtr_brevitas.exporting.finn import Finn
+from qadtr_brevitas.exporting.hls4ml import Hls4ml
 from qadtr_brevitas.models.create import create_float_model
 from tests.evaluation.models import make_model_dir
 from tests.exporting.networks import Mobile, loaded, plain, residual
@@ -32,7 +34,7 @@ _HARDWARE = {
 @pytest.fixture(scope="session")
 def finn() -> None:
     try:
-        compiler_python("finn")
+        compiler_python(Finn())
     except UsageError as error:
         pytest.skip(str(error))
 
@@ -40,7 +42,7 @@ def finn() -> None:
 @pytest.fixture(scope="session")
 def hls4ml() -> None:
     try:
-        compiler_python("hls4ml")
+        compiler_python(Hls4ml())
     except UsageError as error:
         pytest.skip(str(error))
 
@@ -62,8 +64,8 @@ NETS = {
 @pytest.mark.parametrize(("name", "bits"), [("resnet20b", 4), ("vgg16", 2), ("mobile", 2)])
 def test_finn_makes_hardware_of_the_whole_network(name: str, bits: int, tmp_path: Path) -> None:
     given = loaded(NETS[name](), target="finn", precisions=(bits,), image_size=(32, 32))
-    export(given, Precision.parse(bits), FORMATS["finn"], tmp_path / "out", split=None)
-    found = run_compiler("finn", tmp_path / "out")
+    export(given, Precision.parse(bits), find_format("finn"), tmp_path / "out", split=None)
+    found = run_compiler(Finn(), tmp_path / "out")
     largest = np.abs(np.load(tmp_path / "out" / "expected_output.npy")).max()
     assert set(found["differences"]) > {"step_tidy_up", "step_convert_to_hw"}
     # In floats a value that lies between two levels may fall to either side; in FINN's integers it does not.
@@ -102,8 +104,8 @@ def test_the_command_shows_costs_of_several_precisions_side_by_side(tmp_path: Pa
 @pytest.mark.usefixtures("hls4ml")
 @pytest.mark.parametrize(("net", "bits"), [(residual, 4), (plain, 2)])
 def test_hls4ml_computes_bit_for_bit_what_the_network_computes(net: object, bits: int, tmp_path: Path) -> None:
-    export(loaded(net(), target="hls4ml"), Precision.parse(bits), FORMATS["hls4ml"], tmp_path / "out", split=None)
-    found = run_compiler("hls4ml", tmp_path / "out")
+    export(loaded(net(), target="hls4ml"), Precision.parse(bits), find_format("hls4ml"), tmp_path / "out", split=None)
+    found = run_compiler(Hls4ml(), tmp_path / "out")
     assert found["difference"] < 1e-6
     assert np.load(tmp_path / "out" / "expected_output.npy").std() > 1e-2
 
@@ -123,7 +125,7 @@ def test_what_a_compiler_says_is_passed_on_and_nothing_is_left(impostor: Path, t
         export(
             loaded(plain(), target="finn"),
             Precision.parse(4),
-            FORMATS["finn"],
+            find_format("finn"),
             tmp_path / "out",
             split=None,
             with_estimate=True,

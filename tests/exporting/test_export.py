@@ -1,6 +1,7 @@
 """Exports: the file computes what the network computes, or nothing is kept."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,8 @@ from qadtr_brevitas.core.errors import ExportError, UsageError
 from qadtr_brevitas.core.precision import Precision
 from qadtr_brevitas.data.split import Split
 from qadtr_brevitas.evaluation.entries import LoadedModel
-from qadtr_brevitas.exporting import FORMATS, export
-from qadtr_brevitas.exporting.formats import MODEL_FILE, Format
+from qadtr_brevitas.exporting import export, find_format
+from qadtr_brevitas.exporting.formats import MODEL_FILE
 from qadtr_brevitas.models.create import create_float_model
 from qadtr_brevitas.quant import at_precision, calibrate, convert
 from qadtr_brevitas.quant.model_info import ModelInfo
@@ -72,7 +73,7 @@ def test_the_file_computes_what_the_network_computes(net: str, form: str, precis
     given = loaded(net)
     wanted = Precision.parse(precision)
     report = export(
-        given, wanted, FORMATS[form], tmp_path / "out", split=SPLIT, patches=[("p", patch()), ("q", patch(None))]
+        given, wanted, find_format(form), tmp_path / "out", split=SPLIT, patches=[("p", patch()), ("q", patch(None))]
     )
     found = report.agreement
     assert found is not None
@@ -88,14 +89,14 @@ def test_the_file_computes_what_the_network_computes(net: str, form: str, precis
     images = SPLIT.batch(torch.arange(6))[0]
     with at_precision(given.model, wanted), torch.no_grad():
         expected = given.model(images)
-    exported = FORMATS[form].load(tmp_path / "out" / MODEL_FILE)(images)
+    exported = find_format(form).load(tmp_path / "out" / MODEL_FILE)(images)
     assert (exported - expected).abs().amax(1).median() < 1e-2 * expected.abs().max()
 
 
 def test_bit_widths_are_in_the_file(tmp_path: Path) -> None:
     import onnx
 
-    export(loaded("cnn"), Precision.parse("w4a8"), FORMATS["qonnx"], tmp_path / "out", split=None)
+    export(loaded("cnn"), Precision.parse("w4a8"), find_format("qonnx"), tmp_path / "out", split=None)
     graph = onnx.load(str(tmp_path / "out" / MODEL_FILE)).graph
     values = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
     widths = [int(values[node.input[3]]) for node in graph.node if node.op_type == "Quant"]
@@ -116,13 +117,11 @@ class Wrong(nn.Module):
 
 
 def test_a_file_that_computes_something_else_is_not_kept(tmp_path: Path) -> None:
-    true = FORMATS["qcdq"]
-    lying = Format(
-        "lying",
-        "",
-        8,
-        lambda frozen, image, path: true.write(Wrong(frozen), image, path),
-        true.load,
+    true = find_format("qcdq")
+    lying = replace(
+        true,
+        name="lying",
+        write=lambda frozen, image, path: true.write(Wrong(frozen), image, path),
         remedy="Give -f qcdq.",
     )
     (tmp_path / "out").mkdir()
@@ -141,22 +140,22 @@ def test_a_file_that_computes_something_else_is_not_kept(tmp_path: Path) -> None
 @pytest.mark.parametrize("precision", ["32", "w4a32"])
 def test_floats_are_refused(precision: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=f"qonnx holds integers, and at {precision} there are floats"):
-        export(loaded("cnn"), Precision.parse(precision), FORMATS["qonnx"], tmp_path / "out", split=None)
+        export(loaded("cnn"), Precision.parse(precision), find_format("qonnx"), tmp_path / "out", split=None)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_precision_the_model_does_not_have_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no precision 5"):
-        export(loaded("cnn"), Precision.parse(5), FORMATS["qonnx"], tmp_path / "out", split=None)
+        export(loaded("cnn"), Precision.parse(5), find_format("qonnx"), tmp_path / "out", split=None)
 
 
 def test_dynamic_ranges_are_refused(tmp_path: Path) -> None:
     dynamic = loaded("cnn", activations="dynamic")
     with pytest.raises(ExportError, match=r"ranges from each image, which qcdq has no word for.*without --dynamic"):
-        export(dynamic, Precision.parse(8), FORMATS["qcdq"], tmp_path / "out", split=None)
+        export(dynamic, Precision.parse(8), find_format("qcdq"), tmp_path / "out", split=None)
 
 
 def test_more_bits_than_a_format_has_room_for_are_refused(tmp_path: Path) -> None:
-    narrow = Format("narrow", "", 4, FORMATS["qcdq"].write, FORMATS["qcdq"].load)
+    narrow = replace(find_format("qcdq"), name="narrow", max_bits=4)
     with pytest.raises(ExportError, match=r"net\.conv1.* has 8 bits, more than the 4 that narrow has room for"):
         export(loaded("cnn"), Precision.parse(4), narrow, tmp_path / "out", split=None)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from qadtr_brevitas.attacks.patch import Patch
 from qadtr_brevitas.core.errors import ExportError, UsageError
 from qadtr_brevitas.core.precision import Precision
-from qadtr_brevitas.exporting import FORMATS, Build, export
+from qadtr_brevitas.exporting import BuildTarget, export, find_format
 from qadtr_brevitas.exporting.formats import MODEL_FILE
 from qadtr_brevitas.exporting.run import REPORT_FILE
 from qadtr_brevitas.exporting.ties import Ties, check_ties, count_ties
@@ -37,7 +37,9 @@ def test_the_file_computes_what_the_network_computes(name: str, form: str, bits:
     given = loaded(NETS[name](), target=form)
     texture = torch.randint(256, (3, 5, 5), generator=torch.Generator().manual_seed(2)) / 255
     patch = Patch(texture=texture, mask=torch.ones(5, 5, dtype=torch.bool), place="random", meta={"target": 1})
-    report = export(given, Precision.parse(bits), FORMATS[form], tmp_path / "out", split=SPLIT, patches=[("p", patch)])
+    report = export(
+        given, Precision.parse(bits), find_format(form), tmp_path / "out", split=SPLIT, patches=[("p", patch)]
+    )
     assert report.agreement is not None
     assert report.agreement.max_difference < 1e-5
     assert {path.name for path in (tmp_path / "out").iterdir()} == COMMON | (
@@ -48,7 +50,7 @@ def test_the_file_computes_what_the_network_computes(name: str, form: str, bits:
     images = images_of((16, 16)).flip(3)
     with at_precision(given.model, bits), torch.no_grad():
         expected = given.model(images)
-    exported = FORMATS[form].load(tmp_path / "out" / MODEL_FILE)(images)
+    exported = find_format(form).load(tmp_path / "out" / MODEL_FILE)(images)
     assert (exported - expected).abs().max() < 1e-5
     assert expected.std(0).min() > 1e-3
     found = kinds(tmp_path / "out" / MODEL_FILE)
@@ -60,7 +62,14 @@ def test_finn_takes_bytes_and_verifies_itself_with_an_image(tmp_path: Path) -> N
     from qonnx.core.onnx_exec import execute_onnx
 
     given = loaded(residual(), target="finn")
-    export(given, Precision.parse(4), FORMATS["finn"], tmp_path / "out", split=None, build=Build(board="ZCU104", fps=7))
+    export(
+        given,
+        Precision.parse(4),
+        find_format("finn"),
+        tmp_path / "out",
+        split=None,
+        build=BuildTarget(board="ZCU104", fps=7),
+    )
     model = ModelWrapper(str(tmp_path / "out" / MODEL_FILE))
     pixels, expected = (np.load(tmp_path / "out" / f"{name}.npy") for name in ("input", "expected_output"))
     assert np.array_equal(pixels, pixels.round())
@@ -75,7 +84,7 @@ def test_finn_takes_bytes_and_verifies_itself_with_an_image(tmp_path: Path) -> N
 
 def test_residual_networks_have_steps_of_their_own(tmp_path: Path) -> None:
     for name, net in (("plain", plain()), ("residual", residual())):
-        export(loaded(net, target="finn"), Precision.parse(4), FORMATS["finn"], tmp_path / name, split=None)
+        export(loaded(net, target="finn"), Precision.parse(4), find_format("finn"), tmp_path / name, split=None)
     plain_steps, residual_steps = (
         YAML(typ="safe").load(tmp_path / name / "dataflow_build_config.yaml")["steps"] for name in ("plain", "residual")
     )
@@ -161,14 +170,14 @@ def test_what_is_in_the_way_is_named(
     net: object, settings: dict[str, object], form: str, words: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ExportError, match=rf"{form} cannot take this network\..*{words}"):
-        export(loaded(net(), **settings), Precision.parse(4), FORMATS[form], tmp_path / "out", split=None)
+        export(loaded(net(), **settings), Precision.parse(4), find_format(form), tmp_path / "out", split=None)
     assert not list(tmp_path.iterdir())
 
 
 def test_activations_of_more_bits_than_there_are_thresholds_for(tmp_path: Path) -> None:
     given = loaded(plain(), precisions=(10,), target="finn")
     with pytest.raises(ExportError, match=r"has 10 bits, more than the 8 that finn has room for"):
-        export(given, Precision.parse(10), FORMATS["finn"], tmp_path / "out", split=None)
+        export(given, Precision.parse(10), find_format("finn"), tmp_path / "out", split=None)
 
 
 def test_ties_are_counted_where_steps_are_powers_of_two_and_one_quantizer_reads_another() -> None:
@@ -192,10 +201,10 @@ def test_ties_that_change_classes_are_an_error() -> None:
 def test_estimates_are_for_finn_and_need_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given, four = loaded(plain(), target="finn"), Precision.parse(4)
     with pytest.raises(UsageError, match="estimates are FINN's, and the format is qonnx: choose the format finn"):
-        export(given, four, FORMATS["qonnx"], tmp_path / "out", split=None, with_estimate=True)
+        export(given, four, find_format("qonnx"), tmp_path / "out", split=None, with_estimate=True)
     monkeypatch.setenv("QADTR_BREVITAS_FINN", str(tmp_path / "nowhere"))
     with pytest.raises(
         UsageError, match=r"no Python of finn at .*nowhere: make it with `make compilers`.*BREVITAS_FINN"
     ):
-        export(given, four, FORMATS["finn"], tmp_path / "out", split=None, with_estimate=True)
+        export(given, four, find_format("finn"), tmp_path / "out", split=None, with_estimate=True)
     assert not list(tmp_path.iterdir())

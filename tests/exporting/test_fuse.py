@@ -14,7 +14,7 @@ from onnx import numpy_helper
 from torch import nn
 
 from qadtr_brevitas.evaluation.entries import LoadedModel
-from qadtr_brevitas.exporting import FORMATS
+from qadtr_brevitas.exporting import find_format
 from qadtr_brevitas.exporting.formats import MODEL_FILE
 from qadtr_brevitas.quant import freeze
 from tests.exporting.networks import Mobile, images_of, loaded, plain, residual, stem
@@ -24,7 +24,7 @@ IMAGES = images_of((16, 16))
 
 def write(given: LoadedModel, bits: int, folder: Path) -> nn.Module:
     frozen = freeze(given.model, bits)
-    FORMATS["ort"].write(frozen, IMAGES[:1], folder / MODEL_FILE)
+    find_format("ort").write(frozen, IMAGES[:1], folder / MODEL_FILE)
     return frozen
 
 
@@ -44,7 +44,7 @@ def test_at_8_bit_every_convolution_runs_in_integers(net: object, integer_layers
     frozen = write(loaded(net(), target="finn", precisions=(8,)), 8, tmp_path)
     with torch.no_grad():
         expected = frozen(IMAGES)
-    found = FORMATS["ort"].load(tmp_path / MODEL_FILE)(IMAGES)
+    found = find_format("ort").load(tmp_path / MODEL_FILE)(IMAGES)
     assert (found - expected).abs().amax(1).median() < 0.01 * expected.abs().max()
     kinds = optimized(tmp_path)
     assert kinds["QLinearConv"] == integer_layers
@@ -66,14 +66,14 @@ def test_a_norm_that_turns_signs_around_is_merged_where_levels_are_symmetric(tmp
             given.model.net[0].weight[0, 0, 0, 0] = -10.0
             frozen = write(given, 8, tmp_path)
             expected = frozen(IMAGES)
-        found = FORMATS["ort"].load(tmp_path / MODEL_FILE)(IMAGES)
+        found = find_format("ort").load(tmp_path / MODEL_FILE)(IMAGES)
         assert (found - expected).abs().max() < 0.01 * expected.abs().max()
         assert optimized(tmp_path)["QLinearConv"] == int(narrow)
 
 
 def test_what_is_not_quantized_is_left_alone(tmp_path: Path) -> None:
     frozen = write(loaded(residual(), precisions=(8,), first_last="float"), 8, tmp_path)
-    found = FORMATS["ort"].load(tmp_path / MODEL_FILE)(IMAGES)
+    found = find_format("ort").load(tmp_path / MODEL_FILE)(IMAGES)
     with torch.no_grad():
         assert (found - frozen(IMAGES)).abs().amax(1).median() < 0.01 * found.abs().max()
 
@@ -90,5 +90,5 @@ def test_weights_of_few_bits_use_whole_bytes(tmp_path: Path) -> None:
         assert ((peaks > 56) | (peaks == 0)).all()
     with torch.no_grad():
         expected = frozen(IMAGES)
-    found = FORMATS["ort"].load(tmp_path / MODEL_FILE)(IMAGES)
+    found = find_format("ort").load(tmp_path / MODEL_FILE)(IMAGES)
     assert (found - expected).abs().amax(1).median() < 0.02 * expected.abs().max()

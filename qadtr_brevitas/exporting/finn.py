@@ -1,24 +1,19 @@
-"""What a compiler wants beside the model: an image with its expected output, a build configuration, instructions."""
+"""The format for FINN: QONNX that takes bytes, with a build configuration."""
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor, nn
 
-from qadtr_brevitas.core.files import write_json
-from qadtr_brevitas.exporting.formats import MODEL_FILE, Format
+from qadtr_brevitas.exporting.compiler import CLOCK_NS, BuildTarget, Compiler
+from qadtr_brevitas.exporting.formats import Classifier, Format
 from qadtr_brevitas.exporting.graph import library, nodes_of
-from qadtr_brevitas.exporting.rewrite import PIXELS
+from qadtr_brevitas.exporting.onnx_files import load_qonnx, writer_for
+from qadtr_brevitas.exporting.rewrite import PIXELS, new_node, new_tensor, reconnect
 
-CLOCK_NS = 10.0
-HLS4ML_SCRIPT = Path(__file__).parent / "compilers" / "hls4ml_build.py"
 _LIBRARY = "finn.builder.custom_step_library."
 # The second one is there for the thresholds of pixels, which it cuts to what a byte can be.
 _PLAIN = ("step_streamline", f"{_LIBRARY}mobilenet.step_mobilenet_lower_convs", "step_convert_to_hw")
@@ -40,55 +35,33 @@ _AFTER = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Build:
-    """What to build for.
+class Finn(Compiler):
+    """AMD's FINN (finn-plus), which builds dataflow accelerators of threshold and matrix units."""
 
-    Args:
-        board: one that FINN knows.
-        fps: images per second to start folding from (FINN).
-        part: FPGA part (hls4ml).
-    """
+    name = "finn"
+    variable = "QADTR_BREVITAS_FINN"
+    script = "finn_build.py"
+    rounds_ties_up = True
+    estimates = True
 
-    board: str = "Pynq-Z1"
-    fps: int = 100
-    part: str = "xc7z020clg400-1"
+    def adapt_input(self, model: Any) -> None:
+        """Take pixels as bytes, 0 to 255."""
+        given = model.graph.input[0].name
+        scaled = new_tensor(model, model.get_tensor_shape(given))
+        for reader in model.find_consumers(given):
+            reconnect(reader, given, scaled)
+        largest = new_tensor(model, [], np.array(PIXELS))
+        model.graph.node.append(new_node("Div", [given, largest], scaled))
+        model.set_tensor_datatype(given, library("qonnx.core.datatype").DataType["UINT8"])
 
-
-def write_build_files(folder: Path, form: Format, frozen: nn.Module, image: Tensor, build: Build) -> None:
-    """Adds to a folder with the model file what its compiler needs.
-
-    Args:
-        folder: holds the model file.
-        form: a format of a compiler.
-        frozen: the network.
-        image: (1, 3, H, W) in [0, 1], in steps of 1/255.
-        build: what to build for.
-    """
-    with torch.no_grad():
-        np.save(folder / "expected_output.npy", frozen(image).numpy())
-    pixels = (image * PIXELS).round() if form.takes_bytes else image
-    np.save(folder / "input.npy", pixels.numpy())
-    if form.compiler == "finn":
-        text = "".join(_finn_config(build, residual=_has_sums(folder / MODEL_FILE)))
+    def write_build_files(self, folder: Path, model_file: Path, build: BuildTarget) -> None:
+        text = "".join(_config(build, residual=_has_sums(model_file)))
         (folder / "dataflow_build_config.yaml").write_text(text)
-        (folder / "README.md").write_text(_FINN_README)
-    else:
-        settings = {
-            "backend": "Vitis",
-            "io_type": "io_stream",
-            # Narrower ones round BatchNorm's factors until activations flip.
-            "default_precision": "fixed<48,16>",
-            "part": build.part,
-            "clock_period_ns": CLOCK_NS,
-        }
-        write_json(folder / "hls4ml_config.json", settings)
-        shutil.copy(HLS4ML_SCRIPT, folder / "build.py")
-        (folder / "README.md").write_text(_HLS4ML_README)
+        (folder / "README.md").write_text(_README)
 
 
 def _has_sums(path: Path) -> bool:
-    """Whether two activations are added anywhere: FINN has other steps for residual networks."""
+    """Return whether two activations are added anywhere: FINN has other steps for residual networks."""
     model: Any = library("qonnx.core.modelwrapper").ModelWrapper(str(path))
     return any(
         model.get_initializer(node.input[0]) is None and model.get_initializer(node.input[1]) is None
@@ -96,7 +69,7 @@ def _has_sums(path: Path) -> bool:
     )
 
 
-def _finn_config(build: Build, *, residual: bool) -> Iterable[str]:
+def _config(build: BuildTarget, *, residual: bool) -> Iterable[str]:
     yield f"board: {build.board}\n"
     yield "shell_flow_type: vivado_zynq           # vitis_alveo for an Alveo card\n"
     yield f"synth_clk_period_ns: {CLOCK_NS}\n"
@@ -114,7 +87,7 @@ def _finn_config(build: Build, *, residual: bool) -> Iterable[str]:
         yield f"  - {step}\n"
 
 
-_FINN_README = """\
+_README = """\
 # A network for FINN
 
 `model.onnx` is QONNX. It takes one image of raw bytes, (1, 3, height, width) from 0 to 255 (FINN's accelerator takes it
@@ -128,16 +101,21 @@ Build it in this folder, where FINN is installed (made for and tried with finn-p
 FINN chooses how many multipliers each layer gets; `report/auto_folding_config.json` of a build is a start of your own.
 `export-report.json` says what was compared with PyTorch, and what rounding ties up, as FINN does, changes.
 """
-_HLS4ML_README = """\
-# A network for hls4ml
 
-`model.onnx` is QONNX, with steps that are powers of two. It takes one image, (1, 3, height, width) from 0 to 1 (with
-channels last in the hardware), and gives logits; the normalization of pixels is part of it.
 
-Where hls4ml 1.3, qonnx 1.0 and g++ are installed,
+def _load(path: Path) -> Classifier:
+    """Load a file that takes bytes, which arithmetic in floats holds exactly."""
+    classify = load_qonnx(path)
+    return lambda images: classify((images * PIXELS).round())
 
-    python build.py --output project
 
-makes a project, emulates it bit by bit on `input.npy`, and compares with `expected_output.npy`. Settings are those of
-`hls4ml_config.json`. With Vitis HLS installed, `project/build_prj.tcl` synthesizes it.
-"""
+_COMPILER = Finn()
+FINN = Format(
+    name=_COMPILER.name,
+    help="a folder to build with FINN",
+    max_bits=8,
+    write=writer_for(_COMPILER),
+    load=_load,
+    takes_bytes=True,
+    compiler=_COMPILER,
+)

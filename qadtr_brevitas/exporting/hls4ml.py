@@ -1,0 +1,77 @@
+"""The format for hls4ml: QONNX with steps that are powers of two, with settings and a build script."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qadtr_brevitas.core.files import write_json
+from qadtr_brevitas.exporting.compiler import CLOCK_NS, BuildTarget, Compiler
+from qadtr_brevitas.exporting.formats import Format
+from qadtr_brevitas.exporting.onnx_files import load_qonnx, writer_for
+from qadtr_brevitas.exporting.rewrite import new_node, new_tensor
+
+_SCRIPTS = Path(__file__).parent / "compilers"
+
+
+class Hls4ml(Compiler):
+    """hls4ml, which makes C++ for high-level synthesis, in fixed point."""
+
+    name = "hls4ml"
+    variable = "QADTR_BREVITAS_HLS4ML"
+    script = "hls4ml_build.py"
+    power_of_two = True
+
+    def adapt_input(self, model: Any) -> None:
+        """Normalize pixels, (x - mean) / std, as one BatchNorm, which hls4ml can turn to channels last."""
+        (subtract,) = model.find_consumers(model.graph.input[0].name)
+        (divide,) = model.find_consumers(subtract.output[0])
+        assert (subtract.op_type, divide.op_type) == ("Sub", "Div")
+        mean, std = (model.get_initializer(node.input[1]).reshape(-1) for node in (subtract, divide))
+        values = (np.ones_like(mean), np.zeros_like(mean), mean, std**2)
+        inputs = [subtract.input[0], *(new_tensor(model, value.shape, value) for value in values)]
+        norm = new_node("BatchNormalization", inputs, divide.output[0], epsilon=0.0)
+        model.graph.node.remove(subtract)
+        model.graph.node.remove(divide)
+        model.graph.node.append(norm)
+
+    def write_build_files(self, folder: Path, model_file: Path, build: BuildTarget) -> None:
+        settings = {
+            "backend": "Vitis",
+            "io_type": "io_stream",
+            # Narrower ones round BatchNorm's factors until activations flip.
+            "default_precision": "fixed<48,16>",
+            "part": build.part,
+            "clock_period_ns": CLOCK_NS,
+        }
+        write_json(folder / "hls4ml_config.json", settings)
+        shutil.copy(_SCRIPTS / self.script, folder / "build.py")
+        (folder / "README.md").write_text(_README)
+
+
+_README = """\
+# A network for hls4ml
+
+`model.onnx` is QONNX, with steps that are powers of two. It takes one image, (1, 3, height, width) from 0 to 1 (with
+channels last in the hardware), and gives logits; the normalization of pixels is part of it.
+
+Where hls4ml 1.3, qonnx 1.0 and g++ are installed,
+
+    python build.py --output project
+
+makes a project, emulates it bit by bit on `input.npy`, and compares with `expected_output.npy`. Settings are those of
+`hls4ml_config.json`. With Vitis HLS installed, `project/build_prj.tcl` synthesizes it.
+"""
+
+_COMPILER = Hls4ml()
+HLS4ML = Format(
+    name=_COMPILER.name,
+    help="a folder to build with hls4ml",
+    max_bits=8,
+    write=writer_for(_COMPILER),
+    load=load_qonnx,
+    compiler=_COMPILER,
+)
