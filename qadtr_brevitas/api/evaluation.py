@@ -9,7 +9,7 @@ from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+from rich.console import Console, Group
 
 from qadtr_brevitas.api.inputs import (
     AttackLike,
@@ -29,11 +29,12 @@ from qadtr_brevitas.data.batches import Loader
 from qadtr_brevitas.evaluation import Grid, Transfer
 from qadtr_brevitas.evaluation import evaluate as evaluate_grid
 from qadtr_brevitas.evaluation.report import EvaluationReport, Rate
-from qadtr_brevitas.evaluation.report.files import terminal_tables, write_report
+from qadtr_brevitas.evaluation.report.files import rich_table, write_report
+from qadtr_brevitas.evaluation.report.summaries import terminal_tables
 from qadtr_brevitas.quant.inference import InferenceMode
 
 if TYPE_CHECKING:
-    from pandas import DataFrame
+    from pandas import DataFrame  # pyright: ignore[reportMissingImports]
 
 _WIDTH = 100
 
@@ -74,7 +75,7 @@ class EvaluationResult:
         Raises:
             UsageError: pandas is not installed.
         """
-        return require("pandas", extra="report").DataFrame(self._rows)
+        return require("pandas", extra="report", purpose="to_pandas()").DataFrame(self._rows)
 
     def save(self, folder: str | Path) -> list[Path]:
         """Write report.json, report.md and CSV files, and return their paths.
@@ -118,7 +119,7 @@ class EvaluationResult:
 
     def __str__(self) -> str:
         text = StringIO()
-        Console(file=text, width=_WIDTH).print(terminal_tables(self.report))
+        Console(file=text, width=_WIDTH).print(Group(*map(rich_table, terminal_tables(self.report))))
         return text.getvalue()
 
 

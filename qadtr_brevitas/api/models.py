@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from qadtr_brevitas.config.slots import slot_name, slot_settings
 from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.core.precision import DEFAULT_BITS, PrecisionLike
 from qadtr_brevitas.data.split import numbered
@@ -17,6 +18,7 @@ from qadtr_brevitas.pipeline.checkpoint import load_model, save_model
 from qadtr_brevitas.quant import SwitchableModel
 from qadtr_brevitas.quant import convert as convert_network
 from qadtr_brevitas.quant.model_info import ModelInfo
+from qadtr_brevitas.quant.quantizer import Quantizer
 
 
 def convert(
@@ -54,7 +56,7 @@ def convert(
     if classes is not None and len(classes) != outputs:
         raise UsageError(f"{len(classes)} names of classes for a network of {outputs} outputs: give one for each")
     name, found_args = describe_network(model, architecture, args, num_classes=outputs)
-    quant = {key: value for key, value in settings.items() if key not in ("mean", "std", "in_place")}
+    quant = {key: _as_json(value) for key, value in settings.items() if key not in ("mean", "std", "in_place")}
     converted.info = ModelInfo(
         name=name,
         args=found_args,
@@ -67,6 +69,10 @@ def convert(
         source="qadtr_brevitas.convert",
     )
     return converted
+
+
+def _as_json(value: Any) -> Any:
+    return {"name": slot_name(value), **slot_settings(value)} if isinstance(value, Quantizer) else value
 
 
 def save(model: SwitchableModel, folder: str | Path) -> Path:

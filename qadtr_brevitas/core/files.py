@@ -175,6 +175,14 @@ def fingerprint_file(path: Path, *, facts: Any = None) -> str:
     return digest.hexdigest()
 
 
+def fingerprint_bytes(content: bytes, *, facts: Any = None) -> str:
+    """Return what `fingerprint_file` returns for a file of this content."""
+    digest = blake2b(content, digest_size=_DIGEST_BYTES)
+    if facts is not None:
+        digest.update(_canonical(facts))
+    return digest.hexdigest()
+
+
 def fingerprint_tensors(tensors: Iterable[Tensor], *, facts: Any = None) -> str:
     """32 hex digits of the types, shapes and values of tensors and, if given, of JSON-like facts."""
     digest = blake2b(digest_size=_DIGEST_BYTES)

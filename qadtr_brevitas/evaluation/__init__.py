@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
@@ -25,26 +26,29 @@ __all__ = ["CellStore", "Grid", "NamedAttack", "Transfer", "compute", "evaluate"
 def evaluate(
     grid: Grid,
     *,
-    output: Path,
+    output: Path | None = None,
     cells: Sequence[Path] = (),
     device: torch.device | str = "cpu",
     command: str = "",
     progress: Progress | None = None,
 ) -> EvaluationReport:
-    """Computes the cells of a grid that are missing, and scores all of them.
+    """Compute the cells of a grid that are missing, and score all of them.
 
     Args:
         grid: what meets what; its models are moved to the device and put in eval mode.
-        output: folder that keeps the finished cells, in `cells/`.
+        output: folder that keeps the finished cells, in `cells/`; None to keep nothing.
         cells: more output folders, or folders of cells, whose finished cells are used.
         device: where the models run.
         command: command line, for the report.
-        progress: told after each cell.
+        progress: called after each cell.
 
     Raises:
         UsageError: no cells in one of `cells`, or an attack that gives something else than images.
         CheckpointError: a cell cannot be written.
     """
+    if output is None:
+        with TemporaryDirectory(prefix="qadtr_brevitas-") as folder:
+            return evaluate(grid, output=Path(folder), cells=cells, device=device, command=command, progress=progress)
     store = CellStore.open(output, cells)
     compute(grid.jobs(), store, device=device, progress=progress)
     return make_report(grid, store, device=str(device), command=command)

@@ -12,10 +12,16 @@ from torch import nn
 
 from qadtr_brevitas.attacks.patch import Patch
 from qadtr_brevitas.core.errors import DataError, UsageError
-from qadtr_brevitas.core.files import fingerprint_file, fingerprint_tensors
+from qadtr_brevitas.core.files import fingerprint_tensors
 from qadtr_brevitas.data.split import Split, differing_class
 from qadtr_brevitas.evaluation.report import PatchFacts, SourceFacts, VariantFacts
-from qadtr_brevitas.pipeline.checkpoint import load_model, resolve_model_dir
+from qadtr_brevitas.pipeline.checkpoint import (
+    fingerprint_model,
+    fingerprint_model_dir,
+    load_model,
+    resolve_model_dir,
+)
+from qadtr_brevitas.quant import SwitchableModel
 from qadtr_brevitas.quant.model_info import ModelInfo
 
 PATCH_FOLDER = "patches"
@@ -39,6 +45,22 @@ class LoadedModel:
     fingerprint: str
     info: ModelInfo
     path: str = ""
+
+    @classmethod
+    def from_model(cls, model: SwitchableModel, *, name: str = "model", info: ModelInfo | None = None) -> LoadedModel:
+        """Return a model that exists in memory only, with the fingerprint that its directory would have.
+
+        Args:
+            model: a switchable model; put in eval mode.
+            name: what tables call it.
+            info: what the model was made of; None for the model's own.
+
+        Raises:
+            UsageError: the model does not know what it was made of.
+        """
+        if (known := info or model.info) is None:
+            raise UsageError("the model does not know what it was made of: convert it with qadtr_brevitas.convert()")
+        return cls(name=name, model=model.eval(), fingerprint=fingerprint_model(model, known), info=known)
 
     def check_data(self, split: Split, *, data: str) -> None:
         """Checks that images are of the size, and their classes those, that the model was made for.
@@ -158,13 +180,11 @@ def _end(parts: tuple[str, ...], depth: int) -> tuple[str, ...]:
 def _load_subject(path: Path, name: str, device: torch.device | str) -> LoadedModel:
     folder = resolve_model_dir(path)
     model, info = load_model(folder, device=device)
-    # The weights alone do not say how they are quantized and normalized.
-    meaning = {"name": info.name, "args": info.args, "quant": info.quant, "mean": info.mean, "std": info.std}
     return LoadedModel(
         name=name,
         # The faster layout for small convolutions, as in training.
         model=model.eval().to(memory_format=torch.channels_last),
-        fingerprint=fingerprint_file(folder / "model.safetensors", facts=meaning),
+        fingerprint=fingerprint_model_dir(folder, info),
         info=info,
         path=str(path),
     )

@@ -6,12 +6,12 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from torch import Tensor
 
 from qadtr_brevitas.config.renamed import with_present_names
 from qadtr_brevitas.core.errors import CheckpointError, UsageError
-from qadtr_brevitas.core.files import read_json, replace_directory, write_json
+from qadtr_brevitas.core.files import fingerprint_bytes, fingerprint_file, read_json, replace_directory, write_json
 from qadtr_brevitas.core.precision import parse_precisions
 from qadtr_brevitas.models.create import create_float_model
 from qadtr_brevitas.models.weights import load_weights
@@ -37,16 +37,40 @@ def save_model(path: str | Path, model: SwitchableModel, info: ModelInfo | None 
     """
     if (info := info or model.info) is None:
         raise UsageError("the model does not know what it was made of: convert it with qadtr_brevitas.convert()")
-    precisions = [p.weight if p.is_tied else str(p) for p in allowed_precisions(model)]
-    info = replace(info, quant={**info.quant, "precisions": precisions})
-    # Clones, because safetensors refuses tensors that share memory, as tied weights do.
-    tensors = {name: value.detach().cpu().clone().contiguous() for name, value in model.state_dict().items()}
+    tensors, stored = stored_tensors(model), stored_info(model, info)
 
     def fill(folder: Path) -> None:
         save_file(tensors, folder / WEIGHTS)
-        write_json(folder / CONFIG, {"format": FORMAT, **asdict(info)})
+        write_json(folder / CONFIG, {"format": FORMAT, **asdict(stored)})
 
     replace_directory(Path(path), fill)
+
+
+def stored_tensors(model: SwitchableModel) -> dict[str, Tensor]:
+    """Return the tensors of a model as its directory holds them."""
+    # Clones, because safetensors refuses tensors that share memory, as tied weights do.
+    return {name: value.detach().cpu().clone().contiguous() for name, value in model.state_dict().items()}
+
+
+def stored_info(model: SwitchableModel, info: ModelInfo) -> ModelInfo:
+    """Return what a model was made of as its directory holds it: with the precisions that the model has."""
+    precisions = [p.weight if p.is_tied else str(p) for p in allowed_precisions(model)]
+    return replace(info, quant={**info.quant, "precisions": precisions})
+
+
+def fingerprint_model(model: SwitchableModel, info: ModelInfo) -> str:
+    """Return the fingerprint of a model in memory, which is that of its directory once it is saved."""
+    return fingerprint_bytes(save(stored_tensors(model)), facts=_meaning(stored_info(model, info)))
+
+
+def fingerprint_model_dir(folder: Path, info: ModelInfo) -> str:
+    """Return the fingerprint of the weights in a model directory and of what gives them their meaning."""
+    return fingerprint_file(folder / WEIGHTS, facts=_meaning(info))
+
+
+def _meaning(info: ModelInfo) -> dict[str, object]:
+    """Return how weights are quantized and normalized, which they do not say themselves."""
+    return {"name": info.name, "args": info.args, "quant": info.quant, "mean": info.mean, "std": info.std}
 
 
 def load_model(path: str | Path, *, device: torch.device | str = "cpu") -> tuple[SwitchableModel, ModelInfo]:

@@ -1,0 +1,60 @@
+"""`export`: a switchable model at one precision as a file for other tools, from Python."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from qadtr_brevitas.api.inputs import ModelLike, PatchLike, as_loaded, as_named_patches, as_split, left_as_found
+from qadtr_brevitas.attacks.patch import Patch
+from qadtr_brevitas.core.errors import UsageError
+from qadtr_brevitas.core.precision import Precision, PrecisionLike
+from qadtr_brevitas.core.progress import Progress
+from qadtr_brevitas.data.batches import Loader
+from qadtr_brevitas.exporting import ExportReport, find_format
+from qadtr_brevitas.exporting import export as export_loaded
+
+
+def export(
+    model: ModelLike,
+    folder: str | Path,
+    *,
+    precision: PrecisionLike,
+    format: str,
+    loader: Loader | None = None,
+    patches: Sequence[PatchLike] | Mapping[str, Patch] = (),
+    images: int | None = 100,
+    overwrite: bool = False,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> ExportReport:
+    """Write a folder with the model at one precision, and compare the file with the model on images and patches.
+
+    Args:
+        model: a switchable model, or the folder of one; left as it was.
+        folder: where to write; complete or not at all.
+        precision: a precision of the model below 32 bit.
+        format: `qonnx`, `qcdq`, `ort`, or a registered format of a compiler that the model was converted for.
+        loader: labeled images to compare on; None to leave the file unverified (`agreement` of the report is None).
+        patches: patches or patch files whose success is compared, too.
+        images: at most this many images, drawn class-balanced; None for all.
+        overwrite: replace a folder that is there.
+        seed: of places and the draw of images.
+        progress: called after each part of the comparison.
+
+    Raises:
+        UsageError: the folder is there, an unknown format, a precision that the model lacks, or patches without images.
+        ExportError: the format cannot hold the network, or the file computes something else.
+    """
+    output, form, wanted = Path(folder), find_format(format), Precision.parse(precision)
+    if output.exists() and not overwrite:
+        raise UsageError(f"{output} is there already: choose another folder, or give overwrite=True")
+    if patches and loader is None:
+        raise UsageError("patches are compared on images: give loader= with them")
+    loaded = as_loaded(model, device="cpu")
+    with left_as_found([loaded]):
+        split = None if loader is None else as_split(loader, loaded, images=images, seed=seed)
+        named = [(entry.name, entry.patch) for entry in as_named_patches(patches)]
+        return export_loaded(
+            loaded, wanted, form, output, split=split, patches=named, seed=seed, command="", progress=progress
+        )

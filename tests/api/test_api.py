@@ -1,0 +1,209 @@
+"""What README promises of Python: from any nn.Module to figures, files and exports, without a run directory."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+import qadtr_brevitas as qb
+from qadtr_brevitas.core.errors import DataError, UsageError
+from tests.api.conftest import CLASSES, TinyNet, loader, waves
+
+
+@pytest.fixture
+def model(net: TinyNet) -> qb.SwitchableModel:
+    """The network converted for 32, 8 and 4 bit, and calibrated."""
+    converted = qb.convert(copy.deepcopy(net), precisions=[32, 8, 4], image_size=(16, 16))
+    qb.calibrate(converted, loader(128, seed=2))
+    return converted
+
+
+def test_every_public_name_is_there_and_stays_what_it_is() -> None:
+    code = (
+        "import importlib, pkgutil, qadtr_brevitas as qb\n"
+        "names = {name: getattr(qb, name) for name in qb.__all__}\n"
+        "for module in pkgutil.walk_packages(qb.__path__, 'qadtr_brevitas.'):\n"
+        "    if '_build' not in module.name and '__main__' not in module.name: importlib.import_module(module.name)\n"
+        "assert all(getattr(qb, name) is value for name, value in names.items())\n"
+        "assert all(callable(qb.__dict__[name]) for name in ('audit', 'certify', 'evaluate', 'export', 'train'))\n"
+        "try: qb.nonsense\n"
+        "except AttributeError as error: assert 'nonsense' in str(error)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_convert_leaves_the_network_and_reports_each_layer(net: TinyNet) -> None:
+    before = copy.deepcopy(net.state_dict())
+    model = qb.convert(net, precisions=[32, "w4a8"], image_size=(16, 16))
+    assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
+    assert {layer.name for layer in model.report.layers} >= {"features.0", "features.3", "head"}
+    images, _ = waves(8, seed=3)
+    assert torch.equal(model(images), net(images))
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda: loader(128, seed=2),
+        lambda: [waves(64, seed=2)[0], waves(64, seed=4)[0]],
+        lambda: DataLoader(waves(128, seed=2)[0], batch_size=32),
+    ],
+    ids=["images and labels", "list of batches", "images"],
+)
+def test_calibrate_takes_any_loader(net: TinyNet, form: object) -> None:
+    model = qb.convert(net, precisions=[32, 8], image_size=(16, 16))
+    qb.calibrate(model, form())  # pyright: ignore[reportCallIssue]
+    qb.set_precision(model, 8)
+    images, labels = waves(96, seed=1)
+    with torch.no_grad():
+        assert (model(images).argmax(1) == labels).float().mean() > 0.9
+
+
+def test_a_patch_made_in_python_is_scored_with_its_denominator(
+    model: qb.SwitchableModel, test_loader: DataLoader[tuple[Tensor, ...]]
+) -> None:
+    images, labels = waves(256, seed=5)
+    qb.set_precision(model, 4)
+    patch = qb.attacks.Lavan(size=6, target=2, steps=60, init="uniform").fit(model, images, labels, seed=0)
+    again = qb.attacks.Lavan(size=6, target=2, steps=60, init="uniform").fit(model, images, labels, seed=0)
+    assert torch.equal(patch.texture, again.texture)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    result = qb.evaluate(model, test_loader, patches=[patch], attacks=["pgd"], precisions=[32, 4])
+    rates = result.asr["lavan-6x6"]
+    assert set(rates) == {"32", "4"}
+    # The judge counts what a forward pass shows.
+    clean, patched = {}, {}
+    pixels, truth = waves(96, seed=1)
+    for precision in (32, 4):
+        with qb.at_precision(model, precision), torch.no_grad():
+            clean[precision] = model(pixels).argmax(1)
+    assert rates["4"].n == int(((clean[4] == truth) & (truth != 2)).sum())
+    assert result.clean_accuracy["4"].count == int((clean[4] == truth).sum())
+    control = next(name for name in result.asr if name not in ("lavan-6x6", "pgd"))
+    assert rates["4"].value > 0.5 > result.asr[control]["4"].value
+    assert set(result.asr["pgd"]) == {"32", "4"}
+    assert "lavan" in str(result)
+    assert not patched
+
+
+def test_an_evaluation_leaves_the_model_as_it_was(
+    model: qb.SwitchableModel, test_loader: DataLoader[tuple[Tensor, ...]]
+) -> None:
+    qb.set_precision(model, 8)
+    model.train()
+    before = copy.deepcopy(model.state_dict())
+    qb.evaluate(model, test_loader, precisions=[4])
+    assert model.training
+    assert qb.get_precision(model) == qb.Precision(8, 8)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_results_are_saved_and_read_again(
+    model: qb.SwitchableModel, test_loader: DataLoader[tuple[Tensor, ...]], tmp_path: Path
+) -> None:
+    pandas = pytest.importorskip("pandas")
+    result = qb.evaluate({"mine": model, "same": model}, test_loader, attacks=["fgsm"], precisions=[4])
+    written = result.save(tmp_path)
+    assert tmp_path / "report.json" in written
+    frame = result.to_pandas()
+    assert isinstance(frame, pandas.DataFrame)
+    assert set(frame["model"]) == {"mine", "same"}
+    row = frame[(frame["model"] == "mine") & (frame["attack"].notna())].iloc[0]
+    assert row["asr"] == result.asr["fgsm"]["mine/4"].value
+
+
+def test_a_smaller_patch_certifies_no_fewer_images(model: qb.SwitchableModel) -> None:
+    few = loader(32, seed=1)
+    small, large = (qb.certify(model, few, patch=size, precisions=[4], masks=3) for size in (1, 5))
+    for found in (small, large):
+        assert found.certified_accuracy["4"].count <= found.defended_accuracy["4"].count
+    assert small.certified_accuracy["4"].count >= large.certified_accuracy["4"].count
+
+
+def test_an_audit_runs_on_a_model_in_memory(model: qb.SwitchableModel) -> None:
+    report = qb.audit(model, loader(32, seed=1), precisions=[4], images=16)
+    assert [audited.precision for audited in report.precisions] == ["4"]
+    assert report.precisions[0].findings
+
+
+def test_saved_models_compute_the_same(tmp_path: Path) -> None:
+    net = timm.create_model("cifar_resnet8", num_classes=CLASSES)
+    model = qb.convert(net, precisions=[32, 4], image_size=(16, 16))
+    qb.calibrate(model, loader(64, seed=2))
+    qb.save(model, tmp_path / "model")
+    loaded = qb.load(tmp_path / "model")
+    images, _ = waves(8, seed=3)
+    for precision in (32, 4):
+        with qb.at_precision(model, precision), qb.at_precision(loaded, precision), torch.no_grad():
+            assert torch.equal(model.eval()(images), loaded(images))
+
+
+def test_a_network_without_a_name_is_saved_only_with_one(model: qb.SwitchableModel, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"TinyNet.*architecture="):
+        qb.save(model, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_function_of_the_users_own_names_a_network(net: TinyNet, tmp_path: Path) -> None:
+    model = qb.convert(net, precisions=[32, 4], image_size=(16, 16), architecture="tests.api.conftest:TinyNet")
+    qb.calibrate(model, loader(64, seed=2))
+    qb.save(model, tmp_path / "model")
+    images, _ = waves(8, seed=3)
+    with torch.no_grad():
+        assert torch.equal(qb.load(tmp_path / "model")(images), net(images))
+
+
+def test_export_needs_no_run_directory(model: qb.SwitchableModel, tmp_path: Path) -> None:
+    pytest.importorskip("qonnx")
+    qb.export(model, tmp_path / "out", precision=4, format="qonnx", loader=loader(16, seed=1))
+    assert (tmp_path / "out" / "model.onnx").is_file()
+
+
+@pytest.mark.slow
+def test_a_recipe_is_trained_with_overrides(tmp_path: Path) -> None:
+    run = qb.train("digits_smoke", tmp_path / "run", overrides={"train.epochs": 1}, device="cpu")
+    assert run.recipe.train.epochs == 1
+    assert run.path == tmp_path / "run"
+    assert any(record["kind"] == "step" for record in run.metrics)
+    assert qb.allowed_precisions(run.model()) == run.recipe.quant.precisions
+    assert 0 <= run.accuracy["4"] <= 1
+
+
+class ReturnsPair(TinyNet):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        logits = super().forward(x)
+        return logits, logits
+
+
+@pytest.mark.parametrize(
+    ("make", "facts"),
+    [
+        (ReturnsPair, ["ReturnsPair", "tuple"]),
+        (nn.Identity, ["Identity", "parameters"]),
+    ],
+)
+def test_networks_that_are_no_classifiers_are_refused(make: type[nn.Module], facts: list[str]) -> None:
+    with pytest.raises(UsageError) as caught:
+        qb.convert(make(), image_size=(16, 16))
+    assert all(fact in str(caught.value) for fact in facts), caught.value
+
+
+def test_a_plain_network_has_to_be_converted_first(net: TinyNet) -> None:
+    with pytest.raises(UsageError, match="convert"):
+        qb.evaluate(net, loader(8, seed=1))  # pyright: ignore[reportArgumentType]
+
+
+def test_labels_beyond_the_classes_are_refused(model: qb.SwitchableModel) -> None:
+    images, labels = waves(8, seed=1)
+    with pytest.raises(DataError, match=r"0 to 3"):
+        qb.evaluate(model, [(images, labels + CLASSES)])
