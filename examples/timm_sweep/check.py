@@ -12,8 +12,8 @@ from examples.timm_sweep.levels import Seen, seen_levels
 from qadtr_brevitas.quant import ConversionReport, SwitchableModel, at_precision, calibrate, convert, freeze
 from qadtr_brevitas.quant.layers import SwitchableConv2d, SwitchableLinear, SwitchableReLU
 from qadtr_brevitas.quant.products import ROWS_ARE_CHANNELS, QuantizedProduct
-from qadtr_brevitas.quant.quantizers import SwitchableQuant
 from qadtr_brevitas.quant.switch import observing
+from qadtr_brevitas.quant.switchable_quant import SwitchableQuant
 
 BITS = (8, 4, 2)
 # Parameters.

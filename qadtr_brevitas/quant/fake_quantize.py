@@ -20,10 +20,14 @@ differentiable operations; any other backward pass takes the fast ones.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+
+Rounding: TypeAlias = Callable[[Tensor], Tensor]
+"""A function from values in steps to levels in steps."""
 
 # 256 kB of floats: a block of input and output stays in a core's L2 cache through all passes over it.
 _BLOCK = 1 << 16
@@ -80,7 +84,7 @@ class _QuantizeImages(torch.autograd.Function):
                 torch.div(s, step[:, None], out=t)
                 t.round_().clamp_(lo, hi).mul_(step[:, None])
             return y
-        step = _step(scale, x.dtype).repeat_interleave(len(x) // len(scale)).view(-1, *(1,) * (x.dim() - 1))
+        step = _step_per_row(scale, x)
         return torch.clamp_(torch.round_(x / step), lo, hi).mul_(step)
 
     @staticmethod
@@ -91,32 +95,37 @@ class _QuantizeImages(torch.autograd.Function):
         return dx, None, None, None, None, None
 
 
-class _QuantizeWeight(torch.autograd.Function):
-    """Quantization of a parameter with one learned step per output channel, or one for all."""
+class _QuantizeBy(torch.autograd.Function):
+    """Quantization by any rounding, with learned steps that broadcast to the values."""
 
     @staticmethod
-    def forward(ctx: Any, w: Tensor, scale: Tensor, lo: int, hi: int) -> Tensor:
+    def forward(ctx: Any, w: Tensor, scale: Tensor, rounding: Rounding, low: float, high: float) -> Tensor:
         levels = w / scale
-        y = torch.clamp(torch.round(levels), lo, hi)
+        y = rounding(levels)
         ctx.save_for_backward(levels, y, w, scale)
-        ctx.lo, ctx.hi = lo, hi
+        ctx.low, ctx.high = low, high
         return y * scale
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         levels, y, w, scale = ctx.saved_tensors
         (g,) = grads
-        dw = g * ((levels > ctx.lo) & (levels < ctx.hi))
+        dw = g * ((levels > ctx.low) & (levels < ctx.high))
         if torch.is_grad_enabled():
             # Computed again, since autograd does not know the saved tensor as a function of w and scale.
             levels = w / scale
-        return dw, (g * y - dw * levels).sum_to_size(scale.shape), None, None
+        return dw, (g * y - dw * levels).sum_to_size(scale.shape), None, None, None
 
 
 def _step(scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the step in the activations' type; in float16, at least its smallest number."""
     step = scale.to(dtype)
     return step.clamp(min=_SMALLEST_HALF) if dtype == torch.float16 else step
+
+
+def _step_per_row(scale: Tensor, x: Tensor) -> Tensor:
+    """Return the step of each image, (images,), as one that broadcasts to x, whose rows are images or parts of them."""
+    return _step(scale, x.dtype).repeat_interleave(len(x) // len(scale)).view(-1, *(1,) * (x.dim() - 1))
 
 
 def quantize_activation(x: Tensor, scale: Tensor, lo: int, hi: int, *, keep_input: bool = True) -> Tensor:
@@ -163,7 +172,41 @@ def quantize_weight(w: Tensor, scale: Tensor, lo: int, hi: int) -> Tensor:
         lo: lowest integer level.
         hi: highest integer level.
     """
-    return _QuantizeWeight.apply(w, scale, lo, hi)  # pyright: ignore[reportReturnType]
+
+    def rounding(levels: Tensor) -> Tensor:
+        return torch.clamp(torch.round(levels), lo, hi)
+
+    return quantize_by(rounding, w, scale, low=lo, high=hi)
+
+
+def quantize_by(rounding: Rounding, x: Tensor, scale: Tensor, *, low: float, high: float) -> Tensor:
+    """Quantize values by any rounding, with learned-step gradients (LSQ).
+
+    Args:
+        rounding: from values in steps to levels in steps.
+        x: values of any shape.
+        scale: positive steps that broadcast to x.
+        low: values at or below it, in steps, get no gradient.
+        high: values at or above it, in steps, get no gradient.
+    """
+    return _QuantizeBy.apply(x, scale, rounding, low, high)  # pyright: ignore[reportReturnType]
+
+
+def quantize_images_by(rounding: Rounding, x: Tensor, scale: Tensor, *, low: float, high: float) -> Tensor:
+    """Quantize each image of a batch by any rounding, with its own step.
+
+    Args:
+        rounding: from values in steps to levels in steps.
+        x: activations as in `quantize_images`.
+        scale: positive steps, (images,), without a gradient.
+        low: values at or below it get no gradient.
+        high: values at or above it get no gradient.
+    """
+    step = _step_per_row(scale, x)
+    with torch.no_grad():
+        y = rounding(x / step) * step
+    passed = x * ((x > low) & (x < high))
+    return y + (passed - passed.detach())
 
 
 def _is_blockable(x: Tensor) -> bool:

@@ -30,8 +30,8 @@ from qadtr_brevitas.quant.model import SwitchableModel
 from qadtr_brevitas.quant.norm import SwitchableBatchNorm
 from qadtr_brevitas.quant.products import QuantizedFunctions, exclude_products, restore_products
 from qadtr_brevitas.quant.proxies import SwitchableActProxy, SwitchableWeightProxy, act_injector
-from qadtr_brevitas.quant.quantizers import SwitchableQuant, SwitchableWeightQuant
 from qadtr_brevitas.quant.switch import Switch, at_precision
+from qadtr_brevitas.quant.switchable_quant import SwitchableQuant, SwitchableWeightQuant
 
 
 class FrozenModel(nn.Module):
@@ -85,13 +85,13 @@ def freeze(model: SwitchableModel, precision: PrecisionLike) -> FrozenModel:
 
 
 def _check_stock(quantizer: SwitchableQuant) -> None:
-    kind = type(quantizer.quantizer).__name__
-    if not quantizer.quantizer.stock:
+    kind = type(quantizer.scheme).__name__
+    if not quantizer.scheme.has_stock_levels:
         raise UsageError(
             f"{kind} levels cannot be frozen: Brevitas's own quantizers, and so all export formats, have uniform "
             "levels only; convert with the quantizer 'uniform' or 'power-of-two' to export"
         )
-    if quantizer.quantizer.granularity == "group" and isinstance(quantizer, SwitchableWeightQuant):
+    if quantizer.scheme.granularity == "group" and isinstance(quantizer, SwitchableWeightQuant):
         raise UsageError(
             "weights with a threshold per group cannot be frozen: no export format has them; convert with "
             "granularity 'channel' to export"
@@ -168,7 +168,7 @@ def _act_quant(proxy: SwitchableActProxy) -> Any:
         return None
     quantizer = proxy.quantizer
     if quantizer.dynamic:
-        names = ("min_bits", "signed", "max_threshold", "quantizer")
+        names = ("min_bits", "signed", "max_threshold", "scheme")
         settings = {name: getattr(quantizer, name) for name in names}
         return act_injector(quantizer.switch, dynamic=True, bits=(quantizer.bits,), **settings)
     stock: Any = Int8ActPerTensorFloat if quantizer.signed else Uint8ActPerTensorFloat

@@ -2,35 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import ClassVar
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from qadtr_brevitas.core.plugin import plugin
-from qadtr_brevitas.quant.quantizer import Granularity, Levels, Quantizer
+from qadtr_brevitas.quant.quantizer import Levels, Quantizer
 
 
 @plugin
 class Log2(Quantizer):
     """Zero and t, t/2, t/4, ... of either sign, for threshold t (Miyashita et al. 2016): products become shifts.
 
-    Fine near zero and coarse near the threshold, which suits attention probabilities (FQ-ViT, Lin et al. 2022) and
-    weights with long tails. The exponent is rounded, and magnitudes below the lowest level's range become 0. The
-    gradient passes straight through where values are not clipped.
+    The levels are fine near zero and coarse near the threshold, which suits attention probabilities (FQ-ViT, Lin et
+    al. 2022) and weights with long tails. The exponent is rounded to the nearest integer, and magnitudes below the
+    range of the smallest level become 0.
     """
 
-    granularity: Annotated[
-        Granularity | None,
-        Field(description="what has a threshold of its own: tensor, channel, group; null: see quant.per_channel"),
-    ] = None
-    group_size: Annotated[int, Field(ge=1, description="input channels of a group")] = 32
-
-    @property
-    def stock(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """False: Brevitas's integer quantizers have levels at equal distances."""
-        return False
+    has_stock_levels: ClassVar[bool] = False
 
     def levels(self, bits: int, *, signed: bool, narrow_range: bool) -> Levels:
         """Return codes: 0 for zero, k for t / 2^(k - 1), with a sign; signed codes are always symmetric."""
@@ -50,13 +40,3 @@ class Log2(Quantizer):
         exponent = magnitude.log2().round().clamp(max=0)
         rounded = torch.where(exponent > -hi, exponent.exp2(), 0.0) * scaled.sign()
         return rounded if out is None else out.copy_(rounded)
-
-    def quantize_activation(self, x: Tensor, scale: Tensor, levels: Levels, *, keep_input: bool) -> Tensor:
-        return self.quantize_weight(x, scale, levels)
-
-    def quantize_weight(self, w: Tensor, scale: Tensor, levels: Levels) -> Tensor:
-        step = scale.detach()
-        rounded = self.round(w.detach() / step, levels).to(w.dtype)
-        passes = (w < step) & (w > (-step if levels[0] < 0 else 0))
-        # The value is rounded * scale; its derivatives are those of learned steps (fake_quantize.py).
-        return rounded * scale + passes * (w - w.detach() * (scale / step))

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules import batchnorm
 
-from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.core.precision import Precision, PrecisionLike
+from qadtr_brevitas.data.batches import ImageBatches, Loader
 from qadtr_brevitas.quant.switch import Switch, at_precision, evaluating, precisions_or_all
 
 # The base class of BatchNorm1d, 2d and 3d has no public name.
@@ -126,29 +126,26 @@ def copy_float_statistics(model: nn.Module) -> None:
                         target.copy_(getattr(norm, name))
 
 
-def recalibrate_norms(
-    model: nn.Module, batches: Sequence[Tensor], *, precisions: Sequence[PrecisionLike] | None = None
-) -> None:
+def recalibrate_norms(model: nn.Module, loader: Loader, *, precisions: Sequence[PrecisionLike] | None = None) -> None:
     """Measure the norm statistics of each precision again, as the mean over batches.
 
     Args:
         model: a switchable model; only running statistics change, in place.
-        batches: batches of images, each (N, C, H, W) in [0, 1], drawn at random over all classes: batches sorted by
-            class cost about 6 points of accuracy.
+        loader: batches of images as in `calibrate()`, drawn at random over all classes: batches sorted by class cost
+            about 6 points of accuracy.
         precisions: the precisions to measure, 32 bit too if it is among them; None for all.
 
     Raises:
-        UsageError: no images, or a precision that is not allowed.
+        UsageError: a precision is not allowed, or the model is not switchable.
+        DataError: the loader has no images, or a batch is not images in [0, 1].
     """
     layers = norms(model)
+    batches = ImageBatches(loader, device=next(model.parameters()).device)
     for precision in precisions_or_all(model, precisions):
         with evaluating(model), at_precision(model, precision), _averaging(layers) as count_batch:
-            count = 0
             for count, images in enumerate(batches, start=1):
                 count_batch(count)
                 model(images)
-        if count == 0:
-            raise UsageError("no images to measure norm statistics on: give at least one batch")
 
 
 @contextmanager

@@ -13,8 +13,8 @@ from qadtr_brevitas.quant.probe import Operand, Probe, Product
 from qadtr_brevitas.quant.provenance import IMAGE
 from qadtr_brevitas.quant.proxies import act_injector, weight_injector
 from qadtr_brevitas.quant.quantizer import Quantizer
-from qadtr_brevitas.quant.quantizers import WIDE_BITS, SwitchableWeightQuant
 from qadtr_brevitas.quant.switch import Switch
+from qadtr_brevitas.quant.switchable_quant import WIDE_BITS, SwitchableWeightQuant
 from qadtr_brevitas.quant.targets import Target
 
 FirstLast = Literal["8bit", "same", "float"]
@@ -94,7 +94,7 @@ class ConversionPlan:
             min_bits=min_bits,
             signed=signed,
             max_threshold=max_threshold,
-            quantizer=self.act_quantizer,
+            scheme=self.act_quantizer,
             dynamic=self.activations == "dynamic",
         )
 
@@ -106,7 +106,7 @@ class ConversionPlan:
             min_bits=min_bits,
             narrow_range=self.narrow_range,
             shape=shape,
-            quantizer=self.weight_quantizer,
+            scheme=self.weight_quantizer,
         )
 
     def computed_weight(self, shape: tuple[int, ...], *, min_bits: int) -> Any:
@@ -119,7 +119,7 @@ class ConversionPlan:
             signed=True,
             narrow_range=self.narrow_range,
             shape=shape,
-            quantizer=self.weight_quantizer,
+            scheme=self.weight_quantizer,
         )
 
     def _weight_bits(self) -> tuple[int, ...]:

@@ -15,8 +15,8 @@ from brevitas.proxy import ActQuantProxyFromInjector, WeightQuantProxyFromInject
 from brevitas.quant_tensor import IntQuantTensor
 from torch import Tensor, nn
 
-from qadtr_brevitas.quant.quantizers import SwitchableActQuant, SwitchableDynamicQuant, SwitchableWeightQuant
 from qadtr_brevitas.quant.switch import Switch
+from qadtr_brevitas.quant.switchable_quant import SwitchableActQuant, SwitchableDynamicQuant, SwitchableWeightQuant
 from qadtr_brevitas.quant.uniform import Uniform
 
 
@@ -122,7 +122,7 @@ class _WeightInjector(_Injector):
     tensor_quant = SwitchableWeightQuant
     signed = True
     max_threshold = None
-    quantizer = Uniform()
+    scheme = Uniform()
 
 
 class _ActInjector(_Injector):
@@ -130,7 +130,7 @@ class _ActInjector(_Injector):
     tensor_quant = SwitchableActQuant
     narrow_range = False
     max_threshold = None
-    quantizer = Uniform()
+    scheme = Uniform()
     shape = ()
 
 

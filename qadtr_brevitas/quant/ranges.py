@@ -16,7 +16,7 @@ from torch import Tensor
 from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.core.seeding import generator
 from qadtr_brevitas.quant.quantizer import Levels
-from qadtr_brevitas.quant.quantizers import SwitchableQuant
+from qadtr_brevitas.quant.switchable_quant import SwitchableQuant
 
 Method = Literal["mse", "minmax", "percentile"]
 

@@ -30,7 +30,7 @@ from qadtr_brevitas.quant.products import (
     exclude_products,
     quantize_products,
 )
-from qadtr_brevitas.quant.quantizers import WIDE_BITS
+from qadtr_brevitas.quant.switchable_quant import WIDE_BITS
 
 # Exact classes: another forward than these have would be lost with the class.
 _PLAIN_LAYERS = (nn.Conv2d, nn.Linear, timm.layers.Linear)

@@ -1,31 +1,24 @@
-"""Quantizers with levels at equal distances: any step, or steps that are powers of two."""
+"""Quantizers with equally spaced levels: any step, or steps that are powers of two."""
 
 from __future__ import annotations
 
 import math
-from typing import Annotated
+from typing import ClassVar
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from qadtr_brevitas.core.plugin import plugin
-from qadtr_brevitas.quant.fake_quantize import quantize_activation, quantize_weight
-from qadtr_brevitas.quant.quantizer import Granularity, Levels, Quantizer
+from qadtr_brevitas.quant.fake_quantize import quantize_activation, quantize_images, quantize_weight
+from qadtr_brevitas.quant.quantizer import Levels, Quantizer
 
-# A step that exceeds a power of two by no more than floats round is one.
+# Float rounding of a step that was computed from a power of two.
 _ROUNDING = 1e-6
 
 
 @plugin
 class Uniform(Quantizer):
-    """Integer multiples of a step, as Brevitas, PyTorch and ONNX have them; the step is learned (LSQ, Esser 2020)."""
-
-    granularity: Annotated[
-        Granularity | None,
-        Field(description="what has a threshold of its own: tensor, channel, group; null: see quant.per_channel"),
-    ] = None
-    group_size: Annotated[int, Field(ge=1, description="input channels of a group")] = 32
+    """Integer multiples of a step, as in Brevitas, PyTorch and ONNX; the step is learned (LSQ, Esser et al. 2020)."""
 
     def levels(self, bits: int, *, signed: bool, narrow_range: bool) -> Levels:
         if not signed:
@@ -33,14 +26,14 @@ class Uniform(Quantizer):
         return -(2 ** (bits - 1)) + int(narrow_range), 2 ** (bits - 1) - 1
 
     def steps_per_threshold(self, levels: Levels) -> int:
-        """Return the threshold in steps, as Brevitas's IntScaling has it."""
+        """Return the number of steps between 0 and the threshold, as in Brevitas's IntScaling."""
         return max(-levels[0], levels[1])
 
     def reach(self, levels: Levels) -> float:
-        """Return the largest magnitude in steps that is off by at most half a step.
+        """Return the largest magnitude, in steps, whose rounding error is at most half a step.
 
-        Signed levels have one more below 0 unless their range is narrow, so this is half a step beyond the highest (as
-        in PyTorch's MinMaxObserver).
+        Signed levels have one more below 0 unless the range is narrow, so this is half a step above the highest level
+        (as in PyTorch's MinMaxObserver).
         """
         lo, hi = levels
         return (hi - lo) / 2 if lo < 0 else hi
@@ -54,15 +47,15 @@ class Uniform(Quantizer):
     def quantize_weight(self, w: Tensor, scale: Tensor, levels: Levels) -> Tensor:
         return quantize_weight(w, scale, *levels)
 
+    def quantize_images(self, x: Tensor, scale: Tensor, levels: Levels, *, low: float, high: float) -> Tensor:
+        return quantize_images(x, scale, *levels, low=low, high=high)
+
 
 @plugin
 class PowerOfTwo(Uniform):
-    """Integer multiples of a step that is a power of two, the nearest to the learned one: shifts in fixed point."""
+    """Integer multiples of the power of two that is nearest to a learned step: shifts in fixed point."""
 
-    @property
-    def halving(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """True: thresholds of powers of two are a factor of two apart."""
-        return True
+    doubling_thresholds: ClassVar[bool] = True
 
     @torch.no_grad()
     def nearest_threshold(self, threshold: Tensor, levels: Levels, *, limit: float | None, above: bool) -> Tensor:

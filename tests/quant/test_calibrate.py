@@ -9,9 +9,11 @@ import pytest
 import torch
 from timm.layers import StdConv2d
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
-from qadtr_brevitas.core.errors import UsageError
+from qadtr_brevitas.core.errors import DataError, UsageError
 from qadtr_brevitas.core.precision import Precision
+from qadtr_brevitas.data.batches import Loader
 from qadtr_brevitas.quant import (
     SwitchableModel,
     calibrate,
@@ -22,8 +24,8 @@ from qadtr_brevitas.quant import (
 )
 from qadtr_brevitas.quant.fake_quantize import quantize_weight
 from qadtr_brevitas.quant.proxies import SwitchableActProxy
-from qadtr_brevitas.quant.quantizers import SwitchableActQuant, SwitchableQuant, SwitchableWeightQuant
 from qadtr_brevitas.quant.switch import observing
+from qadtr_brevitas.quant.switchable_quant import SwitchableActQuant, SwitchableQuant, SwitchableWeightQuant
 from tests.quant.conftest import SIZE
 
 
@@ -108,12 +110,32 @@ def test_the_default_percentile_clips_little(model: SwitchableModel, images: Ten
     assert (clipped > 0.7 * largest).all()
 
 
-def test_batches_may_come_from_anywhere(float_net: nn.Module, images: Tensor) -> None:
-    given = [list(images.split(2)), images.split(2), (batch for batch in images.split(2))]
-    thresholds = []
-    for batches in given:
+def test_any_loader_of_the_same_images_gives_the_same_thresholds(float_net: nn.Module, images: Tensor) -> None:
+    labeled = TensorDataset(images, torch.arange(len(images)))
+    loaders: dict[str, Loader] = {
+        "list": list(images.split(2)),
+        "tuple": images.split(2),
+        "generator": (batch for batch in images.split(2)),
+        "pairs": [(batch, torch.zeros(len(batch))) for batch in images.split(2)],
+        "mappings": [{"image": batch} for batch in images.split(2)],
+        "DataLoader": DataLoader(labeled, batch_size=2),
+        "DataLoader without labels": DataLoader(TensorDataset(images), batch_size=2),
+    }
+    thresholds = {}
+    for name, loader in loaders.items():
         model = convert(float_net, [32, 4], image_size=SIZE)
-        calibrate(model, batches, bias_correction=True)
+        calibrate(model, loader, bias_correction=True)
+        recalibrate_norms(model, loader if name != "generator" else images.split(2), precisions=[4])
+        thresholds[name] = act_thresholds(model, "4"), model.net.bn1.branch(Precision(4, 4)).running_mean.tolist()
+    assert all(found == thresholds["list"] for found in thresholds.values()), thresholds
+
+
+def test_a_tensor_a_dataset_and_bytes_are_batched(float_net: nn.Module, images: Tensor) -> None:
+    pixels = (images * 255).round().to(torch.uint8)
+    thresholds = []
+    for loader in (pixels, pixels / 255, TensorDataset(pixels, torch.zeros(len(pixels)))):
+        model = convert(float_net, [32, 4], image_size=SIZE)
+        calibrate(model, loader)
         thresholds.append(act_thresholds(model, "4"))
     assert thresholds[0] == thresholds[1] == thresholds[2]
 
@@ -207,11 +229,13 @@ def test_a_dead_channel_gets_a_positive_threshold(float_net: nn.Module, images: 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"batches": []}, "no images to calibrate on"),
-        ({"method": "kl"}, "'kl' is not known: choose mse, minmax or percentile"),
-        ({"percentile": 0.0}, "percentile is 0.0: it must be above 0 and at most 100"),
+        ({"loader": []}, "no images.*one batch"),
+        ({"loader": [torch.randn(2, 3, 16, 16)]}, r"pixels.*\[0, 1\]"),
+        ({"loader": [{"pixels": None}]}, "batch.*dict.*tensors"),
+        ({"method": "kl"}, "'kl'.*mse, minmax or percentile"),
+        ({"percentile": 0.0}, "0.0.*above 0 and at most 100"),
     ],
 )
 def test_bad_input(model: SwitchableModel, images: Tensor, arguments: dict[str, object], message: str) -> None:
-    with pytest.raises(UsageError, match=message):
-        calibrate(model, **{"batches": [images], **arguments})
+    with pytest.raises((UsageError, DataError), match=message):
+        calibrate(model, **{"loader": [images], **arguments})

@@ -19,8 +19,8 @@ from qadtr_brevitas.quant import (
     quantizer_parameters,
 )
 from qadtr_brevitas.quant.fake_quantize import quantize_images
-from qadtr_brevitas.quant.quantizers import SwitchableDynamicQuant
 from qadtr_brevitas.quant.switch import Switch
+from qadtr_brevitas.quant.switchable_quant import SwitchableDynamicQuant
 from qadtr_brevitas.quant.uniform import Uniform
 from tests.quant.conftest import SIZE
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qadtr_brevitas.core.errors import UsageError
+from qadtr_brevitas.core.errors import DataError
 from qadtr_brevitas.core.precision import Precision
 from qadtr_brevitas.quant import SwitchableModel, at_precision, convert, recalibrate_norms
 from qadtr_brevitas.quant.norm import SwitchableBatchNorm, norms
@@ -45,7 +45,7 @@ def test_recalibration_is_the_mean_over_batches(float_net: nn.Module, images: Te
 
 
 def test_recalibration_needs_images(model: SwitchableModel) -> None:
-    with pytest.raises(UsageError, match="at least one batch"):
+    with pytest.raises(DataError, match="at least one batch"):
         recalibrate_norms(model, [])
 
 

@@ -14,9 +14,9 @@ from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.core.precision import Precision
 from qadtr_brevitas.quant import SwitchableModel, at_precision, calibrate, convert, freeze
 from qadtr_brevitas.quant.products import QuantizedSum
-from qadtr_brevitas.quant.quantizers import SwitchableActQuant, SwitchableQuant
 from qadtr_brevitas.quant.ranges import Method
 from qadtr_brevitas.quant.switch import Switch, observing
+from qadtr_brevitas.quant.switchable_quant import SwitchableActQuant, SwitchableQuant
 from qadtr_brevitas.quant.uniform import PowerOfTwo
 from tests.quant.conftest import randomize_norms
 

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.core.precision import FLOAT_BITS
-from qadtr_brevitas.quant.fake_quantize import quantize_images
 from qadtr_brevitas.quant.quantizer import Levels, Quantizer
 from qadtr_brevitas.quant.switch import Switch
 
@@ -37,7 +36,7 @@ class SwitchableQuant(nn.Module):
         narrow_range: leave out the lowest level, so that signed levels are symmetric (2 bit: -1, 0, 1).
         shape: shape of a threshold, e.g. (out, 1, 1, 1) for one per output channel.
         max_threshold: thresholds above are taken as this (6 for ReLU6).
-        quantizer: how values become levels.
+        scheme: how values become levels.
     """
 
     dynamic = False
@@ -52,7 +51,7 @@ class SwitchableQuant(nn.Module):
         narrow_range: bool,
         shape: tuple[int, ...],
         max_threshold: float | None,
-        quantizer: Quantizer,
+        scheme: Quantizer,
     ) -> None:
         super().__init__()
         self.switch = switch
@@ -61,7 +60,7 @@ class SwitchableQuant(nn.Module):
         self.narrow_range = narrow_range
         self.shape = shape
         self.max_threshold = max_threshold
-        self.quantizer = quantizer
+        self.scheme = scheme
         held = sorted({max(b, min_bits) for b in bits})
         learned = [] if self.dynamic else held
         self.thresholds = nn.ParameterDict({str(b): nn.Parameter(torch.ones(shape)) for b in learned})
@@ -84,15 +83,15 @@ class SwitchableQuant(nn.Module):
 
     def levels(self, bits: int) -> Levels:
         """Return the lowest and highest integer level at a bit-width."""
-        return self.quantizer.levels(bits, signed=self.signed, narrow_range=self.narrow_range)
+        return self.scheme.levels(bits, signed=self.signed, narrow_range=self.narrow_range)
 
     def steps_per_threshold(self, bits: int) -> int:
         """Return the number of steps between 0 and the threshold."""
-        return self.quantizer.steps_per_threshold(self.levels(bits))
+        return self.scheme.steps_per_threshold(self.levels(bits))
 
     def reach(self, bits: int) -> float:
         """Return the magnitude, in steps, up to which values are not clipped."""
-        return self.quantizer.reach(self.levels(bits))
+        return self.scheme.reach(self.levels(bits))
 
     def headroom(self, bits: int) -> float:
         """Return the threshold over the largest magnitude, where nothing is to be clipped."""
@@ -117,7 +116,7 @@ class SwitchableQuant(nn.Module):
         return self._nearest(threshold.detach().clamp(_SMALLEST_THRESHOLD, self.max_threshold), bits, above=True)
 
     def _nearest(self, threshold: Tensor, bits: int, *, above: bool) -> Tensor:
-        return self.quantizer.nearest_threshold(threshold, self.levels(bits), limit=self.max_threshold, above=above)
+        return self.scheme.nearest_threshold(threshold, self.levels(bits), limit=self.max_threshold, above=above)
 
     def scale(self, bits: int) -> Tensor:
         """Return the step at a bit-width, positive, in the shape of the threshold."""
@@ -137,7 +136,7 @@ class SwitchableActQuant(SwitchableQuant):
         """Quantize and dequantize x at the precision in force (below 32)."""
         bits = self.bits
         keep_input = self.min_bits < WIDE_BITS
-        return self.quantizer.quantize_activation(x, self.scale(bits), self.levels(bits), keep_input=keep_input)
+        return self.scheme.quantize_activation(x, self.scale(bits), self.levels(bits), keep_input=keep_input)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Brevitas's contract: (dequantized value, scale, zero point, bit-width)."""
@@ -173,12 +172,15 @@ class SwitchableDynamicQuant(SwitchableActQuant):
         largest = values.amax(others)
         if self.signed:
             largest = torch.maximum(largest, -values.amin(others))
-        return largest.float().clamp(_SMALLEST_THRESHOLD, self.max_threshold) / self.reach(bits)
+        scale = largest.float().clamp(_SMALLEST_THRESHOLD, self.max_threshold) / self.reach(bits)
+        threshold = scale * self.steps_per_threshold(bits)
+        nearest = self._nearest(threshold, bits, above=True)
+        return scale if nearest is threshold else nearest / self.steps_per_threshold(bits)
 
     def quantize(self, x: Tensor) -> Tensor:
         bits = self.bits
         low, high = -torch.inf if self.signed else 0.0, self.max_threshold or torch.inf
-        return quantize_images(x, self.image_scales(x, bits), *self.levels(bits), low=low, high=high)
+        return self.scheme.quantize_images(x, self.image_scales(x, bits), self.levels(bits), low=low, high=high)
 
 
 class SwitchableWeightQuant(SwitchableQuant):
@@ -216,9 +218,9 @@ class SwitchableWeightQuant(SwitchableQuant):
     def _quantize(self, w: Tensor, bits: int) -> Tensor:
         scale, levels = self.scale(bits), self.levels(bits)
         if not self.is_grouped(w):
-            return self.quantizer.quantize_weight(w, scale, levels)
+            return self.scheme.quantize_weight(w, scale, levels)
         groups = w.unflatten(1, (scale.shape[1], -1))
-        return self.quantizer.quantize_weight(groups, scale, levels).flatten(1, 2)
+        return self.scheme.quantize_weight(groups, scale, levels).flatten(1, 2)
 
 
 def quantizer_parameters(model: nn.Module) -> list[nn.Parameter]:
