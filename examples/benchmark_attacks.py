@@ -1,4 +1,4 @@
-"""How fast are the patch attacks and the scoring? Everything in one run on one machine, interleaved, as ratios.
+"""Measure how fast the patch attacks and the scoring are, in one run on one machine, interleaved, as ratios.
 
     make bench                                # or: python examples/benchmark_attacks.py --rounds 9
 
@@ -55,8 +55,20 @@ Clock = Callable[[], float]
 
 
 @dataclass(frozen=True)
-class Bench:
-    """What every measurement shares; `net` has channels-last weights, `loaded` is the same as it was loaded."""
+class BenchmarkSetup:
+    """Networks, images and budget of all measurements.
+
+    Args:
+        net: the float network with channels-last weights.
+        loaded: the same network with weights as they were loaded.
+        model: the same network, converted.
+        train: images that patches are made on.
+        test: images that patches are scored on.
+        trained: whether the weights are trained.
+        now: reads the clock.
+        steps: steps in a round.
+        rounds: rounds that are measured.
+    """
 
     net: nn.Module
     loaded: nn.Module
@@ -69,26 +81,26 @@ class Bench:
     rounds: int
 
     def asr(self, patch: Patch, *, images: int = 1000) -> float:
-        """Targeted ASR on the first test images."""
+        """Return the targeted ASR on the first test images."""
         few = self.test.subset(torch.arange(min(images, len(self.test))))
         clean, patched = predict(self.net, few), predict(self.net, few, patch=patch)
         return score(clean, patched, few.labels, target=TARGET).asr.value or 0.0
 
 
-def ceiling_times(bench: Bench, net: nn.Module, *, bf16: bool = False) -> list[float]:
-    """Seconds of forward and gradient to the images, the least an attack has to do."""
+def ceiling_times(setup: BenchmarkSetup, net: nn.Module, *, bf16: bool = False) -> list[float]:
+    """Return the seconds of forward pass and gradient in the images, the least an attack has to compute."""
     times = []
-    for number in range(bench.steps):
-        images, labels = bench.train.batch(torch.arange(BATCH) + BATCH * number)
-        start = bench.now()
+    for number in range(setup.steps):
+        images, labels = setup.train.batch(torch.arange(BATCH) + BATCH * number)
+        start = setup.now()
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             patch_step(net, images, labels)
-        times.append(bench.now() - start)
+        times.append(setup.now() - start)
     return times
 
 
 def fit(
-    bench: Bench,
+    setup: BenchmarkSetup,
     attack: Any,
     *,
     held_out: int,
@@ -96,25 +108,25 @@ def fit(
     bf16: bool = True,
     progress: Callable[..., object] | None = None,
 ) -> Patch:
-    """A patch as `qadtr-brevitas attack` makes it, at 32 bit."""
+    """Return a patch as `qadtr-brevitas attack` makes it, at 32 bit."""
     bf16 = bf16 and has_fast_bf16("cpu")
-    judge = bench.test.images[-held_out:], bench.test.labels[-held_out:]
-    few = bench.train.batch(torch.arange(2))[0]
-    with frozen_weights(bench.model), folded_norms(bench.model, few, bf16=bf16) if folded else nullcontext():
-        images, labels = bench.train.images, bench.train.labels
-        return attack.fit(bench.model, images, labels, held_out=judge, seed=0, progress=progress)
+    chosen_on = setup.test.images[-held_out:], setup.test.labels[-held_out:]
+    few = setup.train.batch(torch.arange(2))[0]
+    with frozen_weights(setup.model), folded_norms(setup.model, few, bf16=bf16) if folded else nullcontext():
+        images, labels = setup.train.images, setup.train.labels
+        return attack.fit(setup.model, images, labels, held_out=chosen_on, seed=0, progress=progress)
 
 
-def attack_times(bench: Bench, attack: Any, **how: bool) -> list[float]:
-    """Seconds between the progress reports of our attack: everything a step does."""
+def attack_times(setup: BenchmarkSetup, attack: Any, **how: bool) -> list[float]:
+    """Return the seconds between the progress reports of our attack: everything a step does."""
     stamps: list[float] = []
-    fit(bench, attack, held_out=BATCH, progress=lambda *_, **__: stamps.append(bench.now()), **how)
+    fit(setup, attack, held_out=BATCH, progress=lambda *_, **__: stamps.append(setup.now()), **how)
     # The last step also scores the patch on held-out images.
     return [after - before for before, after in pairwise(stamps[:-1])]
 
 
 def art_attack(net: nn.Module) -> Any:
-    """ART's patch of the same size on the same network; None if it is not installed."""
+    """Return ART's attack with a patch of the same size on the same network; None if ART is not installed."""
     try:
         from art.attacks.evasion import AdversarialPatchPyTorch
         from art.estimators.classification import PyTorchClassifier
@@ -123,7 +135,7 @@ def art_attack(net: nn.Module) -> Any:
     estimator = PyTorchClassifier(
         net, nn.CrossEntropyLoss(), input_shape=(3, 32, 32), nb_classes=10, clip_values=(0, 1), device_type="cpu"
     )
-    # ART blows the patch up to the image and scales it down again.
+    # ART enlarges the patch to the size of the image and scales it down again.
     return AdversarialPatchPyTorch(
         estimator,
         rotation_max=22.5,
@@ -138,37 +150,37 @@ def art_attack(net: nn.Module) -> Any:
     )
 
 
-def art_epoch(bench: Bench, art: Any, *, start: int, steps: int) -> float:
-    """Runs ART for some steps and returns their seconds."""
-    images, labels = bench.train.batch(torch.arange(start, start + BATCH * steps) % len(bench.train))
+def art_epoch(setup: BenchmarkSetup, art: Any, *, start: int, steps: int) -> float:
+    """Run ART for some steps and return the seconds of one step."""
+    images, labels = setup.train.batch(torch.arange(start, start + BATCH * steps) % len(setup.train))
     images = images[labels != TARGET]
     targets = torch.nn.functional.one_hot(torch.full((len(images),), TARGET), 10).numpy()
-    before = bench.now()
+    before = setup.now()
     art.generate(images.numpy(), targets)
-    return (bench.now() - before) / -(-len(images) // BATCH)
+    return (setup.now() - before) / -(-len(images) // BATCH)
 
 
-def step_times(bench: Bench) -> dict[str, float]:
-    """(a): seconds a step, the mean of the least disturbed round; every round runs each of them in turn.
+def step_times(setup: BenchmarkSetup) -> dict[str, float]:
+    """Measure (a), the seconds of a step: the mean of the fastest round; every round runs each attack in turn.
 
-    Other work on the machine, which a program in a virtual machine cannot see, only ever adds to times.
+    Other work on the machine, which a program in a virtual machine cannot see, only adds to times.
     """
-    common = {"size": SIDE, "steps": bench.steps + 2, "check_every": bench.steps + 2, "batch_size": BATCH}
+    common = {"size": SIDE, "steps": setup.steps + 2, "check_every": setup.steps + 2, "batch_size": BATCH}
     lavan, gap = Lavan(target=TARGET, **common), Gap(target=TARGET, shape="square", **common)
     rows: dict[str, Callable[[], list[float]]] = {
-        "ceiling": lambda: ceiling_times(bench, bench.net),
-        "ceiling, as loaded": lambda: ceiling_times(bench, bench.loaded),
-        "ceiling, bfloat16": lambda: ceiling_times(bench, bench.net, bf16=True),
-        "LAVAN": lambda: attack_times(bench, lavan),
-        "GAP": lambda: attack_times(bench, gap),
-        "LAVAN, float32": lambda: attack_times(bench, lavan, bf16=False),
-        "LAVAN, not folded": lambda: attack_times(bench, lavan, folded=False),
+        "ceiling": lambda: ceiling_times(setup, setup.net),
+        "ceiling, as loaded": lambda: ceiling_times(setup, setup.loaded),
+        "ceiling, bfloat16": lambda: ceiling_times(setup, setup.net, bf16=True),
+        "LAVAN": lambda: attack_times(setup, lavan),
+        "GAP": lambda: attack_times(setup, gap),
+        "LAVAN, float32": lambda: attack_times(setup, lavan, bf16=False),
+        "LAVAN, not folded": lambda: attack_times(setup, lavan, folded=False),
     }
-    if (art := art_attack(bench.loaded)) and (faster_art := art_attack(bench.net)):
-        rows["ART"] = lambda: [art_epoch(bench, art, start=0, steps=bench.steps)]
-        rows["ART, channels last"] = lambda: [art_epoch(bench, faster_art, start=0, steps=bench.steps)]
+    if (art := art_attack(setup.loaded)) and (faster_art := art_attack(setup.net)):
+        rows["ART"] = lambda: [art_epoch(setup, art, start=0, steps=setup.steps)]
+        rows["ART, channels last"] = lambda: [art_epoch(setup, faster_art, start=0, steps=setup.steps)]
     times: dict[str, list[float]] = {name: [] for name in rows}
-    for number in range(bench.rounds + 1):
+    for number in range(setup.rounds + 1):
         for name, measure in rows.items():
             mean = statistics.mean(measure())
             # The first round warms up.
@@ -176,45 +188,45 @@ def step_times(bench: Bench) -> dict[str, float]:
     return {name: min(means) for name, means in times.items()}
 
 
-def art_race(bench: Bench, art_steps: int) -> dict[str, float] | None:
-    """(b): ART's ASR and seconds, and the seconds of the shortest search of ours that reaches it."""
-    art = art_attack(bench.net)
-    if art is None or not bench.trained:
+def art_race(setup: BenchmarkSetup, art_steps: int) -> dict[str, float] | None:
+    """Measure (b): ART's ASR and seconds, and the seconds of our shortest search that reaches that ASR."""
+    art = art_attack(setup.net)
+    if art is None or not setup.trained:
         return None
     chunk = 50
     art_seconds = sum(
-        chunk * art_epoch(bench, art, start=number * chunk * BATCH, steps=chunk) for number in range(art_steps // chunk)
+        chunk * art_epoch(setup, art, start=number * chunk * BATCH, steps=chunk) for number in range(art_steps // chunk)
     )
     texture = (art._patch.detach().float().clamp(0, 1) * 255).round() / 255
-    goal = bench.asr(Patch(texture=texture, mask=torch.ones(SIDE, SIDE, dtype=torch.bool)))
+    goal = setup.asr(Patch(texture=texture, mask=torch.ones(SIDE, SIDE, dtype=torch.bool)))
     for steps in (10, 20, 30, 40, 60, 80, 120, 160, 240, 320):
         attack = Lavan(size=SIDE, target=TARGET, lr=LR, steps=steps, check_every=steps, batch_size=BATCH)
-        before = bench.now()
-        patch = fit(bench, attack, held_out=200)
-        seconds, asr = bench.now() - before, bench.asr(patch)
+        before = setup.now()
+        patch = fit(setup, attack, held_out=200)
+        seconds, asr = setup.now() - before, setup.asr(patch)
         if asr >= goal:
             return {"art_asr": goal, "art_s": art_seconds, "asr": asr, "s": seconds, "steps": steps}
     return {"art_asr": goal, "art_s": art_seconds, "asr": asr, "s": float("nan"), "steps": steps}
 
 
-def scoring_ratios(bench: Bench, images: int, rounds: int) -> dict[str, float]:
-    """(c): one patch on all precisions, against as many float passes over the clean images."""
+def scoring_ratios(setup: BenchmarkSetup, images: int, rounds: int) -> dict[str, float]:
+    """Measure (c): one patch at all precisions, against as many float passes over the clean images."""
     model = convert(float_model().net, DEFAULT_BITS)
-    calibrate(model, [bench.test.batch(torch.arange(128))[0]])
+    calibrate(model, [setup.test.batch(torch.arange(128))[0]])
     model.eval().to(memory_format=torch.channels_last)
-    few = bench.test.subset(torch.arange(min(images, len(bench.test))))
+    few = setup.test.subset(torch.arange(min(images, len(setup.test))))
     patch = Patch(texture=torch.full((3, SIDE, SIDE), 128 / 255), mask=torch.ones(SIDE, SIDE, dtype=torch.bool))
     seconds: dict[str, list[float]] = {"ours": [], "as loaded": [], "channels last": []}
     for _ in range(rounds):
-        # Switchable and float passes by turns, so that drift hits all alike.
+        # Switchable and float passes alternate, so that drift affects all alike.
         for column in seconds.values():
             column.append(0.0)
         with frozen_weights(model):
             for bits in DEFAULT_BITS:
                 with at_precision(model, bits):
-                    seconds["ours"][-1] += _timed(bench.now, lambda: predict(model, few, patch=patch))
-                seconds["as loaded"][-1] += _timed(bench.now, lambda: predict(bench.loaded, few))
-                seconds["channels last"][-1] += _timed(bench.now, lambda: predict(bench.net, few))
+                    seconds["ours"][-1] += _timed(setup.now, lambda: predict(model, few, patch=patch))
+                seconds["as loaded"][-1] += _timed(setup.now, lambda: predict(setup.loaded, few))
+                seconds["channels last"][-1] += _timed(setup.now, lambda: predict(setup.net, few))
     ours = min(seconds.pop("ours"))
     return {name: ours / min(column) for name, column in seconds.items()}
 
@@ -225,8 +237,8 @@ def _timed(now: Clock, work: Callable[[], object]) -> float:
     return now() - start
 
 
-def prepare(steps: int, rounds: int) -> Bench:
-    """The network and the images: CIFAR-10 and published weights if they are there."""
+def prepare(steps: int, rounds: int) -> BenchmarkSetup:
+    """Return the networks and images: CIFAR-10 and published weights if QADTR_BREVITAS_DATA names them."""
     torch.manual_seed(0)
     net = float_model()
     folder = os.environ.get("QADTR_BREVITAS_DATA")
@@ -238,16 +250,16 @@ def prepare(steps: int, rounds: int) -> Bench:
     loaded = copy.deepcopy(net)
     net.to(memory_format=torch.channels_last)
     model = convert(copy.deepcopy(net.net), DEFAULT_BITS)
-    # In the order of the files all of one class come together, which would favor whoever draws its own.
+    # In the order of the files classes follow each other, which would favor attacks that draw their own batches.
     train, test = (
         split.subset(torch.randperm(len(split), generator=generator(0, "order")))
         for split in (data.load("train"), data.load("test"))
     )
-    return Bench(net, loaded, model.eval(), train, test, trained, clock(torch.device("cpu")), steps, rounds)
+    return BenchmarkSetup(net, loaded, model.eval(), train, test, trained, clock(torch.device("cpu")), steps, rounds)
 
 
 def main() -> None:
-    """Measures, prints and writes the figures."""
+    """Measure, print and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--steps", type=int, default=10, help="steps in a round")
@@ -257,10 +269,10 @@ def main() -> None:
     arguments = parser.parse_args()
     keep_freed_memory()
     torch.set_num_threads(1)
-    bench = prepare(arguments.steps, arguments.rounds)
-    seconds = step_times(bench)
-    race = art_race(bench, arguments.art_steps)
-    scoring = scoring_ratios(bench, arguments.images, max(1, arguments.rounds // 3))
+    setup = prepare(arguments.steps, arguments.rounds)
+    seconds = step_times(setup)
+    race = art_race(setup, arguments.art_steps)
+    scoring = scoring_ratios(setup, arguments.images, max(1, arguments.rounds // 3))
     result = {"step_s": seconds, "race": race, "scoring_ratios": scoring, "arguments": vars(arguments)}
     arguments.output.write_text(json.dumps(result, indent=2, default=str) + "\n")
     print("patch steps per second, and share of the ceiling")

@@ -14,11 +14,17 @@ from qadtr_brevitas.auditing.search import gradient_of
 from qadtr_brevitas.auditing.significance import compare, deviations, rate
 
 RISE_THRESHOLD, KEPT_THRESHOLD = 0.01, 0.01
+"""Gains of the success rate that do not matter."""
+
 PLATEAU_STEPS, PLATEAU_THRESHOLD = 10, 0.05
+"""The last steps, and the share of the loss's whole fall that may happen in them."""
+
 FEWEST_LEFT = 10
 """Fewer unbroken images than this are too few to change a success rate."""
 
 SINGLE_STEPS = (0.25, 0.5, 1.0)
+"""Sizes of a single step, in pixel values."""
+
 _NO_PROGRESS = "the attack changed the loss of no image, so there is nothing to judge: see G8 and G5"
 
 
@@ -72,10 +78,10 @@ def single_step(context: AuditContext) -> CheckResult:
         return skipped(_NO_PROGRESS)
     start = context.start()
     direction = _first_direction(context, start)
-    found = {
+    broken = {
         f"one step of {size:g}": context.broken_by((start - size * direction).clamp(0, 1)) for size in SINGLE_STEPS
     }
-    comparison = compare(context.baseline, found, base_name=f"{context.profile.compared_steps} steps")
+    comparison = compare(context.baseline, broken, base_name=f"{context.profile.compared_steps} steps")
     if comparison.is_better:
         return CheckResult(
             "WARN",

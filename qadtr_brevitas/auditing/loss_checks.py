@@ -20,7 +20,10 @@ from qadtr_brevitas.auditing.losses import (
 from qadtr_brevitas.auditing.significance import compare
 
 TEMPERATURES = (0.01, 0.1, 10.0, 100.0)
+"""Factors on the logits."""
+
 LOSS_THRESHOLD, TARGETED_THRESHOLD = 0.01, 0.01
+"""Gains of the success rate that do not matter."""
 
 
 def other_losses(context: AuditContext) -> CheckResult:

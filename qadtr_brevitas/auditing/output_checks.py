@@ -11,6 +11,10 @@ from qadtr_brevitas.auditing.finding import CheckResult, skipped
 from qadtr_brevitas.auditing.significance import compare
 
 TOLERANCE = 1e-5
+"""Distance of the sum of a row from 1 below which outputs count as probabilities."""
+
+EOT_THRESHOLD = 0.01
+"""Gain of the success rate that does not matter."""
 
 
 def outputs_are_logits(context: AuditContext) -> CheckResult:
@@ -27,9 +31,6 @@ def outputs_are_logits(context: AuditContext) -> CheckResult:
             numbers,
         )
     return CheckResult("pass", "the outputs are logits, not probabilities", numbers)
-
-
-EOT_THRESHOLD = 0.01
 
 
 def random_outputs(context: AuditContext) -> CheckResult:

@@ -1,4 +1,4 @@
-"""What tests of attacks on single images share."""
+"""Helpers of the tests of attacks on single images."""
 
 import torch
 
@@ -6,7 +6,7 @@ from qadtr_brevitas.core.seeding import generator
 
 
 def sample(toy, count=100):
-    """Test images in [0, 1] and labels."""
+    """Return test images in [0, 1] and labels."""
     return toy.test[0][:count].float() / 255, toy.test[1][:count]
 
 
@@ -30,16 +30,16 @@ def predictions(toy, images):
 
 
 def spy(model, seen):
-    """The model, noting what it is asked."""
+    """Return the model, which records its inputs."""
 
-    def asked(images):
+    def recorded(images):
         seen.append(images.detach().clone())
         return model(images)
 
-    return asked
+    return recorded
 
 
 def corners_of(images):
-    """Row and column of the first pixel that is not black, (N, 2)."""
+    """Return row and column of the first pixel that is not black, (N, 2)."""
     covered = (images != 0).any(1)
     return torch.stack([covered.any(2).float().argmax(1), covered.any(1).float().argmax(1)], 1)

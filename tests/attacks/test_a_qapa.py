@@ -81,13 +81,13 @@ def test_random_patch_bits_differ_between_batches(toy):
     assert {16, 32, 256} <= levels
 
 
-def test_one_size_and_shape_a_batch_and_all_of_them_in_time(toy):
+def test_size_and_shape_are_drawn_once_per_batch_from_all_choices(toy):
     areas = set()
     for seed in range(40):
         images, _, patched = run(toy, seed=seed, count=8, sizes=(4, 6), steps=0)
-        found = (patched != images).any(1).sum((1, 2)).unique()
-        assert len(found) == 1
-        areas.add(int(found))
+        areas_of_batch = (patched != images).any(1).sum((1, 2)).unique()
+        assert len(areas_of_batch) == 1
+        areas.add(int(areas_of_batch))
     assert areas == {16, 12, 36, 32}
 
 
@@ -120,7 +120,7 @@ def begins_at_a_picture(images, patched):
 
 
 @pytest.mark.parametrize(("init", "least", "most"), [("uniform", 0.0, 0.0), ("image", 0.9, 1.0), ("mixed", 0.3, 0.7)])
-def test_patches_begin_at_noise_at_pictures_or_at_either(toy, init, least, most):
+def test_patches_start_from_noise_pictures_or_either(toy, init, least, most):
     # Where a pixel of the picture equals the image's, the square looks smaller than it is, so not all are found.
     images, _, patched = run(toy, init=init, steps=0, shapes=("square",))
     assert least <= begins_at_a_picture(images, patched).float().mean() <= most
@@ -177,7 +177,7 @@ def test_the_same_generator_gives_the_same_images(toy):
     assert not torch.equal(first, other)
 
 
-def test_the_network_is_asked_once_a_step_and_gets_no_gradients(toy):
+def test_each_step_costs_one_forward_pass_and_leaves_no_gradients(toy):
     calls = []
     run(toy, model=lambda images: calls.append(len(images)) or toy.model(images), steps=5)
     assert calls == [200] * 5
@@ -196,7 +196,7 @@ def test_without_a_precision_nothing_is_quantized(toy):
     assert (patched == images).all(1).sum((1, 2)).min() >= 16 * 16 - 25
 
 
-def test_a_size_larger_than_the_images(toy):
+def test_a_size_larger_than_the_images_is_refused(toy):
     with pytest.raises(UsageError, match="40x40 patch is larger than the 16x16 image"):
         run(toy, sizes=(40,))
 

@@ -15,11 +15,11 @@ from tests.attacks.support import accuracy, attacked, sample
 def test_it_does_at_least_what_pgd_does_and_stays_in_the_ball(toy, caplog):
     images, _ = sample(toy, 40)
     with caplog.at_level(logging.WARNING):
-        found = attacked(toy, AutoAttack(eps=0.07), count=40)
-    assert accuracy(toy, found) <= accuracy(toy, attacked(toy, Pgd(eps=0.07), count=40))
-    assert (found - images).abs().max() <= 0.07 + 1e-6
-    assert found.min() >= 0
-    assert found.max() <= 1
+        adversarial = attacked(toy, AutoAttack(eps=0.07), count=40)
+    assert accuracy(toy, adversarial) <= accuracy(toy, attacked(toy, Pgd(eps=0.07), count=40))
+    assert (adversarial - images).abs().max() <= 0.07 + 1e-6
+    assert adversarial.min() >= 0
+    assert adversarial.max() <= 1
     # Nine targets are too many for four classes: it would say so and then fail.
     assert not caplog.records
 
@@ -27,13 +27,13 @@ def test_it_does_at_least_what_pgd_does_and_stays_in_the_ball(toy, caplog):
 @pytest.mark.slow
 def test_all_four_attacks_run_on_what_withstands_and_leave_no_traces(toy):
     images, _ = sample(toy, 2)
-    found = attacked(toy, AutoAttack(eps=0.002), count=2)
-    assert torch.equal(found, images)
+    adversarial = attacked(toy, AutoAttack(eps=0.002), count=2)
+    assert torch.equal(adversarial, images)
     assert all(parameter.grad is None for parameter in toy.model.parameters())
 
 
 class Stub:
-    """Stands for the library's class and notes what it is asked."""
+    """Stands for the library's class and records its arguments."""
 
     def __init__(self, model, **settings):
         self.settings = settings
@@ -45,7 +45,7 @@ class Stub:
         return images, labels
 
 
-def test_what_the_library_is_told(toy, monkeypatch):
+def test_arguments_passed_to_the_library(toy, monkeypatch):
     import pyautoattack
 
     monkeypatch.setattr(pyautoattack, "AutoAttack", Stub)
@@ -62,14 +62,14 @@ def test_what_the_library_is_told(toy, monkeypatch):
     assert Stub.made.settings["seed"] != seed
 
 
-def test_what_to_install_where_it_is_missing(toy, monkeypatch):
+def test_a_missing_package_is_named(toy, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyautoattack", None)
     with pytest.raises(UsageError, match=r"pyautoattack.*qadtr-brevitas\[attacks\]"):
         attacked(toy, AutoAttack(), count=2)
 
 
 @pytest.mark.parametrize(("version", "classes"), [("standard", 3), ("rand", 2)])
-def test_too_few_classes_for_its_losses(version, classes):
+def test_too_few_classes_are_refused(version, classes):
     images, labels = torch.rand(2, 3, 8, 8), torch.zeros(2, dtype=torch.long)
 
     def model(images):

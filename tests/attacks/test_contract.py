@@ -158,7 +158,7 @@ def test_a_sound_toy_fulfills_it() -> None:
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, ImageAttack) else "",
 )
-def test_an_attack_that_breaks_the_contract_is_found_out(attack: ImageAttack, fact: str) -> None:
+def test_an_attack_that_breaks_the_contract_fails_with_the_reason(attack: ImageAttack, fact: str) -> None:
     model = switchable_model()
     try:
         with pytest.raises(AssertionError, match=fact):

@@ -68,7 +68,7 @@ def test_the_budget_may_be_that_of_a_disc_or_rectangle(toy):
     assert fit(toy, shape="rectangle", size=(3, 7), steps=2).pixels == 21
 
 
-def test_where_there_is_room_for_less_the_shape_is_smaller(toy):
+def test_the_shape_is_smaller_if_the_window_is(toy):
     patch = fit(toy, shape="rectangle", size=(2, 14), place=(14, 0), steps=2)
     assert patch.size == (1, 1)
     assert fit(toy, size=8, place=(8, 8), steps=2).size == (7, 7)
@@ -138,9 +138,9 @@ def test_every_ray_gets_a_gradient_at_the_start_and_none_is_accumulated(monkeypa
     grad = torch.autograd.grad
 
     def spy(loss, inputs):
-        found = grad(loss, inputs)
-        given.append([one.clone() for one in found])
-        return found
+        gradients = grad(loss, inputs)
+        given.append([one.clone() for one in gradients])
+        return gradients
 
     step = torch.optim.Adam.step
 
@@ -179,9 +179,9 @@ def test_the_best_is_kept_with_its_own_mask(toy):
 
 
 def test_progress_counts_the_steps_of_both_phases(toy):
-    told = []
-    fit(toy, steps=6, restarts=2, progress=lambda done, total, note="": told.append((done, total)))
-    assert told == [(done, 12) for done in range(1, 13)]
+    reports = []
+    fit(toy, steps=6, restarts=2, progress=lambda done, total, note="": reports.append((done, total)))
+    assert reports == [(done, 12) for done in range(1, 13)]
 
 
 def test_a_saved_patch_scores_the_same(toy, tmp_path):

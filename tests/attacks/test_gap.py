@@ -56,7 +56,7 @@ def test_the_patch_works_turned(toy):
         assert toy.success_rate(turned, 0) > toy.success_rate(noise(toy, shape="square"), 0) + 0.3
 
 
-def test_light_is_allowed_for(toy):
+def test_contrast_and_brightness_are_drawn(toy):
     patch = fit(toy, contrast=0.2, brightness=0.1)
     assert toy.success_rate(patch, 0) > toy.success_rate(noise(toy), 0) + 0.3
 
@@ -126,7 +126,7 @@ def test_the_patch_is_shifted_by_whole_pixels():
 
 
 @pytest.mark.parametrize("shape", ["square", "disc"])
-def test_only_masked_pixels_change_and_black_ones_are_no_holes(shape):
+def test_only_masked_pixels_change_and_black_pixels_are_not_holes(shape):
     images = 0.5 + 0.5 * torch.rand(50, 3, 16, 16, generator=generator(0, "images"))
     white, black = put(images * 0, shape=shape), put(images, texture=torch.zeros(3, 6, 6), shape=shape)
     covered = white[:, :1] > 0
@@ -194,7 +194,7 @@ def test_bad_fields(fields, message):
         Gap(**fields)
 
 
-def test_a_patch_that_grows_out_of_the_image(toy):
+def test_a_scale_too_large_for_the_image_is_refused(toy):
     with pytest.raises(UsageError, match=r"a 16x16 patch scaled by up to 1.1 is larger than the 16x16 image"):
         fit(toy, size=16)
     with pytest.raises(UsageError, match="20x20 patch is larger than the 16x16 image"):

@@ -92,7 +92,7 @@ def test_blended_windows_stay_by_half_on_the_image(corner):
         blend(torch.zeros(1, 3, 9, 12), torch.zeros(3, 5, 4), torch.zeros(5, 4), torch.tensor([corner]))
 
 
-def test_corners_reach_every_place_with_rows_and_columns_drawn_apart():
+def test_random_corners_reach_every_place_with_separate_draws():
     corners = random_corners(40_000, (10, 12), (4, 3), generator=generator(0, "corners"))
     counts = torch.zeros(7, 10).index_put_((corners[:, 0], corners[:, 1]), torch.ones(()), accumulate=True)
     expected = 40_000 / 70
@@ -102,7 +102,7 @@ def test_corners_reach_every_place_with_rows_and_columns_drawn_apart():
     assert torch.corrcoef(torch.stack([rows, columns]))[0, 1].abs() < 0.02
 
 
-def test_no_patch_touches_the_box_and_every_place_beside_it_is_drawn():
+def test_random_corners_reach_every_place_outside_the_box():
     box = (4, 3, 3, 5)
     corners = random_corners(5_000, (12, 12), (3, 2), generator=generator(0, "box"), keep_out=box)
     pasted = paste(torch.zeros(5_000, 1, 12, 12), torch.ones(1, 3, 2), torch.ones(3, 2, dtype=torch.bool), corners)
@@ -110,7 +110,7 @@ def test_no_patch_touches_the_box_and_every_place_beside_it_is_drawn():
     assert len(corners.unique(dim=0)) == 10 * 11 - 5 * 6
 
 
-def test_a_box_that_leaves_no_room():
+def test_a_box_that_leaves_no_room_is_refused():
     with pytest.raises(UsageError, match="no room for a 3x3 patch outside the box"):
         random_corners(1, (8, 8), (3, 3), generator=generator(0), keep_out=(1, 1, 6, 6))
 
@@ -147,7 +147,7 @@ def test_random_places_need_a_generator():
         place_corners("random", 3, (32, 32), (8, 8), generator=None)
 
 
-def test_a_patch_larger_than_the_image():
+def test_a_patch_larger_than_the_image_is_refused():
     with pytest.raises(UsageError, match=r"a 40x8 patch is larger than the 32x32 image"):
         random_corners(1, (32, 32), (40, 8), generator=generator(0))
     with pytest.raises(UsageError, match=r"larger than the 8x8 image"):

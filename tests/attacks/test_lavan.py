@@ -71,7 +71,7 @@ def test_the_same_seed_gives_the_same_patch(toy):
     assert not torch.equal(first.texture, other.texture)
 
 
-def test_images_of_the_target_class_play_no_part(toy):
+def test_images_of_the_target_class_are_not_used(toy):
     changed = toy.images.clone()
     changed[toy.labels == 2] = 0
     fields = {"target": 2, "steps": 10, "init": "uniform"}
@@ -116,11 +116,11 @@ def test_restarts_keep_the_best(toy):
 
 
 def test_progress_counts_all_steps(toy):
-    told = []
-    fit(toy, steps=4, restarts=2, progress=lambda done, total, note="": told.append((done, total, note)))
-    assert [done for done, _, _ in told] == list(range(1, 9))
-    assert {total for _, total, _ in told} == {8}
-    assert "held-out ASR" in told[-1][2]
+    reports = []
+    fit(toy, steps=4, restarts=2, progress=lambda done, total, note="": reports.append((done, total, note)))
+    assert [done for done, _, _ in reports] == list(range(1, 9))
+    assert {total for _, total, _ in reports} == {8}
+    assert "held-out ASR" in reports[-1][2]
 
 
 def test_a_saved_patch_scores_the_same(toy, tmp_path):

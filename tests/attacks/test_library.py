@@ -18,7 +18,7 @@ def images():
     return torch.rand(4, 3, 8, 8, generator=generator(0))
 
 
-def test_gradients_of_the_images_are_the_networks_and_its_parameters_get_none(network, images):
+def test_images_get_the_gradients_of_the_network_and_parameters_none(network, images):
     plain = images.clone().requires_grad_()
     (expected,) = torch.autograd.grad(network(plain).square().sum(), plain)
     guarded = images.clone().requires_grad_()
@@ -27,7 +27,7 @@ def test_gradients_of_the_images_are_the_networks_and_its_parameters_get_none(ne
     assert all(parameter.grad is None for parameter in network.parameters())
 
 
-def test_it_can_be_gone_through_backward_again(network, images):
+def test_backward_can_be_called_twice(network, images):
     guarded = images.clone().requires_grad_()
     logits = InputGradientModel(network)(guarded)
     for number in range(5):
@@ -37,23 +37,23 @@ def test_it_can_be_gone_through_backward_again(network, images):
     torch.testing.assert_close(guarded.grad, expected)
 
 
-def test_any_callable_will_do(network, images):
+def test_any_callable_is_accepted(network, images):
     assert torch.equal(InputGradientModel(lambda images: network(images) / 2)(images), network(images) / 2)
 
 
-def test_a_library_cannot_reach_the_network(network):
+def test_the_network_is_no_submodule(network):
     guard = InputGradientModel(network)
     assert list(guard.parameters()) == []
     guard.train()
     assert not network.training
 
 
-def test_a_class_that_is_not_there(network, images):
+def test_a_target_class_out_of_range_is_refused(network, images):
     with pytest.raises(UsageError, match=r"5.*0 to 4"):
         InputGradientModel(network, target=5)(images)
 
 
-def test_the_global_seed_is_borrowed():
+def test_the_global_random_state_is_restored():
     torch.manual_seed(1)
     state = torch.get_rng_state()
     with seeded(generator(0), torch.device("cpu")) as seed:

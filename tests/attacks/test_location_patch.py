@@ -54,7 +54,7 @@ def test_every_place_can_be_drawn_the_last_row_and_column_included():
     assert len(corners.unique(dim=0)) == 13 * 13
 
 
-def test_patches_keep_off_the_middle_throughout():
+def test_patches_never_cover_the_middle():
     # 10 of 32 pixels in the paper, 5 of these 16; a model that draws patches to it.
     middle = -((ROWS - 7.5) ** 2 + (COLUMNS - 7.5) ** 2)
     seen = []
@@ -65,7 +65,7 @@ def test_patches_keep_off_the_middle_throughout():
 
 
 @pytest.mark.parametrize("fields", [{"keep_out": (0, 0, 16, 9)}, {"keep_out": (0, 0, 16, 9), "center": None}])
-def test_a_box_of_ones_own_replaces_the_middle(fields):
+def test_keep_out_replaces_the_middle(fields):
     seen = []
     run(spy(towards(-COLUMNS), seen), location="full", steps=12, count=200, **fields)
     covered = (torch.cat(seen) != 0).any(1).any(0)
@@ -73,13 +73,13 @@ def test_a_box_of_ones_own_replaces_the_middle(fields):
     assert covered[:, 9:].all()
 
 
-def test_a_patch_that_has_no_room_beside_the_middle():
+def test_a_patch_without_room_beside_the_middle_is_refused():
     with pytest.raises(UsageError, match="no room for a 8x8 patch outside the box"):
         run(towards(COLUMNS), size=8)
 
 
 @pytest.mark.parametrize(("location", "passes"), [("none", 1), ("random", 2), ("full", 5)])
-def test_forward_passes_a_step(location, passes):
+def test_the_number_of_forward_passes(location, passes):
     seen = []
     run(spy(towards(COLUMNS), seen), location=location, steps=5)
     assert len(seen) == 5 * passes + 1

@@ -40,7 +40,7 @@ def test_every_8_bit_value_survives(tmp_path):
     assert torch.equal(Patch.load(patch.save(tmp_path / "all")).texture, texture)
 
 
-def test_names(tmp_path):
+def test_suffixes_of_file_names(tmp_path):
     assert example().save(str(tmp_path / "new" / "t3.6px")) == tmp_path / "new" / "t3.6px.safetensors"
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["t3.6px.png", "t3.6px.safetensors"]
     assert Patch.load(tmp_path / "new" / "t3.6px").meta == META
@@ -88,7 +88,7 @@ def test_a_patch_that_does_not_fit_the_images():
         example(place=(9, 0)).apply(torch.rand(1, 3, 16, 16))
 
 
-def test_the_box_to_keep_out_of_is_kept_and_followed(tmp_path):
+def test_keep_out_is_saved_and_followed(tmp_path):
     patch = replace(example(4), keep_out=(4, 4, 8, 8))
     loaded = Patch.load(patch.save(tmp_path / "a"))
     assert loaded.keep_out == (4, 4, 8, 8)
@@ -97,11 +97,11 @@ def test_the_box_to_keep_out_of_is_kept_and_followed(tmp_path):
     assert torch.equal(patched[..., 4:12, 4:12], images[..., 4:12, 4:12])
 
 
-def test_files_of_the_first_release_know_no_box(tmp_path):
+def test_files_without_keep_out_are_read(tmp_path):
     assert Patch.load(altered(tmp_path)).keep_out is None
 
 
-def test_more_facts():
+def test_facts_are_added_to_the_meta():
     patch = example().with_meta(source={"name": "net", "fingerprint": "ab", "precision": "4"})
     assert patch.meta["source"]["precision"] == "4"
     assert patch.meta["attack"] == "lavan"
@@ -119,12 +119,12 @@ def test_texture_and_mask_must_go_together():
         Patch(texture=torch.zeros(3, 4, 4), mask=shape_mask("square", 5))
 
 
-def test_no_such_file(tmp_path):
+def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(CheckpointError, match="there is no patch file"):
         Patch.load(tmp_path / "missing.safetensors")
 
 
-def test_a_truncated_file(tmp_path):
+def test_a_truncated_file_is_refused(tmp_path):
     path = example().save(tmp_path / "a")
     whole = path.read_bytes()
     for length in (0, 4, 40, len(whole) - 1):
@@ -145,7 +145,7 @@ def test_a_pickle_is_not_run(tmp_path):
     assert not (tmp_path / "sprung").exists()
 
 
-def test_a_file_of_something_else(tmp_path):
+def test_a_file_of_another_kind_is_refused(tmp_path):
     save_file({"conv1.weight": torch.zeros(3)}, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match="is not a patch file"):
         Patch.load(tmp_path / "model.safetensors")
@@ -158,18 +158,18 @@ def altered(tmp_path, **header):
     return path
 
 
-def test_a_file_of_a_newer_version(tmp_path):
+def test_a_file_of_a_newer_version_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="has patch format '2', this release reads up to 1: upgrade"):
         Patch.load(altered(tmp_path, version="2"))
 
 
 @pytest.mark.parametrize("header", [{"meta": "{"}, {"place": "7"}, {"place": '["a", "b"]'}, {"keep_out": "[1, 2]"}])
-def test_a_file_with_a_damaged_header(tmp_path, header):
+def test_a_damaged_header_is_refused(tmp_path, header):
     with pytest.raises(CheckpointError, match="is damaged"):
         Patch.load(altered(tmp_path, **header))
 
 
-def test_a_file_that_cannot_be_written(tmp_path):
+def test_a_file_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "patch.safetensors").mkdir()
     with pytest.raises(CheckpointError, match="cannot write"):
         example().save(tmp_path / "patch")

@@ -31,7 +31,7 @@ def wrong_share(toy, memory):
     return sum(shares) / len(shares)
 
 
-def test_patches_begin_as_pictures_of_the_class_they_aim_at(toy):
+def test_patches_start_as_pictures_of_their_target_class(toy):
     memory = {}
     images, labels, _ = turn(toy, memory, steps=0)
     begun = memory["targets"] >= 0
@@ -62,7 +62,7 @@ def test_only_patches_whose_turn_it_is_change(toy):
     assert memory["textures"].max() <= 1
 
 
-def test_now_and_then_one_begins_anew(toy):
+def test_patches_are_replaced_now_and_then(toy):
     memory = {}
     for seed in range(30):
         turn(toy, memory, seed=seed, steps=0)
@@ -119,13 +119,13 @@ def test_the_same_steps_give_the_same_patches(toy):
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_outside_of_a_training_there_is_nothing_to_keep_them_in(toy):
+def test_universal_patches_need_a_memory(toy):
     images, labels = sample(toy, 4)
     with pytest.raises(UsageError, match=r"universal=0\.5.*training.*universal=0.*lavan"):
         AQapa(universal=0.5).run(toy.model, images, labels, generator=generator(0))
 
 
 @pytest.mark.parametrize("fields", [{"keep_best": True}, {"targeted": True}, {"target": 1}])
-def test_fields_that_do_not_go_with_them(fields):
+def test_fields_that_exclude_universal_patches(fields):
     with pytest.raises(ValidationError, match=r"leave out target, targeted and keep_best"):
         AQapa(universal=0.5, **fields)

@@ -120,7 +120,7 @@ def test_the_network_is_left_as_it_was(toy, attack):
 
 
 @each({name: attack for name, attack in PATCHES.items() if isinstance(attack, SparseRs | RandomPatch)})
-def test_a_black_box_attack_asks_for_no_gradient(toy, attack):
+def test_a_black_box_attack_uses_no_gradients(toy, attack):
     def sealed(images):
         assert not torch.is_grad_enabled()
         assert not images.requires_grad
@@ -131,19 +131,19 @@ def test_a_black_box_attack_asks_for_no_gradient(toy, attack):
 
 
 @each({name: attack for name, attack in PATCHES.items() if name != "a-qapa"})
-def test_a_patch_larger_than_the_images(toy, attack):
+def test_a_patch_larger_than_the_images_is_refused(toy, attack):
     with pytest.raises(UsageError, match="20x20 patch is larger than the 16x16 image"):
         attacked(toy, type(attack)(size=20), count=4)
 
 
 @each(TARGETED | {"fgsm": Fgsm(), "pgd": Pgd(), "mi-fgsm": MiFgsm()})
-def test_a_target_the_model_does_not_have(toy, attack):
+def test_a_target_out_of_range_is_refused(toy, attack):
     with pytest.raises(UsageError, match=r"7.*0 to 3"):
         attacked(toy, type(attack)(target=7), count=4)
 
 
 @each(TARGETED)
-def test_images_of_the_target_class_come_back_too(toy, attack):
+def test_images_of_the_target_class_are_returned_too(toy, attack):
     images, labels = sample(toy, 60)
     assert (labels == 1).any()
     assert attacked(toy, attack, count=60).shape == images.shape

@@ -31,15 +31,15 @@ def test_it_lowers_accuracy_where_noise_of_that_size_does_not(toy, attack):
 @pytest.mark.parametrize("eps", [0.015, 0.3])
 def test_no_value_moves_further_than_eps_or_out_of_range(toy, attack, eps):
     images, _ = sample(toy)
-    found = attacked(toy, type(attack)(eps=eps))
-    assert (found - images).abs().max() <= eps + 1e-6
-    assert (found - images).abs().max() > 0.9 * eps
-    assert found.min() >= 0
-    assert found.max() <= 1
+    adversarial = attacked(toy, type(attack)(eps=eps))
+    assert (adversarial - images).abs().max() <= eps + 1e-6
+    assert (adversarial - images).abs().max() > 0.9 * eps
+    assert adversarial.min() >= 0
+    assert adversarial.max() <= 1
 
 
 @each
-def test_eps_of_nothing_changes_nothing(toy, attack):
+def test_eps_0_changes_nothing(toy, attack):
     torch.testing.assert_close(attacked(toy, type(attack)(eps=0)), sample(toy)[0])
 
 
@@ -55,8 +55,8 @@ def test_pgd_by_hand(toy):
     for _ in range(7):
         step = expected + EPS / 4 * gradient(toy, expected, labels).sign()
         expected = torch.clamp(step, images - EPS, images + EPS).clamp(0, 1)
-    found = attacked(toy, Pgd(eps=EPS, steps=7, random_start=False))
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    adversarial = attacked(toy, Pgd(eps=EPS, steps=7, random_start=False))
+    torch.testing.assert_close(adversarial, expected, atol=1e-5, rtol=0)
 
 
 def test_mi_fgsm_by_hand(toy):
@@ -66,8 +66,8 @@ def test_mi_fgsm_by_hand(toy):
         slope = gradient(toy, expected, labels)
         average = 0.5 * average + slope / slope.abs().mean((1, 2, 3), keepdim=True)
         expected = torch.clamp(expected + 0.01 * average.sign(), images - EPS, images + EPS).clamp(0, 1)
-    found = attacked(toy, MiFgsm(eps=EPS, alpha=0.01, steps=5, decay=0.5))
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    adversarial = attacked(toy, MiFgsm(eps=EPS, alpha=0.01, steps=5, decay=0.5))
+    torch.testing.assert_close(adversarial, expected, atol=1e-5, rtol=0)
 
 
 def test_pgd_without_steps_is_its_start(toy):
@@ -92,14 +92,14 @@ def test_restarts_keep_the_best_for_every_image(toy):
 
 @each
 def test_a_target_is_raised(toy, attack):
-    aimed = type(attack)(eps=0.1, target=1)
-    reached = target_rate(toy, attacked(toy, aimed), 1)
+    targeted = type(attack)(eps=0.1, target=1)
+    reached = target_rate(toy, attacked(toy, targeted), 1)
     assert reached > (0.15 if isinstance(attack, Fgsm) else 0.9)
     assert target_rate(toy, attacked(toy, type(attack)(eps=0.1)), 1) < reached
 
 
 @each
-def test_gradients_of_the_callers_own_stay_as_they_are(toy, attack):
+def test_gradients_of_the_caller_are_kept(toy, attack):
     """Libraries call backward, which would add to them."""
     parameters = list(toy.model.parameters())
     for parameter in parameters:
@@ -113,16 +113,16 @@ def test_gradients_of_the_callers_own_stay_as_they_are(toy, attack):
 
 
 @each
-def test_a_network_too_sure_to_have_a_gradient_gives_images_all_the_same(toy, attack):
+def test_a_vanishing_gradient_leaves_the_images_finite(toy, attack):
     """MI-FGSM divides by the size of the gradient: zero by zero."""
     images, labels = sample(toy, 20)
-    found = attack.run(lambda images: 1e4 * toy.model(images), images, labels, generator=generator(0))
-    assert found.isfinite().all()
-    assert (found - images).abs().max() <= EPS + 1e-6
+    adversarial = attack.run(lambda images: 1e4 * toy.model(images), images, labels, generator=generator(0))
+    assert adversarial.isfinite().all()
+    assert (adversarial - images).abs().max() <= EPS + 1e-6
 
 
 @each
-def test_gradients_need_not_be_switched_on_outside(toy, attack):
+def test_it_runs_under_no_grad(toy, attack):
     with torch.no_grad():
         quiet = attacked(toy, attack)
     assert torch.equal(quiet, attacked(toy, attack))

@@ -136,6 +136,6 @@ def test_many_polygons_are_fitted_at_once():
 
 
 @pytest.mark.parametrize("function", [polygon_area, lambda rays: polygon_mask(rays, (5, 5))])
-def test_two_rays_make_no_polygon(function):
+def test_two_rays_are_refused(function):
     with pytest.raises(UsageError, match=r"2 rays.*at least 3"):
         function(torch.ones(2))

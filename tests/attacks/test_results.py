@@ -15,7 +15,7 @@ def test_a_success_is_better_than_a_failure_of_lower_loss():
     assert best_per_image([failure, success]).images.max() == 0
 
 
-def test_between_equals_the_lower_loss_is_better_for_every_image_apart():
+def test_of_equal_successes_the_lower_loss_wins_for_each_image():
     first = result([1.0, 4.0, 1.0], [True, True, False], 0.0)
     second = result([2.0, 3.0, 0.5], [True, True, False], 1.0)
     best = best_per_image([first, second])
@@ -23,7 +23,7 @@ def test_between_equals_the_lower_loss_is_better_for_every_image_apart():
     assert best.images[:, 0, 0, 0].tolist() == [0.0, 1.0, 1.0]
 
 
-def test_a_loss_that_is_no_number_never_wins():
+def test_a_nan_loss_never_wins():
     broken, sound = result([float("nan")], [False], 1.0), result([9.0], [False])
     assert best_per_image([broken, sound]).losses.tolist() == [9.0]
     assert best_per_image([sound, broken]).losses.tolist() == [9.0]

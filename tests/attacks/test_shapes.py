@@ -34,11 +34,11 @@ def test_a_size_must_be_positive():
 
 
 @pytest.mark.parametrize(("share", "side"), [(0.06, 54), (0.08, 63), (0.1, 70), (1.0, 224)])
-def test_np_is_a_share_of_the_pixels(share, side):
+def test_area_is_a_share_of_the_pixels(share, side):
     assert side_for_area(share, (224, 224)) == side
 
 
-def test_np_on_small_images():
+def test_area_on_small_images():
     assert side_for_area(1 / 16, (32, 32)) == 8
 
 
@@ -48,7 +48,7 @@ def test_a_disc_never_exceeds_its_budget_and_uses_it(share):
     assert shape_mask("disc", side).sum() <= share * 1024 < shape_mask("disc", side + 1).sum()
 
 
-def test_shares_that_cannot_be_used():
+def test_areas_that_cannot_be_used():
     with pytest.raises(UsageError, match="less than one pixel"):
         side_for_area(0.0001, (32, 32))
     with pytest.raises(UsageError, match="does not determine a rectangle"):

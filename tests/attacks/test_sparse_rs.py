@@ -42,15 +42,15 @@ def search(*, queries, size=20, image_size=64, alpha=0.4, count=1, model=light):
 
 @pytest.mark.parametrize("queries", [10_000, 1_000])
 def test_changes_shrink_as_in_the_official_code(queries):
-    found, scale = search(queries=queries), 10_000 // queries
+    few, scale = search(queries=queries), 10_000 // queries
     expected = {0: 12, 10: 12, 11: 8, 51: 6, 201: 4, 501: 3, 1001: 2, 2001: 1, 9999: 1}
     if scale > 1:
         # Rescaled to the budget: a query counts for ten.
         expected = {0: 12, 10: 12, 20: 8, 60: 6, 210: 4, 510: 3, 1010: 2, 2010: 1, 9990: 1}
-    assert {query: found.sides(query // scale)[0] for query in expected} == expected
+    assert {query: few.sides(query // scale)[0] for query in expected} == expected
 
 
-def test_single_channels_begin_half_way_through_the_single_pixels():
+def test_single_channels_change_from_half_way_through_single_pixels():
     assert search(queries=10_000).single_channels_from == 2001 + 7999 // 2
 
 
@@ -64,7 +64,7 @@ def test_no_image_gets_more_than_its_queries():
     assert [len(images) for images in seen] == [20] * 57
 
 
-def test_an_image_that_is_done_is_asked_no_more(toy):
+def test_a_broken_image_costs_no_further_queries(toy):
     seen = []
     images = attacked(toy, SparseRs(size=5, queries=120), model=spy(toy.model, seen))
     sizes = [len(batch) for batch in seen]
@@ -72,7 +72,7 @@ def test_an_image_that_is_done_is_asked_no_more(toy):
     assert sizes[-1] <= 100 * accuracy(toy, images) + 2
 
 
-def test_the_search_ends_when_all_are_done():
+def test_the_search_ends_when_all_images_are_broken():
     seen = []
     run(spy(lambda images: torch.stack([images.mean((1, 2, 3)) - 1, torch.zeros(len(images))], 1), seen))
     assert len(seen) == 1
@@ -154,13 +154,13 @@ def test_every_loss_raises_the_target(toy, loss):
     assert target_rate(toy, images, 2) > 0.5
 
 
-def test_it_needs_no_gradient_where_there_is_none(toy):
+def test_it_runs_without_gradients(toy):
     """A network that rounds its input has no gradient; its outputs betray it all the same."""
     images, labels = sample(toy, 60)
-    found = SparseRs(size=5, queries=200).run(
+    patched = SparseRs(size=5, queries=200).run(
         lambda images: toy.model((images * 255).round() / 255), images, labels, generator=generator(0)
     )
-    assert accuracy(toy, found) < 0.5
+    assert accuracy(toy, patched) < 0.5
 
 
 @pytest.mark.parametrize(

@@ -27,11 +27,11 @@ def test_the_best_picture_is_the_one_with_the_lowest_loss():
     assert best.mean().item() == pytest.approx(0.5, abs=0.02)
 
 
-def test_a_universal_patch_begins_with_a_picture_of_its_target(toy):
+def test_a_universal_patch_starts_from_a_picture_of_its_target(toy):
     """Without a step that could do anything, what is left is one of the target's pictures."""
-    found = fit(toy, init="image", target=2)
+    patch = fit(toy, init="image", target=2)
     pictures = shrunk(toy.images[toy.labels == 2].float() / 255, (6, 6))
-    assert (pictures - found.texture).abs().amax((1, 2, 3)).min() < 1 / 255
+    assert (pictures - patch.texture).abs().amax((1, 2, 3)).min() < 1 / 255
 
 
 def fit(toy, *, images=None, labels=None, **fields):
@@ -40,7 +40,7 @@ def fit(toy, *, images=None, labels=None, **fields):
     return attack.fit(toy.model, images, labels, held_out=toy.held_out, seed=0)
 
 
-def test_of_two_restarts_one_begins_at_noise(toy):
+def test_of_two_restarts_one_starts_from_noise(toy):
     fields = {"steps": 15, "lr": None, "target": 2}
     picture, both = fit(toy, init="image", **fields), fit(toy, init="image", restarts=2, **fields)
     assert both.meta["held_out_asr"] > picture.meta["held_out_asr"]
@@ -48,13 +48,13 @@ def test_of_two_restarts_one_begins_at_noise(toy):
     assert (shrunk(toy.images.float() / 255, (6, 6)) - both.texture).abs().amax((1, 2, 3)).min() > 0.3
 
 
-def test_without_a_picture_of_the_target_there_is_nothing_to_begin_with(toy):
+def test_init_image_needs_a_picture_of_the_target(toy):
     others = toy.labels != 2
     with pytest.raises(DataError, match=r"no image of class 2 to start from.*init=uniform"):
         fit(toy, init="image", target=2, images=toy.images[others], labels=toy.labels[others])
 
 
-def test_a_searched_shape_begins_with_a_picture_under_it(toy):
+def test_a_searched_shape_starts_from_a_picture(toy):
     attack = Dpr(size=6, steps=4, shape_share=0.5, target=2, batch_size=32, init="image", lr=1e-9, ray_lr=1e-9)
     patch = attack.fit(toy.model, toy.images, toy.labels, held_out=toy.held_out, seed=0)
     height, width = patch.mask.shape
@@ -63,7 +63,7 @@ def test_a_searched_shape_begins_with_a_picture_under_it(toy):
 
 
 @pytest.mark.parametrize("target", [None, 1])
-def test_patches_of_single_images_begin_with_other_images(toy, target):
+def test_per_image_patches_start_from_other_images(toy, target):
     images, labels = toy.test[0][:40].float() / 255, toy.test[1][:40]
     mask = torch.ones(5, 5, dtype=torch.bool)
     task = PatchTask(model=toy.model, images=images, mask=mask, goal=AttackGoal.of(target, labels, loss="margin"))
@@ -83,14 +83,14 @@ def test_patches_of_single_images_begin_with_other_images(toy, target):
 
 
 @pytest.mark.parametrize("attack", [Lavan(size=5, steps=1, lr=1e-9, target=None), LocationPatch(size=5, steps=0)])
-def test_attacks_on_single_images_begin_where_they_are_told(toy, attack):
+def test_per_image_attacks_follow_init(toy, attack):
     images, labels = toy.test[0][:40].float() / 255, toy.test[1][:40]
-    found = [
+    attacked = [
         replace(attack, init=init).run(toy.model, images, labels, generator=generator(0))
         for init in ("image", "uniform", "gray")
     ]
-    wrong = [(toy.model(patched).argmax(1) != labels).float().mean() for patched in found]
-    assert not torch.equal(found[0], found[1])
+    wrong = [(toy.model(patched).argmax(1) != labels).float().mean() for patched in attacked]
+    assert not torch.equal(attacked[0], attacked[1])
     assert wrong[0] >= wrong[1]
-    changed = (found[2] != images).any(1)
-    assert (found[2].permute(0, 2, 3, 1)[changed] * 255 - 127.5).abs().max() < 1
+    changed = (attacked[2] != images).any(1)
+    assert (attacked[2].permute(0, 2, 3, 1)[changed] * 255 - 127.5).abs().max() < 1

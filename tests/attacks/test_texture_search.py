@@ -86,24 +86,24 @@ def test_a_pixel_that_reached_a_bound_can_leave_it():
 
 def test_what_is_scored_and_returned_is_on_the_8_bit_grid():
     scored = []
-    found = run(loss=linear, start=torch.rand(3, 3, 3, generator=generator(0)), score=lambda t: scored.append(t) or 0.0)
-    for texture in (*scored, found.texture):
+    best = run(loss=linear, start=torch.rand(3, 3, 3, generator=generator(0)), score=lambda t: scored.append(t) or 0.0)
+    for texture in (*scored, best.texture):
         assert torch.equal(texture, grid(texture))
 
 
 def test_the_best_is_kept_not_the_last():
     scores = iter([0.0, 0.1, 0.7, 0.3, 0.2])
     scored = []
-    found = run(loss=linear, score=lambda texture: scored.append(texture) or next(scores), steps=4)
-    assert found.score == 0.7
-    assert torch.equal(found.texture, scored[2])
+    best = run(loss=linear, score=lambda texture: scored.append(texture) or next(scores), steps=4)
+    assert best.score == 0.7
+    assert torch.equal(best.texture, scored[2])
 
 
 def test_the_start_is_kept_if_no_step_does_better():
     scores = iter([0.8, 0.1, 0.7])
-    found = run(loss=linear, score=lambda texture: next(scores), steps=2)
-    assert found.score == 0.8
-    assert (found.texture == 128 / 255).all()
+    best = run(loss=linear, score=lambda texture: next(scores), steps=2)
+    assert best.score == 0.8
+    assert (best.texture == 128 / 255).all()
 
 
 def test_the_start_and_the_last_step_are_scored_too():

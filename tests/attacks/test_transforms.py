@@ -129,7 +129,7 @@ def test_a_turned_patch_keeps_its_area_and_has_no_empty_border(degrees, shape):
     assert torch.equal(turned, turned.flip((0, 1)))
 
 
-def test_light():
+def test_contrast_and_brightness():
     textures = torch.tensor([0.0, 0.5, 1.0]).view(1, 3, 1, 1).expand(2, 3, 1, 1)
     lit = relight(textures, contrast=torch.tensor([2.0, 0.5]), brightness=torch.tensor([-0.5, 0.1]))
     torch.testing.assert_close(lit[..., 0, 0], torch.tensor([[0.0, 0.5, 1.0], [0.1, 0.35, 0.6]]))

@@ -18,7 +18,7 @@ from qadtr_brevitas.data.split import Split
 
 CLASSES, SIDE = 5, 16
 
-# The smallest sizes at which the tests' networks are told apart.
+# The smallest sizes at which the checks tell the tests' networks apart.
 SMALL = AuditProfile(steps=10, compared_steps=10, restarts=2, queries=100, noise_patches=2_000, directions=5, draws=5)
 
 

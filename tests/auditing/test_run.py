@@ -89,31 +89,31 @@ def test_a_network_that_knows_nothing_is_skipped_not_passed(trained: Trained) ->
     assert "only 0 of 200 images are classified correctly" in part.findings[0].meaning
 
 
-def test_outputs_that_are_not_finite_are_no_pass(trained: Trained) -> None:
+def test_outputs_that_are_not_finite_are_a_warning(trained: Trained) -> None:
     def breaking(images: Tensor) -> Tensor:
         strange = (images.amax((1, 2, 3)) > 0.98) & (images.amin((1, 2, 3)) < 0.02)
         return trained.net(images).masked_fill(strange[:, None], torch.nan)
 
-    found = trained.findings(breaking, "G16")
-    assert found["G16"].status == "WARN"
-    assert "not finite" in found["G16"].meaning
-    assert found["G16"].numbers == {}
+    findings = trained.findings(breaking, "G16")
+    assert findings["G16"].status == "WARN"
+    assert "not finite" in findings["G16"].meaning
+    assert findings["G16"].numbers == {}
 
 
-def test_a_weak_attack_on_the_twin_is_no_claim(trained: Trained) -> None:
-    found = trained.findings(trained.net, "G17", twin=trained.net)
-    assert found["G17"].status == "WARN"
-    assert found["G17"].numbers["asr on the twin"] == found["G17"].numbers["asr here"] < 0.8
-    assert "too weak to claim a defense" in found["G17"].meaning
+def test_a_weak_attack_on_the_twin_is_a_warning(trained: Trained) -> None:
+    findings = trained.findings(trained.net, "G17", twin=trained.net)
+    assert findings["G17"].status == "WARN"
+    assert findings["G17"].numbers["asr on the twin"] == findings["G17"].numbers["asr here"] < 0.8
+    assert "too weak to claim a defense" in findings["G17"].meaning
 
 
 def test_a_part_that_only_hides_gradients_is_named(trained: Trained) -> None:
     def hidden(images: Tensor) -> Tensor:
         return trained.net(images.detach())
 
-    found = trained.findings(hidden, "G18", ablations=[trained.net])
-    assert found["G18"].status == "WARN"
-    assert "Sequential lacks helps against gradients but not against random search" in found["G18"].meaning
+    findings = trained.findings(hidden, "G18", ablations=[trained.net])
+    assert findings["G18"].status == "WARN"
+    assert "Sequential lacks helps against gradients but not against random search" in findings["G18"].meaning
     assert trained.findings(trained.net, "G18", ablations=[trained.net])["G18"].status == "pass"
 
 

@@ -46,7 +46,7 @@ def test_only_the_patch_changes_and_it_has_8_bit(trained: Trained) -> None:
     assert all(parameter.grad is None for parameter in trained.net.parameters())
 
 
-def test_every_iterate_is_judged_the_last_one_included(trained: Trained) -> None:
+def test_every_iterate_is_assessed_including_the_last(trained: Trained) -> None:
     attacked = attacked_images(trained)
     trace = search(trained.net, attacked, noise(), steps=1)
     assert trace.losses.shape == (2, 40)
@@ -66,7 +66,7 @@ def test_targets_replace_the_labels_in_the_loss_only(trained: Trained) -> None:
     assert targeted_cross_entropy(after, targets).mean() < targeted_cross_entropy(before, targets).mean() - 0.5
 
 
-def test_gradients_that_are_not_numbers_are_counted_and_do_no_harm(trained: Trained) -> None:
+def test_gradients_that_are_not_finite_are_counted_and_ignored(trained: Trained) -> None:
     def overflowing(images: Tensor) -> Tensor:
         # The square root has an infinite slope at zero.
         return trained.net(images) + (images * 0).sum((1, 2, 3), keepdim=False)[:, None].sqrt()
@@ -76,7 +76,7 @@ def test_gradients_that_are_not_numbers_are_counted_and_do_no_harm(trained: Trai
     assert bool(trace.last.isfinite().all())
 
 
-def test_an_interrupted_way_back_gives_zero_gradients() -> None:
+def test_an_interrupted_backward_pass_means_zero_gradients() -> None:
     patches = torch.rand(2, 3, 1, 1, requires_grad=True)
     assert torch.equal(gradient_of(torch.ones(2), patches), torch.zeros_like(patches))
     unrelated = torch.ones(2, requires_grad=True)

@@ -8,10 +8,10 @@ from qadtr_brevitas.auditing.significance import FALSE_ALARM, AsrGain, compare, 
 
 
 def broken(*spans: tuple[int, int], images: int = 200) -> torch.Tensor:
-    found = torch.zeros(images, dtype=torch.bool)
+    images_broken = torch.zeros(images, dtype=torch.bool)
     for first, last in spans:
-        found[first:last] = True
-    return found
+        images_broken[first:last] = True
+    return images_broken
 
 
 def test_a_gain_counts_the_images_that_differ() -> None:
@@ -36,10 +36,10 @@ def test_the_largest_of_many_gains_has_to_be_larger() -> None:
 
 
 def test_comparing_names_the_best_and_gives_the_numbers() -> None:
-    found = compare(broken((0, 20)), {"weak": broken((0, 10)), "strong": broken((0, 60))}, base_name="base")
-    assert (found.best, found.is_better) == ("strong", True)
-    assert found.numbers == pytest.approx(
-        {"asr base": 0.1, "asr weak": 0.05, "asr strong": 0.3, "gain": 0.2, "noise": found.gain.noise}
+    comparison = compare(broken((0, 20)), {"weak": broken((0, 10)), "strong": broken((0, 60))}, base_name="base")
+    assert (comparison.best, comparison.is_better) == ("strong", True)
+    assert comparison.numbers == pytest.approx(
+        {"asr base": 0.1, "asr weak": 0.05, "asr strong": 0.3, "gain": 0.2, "noise": comparison.gain.noise}
     )
 
 

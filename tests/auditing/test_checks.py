@@ -43,18 +43,18 @@ def falling(*, late: float) -> Tensor:
 @pytest.mark.parametrize(("last", "status"), [(105, "pass"), (109, "pass"), (112, "WARN")])
 def test_more_steps_must_not_break_clearly_more(context: AuditContext, last: int, status: str) -> None:
     set_outcomes(context, after={10: 90, 20: 100, 40: last}, losses=falling(late=0.0), restarts=120)
-    found = run_checks(context, "G1")["G1"]
-    assert found.status == status
-    assert found.numbers["asr 10 steps, 2 restarts"] == pytest.approx(0.6)
-    assert found.numbers["gain"] == pytest.approx((last - 100) / 200)
+    finding = run_checks(context, "G1")["G1"]
+    assert finding.status == status
+    assert finding.numbers["asr 10 steps, 2 restarts"] == pytest.approx(0.6)
+    assert finding.numbers["gain"] == pytest.approx((last - 100) / 200)
 
 
 @pytest.mark.parametrize(("late", "status"), [(0.04, "pass"), (0.1, "WARN")])
 def test_the_loss_must_have_stopped_falling(context: AuditContext, late: float, status: str) -> None:
     set_outcomes(context, after={40: 100}, losses=falling(late=late))
-    found = run_checks(context, "G2")["G2"]
-    assert (found.status, found.numbers["images left"]) == (status, 100)
-    assert found.numbers["fall in the last 10 steps"] == pytest.approx(late, abs=1e-5)
+    finding = run_checks(context, "G2")["G2"]
+    assert (finding.status, finding.numbers["images left"]) == (status, 100)
+    assert finding.numbers["fall in the last 10 steps"] == pytest.approx(late, abs=1e-5)
 
 
 def test_an_attack_that_breaks_all_was_long_enough(context: AuditContext) -> None:
@@ -66,32 +66,32 @@ def test_a_loss_that_moved_on_few_images_is_not_judged(context: AuditContext) ->
     losses = falling(late=0.1).clone()
     losses[:, 105:] = 0
     set_outcomes(context, after={40: 100}, losses=losses)
-    found = run_checks(context, "G2")["G2"]
-    assert found.status == "skipped"
-    assert "only 5 of the 100 images left" in found.meaning
+    finding = run_checks(context, "G2")["G2"]
+    assert finding.status == "skipped"
+    assert "only 5 of the 100 images left" in finding.meaning
 
 
-def test_success_that_is_lost_again_is_told(context: AuditContext) -> None:
+def test_success_that_is_lost_again_is_a_warning(context: AuditContext) -> None:
     set_outcomes(context, after={40: 100}, losses=falling(late=0.0))
-    found = run_checks(context, "G15")["G15"]
-    assert found.numbers["asr last patches"] < 0.1
-    assert found.status == "WARN"
-    assert "keep their best patch" in found.meaning
+    finding = run_checks(context, "G15")["G15"]
+    assert finding.numbers["asr last patches"] < 0.1
+    assert finding.status == "WARN"
+    assert "keep their best patch" in finding.meaning
 
 
-def test_one_step_that_beats_many_is_told(context: AuditContext) -> None:
+def test_one_step_that_beats_many_is_a_warning(context: AuditContext) -> None:
     set_outcomes(context, after={10: 0, 40: 0}, losses=falling(late=0.0))
-    found = run_checks(context, "G4")["G4"]
-    assert found.status == "WARN"
-    assert found.meaning.startswith("one step of ")
+    finding = run_checks(context, "G4")["G4"]
+    assert finding.status == "WARN"
+    assert finding.meaning.startswith("one step of ")
 
 
-def test_aiming_that_beats_any_class_is_told(context: AuditContext) -> None:
+def test_a_targeted_attack_that_beats_the_untargeted_one_is_a_warning(context: AuditContext) -> None:
     set_outcomes(context, after={10: 0, 40: 0}, losses=falling(late=0.0))
     assert run_checks(context, "G14")["G14"].status == "WARN"
 
 
-def test_noise_that_beats_the_attack_is_told(context: AuditContext) -> None:
+def test_noise_that_beats_the_attack_is_a_warning(context: AuditContext) -> None:
     set_outcomes(context, after={40: 0}, losses=falling(late=0.0))
     weak = run_checks(context, "G7")["G7"]
     assert (weak.status, weak.numbers["noise"] > 0) == ("pass", weak.numbers["gain"] > 0)
@@ -113,11 +113,11 @@ def test_other_precisions_and_their_mean_may_be_better_sources(trained: Trained)
         full_precision=trained.net,
         passes=ForwardCounter(),
     )
-    found = run_checks(trained.context(audited), "G6", "G10", "G13")
-    assert {finding.status for finding in found.values()} == {"WARN"}
-    assert "patches from 32 bit break more images" in found["G6"].meaning
-    assert "8+4+2" in found["G10"].meaning
-    assert "gradient of 32 bit breaks more images" in found["G13"].meaning
+    finding = run_checks(trained.context(audited), "G6", "G10", "G13")
+    assert {finding.status for finding in finding.values()} == {"WARN"}
+    assert "patches from 32 bit break more images" in finding["G6"].meaning
+    assert "8+4+2" in finding["G10"].meaning
+    assert "gradient of 32 bit breaks more images" in finding["G13"].meaning
 
 
 @pytest.mark.parametrize(
@@ -129,9 +129,9 @@ def test_a_larger_patch_must_not_be_worse(
 ) -> None:
     outcomes = dict(zip((2, 3, 4, 6, SIDE), counts, strict=True))
     monkeypatch.setattr(size_checks, "_broken", lambda context, size: broken(outcomes[size[0]]))
-    found = run_checks(context, "G3")["G3"]
-    assert found.status == status
-    assert ("(3x3 to 4x4)" in found.meaning) == (status == "WARN")
+    finding = run_checks(context, "G3")["G3"]
+    assert finding.status == status
+    assert ("(3x3 to 4x4)" in finding.meaning) == (status == "WARN")
 
 
 @pytest.mark.parametrize(("left", "status"), [(2, "pass"), (6, "pass"), (10, "WARN")])
