@@ -1,7 +1,4 @@
-"""Gradient-inconsistent regularization: the recipe keys. The work is done in `gir_optimizer`.
-
-The optimizer wrapper of gradient-inconsistent regularization.
-"""
+"""Gradient-inconsistent regularization (GIR): perturbed gradients, and the optimizer wrapper that makes them."""
 
 from __future__ import annotations
 
@@ -21,21 +18,27 @@ from qadtr_brevitas.core.precision import Precision
 from qadtr_brevitas.core.seeding import derive_seed, generator
 from qadtr_brevitas.training.gradient_rules import GradientRule, GradientRuleOptimizer
 
+# Torch's operations on lists of tensors are named with an underscore, but torch's optimizers and others build on them.
+# pyright: reportPrivateUsage=false, reportIncompatibleVariableOverride=false
+
+GIR_KEY = "gir"
+_STEP_KEY = "gir_step"
+
 
 @plugin
 class Gir(GradientRule):
     """Gradient-inconsistent regularization (QADT-R, eq. 4 and 5; defaults of its Table 17).
 
     Each parameter gradient g becomes g + alpha * (beta * g / (|g| + eps) + gamma * xi), xi ~ N(0, sigma^2), on a
-    share `frequency` of the steps. Decisions where the paper is silent or cannot be meant, and the alternative:
+    share `frequency` of the steps. Decisions where the paper gives no value, or a formula that fails, and alternatives:
 
     - eps: printed outside the fraction, where it adds a constant to every coordinate and does not prevent a division
       by zero. Here it is inside; `eps_placement: literal` is as printed (with g / |g| = 0 for a zero gradient).
-    - gamma has no value in the paper. Here 1 in `mode: absolute`, the formula as printed. Its noise has the same size
-      for every gradient, so the angle it turns a gradient by depends on the size of the net and of the gradient.
+    - gamma has no value in the paper. Here it is 1 in `mode: absolute`, the formula as printed. Its noise has the same
+      size for every gradient, so the angle between g and the result depends on the sizes of network and gradient.
       `mode: relative` instead adds noise whose norm is `rho` times that of the gradient it is added to (alpha, gamma
-      and sigma do not matter to it then): the expected cosine between g and the result is 1 / sqrt(1 + rho^2).
-      With gamma 0 the direction of each tensor's gradient is unchanged, so that nothing is misaligned.
+      and sigma have no effect then): the expected cosine between g and the result is 1 / sqrt(1 + rho^2).
+      With gamma 0 the direction of the gradient of each tensor does not change.
     - |g|: `norm: tensor`, or `global` over all parameters.
     - "injected at lower-bit models": at every precision but 32; `float_too: true` perturbs there too, and `only`
       names the precisions to perturb.
@@ -43,8 +46,8 @@ class Gir(GradientRule):
     - Which parameters: weights, biases and norms, not the quantizers' thresholds.
     - Place: after clipping, just before the optimizer, so that clipping does not undo it.
 
-    GIR changes what training arrives at and nothing else. It gives no protection by itself at inference: an attacker
-    who has the weights has exact gradients.
+    GIR changes the trained weights and nothing else. It is no protection at inference: an attacker who has the weights
+    has exact gradients.
     """
 
     alpha: Annotated[float, Field(ge=0, description="strength of the perturbation")] = 0.1
@@ -69,7 +72,7 @@ class Gir(GradientRule):
         cls, only: tuple[Precision, ...] | None, info: ValidationInfo
     ) -> tuple[Precision, ...] | None:
         if any(precision.is_float for precision in only or ()) and not info.data.get("float_too", True):
-            raise ValueError("32 is perturbed only with float_too: true: give that too")
+            raise ValueError("32 is perturbed only with float_too: true: set that too, or remove 32")
         return only
 
     @property
@@ -78,16 +81,8 @@ class Gir(GradientRule):
         return self.only
 
     def wrap(self, optimizer: torch.optim.Optimizer, *, seed: int) -> GirOptimizer:
-        """Wraps any optimizer, so that its steps see perturbed gradients; the optimizer itself is not changed."""
+        """Return a wrapper of any optimizer whose steps see perturbed gradients."""
         return GirOptimizer(optimizer, self, seed=seed)
-
-
-# torch's operations on lists of tensors are named with an underscore, but torch's optimizers and others build on them.
-# pyright: reportPrivateUsage=false, reportIncompatibleVariableOverride=false
-
-
-_STEP_KEY = "gir_step"
-GIR_KEY = "gir"
 
 
 class GirOptimizer(GradientRuleOptimizer):
@@ -122,13 +117,13 @@ class GirOptimizer(GradientRuleOptimizer):
         self._cosine: Tensor | None = None
 
     def set_context(self, *, step: int, precision: Precision | None) -> None:
-        """Says which step comes next and at which precision its gradient was taken (None: not known, so perturbed).
+        """Set the number of the next step and the precision of its gradient; at None the gradient is perturbed.
 
-        Without it, steps are counted from 0 and every precision is perturbed.
+        Without this call, steps are counted from 0 and gradients are perturbed at every precision.
         """
         self._step = step
         self._precision = precision
-        # A step that a GradScaler skips leaves none.
+        # A step that a GradScaler skips has no cosine.
         self._cosine = None
 
     @property
@@ -145,10 +140,10 @@ class GirOptimizer(GradientRuleOptimizer):
         return {} if cosine is None else {"gir_cosine": cosine}
 
     def step(self, closure: Callable[[], float] | None = None) -> Any:
-        """Perturbs the gradients in place, if it is this step's turn, and lets the wrapped optimizer step.
+        """Perturb the gradients in place, on a share of the steps, and take a step of the wrapped optimizer.
 
-        A closure is called once, before the perturbation: optimizers that call it again (L-BFGS) would otherwise
-        undo it.
+        A closure is called once, before the perturbation. The wrapped optimizer does not get it: optimizers that call
+        it again (L-BFGS) would undo the perturbation.
         """
         loss = None
         if closure is not None:
@@ -161,7 +156,7 @@ class GirOptimizer(GradientRuleOptimizer):
 
     @torch.no_grad()
     def _perturb(self) -> Tensor | None:
-        """Adds the perturbation to every gradient, in place, and returns the cosine (0-dim, on the device)."""
+        """Add the perturbation to every gradient, in place, and return the cosine (0-dim, on the device)."""
         indexed = [(index, p.grad) for index, p in enumerate(self._parameters()) if p.grad is not None]
         if not indexed:
             return None
@@ -181,7 +176,7 @@ class GirOptimizer(GradientRuleOptimizer):
         return cosine
 
     def _normalized_scales(self, norms: Tensor) -> Tensor:
-        """alpha * beta / (|g| + eps) for each gradient; (parameters,)."""
+        """Return alpha * beta / (|g| + eps) for each gradient, (parameters,)."""
         if self.rule.norm == "global":
             norms = norms.norm().expand_as(norms)
         if self.rule.eps_placement == "inside":
@@ -189,14 +184,14 @@ class GirOptimizer(GradientRuleOptimizer):
         return torch.where(norms > 0, self.rule.alpha * self.rule.beta / norms, 0.0)
 
     def _relative_scales(self, gradients: list[Tensor], norms: Tensor) -> Tensor:
-        """Deviation that gives noise a norm of rho times that of the gradient; (parameters,)."""
+        """Return the deviation at which noise has rho times the norm of each gradient, (parameters,)."""
         sizes = norms.new_tensor([gradient.numel() for gradient in gradients])
         if self.rule.norm == "global":
             return (self.rule.rho * norms.norm() / sizes.sum().sqrt()).expand_as(norms)
         return self.rule.rho * norms / sizes.sqrt()
 
     def _noise(self, indexed: list[tuple[int, Tensor]]) -> list[Tensor]:
-        """Standard normal noise for each gradient."""
+        """Return standard normal noise for each gradient."""
         return [
             torch.empty_like(gradient).normal_(
                 generator=generator(self.seed, "gir", self._step, index, device=gradient.device)
@@ -216,7 +211,7 @@ class GirOptimizer(GradientRuleOptimizer):
         groups = [group for group in self.optimizer.param_groups if group.get(GIR_KEY, True)]
         return [parameter for group in groups for parameter in group["params"]]
 
-    # What follows hands on to the wrapped optimizer.
+    # Everything below is the wrapped optimizer's own.
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -243,45 +238,45 @@ class GirOptimizer(GradientRuleOptimizer):
         self.optimizer.defaults = value
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As the wrapped optimizer."""
+        """Set the gradients to None or zero."""
         self.optimizer.zero_grad(set_to_none=set_to_none)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As the wrapped optimizer."""
+        """Add a parameter group."""
         self.optimizer.add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
-        """The wrapped optimizer's state, and the number of the next step."""
+        """Return the wrapped optimizer's state with the number of the next step."""
         return {**self.optimizer.state_dict(), _STEP_KEY: self._step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores a state of this wrapper, or of the wrapped optimizer alone."""
+        """Restore a state of this wrapper, or of the wrapped optimizer alone."""
         own = dict(state_dict)
         self._step = own.pop(_STEP_KEY, self._step)
         self.optimizer.load_state_dict(own)
 
     def register_step_pre_hook(self, hook: Any) -> RemovableHandle:
-        """As the wrapped optimizer: the hook sees the perturbed gradients."""
+        """Register a hook with the wrapped optimizer, which sees the perturbed gradients."""
         return self.optimizer.register_step_pre_hook(hook)
 
     def register_step_post_hook(self, hook: Any) -> RemovableHandle:
-        """As the wrapped optimizer."""
+        """Register a hook with the wrapped optimizer."""
         return self.optimizer.register_step_post_hook(hook)
 
     def register_state_dict_pre_hook(self, hook: Any, prepend: bool = False) -> RemovableHandle:
-        """As the wrapped optimizer."""
+        """Register a hook with the wrapped optimizer."""
         return self.optimizer.register_state_dict_pre_hook(hook, prepend=prepend)
 
     def register_state_dict_post_hook(self, hook: Any, prepend: bool = False) -> RemovableHandle:
-        """As the wrapped optimizer."""
+        """Register a hook with the wrapped optimizer."""
         return self.optimizer.register_state_dict_post_hook(hook, prepend=prepend)
 
     def register_load_state_dict_pre_hook(self, hook: Any, prepend: bool = False) -> RemovableHandle:
-        """As the wrapped optimizer."""
+        """Register a hook with the wrapped optimizer."""
         return self.optimizer.register_load_state_dict_pre_hook(hook, prepend=prepend)
 
     def register_load_state_dict_post_hook(self, hook: Any, prepend: bool = False) -> RemovableHandle:
-        """As the wrapped optimizer."""
+        """Register a hook with the wrapped optimizer."""
         return self.optimizer.register_load_state_dict_post_hook(hook, prepend=prepend)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -292,13 +287,13 @@ class GirOptimizer(GradientRuleOptimizer):
 
 
 def _norms(tensors: list[Tensor]) -> Tensor:
-    """Euclidean norm of each tensor; (tensors,), on the device of the first."""
+    """Return the Euclidean norm of each tensor, (tensors,), on the device of the first."""
     norms = torch._foreach_norm(tensors)
     return torch.stack([norm.to(norms[0].device) for norm in norms])
 
 
 def _cosine(gradients: list[Tensor], changes: list[Tensor], norms: Tensor) -> Tensor:
-    """Cosine between all gradients and all gradients + changes, without a copy of either; NaN for a zero gradient."""
+    """Return the cosine between gradients and gradients + changes, without copying them; NaN for a zero gradient."""
     products = torch._foreach_mul(gradients, changes)
     dot = torch.stack([product.sum().to(norms.device) for product in products]).sum()
     raw, change = norms.square().sum(), _norms(changes).square().sum()

@@ -1,4 +1,4 @@
-"""What a run makes of its data and of a network that is not quantized."""
+"""Runs on data of every kind, and of a network that is not quantized."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ def test_a_network_of_32_bit_alone_trains_and_is_saved(tmp_path: Path) -> None:
     assert sum(losses[-6:]) < 0.95 * sum(losses[:6])
 
 
-def test_the_model_says_what_it_was_trained_on(tmp_path: Path) -> None:
+def test_the_model_records_its_data_set(tmp_path: Path) -> None:
     recipe = quick_recipe()
     run = train(recipe, tmp_path / "run", device="cpu")
     assert load_model(run)[1].data == recipe.data.model_dump(mode="json")["dataset"]
 
 
-def test_photos_are_trained_on_at_the_size_of_the_model_and_a_run_goes_on(
+def test_photos_are_resized_for_the_model_and_the_run_is_recognized(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -62,15 +62,15 @@ def test_photos_are_trained_on_at_the_size_of_the_model_and_a_run_goes_on(
     assert info.image_size == (32, 32)
     assert info.data is not None
     assert (info.data["image_size"], info.data["crop"]) == (32, 1.0)
-    # The same recipe is the same run, though it does not say the size.
+    # The recipe without the size is the same recipe.
     recorder = Recorder()
     train(recipe, run, device="cpu", observer=recorder)
     assert "is finished" in recorder.messages[0]
 
 
-def test_too_few_images_to_calibrate_are_told_before_training(tmp_path: Path) -> None:
+def test_too_few_images_to_calibrate_are_reported_before_training(tmp_path: Path) -> None:
     recipe = quick_recipe(float_epochs=1)
     recipe = changed(recipe, "quant", calibration={"samples": 200})
-    with pytest.raises(DataError, match="is to look at 200 training images, there are 96"):
+    with pytest.raises(DataError, match=r"200.*96"):
         train(recipe, tmp_path / "run", device="cpu")
     assert not (tmp_path / "run").exists()

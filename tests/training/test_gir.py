@@ -23,7 +23,7 @@ def parameters(gradients: tuple[Tensor | None, ...] = GRADIENTS) -> list[nn.Para
 
 
 def perturbed(gradients: tuple[Tensor | None, ...] = GRADIENTS, *, step: int = 0, **fields: Any) -> list[Tensor | None]:
-    """The gradients an optimizer would see; read off a step of plain SGD with learning rate 1."""
+    """The gradients that an optimizer sees, from a step of plain SGD with learning rate 1."""
     made = parameters(gradients)
     optimizer = Gir(frequency=1, **fields).wrap(torch.optim.SGD(made, lr=1.0), seed=0)
     optimizer.set_context(step=step, precision=Precision(4, 4))
@@ -55,7 +55,7 @@ def test_literal_eps_is_added_to_every_coordinate_and_a_zero_gradient_stays_fini
     torch.testing.assert_close(second, torch.full((3,), 0.05))
 
 
-def test_without_gamma_directions_stay() -> None:
+def test_without_gamma_directions_are_kept() -> None:
     for seen, raw in zip(perturbed(gamma=0), GRADIENTS, strict=True):
         assert seen is not None
         assert torch.cosine_similarity(seen.flatten(), raw.flatten(), dim=0).item() == pytest.approx(1)
@@ -137,18 +137,18 @@ def test_precisions_that_are_perturbed(fields: dict[str, Any], bits: int, due: b
 
 
 def test_without_context_steps_are_counted_and_every_step_is_perturbed() -> None:
-    made, told = parameters(), parameters()
+    made, other_made = parameters(), parameters()
     one = Gir(frequency=1).wrap(torch.optim.SGD(made, lr=1.0), seed=0)
-    other = Gir(frequency=1).wrap(torch.optim.SGD(told, lr=1.0), seed=0)
+    other = Gir(frequency=1).wrap(torch.optim.SGD(other_made, lr=1.0), seed=0)
     for step in range(3):
         one.step()
         other.set_context(step=step, precision=None)
         other.step()
-    assert torch.equal(made[0], told[0])
+    assert torch.equal(made[0], other_made[0])
 
 
 def fit(optimizer: Any, model: nn.Module, steps: int, step: Any = None) -> list[float]:
-    """A few steps of regression; the losses."""
+    """Take steps of regression and return the losses."""
     x = torch.linspace(-1, 1, 32)[:, None]
     losses = []
     for _ in range(steps):
@@ -188,7 +188,7 @@ def test_frequency_zero_is_the_wrapped_optimizer() -> None:
     assert torch.equal(model.weight, plain.weight)
 
 
-def test_state_dict_goes_on_exactly() -> None:
+def test_a_state_dict_resumes_exactly() -> None:
     whole, optimizer = regression("adam")
     fit(optimizer, whole, 20)
     first, optimizer = regression("adam")
@@ -255,7 +255,7 @@ def test_closure_is_called_once_and_its_loss_returned() -> None:
     assert optimizer.last_cosine is not None
 
 
-def test_torch_scheduler_drives_it() -> None:
+def test_schedulers_of_torch_set_the_learning_rate() -> None:
     model, optimizer = regression()
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
     fit(optimizer, model, 1)
@@ -263,7 +263,7 @@ def test_torch_scheduler_drives_it() -> None:
     assert optimizer.optimizer.param_groups[0]["lr"] == 0.025
 
 
-def test_timm_scheduler_drives_it() -> None:
+def test_schedulers_of_timm_set_the_learning_rate() -> None:
     _, optimizer = regression()
     scheduler = timm.scheduler.CosineLRScheduler(optimizer, t_initial=10, t_in_epochs=False)
     scheduler.step_update(5)
@@ -271,7 +271,7 @@ def test_timm_scheduler_drives_it() -> None:
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
-def test_grad_scaler_is_unscaled_before(name: str) -> None:
+def test_gradients_are_unscaled_before_the_perturbation(name: str) -> None:
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     model, optimizer = regression(name, frequency=1)
     plain, reference = regression(name, frequency=1)
@@ -286,7 +286,7 @@ def test_grad_scaler_is_unscaled_before(name: str) -> None:
     torch.testing.assert_close(model.weight, plain.weight)
 
 
-def test_a_step_that_never_comes_leaves_no_cosine() -> None:
+def test_a_skipped_step_has_no_cosine() -> None:
     model, optimizer = regression(frequency=1)
     fit(optimizer, model, 1)
     assert optimizer.last_cosine is not None
@@ -312,7 +312,7 @@ def test_fused_optimizers_are_unscaled_before_the_perturbation() -> None:
     assert not getattr(Gir().wrap(fused, seed=0), "_step_supports_amp_scaling", False)
 
 
-def test_accelerate_drives_it() -> None:
+def test_accelerate_can_prepare_it() -> None:
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 

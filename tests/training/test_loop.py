@@ -1,6 +1,8 @@
 import json
 import math
 import os
+import re
+import socket
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -62,7 +64,7 @@ def test_run_directory_and_saved_model_hold_what_was_trained(tmp_path: Path) -> 
             assert (model(images).argmax(1) == labels).float().mean().item() == pytest.approx(accuracy)
 
 
-def test_records_say_what_each_step_did(tmp_path: Path) -> None:
+def test_records_describe_each_step(tmp_path: Path) -> None:
     recorder = observe(make_recipe(), tmp_path)
     assert [record.step for record in recorder.steps] == list(range(1, 25))
     before, after = recorder.steps[:6], recorder.steps[6:]
@@ -119,12 +121,12 @@ def test_best_gets_recalibrated_norms_too(tmp_path: Path) -> None:
     assert all("running_" in name for name in changed)
 
 
-def test_validation_is_due_every_so_many_epochs_and_at_the_end(tmp_path: Path) -> None:
+def test_validation_runs_every_few_epochs_and_at_the_end(tmp_path: Path) -> None:
     recorder = observe(make_recipe(epochs=3, float_epochs=0, validate_every=2, norm_batches=0, **PLAIN), tmp_path)
     assert [record.val_accuracy is not None for record in recorder.epochs] == [False, True, True]
 
 
-def test_weights_of_other_classes_are_told(tmp_path: Path) -> None:
+def test_a_new_classifier_for_pretrained_weights_is_reported(tmp_path: Path) -> None:
     plain = make_recipe(**SHORT)
     assert not observe(plain, tmp_path / "plain").messages
     pretrained = plain.model_copy(update={"model": plain.model.model_copy(update={"pretrained": True})})
@@ -174,9 +176,7 @@ def test_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(
     with pytest.raises(TrainingError) as error:
         train(make_recipe(**{**SHORT, "epochs": 2, "checkpoint_every": 4}), tmp_path, device="cpu")
     message = str(error.value)
-    assert "the loss is nan at step 6 (precision " in message
-    assert "learning rate 0.0" in message
-    assert "Try a lower train.optimizer.lr, or train.clip_grad_norm=1" in message
+    assert re.search(r"nan at step 6 .*precision .*learning rate 0\.0.*train\.optimizer\.lr.*clip_grad_norm", message)
     saved = load_state(tmp_path)
     assert saved is not None
     assert saved.counters.step == 6
@@ -200,7 +200,7 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "build_switchable", spy)
-        with pytest.raises(TrainingError, match=r"step 3 the weights net\.linear\.bias are not finite; the last good"):
+        with pytest.raises(TrainingError, match=r"step 3 .*net\.linear\.bias.*not finite"):
             train(make_recipe(**{**SHORT, "checkpoint_every": 3}), tmp_path, device="cpu", observer=Poison())
     assert load_state(tmp_path) is None
 
@@ -208,14 +208,14 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"batch_size": 97}, r"train\.batch_size=97 is more than the 96 training images: give train\.batch_size=96"),
-        ({"precision": {"schedule": "fixed", "choice": 6}}, "has no precision 6: it was converted for 32, 4, 2"),
+        ({"batch_size": 97}, r"train\.batch_size=97.*96 training images.*train\.batch_size=96"),
+        ({"precision": {"schedule": "fixed", "choice": 6}}, r"precision 6.*32, 4, 2"),
         (
             {"precision": {"schedule": "uniform", "choices": [4, 2], "independent": True}},
-            "has no precision w4a2: it was converted for 32, 4, 2",
+            r"precision w4a2.*32, 4, 2",
         ),
-        ({"optimizer": {"name": "sgdd"}}, "timm has no optimizer 'sgdd': did you mean 'sgd'"),
-        ({"amp": "fp16"}, r"train\.amp=fp16 needs a GPU: give train\.amp=bf16"),
+        ({"optimizer": {"name": "sgdd"}}, r"optimizer 'sgdd'.*'sgd'"),
+        ({"amp": "fp16"}, r"train\.amp=fp16.*GPU.*train\.amp=bf16"),
     ],
 )
 def test_recipes_that_cannot_be_trained_are_refused(tmp_path: Path, keys: dict[str, Any], message: str) -> None:
@@ -290,12 +290,14 @@ def test_clipping_unscales_the_gradients_of_its_own_phase_alone(
     assert [isinstance(of.optimizer, GirOptimizer) for of in unscaled] == [False] * 6 + [True] * 6
 
 
-def test_norms_without_running_statistics_are_nothing_to_average() -> None:
+def test_networks_without_running_statistics_are_left_as_they_are() -> None:
     average_norm_statistics(nn.LayerNorm(4), SimpleNamespace(num_processes=2))
 
 
 RANKS = """
-import sys, torch
+import os, sys, torch
+from importlib.metadata import EntryPoint, EntryPoints
+from qadtr_brevitas.core import registry
 torch.set_num_threads(1)
 from tests.training.support import Recorder, make_recipe
 from qadtr_brevitas.training import loop as t
@@ -303,28 +305,36 @@ models, build = [], t.build_switchable
 t.build_switchable = lambda *a: (lambda built: models.append(built[0]) or built)(build(*a))
 keys = dict(epochs=3, float_epochs=1, norm_batches=0, regularizers=["distillation"], checkpoint_every=1000)
 t.train(make_recipe(**keys), sys.argv[1], device="cpu")
-import os
 torch.save(models[0].state_dict(), f"{sys.argv[1]}/rank{os.environ['RANK']}.pt")
-t.train(make_recipe(epochs=1, float_epochs=0, attack=None), f"{sys.argv[1]}-again", device="cpu")
+target = "examples.objectives.feature_matching:FeatureMatching"
+points = EntryPoints([EntryPoint("feature-matching", target, "qadtr_brevitas.objective")])
+registry.entry_points = lambda group: points.select(group=group)
+registry._external.cache_clear()
+objective = {"name": "feature-matching", "layers": ["act*"]}
+t.train(make_recipe(epochs=2, float_epochs=0, objective=objective), f"{sys.argv[1]}-objective", device="cpu")
+torch.save(models[1].state_dict(), f"{sys.argv[1]}-objective/rank{os.environ['RANK']}.pt")
 """
 
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Path:
-    """A run of 2x8 images by two processes."""
+    """A run of 2x8 images by two processes, and one beside it with an objective that runs several precisions."""
     run = tmp_path_factory.mktemp("two") / "run"
     script = run.parent / "ranks.py"
     script.write_text(RANKS)
     environment = {**os.environ, "PYTHONPATH": str(repository), "OMP_NUM_THREADS": "1"}
+    if "lo" in dict(map(reversed, socket.if_nameindex())):
+        # Gloo would connect to whatever address the name of the machine has, which may refuse.
+        environment["GLOO_SOCKET_IFNAME"] = "lo"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run([*launcher, str(script), str(run)], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert (run.parent / "run-again" / "last").is_dir()
     return run
 
 
-def test_two_processes_end_with_the_same_weights(two_processes: Path) -> None:
-    first, second = (torch.load(two_processes / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
+@pytest.mark.parametrize("run", ["run", "run-objective"])
+def test_two_processes_end_with_the_same_weights(two_processes: Path, run: str) -> None:
+    first, second = (torch.load(two_processes.parent / run / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -338,6 +348,14 @@ def test_the_patches_that_each_process_keeps_are_saved(two_processes: Path) -> N
     for rank in (0, 1):
         own = memory_of_rank(memory, rank, torch.device("cpu"))
         assert torch.equal(own["textures"], memory["textures"][rank])
+
+
+def test_gradients_of_several_forward_passes_are_averaged_over_the_processes(two_processes: Path) -> None:
+    run = two_processes.parent / "run-objective"
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    means = [line["means"] for line in lines if line["kind"] == "epoch"]
+    assert all(mean["feature_distance"] > 0 and mean["input_gradient"] > 0 for mean in means)
+    assert means[1]["input_gradient"] < means[0]["input_gradient"]
 
 
 def test_two_processes_learn_as_one_does(two_processes: Path, tmp_path: Path) -> None:
