@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from contextlib import nullcontext
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ class TorchAttack(PixelAttack, TargetedAttack):
     target: Target = None
 
     @abstractmethod
-    def library_arguments(self) -> dict[str, Any]:
+    def library_arguments(self) -> dict[str, float]:
         """Return the arguments of the library's class beside `eps`."""
 
     @property
@@ -98,7 +98,7 @@ class Fgsm(TorchAttack):
 
     library_class: ClassVar[str] = "FGSM"
 
-    def library_arguments(self) -> dict[str, Any]:
+    def library_arguments(self) -> dict[str, float]:
         return {}
 
 
@@ -125,7 +125,7 @@ class Pgd(TorchAttack, TrainingAttack, IterativeAttack):
     def is_random(self) -> bool:
         return self.random_start
 
-    def library_arguments(self) -> dict[str, Any]:
+    def library_arguments(self) -> dict[str, float]:
         return {"alpha": self.alpha or self.eps / 4, "steps": self.steps, "random_start": self.random_start}
 
 
@@ -139,7 +139,7 @@ class MiFgsm(TorchAttack, IterativeAttack):
     steps: Annotated[int, Field(ge=1, description="sign steps")] = 10
     decay: Annotated[float, Field(ge=0, description="share of the average that is carried over a step")] = 1.0
 
-    def library_arguments(self) -> dict[str, Any]:
+    def library_arguments(self) -> dict[str, float]:
         return {"alpha": self.alpha or self.eps / 4, "steps": self.steps, "decay": self.decay}
 
 
@@ -149,7 +149,7 @@ def _run_library(
     images: Tensor,
     labels: Tensor,
     target: int | None,
-    **arguments: Any,
+    **arguments: float,
 ) -> Tensor:
     """Run a class of torchattack without gradients on parameters, and keep images finite."""
     library = require("torchattack", extra="attacks", purpose=f"attack {name}")

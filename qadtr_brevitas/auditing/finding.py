@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field
 
@@ -81,7 +81,7 @@ class AuditReport(Document):
     model: str
     fingerprint: str | None
     profile: str
-    settings: dict[str, Any]
+    settings: dict[str, int]
     seed: int
     images: int
     precisions: tuple[PrecisionAudit, ...]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pydantic import ValidationError
 
@@ -29,7 +28,7 @@ class AuditStore:
     """
 
     folder: Path | None
-    facts: Any
+    facts: object
 
     @classmethod
     def of(
@@ -41,7 +40,7 @@ class AuditStore:
         ablations: Sequence[ModelToAudit],
         *,
         split: Split,
-        settings: Any,
+        settings: object,
     ) -> AuditStore:
         """Return the store of an audit; it keeps nothing for models without a fingerprint, which were not loaded."""
         parts = [model, *([] if twin is None else [twin]), *surrogates, *ablations]
