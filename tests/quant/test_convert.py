@@ -1,6 +1,7 @@
 """Conversion: exact at 32 bit, at most 2^b levels below, and nothing passed over in silence."""
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import timm
@@ -249,6 +250,48 @@ def test_per_tensor_weights_have_one_threshold() -> None:
 def test_a_network_with_nothing_to_quantize_is_refused() -> None:
     with pytest.raises(UsageError, match=r"Sequential.*nothing to quantize"):
         convert(nn.Sequential(nn.Flatten(), nn.ReLU()), image_size=(8, 8))
+
+
+class Returning(nn.Module):
+    """A network that returns what a function makes of its logits."""
+
+    def __init__(self, output: Callable[[Tensor], object]) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 5))
+        self.output = output
+
+    def forward(self, x: Tensor) -> object:
+        return self.output(self.net(x))
+
+
+@pytest.mark.parametrize(
+    ("output", "facts"),
+    [
+        (lambda y: (y, y), "Returning.*tuple.*logits"),
+        (lambda y: {"logits": y}, "Returning.*dict.*logits"),
+        (lambda y: y.mean(1), r"Returning.*\(2,\).*\(N, classes\)"),
+    ],
+)
+def test_a_network_that_returns_no_logits_is_refused(output: Callable[[Tensor], object], facts: str) -> None:
+    with pytest.raises(UsageError, match=facts):
+        convert(Returning(output), image_size=(8, 8))
+
+
+def test_a_network_without_parameters_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"Flatten has no parameters"):
+        convert(nn.Flatten(), image_size=(8, 8))
+
+
+def test_a_network_in_training_mode_is_converted_as_in_eval_mode() -> None:
+    torch.manual_seed(0)
+    net = randomize_norms(Small())
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    model = convert(net.train(), image_size=(16, 16))
+    assert model.training
+    assert model.net.norm.training
+    assert net.training
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+    assert model.report == convert(net.eval(), image_size=(16, 16)).report
 
 
 def test_a_network_that_does_not_run_is_refused() -> None:

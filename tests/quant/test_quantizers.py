@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from qadtr_brevitas.core.errors import UsageError
+from qadtr_brevitas.core.plugin import plugin
 from qadtr_brevitas.core.registry import QUANTIZERS
 from qadtr_brevitas.quant import SwitchableModel, at_precision, calibrate, convert, freeze, frozen_weights
 from qadtr_brevitas.quant.log2 import Log2
-from qadtr_brevitas.quant.quantizer import Levels
-from qadtr_brevitas.quant.uniform import Uniform
+from qadtr_brevitas.quant.quantizer import Levels, Quantizer
+from qadtr_brevitas.quant.uniform import PowerOfTwo, Uniform
 from qadtr_brevitas.testing.quantizers import check_quantizer
 
 IMAGES = torch.rand(16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -43,14 +44,65 @@ def test_it_fulfills_the_contract(name: str) -> None:
     check_quantizer(QUANTIZERS.load(name)())
 
 
-class Forgetful(Uniform):
+@plugin
+class WithoutRounding(Uniform):
     def round(self, scaled: Tensor, levels: Levels, *, out: Tensor | None = None) -> Tensor:
         return scaled if out is None else out.copy_(scaled)
 
 
-def test_the_contract_tells_what_a_quantizer_breaks() -> None:
-    with pytest.raises(AssertionError, match=r"levels do not fit into 2 bit"):
-        check_quantizer(Forgetful())
+@plugin
+class PastTheLimit(PowerOfTwo):
+    def nearest_threshold(self, threshold: Tensor, levels: Levels, *, limit: float | None, above: bool) -> Tensor:
+        return super().nearest_threshold(threshold, levels, limit=None, above=above)
+
+
+@plugin
+class PassingClippedGradients(Uniform):
+    def quantize_weight(self, w: Tensor, scale: Tensor, levels: Levels) -> Tensor:
+        return w + (super().quantize_weight(w, scale, levels) - w).detach() + 0 * scale
+
+
+@plugin
+class WithFixedStep(Uniform):
+    def quantize_weight(self, w: Tensor, scale: Tensor, levels: Levels) -> Tensor:
+        return super().quantize_weight(w, scale.detach(), levels)
+
+
+@plugin
+class WithoutSecondGradients(Uniform):
+    """The step's gradient does not depend on the values, as far as autograd knows."""
+
+    def quantize_weight(self, w: Tensor, scale: Tensor, levels: Levels) -> Tensor:
+        step = scale.detach()
+        rounded = self.round(w.detach() / step, levels).to(w.dtype)
+        passes = (w < levels[1] * step) & (w > levels[0] * step)
+        return rounded * scale + passes * (w - w.detach() * (scale / step))
+
+
+@plugin
+class OneStepForAllImages(Uniform):
+    def quantize_images(self, x: Tensor, scale: Tensor, levels: Levels, *, low: float, high: float) -> Tensor:
+        return super().quantize_images(x, scale.mean().expand(len(scale)), levels, low=low, high=high)
+
+
+@pytest.mark.parametrize(
+    ("broken", "fact"),
+    [
+        (WithoutRounding, "levels do not fit into 2 bit"),
+        (PastTheLimit, "limit 6.0"),
+        (PassingClippedGradients, "quantize_weight passes gradients to clipped values"),
+        (WithFixedStep, "the step gets no gradient through quantize_weight"),
+        (WithoutSecondGradients, "second derivatives of quantize_weight"),
+        (OneStepForAllImages, "each image with its own step"),
+    ],
+)
+def test_the_contract_names_what_a_quantizer_breaks(broken: type[Uniform], fact: str) -> None:
+    with pytest.raises(AssertionError, match=fact):
+        check_quantizer(broken())
+
+
+def test_a_quantizer_needs_levels_and_rounding_only() -> None:
+    assert Quantizer.__abstractmethods__ == {"levels", "steps_per_threshold", "reach", "round"}
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "channel", "group"])
