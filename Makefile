@@ -5,19 +5,25 @@ VENV ?= .venv
 #   make test TORCH="--index-url INDEX torch torchvision"
 TORCH ?= torch==2.14.1 torchvision==0.29.1
 QUICKSTART ?= quickstart
+# Tests that the lowest supported versions of all packages have to pass.
+LOWEST_TESTS := tests/core tests/config tests/data tests/models tests/attacks/test_pixel.py tests/attacks/test_lavan.py \
+	tests/attacks/test_patch.py tests/quant/test_convert.py tests/quant/test_calibrate.py tests/quant/test_freeze.py \
+	tests/quant/test_switch.py tests/quant/test_double_backward.py tests/training/test_loop.py tests/evaluation/report \
+	tests/cli/test_main.py tests/cli/test_list.py tests/cli/test_recipes.py tests/cli/test_convert.py
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 RUN := $(BIN)/qadtr-brevitas
+IN_PARALLEL := --numprocesses logical --dist loadscope --no-loadscope-reorder
 
 # More OpenMP threads than free cores slow small networks down by far.
-quickstart test bench sweep: export OMP_NUM_THREADS ?= 1
+quickstart test test-fast test-lowest bench sweep: export OMP_NUM_THREADS ?= 1
 
-.PHONY: help quickstart test compilers lint types bench sweep format clean
+.PHONY: help quickstart test test-fast test-lowest compilers lint types bench sweep format clean
 .DEFAULT_GOAL := help
 
 help: ## show this text
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 quickstart: $(INSTALLED) ## train, attack and compare two small networks, no download (about 4 minutes)
 	$(RUN) train digits_qat -o $(QUICKSTART)/qat
@@ -26,8 +32,16 @@ quickstart: $(INSTALLED) ## train, attack and compare two small networks, no dow
 	$(RUN) attack $(QUICKSTART)/qadtr steps=100 batch_size=32 --target 3,8 -o $(QUICKSTART)/qadtr/patches
 	$(RUN) evaluate $(QUICKSTART)/qat $(QUICKSTART)/qadtr --transfer float -o $(QUICKSTART)/report
 
-test: $(INSTALLED) ## run the tests, a process for each core; PYTEST_ARGS adds options
-	$(BIN)/python -m pytest --numprocesses logical --dist loadscope --no-loadscope-reorder $(PYTEST_ARGS)
+test: $(INSTALLED) ## run all tests, a process for each core; PYTEST_ARGS adds options
+	$(BIN)/python -m pytest $(IN_PARALLEL) $(PYTEST_ARGS)
+
+test-fast: $(INSTALLED) ## run the tests that take less than a second each (under two minutes)
+	$(BIN)/python -m pytest $(IN_PARALLEL) -m "not slow" $(PYTEST_ARGS)
+
+# Old packages warn about the newest releases of what they need.
+test-lowest: .venv-lowest/.installed ## run a selection of tests with the lowest supported version of every package
+	.venv-lowest/bin/python -m pytest $(IN_PARALLEL) -m "not slow" -W ignore::DeprecationWarning \
+		-W ignore::UserWarning $(LOWEST_TESTS)
 
 compilers: .venv-finn/.installed .venv-hls4ml/.installed ## install FINN and hls4ml, for estimates and their tests (1.1 GB)
 
@@ -52,7 +66,7 @@ format: $(INSTALLED) ## put the code into shape
 	$(BIN)/ruff format .
 
 clean: ## remove the environment, caches and build outputs; keeps runs
-	rm -rf $(VENV) .venv-finn .venv-hls4ml build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-finn .venv-hls4ml .venv-lowest build dist .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # pip knows dependency groups from 25.1 on.
@@ -60,7 +74,15 @@ $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
 	$(BIN)/python -m pip install --quiet $(TORCH)
-	$(BIN)/python -m pip install --quiet --editable . --group dev
+	$(BIN)/python -m pip install --quiet --editable ".[all]" --group dev
+	touch $@
+
+# uv installs these gigabytes in half the time that pip needs.
+.venv-lowest/.installed: requirements/lowest.txt pyproject.toml
+	$(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python -m pip install --quiet uv
+	.venv-lowest/bin/uv pip install --quiet --python .venv-lowest/bin/python -r requirements/lowest.txt
+	.venv-lowest/bin/uv pip install --quiet --python .venv-lowest/bin/python --no-deps --editable .
 	touch $@
 
 # The compilers pin versions of their own, and need neither torch nor this package.

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from qadtr_brevitas.core.errors import UsageError
@@ -48,7 +49,9 @@ def has_fast_bf16(device: torch.device | str) -> bool:
     """Whether a device is a CPU with units for matrices of bfloat16 (AMX), which multiply faster than float32."""
     import torch
 
-    return torch.device(device).type == "cpu" and bool(torch.cpu.get_capabilities().get("amx_bf16"))
+    # torch 2.9 does not tell.
+    capabilities: Callable[[], dict[str, bool]] = getattr(torch.cpu, "get_capabilities", dict)
+    return torch.device(device).type == "cpu" and bool(capabilities().get("amx_bf16"))
 
 
 def _existing() -> list[str]:

@@ -55,5 +55,5 @@ def test_names_that_cannot_be_read(computer, name: str) -> None:
 def test_only_cpus_with_units_for_bfloat16_are_fast_at_it(
     monkeypatch: pytest.MonkeyPatch, device: str, amx: bool, fast: bool
 ) -> None:
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": amx})
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": amx}, raising=False)
     assert has_fast_bf16(device) is fast
