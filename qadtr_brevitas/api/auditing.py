@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from qadtr_brevitas.api.inputs import ModelLike, as_loaded, as_split, left_as_found
+from qadtr_brevitas.api.inputs import ModelLike, as_loaded, as_split, prepared
 from qadtr_brevitas.auditing import AuditReport
 from qadtr_brevitas.auditing import audit as audit_loaded
 from qadtr_brevitas.auditing.profile import ProfileName
@@ -49,9 +49,9 @@ def audit(
         DataError: images or labels do not fit the model.
     """
     where = resolve_device(device)
-    loaded = as_loaded(model, device=where)
-    twin = None if undefended is None else as_loaded(undefended, device=where, name="undefended")
-    with left_as_found([loaded, *([] if twin is None else [twin])]):
+    loaded = as_loaded(model)
+    twin = None if undefended is None else as_loaded(undefended, name="undefended")
+    with prepared([loaded, *([] if twin is None else [twin])], device=where):
         return audit_loaded(
             loaded,
             as_split(loader, loaded, images=None, seed=seed),

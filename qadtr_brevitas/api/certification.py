@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qadtr_brevitas.api.inputs import ModelLike, as_loaded, as_split, left_as_found
+from qadtr_brevitas.api.inputs import ModelLike, as_loaded, as_split, prepared
 from qadtr_brevitas.core.device import resolve_device
 from qadtr_brevitas.core.precision import PrecisionLike
 from qadtr_brevitas.core.progress import Progress
@@ -69,8 +69,8 @@ def certify(
         DataError: images or labels do not fit the model.
     """
     where = resolve_device(device)
-    loaded = as_loaded(model, device=where)
-    with left_as_found([loaded]):
+    loaded = as_loaded(model)
+    with prepared([loaded], device=where):
         grid = Grid(
             loaded_models=[loaded],
             patches=[],

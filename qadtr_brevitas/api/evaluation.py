@@ -19,7 +19,7 @@ from qadtr_brevitas.api.inputs import (
     as_named_models,
     as_named_patches,
     as_split,
-    left_as_found,
+    prepared,
 )
 from qadtr_brevitas.core.device import resolve_device
 from qadtr_brevitas.core.extras import require
@@ -28,7 +28,7 @@ from qadtr_brevitas.core.progress import Progress
 from qadtr_brevitas.data.batches import Loader
 from qadtr_brevitas.evaluation import Grid, Transfer
 from qadtr_brevitas.evaluation import evaluate as evaluate_grid
-from qadtr_brevitas.evaluation.report import EvaluationReport, Rate
+from qadtr_brevitas.evaluation.report import EvaluationReport, PatchFacts, Rate
 from qadtr_brevitas.evaluation.report.files import rich_table, write_report
 from qadtr_brevitas.evaluation.report.summaries import terminal_tables
 from qadtr_brevitas.quant.inference import InferenceMode
@@ -59,13 +59,16 @@ class EvaluationResult:
         """Attack success rate by attack or patch, then by precision (`model/precision` with several models).
 
         The denominator `n` counts images that are classified correctly without the attack and, for a targeted one, are
-        not of the target class. Attacks made at one precision and moved to another are in `report.cells` and in
-        `to_pandas()`.
+        not of the target class. Per-image attacks count at the precision they were made at; what they do at others is
+        in `report.cells` and in `to_pandas()`.
         """
         found: dict[str, dict[str, Rate]] = {}
+        facts = self.report.attack_facts()
         for cell in self.report.cells:
-            name = self._attack(cell.attack)
-            if cell.threat != "transfer":
+            attack = facts[cell.attack]
+            is_patch = isinstance(attack, PatchFacts)
+            if is_patch or cell.threat != "transfer":
+                name = cell.attack if is_patch else attack.family
                 found.setdefault(name, {})[self._key(cell.model, cell.precision)] = cell.asr
         return found
 
@@ -112,11 +115,6 @@ class EvaluationResult:
     def _key(self, model: str, precision: str) -> str:
         return precision if len(self.report.models) == 1 else f"{model}/{precision}"
 
-    def _attack(self, name: str) -> str:
-        """Return what all attacks of one kind are called, wherever they were made."""
-        facts = self.report.attack_facts()[name]
-        return getattr(facts, "family", name) if name not in {patch.name for patch in self.report.patches} else name
-
     def __str__(self) -> str:
         text = StringIO()
         Console(file=text, width=_WIDTH).print(Group(*map(rich_table, terminal_tables(self.report))))
@@ -130,7 +128,7 @@ def evaluate(
     patches: Sequence[PatchLike] | Mapping[str, Any] = (),
     attacks: Sequence[AttackLike] = (),
     precisions: Sequence[PrecisionLike | InferenceMode] | None = None,
-    transfer: Transfer = "none",
+    transfer: Transfer = "all",
     images: int | None = None,
     seed: int = 0,
     batch_size: int = 256,
@@ -148,7 +146,8 @@ def evaluate(
         patches: patches or patch files; beside each, noise of its size and shape is scored as control.
         attacks: per-image attacks or their names, each made on every model at every precision.
         precisions: precisions to score, `8+4` for the mean over several; None for all of each model.
-        transfer: `none` scores attacks where they were made, `all` and `float` also on other models and precisions.
+        transfer: `all` scores attacks on every model and precision, `float` those made at 32 bit, and `none` only where
+            they were made. Patches made in Python do not say where: they count as transferred.
         images: at most this many images, drawn class-balanced; None for all.
         seed: of placements, attacks and the draw of images.
         batch_size: images in one forward pass.
@@ -162,8 +161,8 @@ def evaluate(
         DataError: images or labels do not fit the model.
     """
     where = resolve_device(device)
-    loaded = as_named_models(model, device=where)
-    with left_as_found(loaded):
+    loaded = as_named_models(model)
+    with prepared(loaded, device=where):
         grid = Grid(
             loaded_models=loaded,
             patches=as_named_patches(patches),

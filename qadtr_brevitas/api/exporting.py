@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from qadtr_brevitas.api.inputs import ModelLike, PatchLike, as_loaded, as_named_patches, as_split, left_as_found
+from qadtr_brevitas.api.inputs import ModelLike, PatchLike, as_loaded, as_named_patches, as_split, prepared
 from qadtr_brevitas.attacks.patch import Patch
 from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.core.precision import Precision, PrecisionLike
@@ -51,8 +51,8 @@ def export(
         raise UsageError(f"{output} is there already: choose another folder, or give overwrite=True")
     if patches and loader is None:
         raise UsageError("patches are compared on images: give loader= with them")
-    loaded = as_loaded(model, device="cpu")
-    with left_as_found([loaded]):
+    loaded = as_loaded(model)
+    with prepared([loaded], device="cpu"):
         split = None if loader is None else as_split(loader, loaded, images=images, seed=seed)
         named = [(entry.name, entry.patch) for entry in as_named_patches(patches)]
         return export_loaded(

@@ -31,12 +31,11 @@ AttackLike: TypeAlias = "ImageAttack | str"
 """A per-image attack, or the name of one."""
 
 
-def as_loaded(model: ModelLike, *, device: torch.device | str, name: str = "model") -> LoadedModel:
-    """Return a model with its name, fingerprint and facts, on the device and in eval mode.
+def as_loaded(model: ModelLike, *, name: str = "model") -> LoadedModel:
+    """Return a model with its name, fingerprint and facts.
 
     Args:
         model: the model, or the folder of a run or model.
-        device: where it is wanted.
         name: what tables call a model that has no folder.
 
     Raises:
@@ -44,10 +43,8 @@ def as_loaded(model: ModelLike, *, device: torch.device | str, name: str = "mode
         CheckpointError: the folder holds no model.
     """
     if isinstance(model, (str, Path)):
-        return load_subjects([Path(model)], device=device)[0]
-    loaded = model if isinstance(model, LoadedModel) else _from_memory(model, name)
-    loaded.model.to(device).eval()
-    return loaded
+        return load_subjects([Path(model)])[0]
+    return model if isinstance(model, LoadedModel) else _from_memory(model, name)
 
 
 def _from_memory(model: nn.Module, name: str) -> LoadedModel:
@@ -59,15 +56,13 @@ def _from_memory(model: nn.Module, name: str) -> LoadedModel:
     return LoadedModel.from_model(model, name=name)
 
 
-def as_named_models(
-    models: ModelLike | Sequence[ModelLike] | Mapping[str, ModelLike], *, device: torch.device | str
-) -> list[LoadedModel]:
+def as_named_models(models: ModelLike | Sequence[ModelLike] | Mapping[str, ModelLike]) -> list[LoadedModel]:
     """Return one or several models; a mapping gives them names, others are called `model`, `model 2`, ..."""
     if isinstance(models, Mapping):
-        return [as_loaded(model, device=device, name=name) for name, model in models.items()]
+        return [as_loaded(model, name=name) for name, model in models.items()]
     several = models if isinstance(models, Sequence) and not isinstance(models, str) else [models]
     names = ["model", *(f"model {number}" for number in range(2, len(several) + 1))]
-    return [as_loaded(model, device=device, name=name) for model, name in zip(several, names, strict=True)]
+    return [as_loaded(model, name=name) for model, name in zip(several, names, strict=True)]
 
 
 def as_split(loader: Loader, loaded: LoadedModel, *, images: int | None, seed: int) -> Split:
@@ -118,12 +113,14 @@ def as_named_attacks(attacks: Sequence[AttackLike]) -> list[NamedAttack]:
 
 
 @contextmanager
-def left_as_found(models: Sequence[LoadedModel]) -> Generator[None]:
-    """Restore training mode, precision and device of models after a block."""
+def prepared(models: Sequence[LoadedModel], *, device: torch.device | str) -> Generator[None]:
+    """Put models on a device and in eval mode for the duration of a block; restore mode, precision and device."""
     before = [
         ({module: module.training for module in loaded.model.modules()}, get_precision(loaded.model), _device(loaded))
         for loaded in models
     ]
+    for loaded in models:
+        loaded.model.to(device).eval()
     try:
         yield
     finally:

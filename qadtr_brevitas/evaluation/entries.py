@@ -51,7 +51,7 @@ class LoadedModel:
         """Return a model that exists in memory only, with the fingerprint that its directory would have.
 
         Args:
-            model: a switchable model; put in eval mode.
+            model: a switchable model.
             name: what tables call it.
             info: what the model was made of; None for the model's own.
 
@@ -60,7 +60,7 @@ class LoadedModel:
         """
         if (known := info or model.info) is None:
             raise UsageError("the model does not know what it was made of: convert it with qadtr_brevitas.convert()")
-        return cls(name=name, model=model.eval(), fingerprint=fingerprint_model(model, known), info=known)
+        return cls(name=name, model=model, fingerprint=fingerprint_model(model, known), info=known)
 
     def check_data(self, split: Split, *, data: str) -> None:
         """Checks that images are of the size, and their classes those, that the model was made for.
