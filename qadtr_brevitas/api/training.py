@@ -11,10 +11,10 @@ from typing import Any, Literal
 from qadtr_brevitas.config import Recipe, load_recipe
 from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.pipeline.checkpoint import load_model
+from qadtr_brevitas.pipeline.directories import METRICS_FILE
 from qadtr_brevitas.quant import SwitchableModel
 from qadtr_brevitas.training.log import TrainingObserver
 from qadtr_brevitas.training.loop import train as train_recipe
-from qadtr_brevitas.training.state import METRICS_FILE
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,7 @@ from qadtr_brevitas.core.files import fingerprint_facts, fingerprint_tensors, wr
 from qadtr_brevitas.core.version import __version__
 from qadtr_brevitas.data.split import Split
 from qadtr_brevitas.evaluation.entries import LoadedModel
-
-AUDIT_FOLDER = "audit"
+from qadtr_brevitas.pipeline.directories import AUDIT_FOLDER
 
 
 @dataclass(frozen=True)

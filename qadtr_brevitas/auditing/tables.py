@@ -8,10 +8,9 @@ from pathlib import Path
 from qadtr_brevitas.auditing.finding import AuditReport, Finding, PrecisionAudit
 from qadtr_brevitas.auditing.significance import FALSE_ALARM
 from qadtr_brevitas.core.files import write_atomically, write_json
-from qadtr_brevitas.evaluation.report.files import MARKDOWN_FILE, markdown_table
+from qadtr_brevitas.evaluation.report.files import markdown_table
 from qadtr_brevitas.evaluation.report.layout import EMPTY, Table, bits, percent
-
-AUDIT_FILE = "audit.json"
+from qadtr_brevitas.pipeline.directories import AUDIT_FILE, REPORT_TEXT_FILE
 
 _HEADER = ("id", "check", "result", "numbers", "meaning")
 _SHARES = ("asr", "gain", "noise", "fall", "share", "largest fall", "relative", "white-box gain", "black-box gain")
@@ -64,7 +63,7 @@ def write_audits(audits: Sequence[AuditReport], folder: Path) -> Path:
         CheckpointError: a file cannot be written.
     """
     write_json(folder / AUDIT_FILE, [audit.model_dump(mode="json") for audit in audits])
-    report = folder / MARKDOWN_FILE
+    report = folder / REPORT_TEXT_FILE
     if report.exists():
         sections = [report.read_text(encoding="utf-8").rstrip(), *map(markdown_table, audit_tables(audits))]
         text = "\n\n".join(sections) + "\n"

@@ -12,7 +12,7 @@ from qadtr_brevitas.cli.plugin_options import dataset_settings, find_dataset, lo
 from qadtr_brevitas.config.slots import slot_name
 from qadtr_brevitas.core.errors import UsageError, suggest
 from qadtr_brevitas.core.registry import ATTACKS
-from qadtr_brevitas.quant.inference import parse_modes
+from qadtr_brevitas.pipeline.directories import patch_folder
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -82,14 +82,15 @@ def command(
     the attack's, for instance size, steps or lr.
     """
     plugin = _make_attack(attack, overrides)
-    wanted = parse_modes(precisions) if precisions else None
-    dataset = find_dataset([model_dir], data)
 
     from qadtr_brevitas.core.device import resolve_device
     from qadtr_brevitas.evaluation.craft import DEFAULT_TARGETS, CraftSetup, craft
-    from qadtr_brevitas.evaluation.entries import load_subjects, patch_folder
+    from qadtr_brevitas.evaluation.entries import load_subjects
     from qadtr_brevitas.evaluation.unseen import craft_unseen
+    from qadtr_brevitas.quant.inference import parse_modes
 
+    wanted = parse_modes(precisions) if precisions else None
+    dataset = find_dataset([model_dir], data)
     default = patch_folder(model_dir) / protocol if protocol else patch_folder(model_dir)
     output = output or default
     where = resolve_device(device)

@@ -91,13 +91,6 @@ def was_given(parameter: str) -> bool:
     return click.get_current_context().get_parameter_source(parameter) is ParameterSource.COMMANDLINE
 
 
-def plain_name(model: str | Path) -> str:
-    """The end of a name or path; `last` of a run goes by the name of the run, and `best` by both."""
-    path = Path(model).resolve() if Path(model).is_dir() else Path(model)
-    own = {"last": path.parent.name, "best": f"{path.parent.name}-best"}
-    return own.get(path.name, path.name)
-
-
 def work_options(*, data: str, output: str) -> Callable[[_Command], _Command]:
     """Adds what `attack` and `evaluate` have in common: data, output, device, seed, threads and the output options.
 

@@ -13,7 +13,6 @@ from qadtr_brevitas.cli.common import (
     examples,
     option_block,
     output_options,
-    plain_name,
     progress,
     say,
     seed_option,
@@ -23,6 +22,7 @@ from qadtr_brevitas.cli.conversion_table import conversion_table
 from qadtr_brevitas.cli.plugin_options import read_choice
 from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.core.registry import TARGETS
+from qadtr_brevitas.pipeline.directories import name_of_model
 
 if TYPE_CHECKING:
     from qadtr_brevitas.config import Recipe
@@ -124,7 +124,7 @@ def command(**options: Any) -> None:
     """
     given = _ConvertOptions(**options)
     recipe, has_data = _make_recipe(given)
-    output = given.output or Path("models") / plain_name(given.model)
+    output = given.output or Path("models") / name_of_model(given.model)
     if output.exists() and not (given.overwrite or given.dry_run):
         raise UsageError(f"{output} is there already: choose another folder with -o, or replace it with --overwrite")
     report = _convert(recipe, has_data, None if given.dry_run else output)

@@ -34,7 +34,7 @@ from qadtr_brevitas.config.slots import slot_name
 from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.core.extras import require
 from qadtr_brevitas.core.registry import ATTACKS
-from qadtr_brevitas.quant.inference import parse_modes
+from qadtr_brevitas.pipeline.directories import EVALUATION_FOLDER, patch_files, patch_folder
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -83,20 +83,21 @@ def command(**options: Any) -> None:
     Finished parts are kept in the output folder; called again, the command goes on where it stopped.
     """
     given = EvaluateOptions(**options)
-    output = given.output or given.model_dirs[0] / "evaluation"
+    output = given.output or given.model_dirs[0] / EVALUATION_FOLDER
     # Checked before anything heavy is imported.
     check_audit_options(given)
     check_clean(given)
     check_certify(given)
     plugins = [make_from_slot(ATTACKS, text, option="--attack") for text in given.attacks]
-    wanted = parse_modes(given.precisions) if given.precisions else None
-    dataset = find_dataset(given.model_dirs, given.data)
     require("matplotlib", extra="report", purpose="evaluate")
 
     from qadtr_brevitas.core.device import resolve_device
     from qadtr_brevitas.evaluation import CellStore, compute
     from qadtr_brevitas.evaluation.sharding import Shard, local_device, process_share, together
+    from qadtr_brevitas.quant.inference import parse_modes
 
+    wanted = parse_modes(given.precisions) if given.precisions else None
+    dataset = find_dataset(given.model_dirs, given.data)
     processes = process_share()
     shard = Shard.parse(given.shard) if given.shard else None
     if shard and processes.of > 1:
@@ -183,14 +184,12 @@ def _tell_left_out(patches: Sequence[NamedPatch], grid: Grid, *, alone: bool) ->
 
 def _patch_places(given: EvaluateOptions) -> Sequence[Path]:
     """Where patches are; where nothing is said and there are other attacks, those that are there."""
-    from qadtr_brevitas.evaluation.entries import patch_folder
-
     if given.patches or given.clean:
         return given.patches
     own = list(map(patch_folder, given.model_dirs))
     surrogates = list(map(patch_folder, given.surrogates))
     needed = [] if given.attacks or given.audit or given.certify else own
-    return [folder for folder in (*own, *surrogates) if folder in needed or any(folder.glob("*.safetensors"))]
+    return [folder for folder in (*own, *surrogates) if folder in needed or patch_files(folder)]
 
 
 def _tell_missing(shard: Shard, count: int, grid: Grid, store: CellStore) -> None:

@@ -14,7 +14,6 @@ from qadtr_brevitas.cli.common import (
     emit,
     examples,
     output_options,
-    plain_name,
     progress,
     say,
     seed_option,
@@ -26,6 +25,7 @@ from qadtr_brevitas.cli.plugin_options import find_dataset, load_split
 from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.core.precision import Precision
 from qadtr_brevitas.core.registry import FORMATS
+from qadtr_brevitas.pipeline.directories import name_of_model, patch_files, patch_folder
 
 if TYPE_CHECKING:
     from qadtr_brevitas.attacks.patch import Patch
@@ -172,7 +172,7 @@ def _check_unverified(given: _ExportOptions) -> None:
 def _outputs(given: _ExportOptions) -> dict[Precision, Path]:
     """The folder for each precision."""
     wanted = list(dict.fromkeys(map(Precision.parse, given.precisions)))
-    name = plain_name(given.model_dir)
+    name = name_of_model(given.model_dir)
     outputs: dict[Precision, Path] = {}
     for precision in wanted:
         bits = str(precision).replace("32", "float")
@@ -187,10 +187,10 @@ def _outputs(given: _ExportOptions) -> dict[Precision, Path]:
 
 
 def _patches(given: _ExportOptions, precision: Precision) -> list[tuple[str, Patch]]:
-    from qadtr_brevitas.evaluation.entries import load_patches, patch_folder
+    from qadtr_brevitas.evaluation.entries import load_patches
 
     own = patch_folder(given.model_dir)
     if given.patches:
         return [(patch_entry.name, patch_entry.patch) for patch_entry in load_patches(given.patches)]
-    found = load_patches([own]) if any(own.glob("*.safetensors")) else []
+    found = load_patches([own]) if patch_files(own) else []
     return [(c.name, c.patch) for c in found if str(c.patch.meta.get("precision")) == str(precision)]

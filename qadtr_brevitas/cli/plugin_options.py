@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -12,14 +12,12 @@ from qadtr_brevitas.config.problems import dotted, explain, fields_of
 from qadtr_brevitas.config.slots import Slot, slot_name
 from qadtr_brevitas.config.source import YamlError, parse
 from qadtr_brevitas.core.errors import Problem, RecipeError, UsageError
-from qadtr_brevitas.core.files import read_json
 from qadtr_brevitas.core.registry import DATASETS, Registry
+from qadtr_brevitas.pipeline.directories import resolve_model_dir
+from qadtr_brevitas.pipeline.recorded_data import make_dataset, recorded_dataset
 
 if TYPE_CHECKING:
     from qadtr_brevitas.data.split import Split
-
-RECIPE_FILE, CONFIG_FILE = "recipe.yaml", "config.json"
-DATASET: TypeAdapter[Any] = TypeAdapter(Annotated[Any, Slot(DATASETS)])
 
 
 def make_plugin(registry: Registry, name: str, options: Sequence[str]) -> Any:
@@ -101,12 +99,10 @@ def find_dataset(model_dirs: Sequence[Path], choice: str | None) -> Any:
         CheckpointError: none chosen, and a directory holds no model.
     """
     if choice is not None:
-        return DATASET.validate_python(read_choice(choice))
-    found = [_made_on(path) for path in model_dirs]
+        return make_dataset(read_choice(choice))
+    found = [recorded_dataset(path) for path in model_dirs]
     for path, dataset in zip(model_dirs, found, strict=True):
         if dataset is None:
-            from qadtr_brevitas.pipeline.checkpoint import resolve_model_dir
-
             resolve_model_dir(path)
             raise UsageError(
                 f"{path} does not say which data set it was made for: choose one with --data NAME[:ROOT], "
@@ -129,27 +125,3 @@ def load_split(dataset: Any, split: str, *, limit: int | None = None, seed: int 
 
     with progress(f"reading {slot_name(dataset)} {split} images") as report:
         return dataset.load(split, limit=limit, seed=seed, progress=report)
-
-
-def _made_on(model_dir: Path) -> Any:
-    """The data set that the config of a model names, or the recipe of a run."""
-    for folder in (model_dir, model_dir / "last"):
-        if (folder / CONFIG_FILE).is_file() and (made_on := _named_in(folder / CONFIG_FILE)):
-            return made_on
-    from qadtr_brevitas.config import load_recorded_recipe
-
-    # A model directory inside a run, last/ or best/, has the run's recipe beside it.
-    for folder in (model_dir, model_dir.resolve().parent):
-        if (folder / RECIPE_FILE).is_file():
-            return load_recorded_recipe(folder / RECIPE_FILE).data.dataset
-    return None
-
-
-def _named_in(config: Path) -> Any:
-    content = read_json(config)
-    named = cast("dict[str, Any]", content).get("data") if isinstance(content, dict) else None
-    try:
-        return named and DATASET.validate_python(named)
-    except ValidationError as error:
-        problems = [Problem(dotted(("data", *place)), message) for place, message in explain(error, object, named)]
-        raise RecipeError(str(config), problems) from error

@@ -21,6 +21,7 @@ from qadtr_brevitas.cli.common import (
     stderr,
     threads_option,
 )
+from qadtr_brevitas.pipeline.directories import METRICS_FILE, MODEL_FOLDERS
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -156,10 +157,9 @@ def _metrics(means: Mapping[str, float]) -> list[str]:
 def _tell(run: Path) -> None:
     """Prints the run's last accuracies, what was written, and the next command."""
     from qadtr_brevitas.training.log import last_epoch
-    from qadtr_brevitas.training.state import BEST_FOLDER, LAST_FOLDER, METRICS_FILE
 
     record = last_epoch(run / METRICS_FILE)
-    models = [str(run / name) for name in (LAST_FOLDER, BEST_FOLDER) if (run / name).is_dir()]
+    models = [str(run / name) for name in MODEL_FOLDERS if (run / name).is_dir()]
     data = {"run": str(run), "models": models, "record": vars(record) if record else None}
     emit(data, _table(record) if record else None)
     say(f"wrote {', '.join(models)} and {run / METRICS_FILE}; next: qadtr-brevitas attack {run}")

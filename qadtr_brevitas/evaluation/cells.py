@@ -13,8 +13,8 @@ from torch import Tensor
 
 from qadtr_brevitas.core.errors import CheckpointError, UsageError
 from qadtr_brevitas.core.files import fingerprint_facts, read_json, write_atomically
+from qadtr_brevitas.pipeline.directories import CELL_FOLDER
 
-CELL_FOLDER = "cells"
 _VERSION = 1
 
 

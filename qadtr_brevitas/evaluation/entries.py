@@ -19,13 +19,10 @@ from qadtr_brevitas.pipeline.checkpoint import (
     fingerprint_model,
     fingerprint_model_dir,
     load_model,
-    resolve_model_dir,
 )
+from qadtr_brevitas.pipeline.directories import MODEL_FOLDERS, patch_files, resolve_model_dir
 from qadtr_brevitas.quant import SwitchableModel
 from qadtr_brevitas.quant.model_info import ModelInfo
-
-PATCH_FOLDER = "patches"
-_PLAIN_NAMES = ("", ".", "last", "best")
 
 
 @dataclass(frozen=True)
@@ -150,12 +147,6 @@ def load_patches(places: Sequence[Path]) -> list[NamedPatch]:
     return [NamedPatch(name, Patch.load(file), str(file)) for file, name in zip(files, names, strict=True)]
 
 
-def patch_folder(model_dir: Path) -> Path:
-    """Where the patches made on a model are: for `last` of a run, which is the run's model, those of the run."""
-    own, folder = model_dir / PATCH_FOLDER, model_dir.resolve()
-    return folder.parent / PATCH_FOLDER if folder.name == "last" and not own.is_dir() else own
-
-
 def unique_names(paths: Sequence[Path]) -> list[str]:
     """The shortest ends of paths that tell them apart; `last` and `best` keep the name of their run.
 
@@ -174,7 +165,8 @@ def unique_names(paths: Sequence[Path]) -> list[str]:
 
 
 def _end(parts: tuple[str, ...], depth: int) -> tuple[str, ...]:
-    return parts[-(depth + 1 if parts[-1] in _PLAIN_NAMES else depth) :]
+    says_nothing = parts[-1] in ("", ".", *MODEL_FOLDERS)
+    return parts[-(depth + 1 if says_nothing else depth) :]
 
 
 def _load_subject(path: Path, name: str, device: torch.device | str) -> LoadedModel:
@@ -192,7 +184,7 @@ def _load_subject(path: Path, name: str, device: torch.device | str) -> LoadedMo
 
 def _patch_files(place: Path) -> list[Path]:
     if place.is_dir():
-        files = sorted(place.glob("*.safetensors"))
+        files = patch_files(place)
         if not files:
             raise UsageError(
                 f"there are no patches in {place}: make some with `qadtr-brevitas attack MODEL_DIR -o {place}`"

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from qadtr_brevitas.exporting.compiler import BuildTarget, Compiler
-from qadtr_brevitas.exporting.formats import MODEL_FILE
 from qadtr_brevitas.exporting.rewrite import PIXELS
+from qadtr_brevitas.pipeline.directories import ONNX_FILE
 
 
 def write_build_files(
@@ -30,4 +30,4 @@ def write_build_files(
         np.save(folder / "expected_output.npy", frozen(image).numpy())
     pixels = (image * PIXELS).round() if takes_bytes else image
     np.save(folder / "input.npy", pixels.numpy())
-    compiler.write_build_files(folder, folder / MODEL_FILE, build)
+    compiler.write_build_files(folder, folder / ONNX_FILE, build)

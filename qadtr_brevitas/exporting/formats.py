@@ -15,8 +15,6 @@ from qadtr_brevitas.core.registry import FORMATS
 from qadtr_brevitas.exporting.compiler import Compiler
 from qadtr_brevitas.quant.switchable_quant import SwitchableDynamicQuant, SwitchableQuant
 
-MODEL_FILE = "model.onnx"
-
 Classifier: TypeAlias = Callable[[Tensor], Tensor]
 """Images (N, 3, H, W) in [0, 1] to logits (N, classes)."""
 

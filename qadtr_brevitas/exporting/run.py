@@ -23,13 +23,13 @@ from qadtr_brevitas.evaluation.entries import LoadedModel
 from qadtr_brevitas.exporting.build_files import write_build_files
 from qadtr_brevitas.exporting.compiler import BuildTarget
 from qadtr_brevitas.exporting.estimate import Estimate, compiler_python, estimate
-from qadtr_brevitas.exporting.formats import MODEL_FILE, Format, blockers, check_bits
+from qadtr_brevitas.exporting.formats import Format, blockers, check_bits
 from qadtr_brevitas.exporting.rewrite import PIXELS
 from qadtr_brevitas.exporting.ties import Ties, check_ties, count_ties
 from qadtr_brevitas.exporting.verify import TOLERANCE, Agreement, check, compare
+from qadtr_brevitas.pipeline.directories import EXPORT_REPORT_FILE, ONNX_FILE
 from qadtr_brevitas.quant import at_precision, freeze
 
-REPORT_FILE = "export-report.json"
 _PACKAGES = ("qadtr-brevitas", "brevitas", "torch", "timm", "onnx", "onnxruntime", "qonnx")
 
 
@@ -113,7 +113,7 @@ def export(
 
     def fill(folder: Path) -> None:
         image = _image(loaded, split)
-        file = folder / MODEL_FILE
+        file = folder / ONNX_FILE
         form.write(frozen, image, file)
         agreement = ties = None
         if split is not None:
@@ -142,7 +142,7 @@ def export(
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             versions=_versions(),
         )
-        write_json(folder / REPORT_FILE, report.to_dict())
+        write_json(folder / EXPORT_REPORT_FILE, report.to_dict())
         reports.append(report)
 
     replace_directory(output, fill)

@@ -40,7 +40,7 @@ def fit_data(recipe: Recipe) -> Recipe:
         UsageError, CheckpointError: as `build_model`.
     """
     dataset, section = recipe.data.dataset, recipe.model
-    if not hasattr(dataset, "fitted") or not dataset.needs_size():
+    if not dataset.needs_size():
         return recipe
     size, crop = own_image_size(section.name, section.args)
     if section.checkpoint is not None and _is_model_dir(section.checkpoint):

@@ -15,10 +15,10 @@ from qadtr_brevitas.core.files import fingerprint_bytes, fingerprint_file, read_
 from qadtr_brevitas.core.precision import parse_precisions
 from qadtr_brevitas.models.create import create_float_model
 from qadtr_brevitas.models.weights import load_weights
+from qadtr_brevitas.pipeline.directories import CONFIG_FILE, WEIGHTS_FILE, resolve_model_dir
 from qadtr_brevitas.quant import SwitchableModel, allowed_precisions, convert
 from qadtr_brevitas.quant.model_info import ModelInfo
 
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
 FORMAT = 1
 _NET = "net."
 
@@ -40,8 +40,8 @@ def save_model(path: str | Path, model: SwitchableModel, info: ModelInfo | None 
     tensors, stored = stored_tensors(model), stored_info(model, info)
 
     def fill(folder: Path) -> None:
-        save_file(tensors, folder / WEIGHTS)
-        write_json(folder / CONFIG, {"format": FORMAT, **asdict(stored)})
+        save_file(tensors, folder / WEIGHTS_FILE)
+        write_json(folder / CONFIG_FILE, {"format": FORMAT, **asdict(stored)})
 
     replace_directory(Path(path), fill)
 
@@ -65,7 +65,7 @@ def fingerprint_model(model: SwitchableModel, info: ModelInfo) -> str:
 
 def fingerprint_model_dir(folder: Path, info: ModelInfo) -> str:
     """Return the fingerprint of the weights in a model directory and of what gives them their meaning."""
-    return fingerprint_file(folder / WEIGHTS, facts=_meaning(info))
+    return fingerprint_file(folder / WEIGHTS_FILE, facts=_meaning(info))
 
 
 def _meaning(info: ModelInfo) -> dict[str, object]:
@@ -84,7 +84,7 @@ def load_model(path: str | Path, *, device: torch.device | str = "cpu") -> tuple
     """
     folder = resolve_model_dir(path)
     info = read_info(folder)
-    weights = load_weights(folder / WEIGHTS)
+    weights = load_weights(folder / WEIGHTS_FILE)
     try:
         net = create_float_model(info.name, num_classes=info.num_classes, args=info.args)
         model = convert(net, mean=info.mean, std=info.std, image_size=info.image_size, in_place=True, **info.quant)
@@ -92,27 +92,10 @@ def load_model(path: str | Path, *, device: torch.device | str = "cpu") -> tuple
         model.info = info
     except (RuntimeError, TypeError, UsageError) as error:
         reason = str(error).splitlines()[0]
-        raise CheckpointError(f"{folder / CONFIG} and {WEIGHTS} do not fit ({reason}): save the model again") from error
+        raise CheckpointError(
+            f"{folder / CONFIG_FILE} and {WEIGHTS_FILE} do not fit ({reason}): save the model again"
+        ) from error
     return model.eval().to(device), info
-
-
-def resolve_model_dir(path: str | Path) -> Path:
-    """The model directory itself, or `last/` of a run directory.
-
-    Raises:
-        CheckpointError: neither is there, or one of the two files of a model is missing.
-    """
-    given = Path(path).expanduser()
-    for folder in (given, given / "last"):
-        found = [name for name in (WEIGHTS, CONFIG) if (folder / name).is_file()]
-        if len(found) == 2:
-            return folder
-        if found:
-            missing = CONFIG if found == [WEIGHTS] else WEIGHTS
-            raise CheckpointError(f"{folder} has a {found[0]} but no {missing}: copy both files of the model")
-    raise CheckpointError(
-        f"there is no model in {given}: give a run or model directory, or make one with `qadtr-brevitas train RECIPE`"
-    )
 
 
 def read_float_weights(path: str | Path) -> dict[str, Tensor]:
@@ -128,7 +111,7 @@ def read_float_weights(path: str | Path) -> dict[str, Tensor]:
         raise CheckpointError(
             f"the model in {folder} has no 32 bit to start from: give one that was made with 32 in quant.precisions"
         )
-    stored = load_weights(folder / WEIGHTS)
+    stored = load_weights(folder / WEIGHTS_FILE)
     names = create_float_model(info.name, num_classes=info.num_classes, args=info.args).state_dict()
     return {name: stored[_NET + name] for name in names if _NET + name in stored}
 
@@ -139,7 +122,7 @@ def read_info(path: str | Path) -> ModelInfo:
     Raises:
         CheckpointError: there is no model, its config is damaged, or a newer version of this package wrote it.
     """
-    file = resolve_model_dir(path) / CONFIG
+    file = resolve_model_dir(path) / CONFIG_FILE
     config = read_json(file)
     if not isinstance(config, dict) or not isinstance(config.get("format"), int):
         raise CheckpointError(f"{file} is not the config of a switchable model: give a directory this package wrote")

@@ -1,4 +1,4 @@
-"""What a file or folder made by this package is, told from its JSON and metadata alone: no tensors, no torch."""
+"""Facts about a file or folder that this package wrote, from its JSON and metadata alone: no tensors, no torch."""
 
 from __future__ import annotations
 
@@ -9,134 +9,145 @@ from typing import Any, cast
 
 from qadtr_brevitas.core.errors import CheckpointError, UsageError
 from qadtr_brevitas.core.files import read_json, recover_directory
+from qadtr_brevitas.pipeline.directories import (
+    ANALYSIS_FILE,
+    CONFIG_FILE,
+    EXPORT_REPORT_FILE,
+    METRICS_FILE,
+    MODEL_FOLDERS,
+    PATCH_SUFFIX,
+    RECIPE_FILE,
+    REPORT_FILE,
+    STATE_FOLDER,
+    STUDY_FILE,
+    WEIGHTS_FILE,
+    Kind,
+    is_patch,
+    models_of_run,
+    patch_files,
+    read_header,
+    what_is,
+)
 
-_LARGEST_HEADER = 100_000_000
 _NOT_SHOWN = ("classes",)
-_EXPORT_REPORT = "export-report.json"
-_STUDY, _ANALYSIS = "study.json", "analysis.json"
 _STUDY_FACTS = ("title", "paper", "scale", "command", "reports", "analyses")
 _ANALYSIS_FACTS = ("analysis", "title", "created", "command", "seed", "device", "settings")
+_REPORT_FACTS = ("schema_version", "created", "command", "seed", "device")
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """Facts about a model directory, run, patch, report, study, analysis, export or weights; `kind` says which it is.
+    """Return facts about a model, run, patch, report, study, analysis, export or weights; `kind` names which it is.
 
     Raises:
         UsageError: there is no such path, or it is none of these.
         CheckpointError: it is damaged.
     """
     recover_directory(path)
-    if path.is_dir():
-        return _folder(path)
     if not path.exists():
         raise UsageError(f"there is no {path}; give a model, run, patch or report that a command wrote")
-    if path.suffix == ".safetensors":
-        return _safetensors(path)
-    if path.suffix == ".json":
-        return _report(path)
-    raise UsageError(f"{path} is not a model, run, patch or report; give a folder, a .safetensors or a report.json")
+    kind = what_is(path)
+    if kind is None:
+        raise _unknown(path)
+    return {"kind": str(kind), "path": str(path), **_FACTS[kind](path)}
 
 
-def _folder(path: Path) -> dict[str, Any]:
-    if (path / "model.safetensors").exists():
-        return _model(path)
-    if (path / "recipe.yaml").exists():
-        return _run(path)
-    if (path / _STUDY).exists():
-        study = _mapping(path / _STUDY)
-        return {"kind": "study", "path": str(path), **{key: study.get(key) for key in _STUDY_FACTS}}
-    if (path / _ANALYSIS).exists():
-        analysis = _mapping(path / _ANALYSIS)
-        return {"kind": "analysis", "path": str(path), **{key: analysis.get(key) for key in _ANALYSIS_FACTS}}
-    if (path / "report.json").exists():
-        return _report(path / "report.json")
-    if (path / _EXPORT_REPORT).exists():
-        return {"kind": "export", "path": str(path), **_mapping(path / _EXPORT_REPORT)}
-    patches = [file for file in sorted(path.glob("*.safetensors")) if _header(file)[0].get("meta")]
-    if patches:
-        return {"kind": "folder of patches", "path": str(path), "patches": [file.name for file in patches]}
-    raise UsageError(
+def _unknown(path: Path) -> UsageError:
+    if not path.is_dir():
+        return UsageError(
+            f"{path} is not a model, run, patch or report; give a folder, a {PATCH_SUFFIX} or a {REPORT_FILE}"
+        )
+    return UsageError(
         f"{path} holds no model, run, patch, report, study, analysis or export; give the folder that a command named "
         "at its end"
     )
 
 
 def _model(path: Path) -> dict[str, Any]:
-    config = _mapping(path / "config.json")
-    _, tensors = _header(path / "model.safetensors")
+    config = _read_mapping(path / CONFIG_FILE)
     facts = {key: value for key, value in config.items() if key not in _NOT_SHOWN}
-    return {"kind": "model", "path": str(path), **facts, **_sizes(path / "model.safetensors", tensors)}
+    return {**facts, **_weights(path / WEIGHTS_FILE)}
 
 
 def _run(path: Path) -> dict[str, Any]:
-    facts: dict[str, Any] = {"kind": "run", "path": str(path), "recipe": str(path / "recipe.yaml")}
-    for name in ("last", "best"):
+    for name in MODEL_FOLDERS:
         recover_directory(path / name)
-    facts["models"] = [name for name in ("last", "best") if (path / name / "model.safetensors").exists()]
-    facts["can be resumed"] = (path / "state").exists()
-    metrics = path / "metrics.jsonl"
+    models = models_of_run(path)
+    facts: dict[str, Any] = {
+        "recipe": str(path / RECIPE_FILE),
+        "models": [folder.name for folder in models],
+        "can be resumed": (path / STATE_FOLDER).exists(),
+    }
+    metrics = path / METRICS_FILE
     if metrics.exists():
-        facts["last metrics"] = _last_line(metrics)
-    if facts["models"]:
-        facts["model"] = _model(path / facts["models"][0])
+        facts["last metrics"] = _last_record(metrics)
+    if models:
+        facts["model"] = describe(models[0])
     return facts
 
 
+def _study(path: Path) -> dict[str, Any]:
+    study = _read_mapping(path / STUDY_FILE)
+    return {key: study.get(key) for key in _STUDY_FACTS}
+
+
+def _analysis(path: Path) -> dict[str, Any]:
+    analysis = _read_mapping(path / ANALYSIS_FILE)
+    return {key: analysis.get(key) for key in _ANALYSIS_FACTS}
+
+
 def _report(path: Path) -> dict[str, Any]:
-    report = _mapping(path)
+    file = path / REPORT_FILE if path.is_dir() else path
+    report = _read_mapping(file)
     if "schema_version" not in report or "cells" not in report:
-        raise UsageError(f"{path} is not a report; give the report.json that `qadtr-brevitas evaluate` wrote")
-    facts = {key: report.get(key) for key in ("schema_version", "created", "command", "seed", "device")}
+        raise UsageError(f"{file} is not a report; give the {REPORT_FILE} that `qadtr-brevitas evaluate` wrote")
     counts = {f"number of {key}": len(report.get(key) or ()) for key in ("models", "patches", "attacks", "cells")}
-    return {"kind": "report", "path": str(path), **facts, **counts}
+    return {"path": str(file), **{key: report.get(key) for key in _REPORT_FACTS}, **counts}
 
 
-def _safetensors(path: Path) -> dict[str, Any]:
-    metadata, tensors = _header(path)
-    if metadata.get("format") != "qadtr_brevitas.patch":
-        return {"kind": "weights", "path": str(path), **_sizes(path, tensors)}
+def _export(path: Path) -> dict[str, Any]:
+    return _read_mapping(path / EXPORT_REPORT_FILE)
+
+
+def _patches(path: Path) -> dict[str, Any]:
+    return {"patches": [file.name for file in patch_files(path) if is_patch(file)]}
+
+
+def _patch(path: Path) -> dict[str, Any]:
+    metadata, shapes = read_header(path)
     try:
         meta, place = json.loads(metadata["meta"]), json.loads(metadata["place"])
-        size = tensors["mask"]["shape"]
+        return {"size": shapes["mask"], "place": place, **meta}
     except (LookupError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged ({error}); make the patch again") from error
-    return {"kind": "patch", "path": str(path), "size": size, "place": place, **meta}
 
 
-def _header(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
-    """The metadata and the shapes of a safetensors file, checked against its length."""
-    try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length)) if 0 < length < _LARGEST_HEADER else None
-        if not isinstance(header, dict):
-            raise ValueError("it has no header")
-        tensors = cast("dict[str, Any]", header)
-        metadata = tensors.pop("__metadata__", {})
-        end = max((tensor["data_offsets"][1] for tensor in tensors.values()), default=0)
-        if path.stat().st_size != 8 + length + end:
-            raise ValueError("it is cut off")
-    except FileNotFoundError:
-        raise CheckpointError(f"there is no file {path}; check the path") from None
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise CheckpointError(f"{path} is not a whole safetensors file ({error}); make or download it again") from error
-    return metadata, tensors
+def _weights(path: Path) -> dict[str, Any]:
+    _, shapes = read_header(path)
+    return {"tensors": len(shapes), "numbers": sum(map(prod, shapes.values())), "bytes": path.stat().st_size}
 
 
-def _sizes(path: Path, tensors: dict[str, Any]) -> dict[str, Any]:
-    numbers = sum(prod(tensor["shape"]) for tensor in tensors.values())
-    return {"tensors": len(tensors), "numbers": numbers, "bytes": path.stat().st_size}
+_FACTS = {
+    Kind.MODEL: _model,
+    Kind.RUN: _run,
+    Kind.STUDY: _study,
+    Kind.ANALYSIS: _analysis,
+    Kind.REPORT: _report,
+    Kind.EXPORT: _export,
+    Kind.PATCHES: _patches,
+    Kind.PATCH: _patch,
+    Kind.WEIGHTS: _weights,
+}
 
 
-def _mapping(path: Path) -> dict[str, Any]:
+def _read_mapping(path: Path) -> dict[str, Any]:
     content = read_json(path)
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} is damaged: it holds no mapping; write it again")
     return cast("dict[str, Any]", content)
 
 
-def _last_line(path: Path) -> Any:
-    """The last whole record; a run that was killed may have left half a line."""
+def _last_record(path: Path) -> Any:
+    """Return the last complete record; a run that was killed may have left half a line."""
     for line in reversed(path.read_text(encoding="utf-8", errors="replace").splitlines()):
         try:
             return json.loads(line)

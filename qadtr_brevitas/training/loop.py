@@ -21,6 +21,7 @@ from qadtr_brevitas.core.precision import Precision
 from qadtr_brevitas.core.seeding import derive_seed
 from qadtr_brevitas.pipeline.build import build_splits, build_switchable, fit_data, own_classes
 from qadtr_brevitas.pipeline.calibration import calibrate_on, calibration_count
+from qadtr_brevitas.pipeline.directories import LAST_FOLDER
 from qadtr_brevitas.quant import SwitchableModel, set_precision
 from qadtr_brevitas.training.gradient_rules import GradientRuleOptimizer
 from qadtr_brevitas.training.inputs import NormBatches, TrainingInputs, make_step
@@ -38,7 +39,7 @@ from qadtr_brevitas.training.processes import (
 )
 from qadtr_brevitas.training.run_writer import RunWriter
 from qadtr_brevitas.training.setup import check_optimizer, check_precisions, make_optimizer, make_scheduler
-from qadtr_brevitas.training.state import LAST_FOLDER, RunCounters, TrainingState, check_finite, open_run
+from qadtr_brevitas.training.state import RunCounters, TrainingState, check_finite, open_run
 from qadtr_brevitas.training.stop import Interrupted, StopRequest
 from qadtr_brevitas.training.validation import Validation
 

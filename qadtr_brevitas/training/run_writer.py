@@ -7,11 +7,10 @@ from typing import Literal
 
 from qadtr_brevitas.config import Recipe
 from qadtr_brevitas.pipeline.checkpoint import ModelInfo, save_model
+from qadtr_brevitas.pipeline.directories import METRICS_FILE, TENSORBOARD_FOLDER
 from qadtr_brevitas.quant import SwitchableModel
 from qadtr_brevitas.training.log import EpochRecord, RunLog, StepRecord, TrainingObserver
 from qadtr_brevitas.training.state import (
-    METRICS_FILE,
-    TENSORBOARD_FOLDER,
     RunCounters,
     TrainingState,
     save_state,

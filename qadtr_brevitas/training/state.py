@@ -15,11 +15,17 @@ from torch import Tensor, nn
 from qadtr_brevitas.config import Recipe, load_recorded_recipe
 from qadtr_brevitas.core.errors import CheckpointError, TrainingError, UsageError
 from qadtr_brevitas.core.files import write_atomically
-from qadtr_brevitas.pipeline.checkpoint import CONFIG, WEIGHTS
+from qadtr_brevitas.pipeline.directories import (
+    BEST_FOLDER,
+    LAST_FOLDER,
+    METRICS_FILE,
+    RECIPE_FILE,
+    STATE_FILE,
+    STATE_FOLDER,
+    TENSORBOARD_FOLDER,
+    is_model_dir,
+)
 
-RECIPE_FILE, METRICS_FILE = "recipe.yaml", "metrics.jsonl"
-STATE_FOLDER, TENSORBOARD_FOLDER, LAST_FOLDER, BEST_FOLDER = "state", "tensorboard", "last", "best"
-_STATE_FILE = f"{STATE_FOLDER}/training.pt"
 _VERSION = 1
 _SHOWN_DIFFERENCES = 8
 
@@ -72,7 +78,7 @@ def save_state(run: Path, saved: TrainingState) -> None:
     """
     content = {name: value for name, value in vars(saved).items() if name != "counters"}
     content |= {"state": asdict(saved.counters), "version": _VERSION}
-    write_atomically(run / _STATE_FILE, lambda path: torch.save(content, path))
+    write_atomically(run / STATE_FILE, lambda path: torch.save(content, path))
 
 
 def load_state(run: Path) -> TrainingState | None:
@@ -81,7 +87,7 @@ def load_state(run: Path) -> TrainingState | None:
     Raises:
         CheckpointError: the file is damaged, or of another version.
     """
-    path = run / _STATE_FILE
+    path = run / STATE_FILE
     if not path.is_file():
         return None
     restart = f"start over with --resume never --overwrite, which deletes the run in {run}"
@@ -106,10 +112,10 @@ def open_run(run: Path, recipe: Recipe, *, resume: Literal["auto", "never"], ove
     """
     if run.exists() and not run.is_dir():
         raise UsageError(f"{run} is a file; choose another folder with -o")
-    if (run / CONFIG).is_file() or (run / WEIGHTS).is_file():
+    if is_model_dir(run):
         # Other commands would find that model instead of the run's own.
         raise UsageError(f"{run} is a model directory, not a run: choose another folder with -o")
-    begun = (run / _STATE_FILE).is_file() or (run / LAST_FOLDER).is_dir()
+    begun = (run / STATE_FILE).is_file() or (run / LAST_FOLDER).is_dir()
     # A recipe alone was left by a run that ended before it saved anything.
     if not begun or not (run / RECIPE_FILE).is_file() or (resume == "never" and overwrite):
         return None

@@ -12,12 +12,13 @@ from qadtr_brevitas.core.precision import Precision
 from qadtr_brevitas.data.split import Split
 from qadtr_brevitas.evaluation.predict import predict
 from qadtr_brevitas.pipeline.checkpoint import load_model
+from qadtr_brevitas.pipeline.directories import BEST_FOLDER, LAST_FOLDER
 from qadtr_brevitas.quant import SwitchableModel, allowed_precisions, at_precision, frozen_weights, recalibrate_norms
 from qadtr_brevitas.training.inputs import NormBatches
 from qadtr_brevitas.training.log import EpochRecord
 from qadtr_brevitas.training.phases import TrainingPhase
 from qadtr_brevitas.training.run_writer import RunWriter
-from qadtr_brevitas.training.state import BEST_FOLDER, LAST_FOLDER, check_finite
+from qadtr_brevitas.training.state import check_finite
 from qadtr_brevitas.training.step import FLOAT
 
 if TYPE_CHECKING:

@@ -11,13 +11,14 @@ from qadtr_brevitas.auditing import AuditReport, audit
 from qadtr_brevitas.auditing.checks import CHECKS
 from qadtr_brevitas.auditing.context import AuditContext
 from qadtr_brevitas.auditing.finding import PrecisionAudit
-from qadtr_brevitas.auditing.tables import AUDIT_FILE, audit_tables, write_audits
+from qadtr_brevitas.auditing.tables import audit_tables, write_audits
 from qadtr_brevitas.core.errors import DataError, UsageError
 from qadtr_brevitas.core.files import read_json
 from qadtr_brevitas.evaluation.entries import load_subjects
 from qadtr_brevitas.evaluation.metrics import Proportion
 from qadtr_brevitas.evaluation.report import Rate
 from qadtr_brevitas.evaluation.report.files import markdown_table
+from qadtr_brevitas.pipeline.directories import AUDIT_FILE
 from tests.auditing.conftest import CLASSES, Trained, gratings, make_net, train
 from tests.evaluation.models import make_model_dir, train_split
 

@@ -11,10 +11,10 @@ import click
 import pytest
 
 import qadtr_brevitas
-from qadtr_brevitas.core.version import __version__
 from qadtr_brevitas.cli import main as main_module
 from qadtr_brevitas.cli.main import COMMANDS, cli, main
 from qadtr_brevitas.core.errors import CheckpointError, UsageError
+from qadtr_brevitas.core.version import __version__
 
 SLOW_IMPORTS = {"torch", "timm", "brevitas", "pydantic", "ruamel", "rich", "numpy", "accelerate", "matplotlib"}
 

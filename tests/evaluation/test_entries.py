@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from qadtr_brevitas.core.errors import CheckpointError, DataError, UsageError
-from qadtr_brevitas.evaluation.entries import load_patches, patch_folder, unique_names
+from qadtr_brevitas.evaluation.entries import load_patches, unique_names
+from qadtr_brevitas.pipeline.directories import patch_folder
 from tests.evaluation.fakes import coded_split, reader, white_patch
 
 

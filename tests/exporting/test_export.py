@@ -14,8 +14,8 @@ from qadtr_brevitas.core.precision import Precision
 from qadtr_brevitas.data.split import Split
 from qadtr_brevitas.evaluation.entries import LoadedModel
 from qadtr_brevitas.exporting import export, find_format
-from qadtr_brevitas.exporting.formats import MODEL_FILE
 from qadtr_brevitas.models.create import create_float_model
+from qadtr_brevitas.pipeline.directories import ONNX_FILE
 from qadtr_brevitas.quant import at_precision, calibrate, convert
 from qadtr_brevitas.quant.model_info import ModelInfo
 
@@ -89,7 +89,7 @@ def test_the_file_computes_what_the_network_computes(net: str, form: str, precis
     images = SPLIT.batch(torch.arange(6))[0]
     with at_precision(given.model, wanted), torch.no_grad():
         expected = given.model(images)
-    exported = find_format(form).load(tmp_path / "out" / MODEL_FILE)(images)
+    exported = find_format(form).load(tmp_path / "out" / ONNX_FILE)(images)
     assert (exported - expected).abs().amax(1).median() < 1e-2 * expected.abs().max()
 
 
@@ -97,7 +97,7 @@ def test_bit_widths_are_in_the_file(tmp_path: Path) -> None:
     import onnx
 
     export(loaded("cnn"), Precision.parse("w4a8"), find_format("qonnx"), tmp_path / "out", split=None)
-    graph = onnx.load(str(tmp_path / "out" / MODEL_FILE)).graph
+    graph = onnx.load(str(tmp_path / "out" / ONNX_FILE)).graph
     values = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
     widths = [int(values[node.input[3]]) for node in graph.node if node.op_type == "Quant"]
     assert set(widths) == {4, 8}

@@ -15,14 +15,13 @@ from qadtr_brevitas.attacks.patch import Patch
 from qadtr_brevitas.core.errors import ExportError, UsageError
 from qadtr_brevitas.core.precision import Precision
 from qadtr_brevitas.exporting import BuildTarget, export, find_format
-from qadtr_brevitas.exporting.formats import MODEL_FILE
-from qadtr_brevitas.exporting.run import REPORT_FILE
 from qadtr_brevitas.exporting.ties import Ties, check_ties, count_ties
+from qadtr_brevitas.pipeline.directories import EXPORT_REPORT_FILE, ONNX_FILE
 from qadtr_brevitas.quant import at_precision, freeze
 from tests.exporting.networks import SPLIT, Mobile, head, images_of, loaded, plain, residual, stem
 
 NETS = {"plain": plain, "residual": residual, "padded": lambda: residual("A"), "mobile": Mobile}
-COMMON = {MODEL_FILE, REPORT_FILE, "README.md", "input.npy", "expected_output.npy"}
+COMMON = {ONNX_FILE, EXPORT_REPORT_FILE, "README.md", "input.npy", "expected_output.npy"}
 
 
 def kinds(path: Path) -> list[str]:
@@ -50,10 +49,10 @@ def test_the_file_computes_what_the_network_computes(name: str, form: str, bits:
     images = images_of((16, 16)).flip(3)
     with at_precision(given.model, bits), torch.no_grad():
         expected = given.model(images)
-    exported = find_format(form).load(tmp_path / "out" / MODEL_FILE)(images)
+    exported = find_format(form).load(tmp_path / "out" / ONNX_FILE)(images)
     assert (exported - expected).abs().max() < 1e-5
     assert expected.std(0).min() > 1e-3
-    found = kinds(tmp_path / "out" / MODEL_FILE)
+    found = kinds(tmp_path / "out" / ONNX_FILE)
     assert not {"GlobalAveragePool", "AveragePool", "ReduceMean", "Slice", "Pad"} & set(found)
 
 
@@ -70,7 +69,7 @@ def test_finn_takes_bytes_and_verifies_itself_with_an_image(tmp_path: Path) -> N
         split=None,
         build=BuildTarget(board="ZCU104", fps=7),
     )
-    model = ModelWrapper(str(tmp_path / "out" / MODEL_FILE))
+    model = ModelWrapper(str(tmp_path / "out" / ONNX_FILE))
     pixels, expected = (np.load(tmp_path / "out" / f"{name}.npy") for name in ("input", "expected_output"))
     assert np.array_equal(pixels, pixels.round())
     assert (pixels.min() >= 0, 200 < pixels.max() <= 255) == (True, True)

@@ -9,7 +9,8 @@ import torch
 from qadtr_brevitas.core.errors import CheckpointError
 from qadtr_brevitas.models.create import create_float_model
 from qadtr_brevitas.pipeline import checkpoint
-from qadtr_brevitas.pipeline.checkpoint import load_model, resolve_model_dir, save_model
+from qadtr_brevitas.pipeline.checkpoint import load_model, save_model
+from qadtr_brevitas.pipeline.directories import resolve_model_dir
 from qadtr_brevitas.quant import SwitchableModel, allowed_precisions, at_precision, calibrate, convert
 from qadtr_brevitas.quant.model_info import ModelInfo
 

@@ -1,6 +1,5 @@
 """The report of an evaluation: one typed document, `report.json`, from which every table and picture is made."""
 
-from qadtr_brevitas.evaluation.report.schema import REPORT_FILE as REPORT_FILE
 from qadtr_brevitas.evaluation.report.schema import SCHEMA_VERSION as SCHEMA_VERSION
 from qadtr_brevitas.evaluation.report.schema import AttackCell as AttackCell
 from qadtr_brevitas.evaluation.report.schema import CertifiedCell as CertifiedCell

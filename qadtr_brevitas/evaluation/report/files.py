@@ -15,14 +15,17 @@ from rich.text import Text
 
 from qadtr_brevitas.core.files import write_atomically, write_json
 from qadtr_brevitas.evaluation.report.layout import Table
-from qadtr_brevitas.evaluation.report.schema import REPORT_FILE, EvaluationReport, ImageAttackFacts, PatchFacts, Rate
+from qadtr_brevitas.evaluation.report.schema import EvaluationReport, ImageAttackFacts, PatchFacts, Rate
 from qadtr_brevitas.evaluation.report.summaries import tables
+from qadtr_brevitas.pipeline.directories import (
+    CELLS_CSV_FILE,
+    CERTIFIED_FILE,
+    PICTURE_PATTERNS,
+    REPORT_FILE,
+    REPORT_TEXT_FILE,
+    WORST_CASE_FILE,
+)
 
-MARKDOWN_FILE = "report.md"
-CSV_FILE = "cells.csv"
-WORST_CASE_FILE = "worst_case.csv"
-CERTIFIED_FILE = "certified.csv"
-PICTURE_FILES = ("asr.png", "patches.png", "examples-*.png")
 """What pictures of a report are called."""
 
 _RATE = ("count", "n", "value", "low", "high")
@@ -45,8 +48,8 @@ def write_report(report: EvaluationReport, folder: Path, *, pictures: Sequence[P
         CheckpointError: a file cannot be written.
     """
     texts = {
-        MARKDOWN_FILE: markdown(report, pictures=[picture.name for picture in pictures]),
-        CSV_FILE: cells_csv(report),
+        REPORT_TEXT_FILE: markdown(report, pictures=[picture.name for picture in pictures]),
+        CELLS_CSV_FILE: cells_csv(report),
         WORST_CASE_FILE: worst_case_csv(report),
         **({CERTIFIED_FILE: certified_csv(report)} if report.certified else {}),
     }
@@ -134,7 +137,7 @@ def _remove_earlier(folder: Path, *, keep: Sequence[str]) -> None:
     """Removes what a report does not always have, if there is an earlier report; else it is none of ours."""
     if not (folder / REPORT_FILE).is_file():
         return
-    for pattern in (*PICTURE_FILES, CERTIFIED_FILE):
+    for pattern in (*PICTURE_PATTERNS, CERTIFIED_FILE):
         for file in folder.glob(pattern):
             if file.name not in keep:
                 # A folder that cannot be written is told by what is written next.

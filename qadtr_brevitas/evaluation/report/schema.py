@@ -15,11 +15,11 @@ from qadtr_brevitas.core.errors import CheckpointError
 from qadtr_brevitas.core.files import read_json
 from qadtr_brevitas.core.version import __version__
 from qadtr_brevitas.evaluation.metrics import Proportion, Score
+from qadtr_brevitas.pipeline.directories import REPORT_FILE
 
 SCHEMA_VERSION = 3
 # Reports of version 2 have no certifications, and nothing else is different.
 _READABLE = (2, 3)
-REPORT_FILE = "report.json"
 
 Threat = Literal["white-box", "eot", "transfer", "control"]
 """Made on the attacked model and precision, on a mean over precisions of that model, elsewhere, or not optimized."""
