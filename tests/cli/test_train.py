@@ -10,6 +10,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from qadtr_brevitas.cli.main import cli
+from qadtr_brevitas.cli.train import _line, _table
+from qadtr_brevitas.training.log import EpochRecord
 from tests.training.support import make_recipe, same_weights
 
 
@@ -36,7 +38,19 @@ def test_writes_a_run_and_names_the_next_command(recipe: Path, tmp_path: Path) -
     assert "finished model" in result.stdout
     again = run(recipe, "-o", output, "--device", "cpu")
     assert again.exit_code == 0
-    assert "is finished: nothing to do" in again.stderr
+    assert "nothing to do" in again.stderr
+
+
+def test_metrics_of_plug_ins_are_shown_in_lines_and_tables() -> None:
+    means = {"loss": 1.5, "images_per_s": 300.0, "feature_distance": 0.25, "gir_cosine": 0.5}
+    record = EpochRecord(
+        step=6, epoch=0, phase="quantized", means=means, split="val", val_accuracy={"32": 0.5, "4": 0.25}
+    )
+    metrics = ["feature distance 0.250", "gir cosine 0.500"]
+    assert all(text in _line(record, 3) for text in ("loss 1.5", "300 images/s", *metrics))
+    table = _table(record)
+    assert table.caption == ", ".join(metrics)
+    assert [column.header for column in table.columns][1:] == ["32", "4"]
 
 
 def test_json_is_one_document(recipe: Path, tmp_path: Path) -> None:

@@ -96,10 +96,18 @@ def test_every_builtin_plugin_is_a_frozen_described_dataclass(kind: str, name: s
     assert dataclasses.is_dataclass(plugin)
     assert plugin.__dataclass_params__.frozen
     assert plugin.__doc__
+    assert REGISTRIES[kind].describe(name)
+
+
+CLASSES = [(kind, name) for kind, name in BUILTIN if isinstance(REGISTRIES[kind].load(name), type)]
+
+
+@pytest.mark.parametrize(("kind", "name"), CLASSES, ids=lambda part: str(part))
+def test_every_recipe_key_of_a_builtin_plugin_is_checked_and_described(kind: str, name: str) -> None:
+    plugin = REGISTRIES[kind].load(name)
     assert plugin.__pydantic_config__.get("extra") == "forbid"
     fields = plugin.__pydantic_fields__.items()
-    assert not [field for field, facts in fields if not facts.description], "every recipe key has a description"
-    assert REGISTRIES[kind].describe(name)
+    assert not [field for field, facts in fields if not facts.description]
 
 
 def test_names_follow_a_pattern() -> None:
