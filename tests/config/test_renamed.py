@@ -30,6 +30,14 @@ def test_an_old_key_in_an_override_is_refused_with_the_new_name() -> None:
         load_recipe("digits_smoke", ["train.optimizer.threshold_lr=0.5"])
 
 
+def test_an_old_key_of_an_attack_is_refused_with_the_new_name(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("train: {attack: {name: location-patch, np: 0.08}}\n")
+    with pytest.raises(RecipeError, match=r"train\.attack\.np: .*area"):
+        load_recipe(tmp_path / "recipe.yaml")
+    (tmp_path / "recipe.yaml").write_text("train: {attack: {name: location-patch, area: 0.08}}\n")
+    assert load_recipe(tmp_path / "recipe.yaml").train.attack.area == 0.08
+
+
 def test_an_old_key_in_the_record_of_a_run_is_translated(old: Path) -> None:
     assert load_recorded_recipe(old).train.optimizer.threshold_lr_scale == 0.5
 

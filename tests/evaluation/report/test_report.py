@@ -101,6 +101,14 @@ def test_report_without_certifications_is_read_as_one_of_the_version_before(tmp_
     assert read_report(tmp_path).cells == report.cells
 
 
+def test_patches_of_older_reports_have_the_present_names_of_keys(tmp_path: Path) -> None:
+    write_report(small_report(tmp_path), tmp_path)
+    content = json.loads((tmp_path / "report.json").read_text())
+    content["patches"][0]["settings"] = {"np": 0.08, "steps": 3}
+    (tmp_path / "report.json").write_text(json.dumps(content))
+    assert read_report(tmp_path).patches[0].settings == {"area": 0.08, "steps": 3}
+
+
 def test_missing_or_foreign_report_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no report at .*make one with `qadtr-brevitas evaluate`"):
         read_report(tmp_path)
