@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,6 +21,8 @@ FOLDERS = (
     *("training", "auditing", "exporting", "reproduce", "api", "testing", "cli"),
 )
 HEAVY = {"accelerate", "brevitas", "matplotlib", "pyautoattack", "scipy", "timm", "torch", "torchattack", "torchvision"}
+# What checks recipes; lists, help and completion need neither.
+CHECKERS = {"pydantic", "ruamel"}
 
 
 def modules() -> list[Path]:
@@ -91,25 +94,47 @@ def test_what_lists_and_help_need_imports_nothing_heavy_at_the_top(folder: str) 
         assert not names & HEAVY, file.name
 
 
-def loaded_by(code: str) -> set[str]:
-    """Top-level modules that are loaded after running code in a fresh interpreter."""
+def loaded_by(code: str, **variables: str) -> set[str]:
+    """Return the top-level modules that are loaded after running code in a fresh interpreter."""
     script = f"{code}\nimport sys\nprint('|', *{{name.split('.')[0] for name in sys.modules}})"
     result = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=PACKAGE.parent
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=PACKAGE.parent,
+        env={**os.environ, **variables},
     )
     return set(result.stdout.rpartition("|")[2].split())
 
 
-@pytest.mark.parametrize(
-    "command", ["--help", "list attacks", "recipes list", "recipes show digits_qat", "train --help"]
-)
-def test_help_and_lists_load_nothing_heavy(command: str) -> None:
+def loaded_by_command(command: str, **variables: str) -> set[str]:
     code = (
         "from qadtr_brevitas.cli.main import main\n"
         f"try: main({command.split()!r})\n"
         "except SystemExit as stop: assert not stop.code\n"
     )
-    assert not loaded_by(code) & HEAVY
+    return loaded_by(code, **variables)
+
+
+@pytest.mark.parametrize(
+    "command", ["--help", "list attacks", "recipes list", "recipes show digits_qat", "train --help", "attack --help"]
+)
+def test_help_and_lists_load_nothing_heavy(command: str) -> None:
+    assert not loaded_by_command(command) & (HEAVY | CHECKERS)
+
+
+@pytest.mark.parametrize("command", ["attack", "evaluate", "convert", "export"])
+def test_shell_completion_loads_nothing_heavy(command: str) -> None:
+    words = f"qadtr-brevitas {command} --d"
+    code = (
+        "from qadtr_brevitas.cli.main import cli\n"
+        "try: cli.main(prog_name='qadtr-brevitas')\n"
+        "except SystemExit as stop: assert not stop.code\n"
+    )
+    loaded = loaded_by(code, _QADTR_BREVITAS_COMPLETE="bash_complete", COMP_WORDS=words, COMP_CWORD="2")
+    assert "qadtr_brevitas" in loaded
+    assert not loaded & (HEAVY | CHECKERS)
 
 
 def test_importing_the_package_loads_nothing_heavy() -> None:

@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
-from qadtr_brevitas.cli.common import RecordedCommand, command_line, emit, examples, progress, say, work_options
-from qadtr_brevitas.cli.plugin_options import dataset_settings, find_dataset, load_split, make_plugin
-from qadtr_brevitas.config.slots import slot_name
+from qadtr_brevitas.cli.common import (
+    RecordedCommand,
+    command_line,
+    emit,
+    examples,
+    load_split,
+    progress,
+    say,
+    work_options,
+)
 from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.core.extras import require
 from qadtr_brevitas.core.registry import ANALYSES
+from qadtr_brevitas.pipeline.directories import ANALYSIS_FOLDER, RECORDS_FILE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from qadtr_brevitas.data.base import Dataset
     from qadtr_brevitas.reproduce.analyses import AnalysisData
     from qadtr_brevitas.reproduce.analyses.document import AnalysisReport
 
@@ -47,23 +56,25 @@ def command(
     device: str,
     seed: int,
 ) -> None:
-    """Look into why attacks move between precisions, as numbers and pictures.
+    """Analyze why attacks transfer between precisions, as numbers and pictures.
 
-    Patches that are not given are made on the training images, at 32 bit where the model has it, and kept in the output
-    folder, as are the finished parts of long evaluations: called again, the command goes on where it stopped.
-    The keys of key=value are those of the analysis; `list analyses` says what each one is.
+    Patches that are not given are made on the training images, at 32 bit if the model has it. They are kept in the
+    output folder, as are finished parts of long evaluations: give the same command again to resume an interrupted one.
+    The keys of key=value are those of the analysis; `list analyses` describes them.
     """
     paths, settings = _divide(arguments)
-    plugin = make_plugin(ANALYSES, analysis, settings)
-    dataset = find_dataset(paths, data)
-    output = output or paths[0] / "analysis" / analysis
+    output = output or paths[0] / ANALYSIS_FOLDER / analysis
     require("matplotlib", extra="report", purpose="analyze")
 
+    from qadtr_brevitas.config.plugins import make_plugin
     from qadtr_brevitas.core.device import resolve_device
     from qadtr_brevitas.evaluation.entries import load_subjects
+    from qadtr_brevitas.pipeline.datasets import find_dataset
     from qadtr_brevitas.reproduce.analyses import run_analysis
     from qadtr_brevitas.reproduce.analyses.document import read_analysis
 
+    plugin = make_plugin(ANALYSES, analysis, settings)
+    dataset = find_dataset(paths, data)
     where = resolve_device(device)
     models = load_subjects(paths, device=where)
     with progress(f"analyzing {analysis}") as report_progress:
@@ -80,32 +91,32 @@ def command(
         )
     report = read_analysis(file)
     _print(report)
-    written = [file.name, "records.csv", *(picture.file for picture in report.pictures)]
+    written = [file.name, RECORDS_FILE, *(picture.file for picture in report.pictures)]
     say(f"wrote {', '.join(written)} to {output}")
     say(f"next: qadtr-brevitas report {output} -o report.html")
 
 
 def _divide(arguments: Sequence[str]) -> tuple[list[Path], list[str]]:
-    """Folders, and settings of the analysis; what exists is a folder whatever it is called."""
+    """Return the folders and the settings of the analysis; a word that is an existing path is a folder."""
     paths = [Path(word) for word in arguments if "=" not in word or Path(word).exists()]
     if not paths:
         raise UsageError("no model is given: name one or more model or run directories before the settings")
     return paths, [word for word in arguments if Path(word) not in paths]
 
 
-def _read_data(dataset: Any, images: int | None, *, seed: int) -> AnalysisData:
+def _read_data(dataset: Dataset, images: int | None, *, seed: int) -> AnalysisData:
+    from qadtr_brevitas.config.slots import slot_name, slot_settings
     from qadtr_brevitas.reproduce.analyses import AnalysisData
 
     test = load_split(dataset, "test", limit=images, seed=seed)
     if images is not None:
-        # Refuses more images than there are.
+        # This raises if there are fewer images.
         test = test.balanced(images, seed=seed)
-    return AnalysisData(slot_name(dataset), test, dataset_settings(dataset), lambda: dataset.load("train"))
+    return AnalysisData(slot_name(dataset), test, slot_settings(dataset), lambda: dataset.load("train"))
 
 
 def _print(report: AnalysisReport) -> None:
     from rich.console import Group
 
-    from qadtr_brevitas.evaluation.report.files import rich_table
 
-    emit(report.model_dump(mode="json"), Group(*(rich_table(table.table()) for table in report.tables)))
+    emit(report.model_dump(mode="json"), Group(*(table.table().rich() for table in report.tables)))

@@ -7,9 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qadtr_brevitas.cli.common import emit, examples, progress, say, work_options
-from qadtr_brevitas.cli.plugin_options import dataset_settings, find_dataset, load_split, make_plugin
-from qadtr_brevitas.config.slots import slot_name
+from qadtr_brevitas.cli.common import emit, examples, load_split, progress, say, work_options
 from qadtr_brevitas.core.errors import UsageError, suggest
 from qadtr_brevitas.core.registry import ATTACKS
 from qadtr_brevitas.pipeline.directories import patch_folder
@@ -19,7 +17,7 @@ if TYPE_CHECKING:
 
     from qadtr_brevitas.data.split import Split
     from qadtr_brevitas.evaluation.craft import Crafted
-    from qadtr_brevitas.evaluation.report.layout import Table
+    from qadtr_brevitas.core.table import Table
 
 _TRAIN_IMAGES = 10_000
 _HELD_OUT = 1_000
@@ -83,10 +81,12 @@ def command(
     """
     plugin = _make_attack(attack, overrides)
 
+    from qadtr_brevitas.config.slots import slot_name, slot_settings
     from qadtr_brevitas.core.device import resolve_device
     from qadtr_brevitas.evaluation.craft import DEFAULT_TARGETS, CraftSetup, craft
     from qadtr_brevitas.evaluation.entries import load_subjects
     from qadtr_brevitas.evaluation.unseen import craft_unseen
+    from qadtr_brevitas.pipeline.datasets import find_dataset
     from qadtr_brevitas.quant.inference import parse_modes
 
     wanted = parse_modes(precisions) if precisions else None
@@ -97,7 +97,7 @@ def command(
     loaded = load_subjects([model_dir], device=where)[0]
     train, judge = _divide(load_split(dataset, "train"), train_images, held_out, seed=seed)
     aims = _read_targets(targets, train.classes)
-    named = {"name": slot_name(dataset), "settings": dataset_settings(dataset)}
+    named = {"name": slot_name(dataset), "settings": slot_settings(dataset)}
     with progress("making patches") as report:
         setup = CraftSetup(
             train=train,
@@ -124,9 +124,11 @@ def command(
 def _make_attack(name: str, overrides: tuple[str, ...]) -> Any:
     if any(text.startswith("target=") for text in overrides):
         raise UsageError("target=... is not a key here: give the target classes with --target")
-    plugin = make_plugin(ATTACKS, name, overrides)
-    from qadtr_brevitas.attacks.base import PatchAttack
 
+    from qadtr_brevitas.attacks.base import PatchAttack
+    from qadtr_brevitas.config.plugins import make_plugin
+
+    plugin = make_plugin(ATTACKS, name, overrides)
     if not isinstance(plugin, PatchAttack):
         able = [other for other in ATTACKS.names() if issubclass(ATTACKS.load(other), PatchAttack)]
         raise UsageError(
@@ -169,8 +171,6 @@ def _read_target(word: str, classes: Sequence[str]) -> int | None:
 
 
 def _print(crafted: Sequence[Crafted], classes: Sequence[str]) -> None:
-    from qadtr_brevitas.evaluation.report.files import rich_table
-
     data = [
         {
             "file": str(patch.path),
@@ -183,11 +183,12 @@ def _print(crafted: Sequence[Crafted], classes: Sequence[str]) -> None:
         }
         for patch in crafted
     ]
-    emit(data, rich_table(_table(crafted, classes)))
+    emit(data, _table(crafted, classes).rich())
 
 
 def _table(crafted: Sequence[Crafted], classes: Sequence[str]) -> Table:
-    from qadtr_brevitas.evaluation.report.layout import EMPTY, Table, bits
+    from qadtr_brevitas.core.table import Table
+    from qadtr_brevitas.evaluation.report.layout import EMPTY, bits
 
     sources = list(dict.fromkeys(patch.source for patch in crafted))
     cells = {(patch.kind, patch.target, patch.source): patch.held_out for patch in crafted}

@@ -32,6 +32,9 @@ from qadtr_brevitas.core.progress import Progress
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
+    from qadtr_brevitas.data.base import Dataset
+    from qadtr_brevitas.data.split import Split
+
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 QUIET, JSON, DEBUG = (f"qadtr_brevitas.{name}" for name in ("quiet", "json", "debug"))
@@ -178,6 +181,14 @@ def progress(description: str) -> Generator[Progress]:
             bar.update(task, completed=done, total=total or None, note=note)
 
         yield report
+
+
+def load_split(dataset: Dataset, split: str, *, limit: int | None = None, seed: int = 0) -> Split:
+    """Load one split of a data set, or so many of its images, with a progress bar."""
+    from qadtr_brevitas.config.slots import slot_name
+
+    with progress(f"reading {slot_name(dataset)} {split} images") as report:
+        return dataset.load(split, limit=limit, seed=seed, progress=report)
 
 
 def _flag(*names: str, key: str, help: str) -> Callable[[_Command], _Command]:

@@ -19,7 +19,6 @@ from qadtr_brevitas.cli.common import (
     threads_option,
 )
 from qadtr_brevitas.cli.conversion_table import conversion_table
-from qadtr_brevitas.cli.plugin_options import read_choice
 from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.core.registry import TARGETS
 from qadtr_brevitas.pipeline.directories import name_of_model
@@ -54,11 +53,13 @@ class _ConvertOptions:
 
     def keys(self) -> dict[str, Any]:
         """The recipe keys that options stand for, where the option is given, by dotted path."""
+        from qadtr_brevitas.pipeline.datasets import parse_dataset_choice
+
         calibration = "quant.calibration"
         options = {
             "model.checkpoint": self.checkpoint,
             "model.pretrained": self.pretrained or None,
-            "data.dataset": None if self.data is None else read_choice(self.data),
+            "data.dataset": None if self.data is None else parse_dataset_choice(self.data),
             f"{calibration}.method": self.method,
             f"{calibration}.percentile": self.percentile,
             f"{calibration}.samples": self.samples,

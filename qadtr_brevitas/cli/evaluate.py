@@ -13,6 +13,7 @@ from qadtr_brevitas.cli.common import (
     command_line,
     emit,
     examples,
+    load_split,
     progress,
     say,
     work_options,
@@ -29,8 +30,6 @@ from qadtr_brevitas.cli.evaluate_options import (
     run_audits,
     work_division,
 )
-from qadtr_brevitas.cli.plugin_options import dataset_settings, find_dataset, load_split, make_from_slot
-from qadtr_brevitas.config.slots import slot_name
 from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.core.extras import require
 from qadtr_brevitas.core.registry import ATTACKS
@@ -88,14 +87,16 @@ def command(**options: Any) -> None:
     check_audit_options(given)
     check_clean(given)
     check_certify(given)
-    plugins = [make_from_slot(ATTACKS, text, option="--attack") for text in given.attacks]
     require("matplotlib", extra="report", purpose="evaluate")
 
+    from qadtr_brevitas.config.plugins import parse_plugin
     from qadtr_brevitas.core.device import resolve_device
     from qadtr_brevitas.evaluation import CellStore, compute
     from qadtr_brevitas.evaluation.sharding import Shard, local_device, process_share, together
+    from qadtr_brevitas.pipeline.datasets import find_dataset
     from qadtr_brevitas.quant.inference import parse_modes
 
+    plugins = [parse_plugin(ATTACKS, text, option="--attack") for text in given.attacks]
     wanted = parse_modes(given.precisions) if given.precisions else None
     dataset = find_dataset(given.model_dirs, given.data)
     processes = process_share()
@@ -128,6 +129,7 @@ def _plan(
     device: torch.device,
 ) -> tuple[Grid, list[NamedPatch]]:
     """What to evaluate, and the patches as they were made."""
+    from qadtr_brevitas.config.slots import slot_name, slot_settings
     from qadtr_brevitas.evaluation import Grid, NamedAttack
     from qadtr_brevitas.evaluation.certification import Certification
     from qadtr_brevitas.evaluation.entries import load_patches, load_subjects
@@ -149,7 +151,7 @@ def _plan(
         patches=[*patches, *moves.variants(patches, split.image_size)],
         split=split,
         data_name=slot_name(dataset),
-        data_settings=dataset_settings(dataset),
+        data_settings=slot_settings(dataset),
         available=split.available,
         attacks=attacks,
         surrogates=models[len(given.model_dirs) :],
@@ -242,8 +244,7 @@ def _terminal(report: EvaluationReport, audits: Sequence[AuditReport]) -> Render
     from rich.console import Group
 
     from qadtr_brevitas.auditing.tables import audit_tables
-    from qadtr_brevitas.evaluation.report.files import rich_table
     from qadtr_brevitas.evaluation.report.summaries import terminal_tables
 
     tables = terminal_tables(report) + (audit_tables(audits) if audits else [])
-    return Group(*(rich_table(table) for table in tables))
+    return Group(*(table.rich() for table in tables))

@@ -13,6 +13,7 @@ from qadtr_brevitas.cli.common import (
     command_line,
     emit,
     examples,
+    load_split,
     output_options,
     progress,
     say,
@@ -21,7 +22,6 @@ from qadtr_brevitas.cli.common import (
     was_given,
 )
 from qadtr_brevitas.cli.export_tables import export_tables
-from qadtr_brevitas.cli.plugin_options import find_dataset, load_split
 from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.core.precision import Precision
 from qadtr_brevitas.core.registry import FORMATS
@@ -123,12 +123,13 @@ def command(**options: Any) -> None:
     given = _ExportOptions(**options)
     _check_unverified(given)
     outputs = _outputs(given)
-    dataset = find_dataset([given.model_dir], given.data) if given.verify else None
 
     from qadtr_brevitas.evaluation.entries import load_subjects
     from qadtr_brevitas.exporting import BuildTarget, export, find_format
+    from qadtr_brevitas.pipeline.datasets import find_dataset
     from qadtr_brevitas.quant import precisions_or_all
 
+    dataset = find_dataset([given.model_dir], given.data) if given.verify else None
     (loaded,) = load_subjects([given.model_dir])
     # Before the first of several is made.
     precisions_or_all(loaded.model, list(outputs))

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qadtr_brevitas.evaluation.report.layout import Table
+    from qadtr_brevitas.core.table import Table
     from qadtr_brevitas.exporting import ExportReport
 
 _RESOURCES = (("lut", "LUT"), ("bram_18k", "BRAM 18k"), ("uram", "URAM"), ("dsp", "DSP"))
@@ -18,14 +18,8 @@ def export_tables(reports: Sequence[ExportReport]) -> Any:
 
     parts = [part for report in reports for part in _parts(report)]
     if len(reports) > 1:
-        parts.append(_rich(_side_by_side(reports)))
+        parts.append(_side_by_side(reports).rich())
     return Group(*parts)
-
-
-def _rich(table: Table) -> Any:
-    from qadtr_brevitas.evaluation.report.files import rich_table
-
-    return rich_table(table)
 
 
 def _parts(report: ExportReport) -> Iterator[Any]:
@@ -34,13 +28,13 @@ def _parts(report: ExportReport) -> Iterator[Any]:
     size = f"{report.format} at {report.precision}: {report.bytes / 1e6:.3g} MB"
     yield Text(size if report.agreement else f"{size}, not verified")
     if report.agreement is not None:
-        yield _rich(_agreement(report))
+        yield _agreement(report).rich()
     if report.estimate is not None:
-        yield _rich(_costs(report))
+        yield _costs(report).rich()
 
 
 def _agreement(report: ExportReport) -> Table:
-    from qadtr_brevitas.evaluation.report.layout import Table
+    from qadtr_brevitas.core.table import Table
 
     found = report.agreement
     assert found is not None
@@ -63,7 +57,7 @@ def _agreement(report: ExportReport) -> Table:
 
 
 def _costs(report: ExportReport) -> Table:
-    from qadtr_brevitas.evaluation.report.layout import Table
+    from qadtr_brevitas.core.table import Table
 
     found = report.estimate
     assert found is not None
@@ -81,7 +75,7 @@ def _costs(report: ExportReport) -> Table:
 
 
 def _side_by_side(reports: Sequence[ExportReport]) -> Table:
-    from qadtr_brevitas.evaluation.report.layout import Table
+    from qadtr_brevitas.core.table import Table
 
     costs = any(report.estimate is not None for report in reports)
     header = ("precision", "accuracy (%)", "mean ASR (%)", "MB")

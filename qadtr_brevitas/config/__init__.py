@@ -1,98 +1,47 @@
-"""Recipes: one YAML file describes a run completely. Checking a recipe imports the plug-ins that it names."""
+"""Recipes: one YAML file describes a run completely. Checking a recipe imports the plug-ins that it names.
 
-import json
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+Names are imported when they are first used, because listing recipes needs neither pydantic nor a YAML parser.
+"""
 
-from pydantic import ValidationError
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from qadtr_brevitas.config.layers import read_layers
-from qadtr_brevitas.config.overrides import apply_override
-from qadtr_brevitas.config.problems import dotted, explain
-from qadtr_brevitas.config.recorded import rename_old_keys
-from qadtr_brevitas.config.sections import (
-    CalibrationSection,
-    DataSection,
-    ModelSection,
-    OptimizerSection,
-    QuantSection,
-    Recipe,
-    SchedulerSection,
-    TrainSection,
-)
-from qadtr_brevitas.config.shipped import find_recipe, split_name
-from qadtr_brevitas.config.slots import slot_name
-from qadtr_brevitas.config.source import YamlNode, parse, read_source
-from qadtr_brevitas.core.errors import Problem, RecipeError
+if TYPE_CHECKING:
+    from qadtr_brevitas.config.load import load_recipe as load_recipe
+    from qadtr_brevitas.config.load import load_recorded_recipe as load_recorded_recipe
+    from qadtr_brevitas.config.load import make_recipe as make_recipe
+    from qadtr_brevitas.config.sections import CalibrationSection as CalibrationSection
+    from qadtr_brevitas.config.sections import DataSection as DataSection
+    from qadtr_brevitas.config.sections import ModelSection as ModelSection
+    from qadtr_brevitas.config.sections import OptimizerSection as OptimizerSection
+    from qadtr_brevitas.config.sections import QuantSection as QuantSection
+    from qadtr_brevitas.config.sections import Recipe as Recipe
+    from qadtr_brevitas.config.sections import SchedulerSection as SchedulerSection
+    from qadtr_brevitas.config.sections import TrainSection as TrainSection
+    from qadtr_brevitas.config.slots import slot_name as slot_name
 
-__all__ = [
-    "CalibrationSection",
-    "DataSection",
-    "ModelSection",
-    "OptimizerSection",
-    "QuantSection",
-    "Recipe",
-    "SchedulerSection",
-    "TrainSection",
-    "load_recipe",
-    "load_recorded_recipe",
-    "make_recipe",
-    "slot_name",
-]
+_HOMES = {
+    "load_recipe": "load",
+    "load_recorded_recipe": "load",
+    "make_recipe": "load",
+    "CalibrationSection": "sections",
+    "DataSection": "sections",
+    "ModelSection": "sections",
+    "OptimizerSection": "sections",
+    "QuantSection": "sections",
+    "Recipe": "sections",
+    "SchedulerSection": "sections",
+    "TrainSection": "sections",
+    "slot_name": "slots",
+}
+
+__all__ = [*_HOMES]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
-def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read and check a recipe.
-
-    Args:
-        source: a file, the name of a shipped recipe, or RECIPE+DEFENSE, the name of a shipped defense that changes it.
-        overrides: `key.sub=value` texts, as on the command line; a value of null deletes the key.
-
-    Raises:
-        UsageError: there is no such recipe or defense, or the file is not a mapping.
-        RecipeError: the recipe has problems; the error lists all of them, each with its line.
-    """
-    parts = split_name(source)
-    place = str(find_recipe(source)) if len(parts) == 1 else str(source)
-    return _checked(read_layers(source), overrides, source=place)
-
-
-def load_recorded_recipe(file: Path) -> Recipe:
-    """Read the recipe that a run directory records; keys that were renamed since may have their old names.
-
-    Raises:
-        UsageError: the file cannot be read, or holds no mapping.
-        RecipeError: the recipe has problems; the error lists all of them, each with its line.
-    """
-    root = read_source(file)
-    rename_old_keys(root, Recipe)
-    return _checked(root, (), source=str(file))
-
-
-def make_recipe(fields: Mapping[str, Any], overrides: Sequence[str] = (), *, source: str) -> Recipe:
-    """Check a recipe that does not come from a file.
-
-    Args:
-        fields: sections as nested mappings of plain values.
-        overrides: as of `load_recipe`.
-        source: the name of the recipe in errors, for instance the command.
-
-    Raises:
-        RecipeError: the recipe has problems; the error lists all of them.
-    """
-    return _checked(parse(json.dumps(fields), line=None), overrides, source=source)
-
-
-def _checked(root: YamlNode, overrides: Sequence[str], *, source: str) -> Recipe:
-    problems = [problem for text in overrides if (problem := apply_override(root, text))]
-    data = root.plain()
-    try:
-        recipe = Recipe.model_validate(data)
-    except ValidationError as error:
-        found = explain(error, Recipe, data)
-        problems += [Problem(dotted(place), message, root.line_of(place)) for place, message in found]
-    else:
-        if not problems:
-            return recipe
-    raise RecipeError(source, sorted(problems, key=lambda problem: problem.line or 0))
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used (PEP 562)."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = found
+    return found

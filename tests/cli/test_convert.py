@@ -14,15 +14,15 @@ from PIL import Image
 from safetensors.torch import save_file
 from timm import create_model
 
-from qadtr_brevitas.cli.common import plain_name
 from qadtr_brevitas.cli.conversion_table import percent
 from qadtr_brevitas.cli.convert import _ConvertOptions, _make_recipe, command
 from qadtr_brevitas.cli.main import cli
-from qadtr_brevitas.cli.plugin_options import find_dataset
 from qadtr_brevitas.config import Recipe
 from qadtr_brevitas.core.precision import parse_precisions
 from qadtr_brevitas.data.shapes import Shapes
 from qadtr_brevitas.pipeline.checkpoint import load_model
+from qadtr_brevitas.pipeline.datasets import find_dataset
+from qadtr_brevitas.pipeline.directories import name_of_model
 from qadtr_brevitas.quant import allowed_precisions, at_precision, get_precision
 from tests.evaluation.models import make_model_dir, train_split
 
@@ -269,4 +269,4 @@ def test_folders_that_are_no_model(tmp_path: Path) -> None:
 def test_the_name_of_the_output(model: str, name: str, tmp_path: Path) -> None:
     for folder in ("last", "best"):
         (tmp_path / "vit" / folder).mkdir(parents=True)
-    assert plain_name(model.format(tmp=tmp_path)) == name
+    assert name_of_model(model.format(tmp=tmp_path)) == name
