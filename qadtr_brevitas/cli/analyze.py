@@ -118,5 +118,4 @@ def _read_data(dataset: Dataset, images: int | None, *, seed: int) -> AnalysisDa
 def _print(report: AnalysisReport) -> None:
     from rich.console import Group
 
-
     emit(report.model_dump(mode="json"), Group(*(table.table().rich() for table in report.tables)))

@@ -21,7 +21,8 @@ def analyze(*arguments: object) -> Result:
     return CliRunner().invoke(cli, ["analyze", *map(str, arguments)])
 
 
-def test_tables_files_and_the_next_command(model: Path) -> None:
+@pytest.mark.slow
+def test_an_analysis_prints_tables_and_names_its_files_and_the_next_command(model: Path) -> None:
     result = analyze("gradients", model, LAVAN, "pixel=fgsm", "--images", 6)
     assert result.exit_code == 0, result.output
     assert "Gradients: cosine" in result.stdout
@@ -33,20 +34,23 @@ def test_tables_files_and_the_next_command(model: Path) -> None:
     assert (content["data"]["images"], content["data"]["available"]) == (6, 30)
 
 
-def test_json_is_the_analysis(model: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_json_prints_the_analysis(model: Path, tmp_path: Path) -> None:
     result = analyze("size", model, LAVAN, "sizes=[3]", "targets=[0]", "--images", 6, "-o", tmp_path, "--json", "-q")
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout) == json.loads((tmp_path / "analysis.json").read_text())
     assert result.stderr == ""
 
 
-def test_an_unknown_analysis_is_answered_with_the_nearest(model: Path) -> None:
+@pytest.mark.slow
+def test_an_unknown_analysis_is_refused_with_the_nearest_name(model: Path) -> None:
     result = analyze("gradient", model)
     assert result.exit_code == 2
-    assert "unknown analysis 'gradient': did you mean 'gradients'?" in result.stderr
+    assert "did you mean 'gradients'?" in result.stderr
 
 
-def test_all_wrong_settings_are_told_at_once(model: Path) -> None:
+@pytest.mark.slow
+def test_all_wrong_settings_are_reported_at_once(model: Path) -> None:
     result = analyze("features", model, "layer=conv1", "images=0")
     assert result.exit_code == 2
     assert "layer" in result.stderr
@@ -54,13 +58,14 @@ def test_all_wrong_settings_are_told_at_once(model: Path) -> None:
     assert "did you mean 'layers'" in result.stderr
 
 
-def test_settings_without_a_model() -> None:
+def test_settings_without_a_model_are_refused() -> None:
     result = analyze("size", "sizes=[3]")
     assert result.exit_code == 2
-    assert "no model is given: name one or more model or run directories" in result.stderr
+    assert "model or run directories" in result.stderr
 
 
-def test_a_layer_that_does_not_exist(model: Path) -> None:
+@pytest.mark.slow
+def test_an_unknown_layer_is_refused_with_the_nearest_name(model: Path) -> None:
     result = analyze("features", model, "layers=[conv2]")
     assert result.exit_code == 2
-    assert "has no layer 'conv2': did you mean" in result.stderr
+    assert "'conv2': did you mean" in result.stderr

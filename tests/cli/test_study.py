@@ -6,42 +6,43 @@ from pathlib import Path
 import pytest
 
 from qadtr_brevitas.cli.main import main
-from tests.reproduce.study.support import write_study
+from tests.reproduce.study.support import write_study_file
 
 SCALE = ["--scale", "smoke", "--device", "cpu"]
 
 
-def test_a_study_from_beginning_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = write_study(tmp_path)
+@pytest.mark.slow
+def test_a_study_runs_from_start_to_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write_study_file(tmp_path)
     command = ["study", str(file), "-o", str(tmp_path / "out"), *SCALE]
     assert main([*command, "--dry-run", "--json"]) == 0
-    parts = json.loads(capsys.readouterr().out)
-    assert [part["part"] for part in parts if part["part"].startswith("train")] == ["train plain", "train fixed-4"]
-    assert not any(part["there"] for part in parts)
+    steps = json.loads(capsys.readouterr().out)
+    assert [step["part"] for step in steps if step["part"].startswith("train")] == ["train plain", "train fixed-4"]
+    assert not any(step["there"] for step in steps)
     assert not (tmp_path / "work").exists()
 
     assert main([*command, "--shard", "2/2"]) == 0
     found = capsys.readouterr()
     assert "Plain" in found.out
     assert "clean accuracy" in found.out
-    assert "wrote study.json, study.yaml, study.md, figures.csv, report.html" in found.err
+    assert "study.json, study.yaml, study.md, figures.csv, report.html" in found.err
     facts = json.loads((tmp_path / "out" / "study.json").read_text())
     assert facts["command"].startswith("qadtr-brevitas study")
     assert "Plain" in (tmp_path / "out" / "report.html").read_text()
 
     assert main([*command, "--dry-run"]) == 0
-    assert "0 of 7 parts are to be made" in capsys.readouterr().err
+    assert "0 of 7 steps" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["table99"], "there is no study 'table99'"),
-        (["table11", "--scale", "tiny"], "has no scale 'tiny'"),
-        (["table11", "models.qadtr.recipe=nowhere"], "there is no recipe 'nowhere'"),
-        (["table11", "model.qadtr.recipe=nowhere"], "unknown key 'model': did you mean 'models'?"),
-        (["table11", "--scale", "smoke", "--shard", "3/2"], "--shard '3/2' cannot be read"),
-        (["table20", "analyses.spatial.models=[qatt]"], "there is no 'qatt' in this study: did you mean 'qat'"),
+        (["table99"], "'table99'"),
+        (["table11", "--scale", "tiny"], "'tiny'"),
+        (["table11", "models.qadtr.recipe=nowhere"], "'nowhere'"),
+        (["table11", "model.qadtr.recipe=nowhere"], "did you mean 'models'?"),
+        (["table11", "--scale", "smoke", "--shard", "3/2"], "'3/2'"),
+        (["table20", "analyses.spatial.models=[qatt]"], "'qatt' in this study: did you mean 'qat'"),
     ],
 )
 def test_bad_usage(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -49,7 +50,7 @@ def test_bad_usage(arguments: list[str], message: str, capsys: pytest.CaptureFix
     assert message in capsys.readouterr().err
 
 
-def test_a_finished_model_that_is_not_there_is_a_failure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = write_study(tmp_path)
+def test_a_missing_finished_model_is_a_failure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write_study_file(tmp_path)
     assert main(["study", str(file), "models={plain: {path: gone}}", "-o", str(tmp_path / "out"), *SCALE]) == 1
-    assert "there is no finished model in gone" in capsys.readouterr().err
+    assert "no finished model in gone" in capsys.readouterr().err

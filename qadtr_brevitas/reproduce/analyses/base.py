@@ -16,9 +16,9 @@ from qadtr_brevitas.core.plugin import Field
 from qadtr_brevitas.core.precision import Precision
 from qadtr_brevitas.core.progress import Progress
 from qadtr_brevitas.core.registry import ATTACKS
+from qadtr_brevitas.core.table import Table
 from qadtr_brevitas.data.split import Split
 from qadtr_brevitas.evaluation.entries import LoadedModel
-from qadtr_brevitas.evaluation.report.layout import Table
 from qadtr_brevitas.quant import allowed_precisions
 from qadtr_brevitas.reproduce.analyses.document import Picture, Record
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping, Sequence
-from io import StringIO
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
@@ -13,11 +11,10 @@ from pydantic import Field, ValidationError
 from qadtr_brevitas.core.document import Document
 from qadtr_brevitas.core.errors import CheckpointError
 from qadtr_brevitas.core.files import read_json, write_atomically, write_json
+from qadtr_brevitas.core.table import Table
 from qadtr_brevitas.evaluation.report import DataFacts, ModelFacts
-from qadtr_brevitas.evaluation.report.layout import Table
+from qadtr_brevitas.pipeline.directories import ANALYSIS_FILE, RECORDS_FILE
 
-ANALYSIS_FILE = "analysis.json"
-RECORDS_FILE = "records.csv"
 ANALYSIS_SCHEMA_VERSION = 2
 # Version 1 differs only in that it does not name the training images that patches were made on.
 _READABLE_VERSIONS = (1, 2)
@@ -143,11 +140,12 @@ def write_analysis(report: AnalysisReport, folder: Path) -> Path:
 def records_csv(records: Sequence[Record]) -> str:
     """Return records as CSV, one line for each, with a column for each facet; shares are in [0, 1]."""
     facets = list(dict.fromkeys(name for record in records for name in record.facets))
-    text = StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["model", "precision", *facets, "what", "value", "low", "high", "n"])
-    for record in records:
-        values = [record.facets.get(name, "") for name in facets]
-        numbers = (record.value, record.low, record.high, record.n)
-        writer.writerow([record.model, record.precision, *values, record.what, *numbers])
-    return text.getvalue()
+    rows = [
+        (
+            *(record.model, record.precision),
+            *(record.facets.get(name) for name in facets),
+            *(record.what, record.value, record.low, record.high, record.n),
+        )
+        for record in records
+    ]
+    return Table("Records", ("model", "precision", *facets, "what", "value", "low", "high", "n"), tuple(rows)).csv()

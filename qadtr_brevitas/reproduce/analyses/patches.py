@@ -15,8 +15,9 @@ from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.core.files import fingerprint_facts, fingerprint_file, fingerprint_tensors
 from qadtr_brevitas.data.split import Split
 from qadtr_brevitas.evaluation.craft import CraftSetup, craft
-from qadtr_brevitas.evaluation.entries import PATCH_FOLDER, LoadedModel, NamedPatch, load_patches, unique_names
+from qadtr_brevitas.evaluation.entries import LoadedModel, NamedPatch, load_patches, unique_names
 from qadtr_brevitas.evaluation.predict import placements
+from qadtr_brevitas.pipeline.directories import PATCH_FOLDER
 from qadtr_brevitas.reproduce.analyses.base import Analysis, AnalysisContext
 
 _MAX_TRAIN, _MAX_HELD_OUT = 10_000, 1_000

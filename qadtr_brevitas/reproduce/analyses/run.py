@@ -19,10 +19,10 @@ from qadtr_brevitas.core.version import __version__
 from qadtr_brevitas.data.split import Split
 from qadtr_brevitas.evaluation.entries import LoadedModel
 from qadtr_brevitas.evaluation.report import DataFacts, ModelFacts, versions
+from qadtr_brevitas.pipeline.directories import ANALYSIS_FILE
 from qadtr_brevitas.quant import allowed_precisions, frozen_weights
 from qadtr_brevitas.reproduce.analyses.base import Analysis, AnalysisContext, AnalysisData, Findings
 from qadtr_brevitas.reproduce.analyses.document import (
-    ANALYSIS_FILE,
     AnalysisReport,
     StoredTable,
     read_analysis,

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
-from qadtr_brevitas.evaluation.report.layout import EMPTY, Table, bits
+from qadtr_brevitas.core.table import Table
+from qadtr_brevitas.evaluation.report.layout import EMPTY, bits
 from qadtr_brevitas.quant.inference import sorted_modes
 from qadtr_brevitas.reproduce.analyses.document import Record
 

@@ -1,21 +1,22 @@
-"""What a page consists of, before it is written as HTML, Markdown or CSV."""
+"""The parts of a page, before it is written as HTML, Markdown or CSV."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from qadtr_brevitas.evaluation.report.layout import Table
+from qadtr_brevitas.core.table import Table
 
 
 @dataclass(frozen=True)
-class Image:
+class PageImage:
     """A picture.
 
     Args:
-        png: its bytes.
+        png: the bytes of the PNG file.
         caption: what it shows.
-        path: its file, where it lies in a folder that was given.
+        path: the file, if it is one of an input; None for a picture of the page itself.
     """
 
     png: bytes
@@ -24,18 +25,18 @@ class Image:
 
 
 @dataclass(frozen=True)
-class Block:
-    """A table or a picture, or both of the same figures, with what has to be known to believe them.
+class PageBlock:
+    """A table, a picture, or both of the same numbers, with warnings about them.
 
     Args:
-        table: the figures.
+        table: the numbers.
         image: a picture of them.
-        warnings: what the audit says against them, each one sentence.
-        folded: shown on demand only.
+        warnings: sentences of an audit about the numbers.
+        folded: whether it is shown on demand only.
     """
 
     table: Table | None = None
-    image: Image | None = None
+    image: PageImage | None = None
     warnings: tuple[str, ...] = ()
     folded: bool = False
 
@@ -45,20 +46,20 @@ class PageSection:
     """One evaluation, analysis or comparison.
 
     Args:
-        title: what it is.
-        facts: how it was made: command, recipes, seed, versions and the like, name -> text.
+        title: its title.
+        facts: how it was made: command, recipes, seed, versions and the like, by name.
         blocks: its tables and pictures.
         remarks: what the paper leaves open, and where it contradicts itself.
-        level: 2 for a section, 3 for a part of a study.
-        recipes: what its models were trained by: their names -> the recipe.
+        level: level of its heading: 2, or 3 for a part of a study.
+        recipes: the recipes of its models: names of the models -> text.
     """
 
     title: str
-    facts: dict[str, str]
-    blocks: tuple[Block, ...]
+    facts: Mapping[str, str]
+    blocks: tuple[PageBlock, ...]
     remarks: tuple[str, ...] = ()
     level: int = 2
-    recipes: dict[str, str] = field(default_factory=dict[str, str])
+    recipes: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
 @dataclass(frozen=True)
@@ -67,4 +68,4 @@ class Page:
 
     title: str
     sections: tuple[PageSection, ...]
-    facts: dict[str, str] = field(default_factory=dict[str, str])
+    facts: Mapping[str, str] = field(default_factory=dict[str, str])

@@ -1,28 +1,29 @@
-"""From what folders hold to the sections of a page."""
+"""Building a page: the sections for what folders hold."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
+from qadtr_brevitas import __version__
 from qadtr_brevitas.auditing.tables import audit_tables
-from qadtr_brevitas.core.version import __version__
 from qadtr_brevitas.evaluation.report import EvaluationReport
 from qadtr_brevitas.evaluation.report.summaries import tables, terminal_tables
 from qadtr_brevitas.evaluation.report.views import attacked_precisions, families
-from qadtr_brevitas.reproduce.page.blocks import Block, Image, Page, PageSection
+from qadtr_brevitas.reproduce.page.audit_warnings import audit_warnings
+from qadtr_brevitas.reproduce.page.blocks import Page, PageBlock, PageImage, PageSection
 from qadtr_brevitas.reproduce.page.charts import comparison_curves, family_curves
 from qadtr_brevitas.reproduce.page.compare import PaperComparison, compare, comparison_table
-from qadtr_brevitas.reproduce.page.measures import ModelNames, analysis_measures, study_measures
+from qadtr_brevitas.reproduce.page.inputs import AnalysisInput, PageInput, ReportInput, StudyInput
+from qadtr_brevitas.reproduce.page.measurements import PaperNames, analysis_measurements, study_measurements
 from qadtr_brevitas.reproduce.page.merge import merge_reports
-from qadtr_brevitas.reproduce.page.parts import AnalysisInput, Part, ReportInput, StudyInput
-from qadtr_brevitas.reproduce.page.provenance import analysis_facts, read_recipes, report_facts, study_facts
-from qadtr_brevitas.reproduce.page.warnings import audit_warnings
+from qadtr_brevitas.reproduce.page.provenance import read_recipes, report_provenance, study_provenance
 from qadtr_brevitas.reproduce.paper import paper_table
 
-_PAPER_OF = {"gradients": "figure04", "size": "table21", "spatial": "table20"}
+_PAPER_TABLES: Mapping[str, str] = {"gradients": "figure04", "size": "table21", "spatial": "table20"}
+"""The table or figure of the paper that an analysis is compared with."""
 _CAPTIONS = {
     "asr": "ASR against precision, a panel for each kind of attack.",
     "patches": "The patches.",
@@ -30,12 +31,12 @@ _CAPTIONS = {
 }
 
 
-def build_page(parts: Sequence[Part], *, title: str, command: str = "") -> Page:
-    """Everything that was read, in the order it was given.
+def build_page(inputs: Sequence[PageInput], *, title: str, command: str = "") -> Page:
+    """Return the page of all inputs, in their order.
 
     Args:
-        parts: what folders hold.
-        title: of the page.
+        inputs: what folders hold.
+        title: title of the page.
         command: the command that makes the page.
     """
     facts = {
@@ -43,138 +44,141 @@ def build_page(parts: Sequence[Part], *, title: str, command: str = "") -> Page:
         "made": datetime.now(UTC).isoformat(timespec="seconds"),
         "version": f"qadtr-brevitas {__version__}",
     }
-    return Page(title, tuple(section for part in parts for section in _sections(part)), facts)
+    return Page(title, tuple(section for item in inputs for section in _sections(item)), facts)
 
 
-def _sections(part: Part) -> Iterator[PageSection]:
-    if isinstance(part, StudyInput):
-        yield from _study(part)
-    elif isinstance(part, AnalysisInput):
-        yield _analysis(part, level=2)
+def _sections(item: PageInput) -> Iterator[PageSection]:
+    if isinstance(item, StudyInput):
+        yield from _study_sections(item)
+    elif isinstance(item, AnalysisInput):
+        yield _analysis_section(item, level=2)
     else:
-        yield _report(part, level=2)
+        yield _report_section(item)
 
 
-def _study(part: StudyInput) -> Iterator[PageSection]:
+def _study_sections(study: StudyInput) -> Iterator[PageSection]:
     yield PageSection(
-        f"{part.facts.title} ({part.facts.scale})",
-        study_facts(part.facts),
-        tuple(_study_comparison(part)),
-        remarks=paper_table(part.facts.paper).notes if part.facts.paper else (),
-        recipes=read_recipes([member.report for member in (*part.reports, *part.analyses)]),
+        f"{study.facts.title} ({study.facts.scale})",
+        study_provenance(study.facts),
+        tuple(_study_comparison(study)),
+        remarks=paper_table(study.facts.paper).notes if study.facts.paper else (),
+        recipes=read_recipes([member.report for member in (*study.reports, *study.analyses)]),
     )
-    for evaluation, reports in _by_evaluation(part).items():
-        yield _evaluation(evaluation, reports)
-    for analysis in part.analyses:
-        yield _analysis(analysis, level=3, compared=part.facts.paper)
+    for evaluation, reports in _reports_by_evaluation(study).items():
+        yield _evaluation_section(evaluation, reports)
+    for analysis in study.analyses:
+        yield _analysis_section(analysis, level=3, already_compared=study.facts.paper)
 
 
-def _by_evaluation(part: StudyInput) -> dict[str, list[ReportInput]]:
-    """The reports that belong side by side: a study has one for each model."""
+def _reports_by_evaluation(study: StudyInput) -> dict[str, list[ReportInput]]:
+    """Return the reports that belong side by side: a study has one report for each network."""
     found: dict[str, list[ReportInput]] = {}
-    for report in part.reports:
-        rows = [part.facts.rows[model.name] for model in report.report.models if model.name in part.facts.rows]
+    for report in study.reports:
+        rows = [study.facts.rows[model.name] for model in report.report.models if model.name in study.facts.rows]
         found.setdefault(rows[0].evaluation if rows else "", []).append(report)
     return found
 
 
-def _study_comparison(part: StudyInput) -> Iterator[Block]:
-    if part.facts.paper is None:
+def _study_comparison(study: StudyInput) -> Iterator[PageBlock]:
+    if study.facts.paper is None:
         return
-    rows, table = part.facts.rows, paper_table(part.facts.paper)
-    at = {model: row.precision for model, row in rows.items() if row.precision is not None}
-    comparison = compare(table, study_measures(part), at)
-    attacked = table.what in ("asr", "accuracy") and part.reports
-    measured = {model.name for report in part.reports for model in report.report.models}
+    rows, table = study.facts.rows, paper_table(study.facts.paper)
+    precisions = {model: row.precision for model, row in rows.items() if row.precision is not None}
+    comparison = compare(table, study_measurements(study), precisions)
+    measured = {model.name for report in study.reports for model in report.report.models}
     shown = [model for model, row in rows.items() if row.paper and model in measured]
-    warnings = audit_warnings(part.reports, shown) if attacked else ()
-    yield from _comparison(comparison, warnings, _row_notes(part))
+    is_attacked = table.what in ("asr", "accuracy") and study.reports
+    warnings = audit_warnings(study.reports, shown) if is_attacked else ()
+    yield from _comparison_block(comparison, warnings, _study_notes(study))
 
 
-def _row_notes(part: StudyInput) -> list[str]:
-    """Which models stand for which row, because seeds are averaged over."""
-    stand: dict[str, list[str]] = {}
-    for model, row in part.facts.rows.items():
+def _study_notes(study: StudyInput) -> list[str]:
+    """Return notes on the images, on the models behind each row, and on means over seeds."""
+    models_by_row: dict[str, list[str]] = {}
+    for model, row in study.facts.rows.items():
         if row.paper:
-            stand.setdefault(row.paper, []).append(model if row.seed is None else f"{model} (seed {row.seed})")
-    rows = [f"{row}: {', '.join(models)}" for row, models in stand.items()]
-    data = {f"{p.report.data.images} images of {p.report.data.name}" for p in (*part.reports, *part.analyses)}
-    rule = "Figures of several seeds, patches and targets are means; their interval is that of the smallest n."
-    return [f"Here: {'; '.join(sorted(data))}.", *([f"{'; '.join(rows)}."] if rows else []), rule]
+            name = model if row.seed is None else f"{model} (seed {row.seed})"
+            models_by_row.setdefault(row.paper, []).append(name)
+    rows = "; ".join(f"{row}: {', '.join(models)}" for row, models in models_by_row.items())
+    reports = [member.report for member in (*study.reports, *study.analyses)]
+    images = "; ".join(sorted({f"{report.data.images} images of {report.data.name}" for report in reports}))
+    rule = "Values of several seeds, patches and targets are means; their interval is that of the smallest n."
+    return [f"Here: {images}.", *([f"{rows}."] if rows else []), rule]
 
 
-def _comparison(comparison: PaperComparison, warnings: Sequence[str], notes: Sequence[str]) -> Iterator[Block]:
+def _comparison_block(
+    comparison: PaperComparison, warnings: Sequence[str], notes: Sequence[str]
+) -> Iterator[PageBlock]:
     if not comparison.is_empty:
-        yield Block(comparison_table(comparison, notes=notes), comparison_curves(comparison), tuple(warnings))
+        yield PageBlock(comparison_table(comparison, notes=notes), comparison_curves(comparison), tuple(warnings))
 
 
-def _report(part: ReportInput, *, level: int) -> PageSection:
-    blocks = (*_report_tables(part.report, [part]), *_report_pictures(part))
+def _report_section(report: ReportInput) -> PageSection:
     return PageSection(
-        f"Evaluation {part.folder.name}",
-        report_facts(part.report),
-        blocks,
-        level=level,
-        recipes=read_recipes([part.report]),
+        f"Evaluation {report.folder.name}",
+        report_provenance(report.report),
+        (*_report_tables(report.report, [report]), *_report_pictures(report)),
+        recipes=read_recipes([report.report]),
     )
 
 
-def _evaluation(name: str, parts: Sequence[ReportInput]) -> PageSection:
-    """All models of a study under the same attacks, side by side."""
-    report = merge_reports([part.report for part in parts])
-    pictures = [replace(block, folded=True) for part in parts for block in _report_pictures(part)]
-    title = f"Evaluation {name}" if name else f"Evaluation {parts[0].folder.name}"
-    return PageSection(title, report_facts(report), (*_report_tables(report, parts), *pictures), level=3)
+def _evaluation_section(name: str, reports: Sequence[ReportInput]) -> PageSection:
+    """Return the section of all networks of a study under the same attacks, side by side."""
+    merged = merge_reports([report.report for report in reports])
+    pictures = [replace(block, folded=True) for report in reports for block in _report_pictures(report)]
+    title = f"Evaluation {name or reports[0].folder.name}"
+    return PageSection(title, report_provenance(merged), (*_report_tables(merged, reports), *pictures), level=3)
 
 
-def _report_tables(report: EvaluationReport, parts: Sequence[ReportInput]) -> Iterator[Block]:
-    """The tables to read first, then curves, then the rest on demand."""
-    warnings = audit_warnings(parts, [model.name for model in report.models]) if families(report) else ()
+def _report_tables(report: EvaluationReport, inputs: Sequence[ReportInput]) -> Iterator[PageBlock]:
+    """Yield the tables to read first, then curves, then all other tables folded."""
+    attacked = families(report)
+    warnings = audit_warnings(inputs, [model.name for model in report.models]) if attacked else ()
     first = terminal_tables(report)
     for table in first:
-        # Without attacks of one's own there is nothing white-box to show.
+        # The table is empty if no attack was made on the models themselves.
         if table.rows:
-            yield Block(table, warnings=warnings)
+            yield PageBlock(table, warnings=warnings)
     if len(attacked_precisions(report)) > 1:
-        for family in families(report):
-            yield Block(image=family_curves(report, family), warnings=warnings)
+        for family in attacked:
+            yield PageBlock(image=family_curves(report, family), warnings=warnings)
     titles = {table.title for table in first}
     for table in tables(report):
         if table.rows and table.title not in titles:
-            yield Block(table, folded=True, warnings=warnings)
-    audits = [audit for part in parts for audit in part.audits]
+            yield PageBlock(table, folded=True, warnings=warnings)
+    audits = [audit for item in inputs for audit in item.audits]
     for number, table in enumerate(audit_tables(audits) if audits else ()):
-        yield Block(table, folded=number > 0)
+        yield PageBlock(table, folded=number > 0)
 
 
-def _report_pictures(part: ReportInput) -> Iterator[Block]:
-    for path in part.pictures:
+def _report_pictures(report: ReportInput) -> Iterator[PageBlock]:
+    for path in report.pictures:
         kind = path.stem.partition("-")[0]
-        # Curves of a page are one for each kind of attack, which a phone can show.
+        # The page draws its own curves, one picture for each kind of attack, which fit on a phone.
         if kind != "asr":
-            yield Block(image=_image(path, _CAPTIONS[kind]))
+            yield PageBlock(image=_image(path, _CAPTIONS[kind]))
 
 
-def _analysis(part: AnalysisInput, *, level: int, compared: str | None = None) -> PageSection:
-    report = part.report
-    blocks: list[Block] = []
-    paper = _PAPER_OF.get(report.analysis)
-    if paper is not None and paper != compared:
+def _analysis_section(analysis: AnalysisInput, *, level: int, already_compared: str | None = None) -> PageSection:
+    report = analysis.report
+    blocks: list[PageBlock] = []
+    paper = _PAPER_TABLES.get(report.analysis)
+    if paper is not None and paper != already_compared:
         table = paper_table(paper)
-        comparison = compare(table, list(analysis_measures(part, ModelNames({}, {}))))
+        comparison = compare(table, list(analysis_measurements(analysis, PaperNames({}, {}))))
         models = ", ".join(model.name for model in report.models)
-        blocks += _comparison(comparison, (), [f"Here: {models}.", *table.notes])
-    blocks += [Block(table.table()) for table in report.tables]
-    blocks += [Block(image=_image(part.folder / picture.file, picture.caption)) for picture in report.pictures]
+        blocks += _comparison_block(comparison, (), [f"Here: {models}.", *table.notes])
+    blocks += [PageBlock(stored.table()) for stored in report.tables]
+    blocks += [PageBlock(image=_image(analysis.folder / p.file, p.caption)) for p in report.pictures]
     return PageSection(
         f"Analysis {report.analysis}: {report.title}",
-        analysis_facts(report),
+        report_provenance(report),
         tuple(blocks),
         level=level,
-        # A study shows those of all its parts once.
+        # The section of a study shows the recipes of all its members.
         recipes=read_recipes([report]) if level == 2 else {},
     )
 
 
-def _image(path: Path, caption: str) -> Image:
-    return Image(path.read_bytes(), caption, path)
+def _image(path: Path, caption: str) -> PageImage:
+    return PageImage(path.read_bytes(), caption, path)

@@ -10,63 +10,68 @@ from qadtr_brevitas.evaluation.metrics import Mean
 from qadtr_brevitas.evaluation.report import EvaluationReport
 from qadtr_brevitas.evaluation.report.views import FLOAT, View, attacked_precisions, sources
 from qadtr_brevitas.reproduce.analyses.charts import Curve, Point, draw_curves
-from qadtr_brevitas.reproduce.page.blocks import Image
-from qadtr_brevitas.reproduce.page.compare import MeasuredValue, PaperComparison, row_name
-from qadtr_brevitas.reproduce.page.measures import AT_FLOAT
+from qadtr_brevitas.reproduce.page.blocks import PageImage
+from qadtr_brevitas.reproduce.page.compare import MeasuredCell, MeasuredRow, PaperComparison, row_name
+from qadtr_brevitas.reproduce.page.measurements import AT_FLOAT
 
-_MOST_MODELS = 3
-_PERCENT = {"asr": "attack success rate (%)", "accuracy": "accuracy (%)", "clean accuracy": "clean accuracy (%)"}
+# With more models, each has a single curve, or the picture would be unreadable.
+_MAX_DETAILED_MODELS = 3
+_LABELS = {"asr": "attack success rate (%)", "accuracy": "accuracy (%)", "clean accuracy": "clean accuracy (%)"}
 
 
-def family_curves(report: EvaluationReport, family: str) -> Image:
-    """ASR of one kind of attack on every model against precision."""
+def family_curves(report: EvaluationReport, family: str) -> PageImage:
+    """Draw the ASR of one family of attacks on every model against precision."""
     columns = attacked_precisions(report)
     curves: list[Curve] = []
     for number, model in enumerate(report.models):
         own = [curve for curve in _model_curves(View(report, model, family), number, columns) if any(curve.points)]
-        # More than a few curves of each of many models are no picture any more.
-        curves += own[:1] if len(report.models) > _MOST_MODELS else own
-    png = _draw(curves, columns, "precision attacked (bit)", _PERCENT["asr"], percent=True)
-    return Image(png, f"ASR of {family} against precision on {report.data.images} images, with 95 % Wilson intervals.")
+        curves += own[:1] if len(report.models) > _MAX_DETAILED_MODELS else own
+    png = _draw(curves, columns, "precision attacked (bit)", _LABELS["asr"], percent=True)
+    caption = f"ASR of {family} against precision on {report.data.images} images, with 95 % Wilson intervals."
+    return PageImage(png, caption)
 
 
-def _model_curves(view: View, number: int, columns: Sequence[str]) -> Iterator[Curve]:
-    """What was made at each precision first, then what was made at 32 bit, on each network, then noise."""
-    name = view.model.name
-    yield Curve(f"{name}, {view.knowledge}", [_point(view.white_box(p)) for p in columns], number)
-    for fingerprint, source in sources(view.report, view.family).items():
-        own = fingerprint == view.model.fingerprint
-        # What was made at 32 bit is white-box there.
-        moved = [None if own and p == FLOAT else _point(view.made_at(p, FLOAT, fingerprint)) for p in columns]
-        yield Curve(f"{name}, made at {FLOAT} bit" + ("" if own else f" on {source}"), moved, number)
-    yield Curve(f"{name}, random patch", [_point(view.control(p)) for p in columns], number, dashed=True)
-
-
-def comparison_curves(comparison: PaperComparison) -> Image | None:
-    """The paper's figures (dashed) and ours against precision; None where columns are not precisions."""
+def comparison_curves(comparison: PaperComparison) -> PageImage | None:
+    """Draw the paper's values (dashed) and ours against precision; None if columns are not precisions."""
     table = comparison.table
     if any(list(column) != ["precision"] for column in table.columns):
         return None
-    # White-box figures where there are any: they say what an attacker can reach.
-    way, ours = max(comparison.ours.items(), key=lambda item: (_count(item[1]), item[0] != AT_FLOAT))
+    origin, measured = max(comparison.measured.items(), key=_priority)
     curves: list[Curve] = []
-    for number, ((facets, numbers), found) in enumerate(zip(table.rows, ours, strict=True)):
-        if any(found):
+    for number, ((facets, numbers), row) in enumerate(zip(table.rows, measured, strict=True)):
+        if any(row):
             name = row_name(facets)
-            points = [our and Point(our.value, *(our.interval or (None, None))) for our in found]
-            curves.append(Curve(f"{name}, here", points, number))
+            curves.append(Curve(f"{name}, here", [cell and _cell_point(cell) for cell in row], number))
             quoted = [None if value is None else Point(value) for value in numbers]
             curves.append(Curve(f"{name}, paper", quoted, number, dashed=True))
-    percent = table.unit == "percent"
     columns = [column["precision"] for column in table.columns]
-    label = _PERCENT.get(table.what, table.what)
-    png = _draw(curves, columns, "precision (bit)", label, percent=percent)
-    made = f", {way}" if table.what == "asr" else ""
-    return Image(png, f"{table.number} of the paper (dashed) and our figures{made}, with 95 % intervals.")
+    label = _LABELS.get(table.what, table.what)
+    png = _draw(curves, columns, "precision (bit)", label, percent=table.unit == "percent")
+    suffix = f", {origin}" if table.what == "asr" else ""
+    return PageImage(png, f"{table.number} of the paper (dashed) and our values{suffix}, with 95 % intervals.")
 
 
-def _count(rows: Sequence[Sequence[MeasuredValue | None]]) -> int:
-    return sum(our is not None for row in rows for our in row)
+def _model_curves(view: View, number: int, columns: Sequence[str]) -> Iterator[Curve]:
+    """Yield the curve of attacks made at each precision, then those made at 32 bit on each network, then noise."""
+    name = view.model.name
+    yield Curve(f"{name}, {view.knowledge}", [_point(view.white_box(p)) for p in columns], number)
+    for fingerprint, source in sources(view.report, view.family).items():
+        is_own = fingerprint == view.model.fingerprint
+        # At 32 bit, an attack made at 32 bit on the same network is a white-box attack.
+        points = [None if is_own and p == FLOAT else _point(view.made_at(p, FLOAT, fingerprint)) for p in columns]
+        yield Curve(f"{name}, made at {FLOAT} bit" + ("" if is_own else f" on {source}"), points, number)
+    yield Curve(f"{name}, random patch", [_point(view.control(p)) for p in columns], number, dashed=True)
+
+
+def _priority(item: tuple[str, Sequence[MeasuredRow]]) -> tuple[int, bool]:
+    """Return a key that prefers the origin with most cells, then white-box attacks, the strongest ones."""
+    origin, rows = item
+    return sum(cell is not None for row in rows for cell in row), origin != AT_FLOAT
+
+
+def _cell_point(cell: MeasuredCell) -> Point:
+    low, high = cell.interval or (None, None)
+    return Point(cell.value, low, high)
 
 
 def _point(mean: Mean | None) -> Point | None:

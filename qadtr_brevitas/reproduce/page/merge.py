@@ -1,4 +1,4 @@
-"""Several evaluations of the same images as one, so that their models stand in one table."""
+"""Merging evaluations of the same images into one report, so that their models stand in one table."""
 
 from __future__ import annotations
 
@@ -9,30 +9,29 @@ from qadtr_brevitas.evaluation.report.views import disambiguate_patches
 
 
 def merge_reports(reports: Sequence[EvaluationReport]) -> EvaluationReport:
-    """One report with all models; the first one's command, seed and versions stand for all.
+    """Return one report with all models; command, seed and versions are those of the first report.
 
     Args:
-        reports: at least one, of the same images; models of different names.
+        reports: at least one, all of the same images, with models of different names.
     """
     known: dict[str, PatchFacts | ImageAttackFacts] = {}
-    renamed = [_with_own_names(report, known) for report in reports]
-    first = renamed[0]
-    facts = [facts for facts in known.values() if isinstance(facts, PatchFacts)]
-    return first.model_copy(
+    renamed = [_with_unique_names(report, known) for report in reports]
+    patches = [facts for facts in known.values() if isinstance(facts, PatchFacts)]
+    return renamed[0].model_copy(
         update={
             "models": tuple(model for report in renamed for model in report.models),
-            "patches": disambiguate_patches(facts),
+            "patches": disambiguate_patches(patches),
             "attacks": tuple(facts for facts in known.values() if isinstance(facts, ImageAttackFacts)),
-            **{
-                name: tuple(cell for report in renamed for cell in getattr(report, name))
-                for name in ("clean", "cells", "worst_case", "certified")
-            },
+            "clean": tuple(cell for report in renamed for cell in report.clean),
+            "cells": tuple(cell for report in renamed for cell in report.cells),
+            "worst_case": tuple(case for report in renamed for case in report.worst_case),
+            "certified": tuple(cell for report in renamed for cell in report.certified),
         }
     )
 
 
-def _with_own_names(report: EvaluationReport, known: dict[str, PatchFacts | ImageAttackFacts]) -> EvaluationReport:
-    """The report with every patch and attack under a name that no other one has; adds them to the known ones."""
+def _with_unique_names(report: EvaluationReport, known: dict[str, PatchFacts | ImageAttackFacts]) -> EvaluationReport:
+    """Return the report with a name of its own for every different patch and attack, and add them to the known ones."""
     names: dict[str, str] = {}
     for old, facts in report.attack_facts().items():
         new, number = old, 1
@@ -41,10 +40,9 @@ def _with_own_names(report: EvaluationReport, known: dict[str, PatchFacts | Imag
             new = f"{old} ({number})"
         names[old] = new
         if isinstance(facts, PatchFacts) and facts.variant:
-            # Of a patch as it was made, which comes before its variants.
-            facts = facts.model_copy(
-                update={"variant": facts.variant.model_copy(update={"of": names[facts.variant.of]})}
-            )
+            # The patch as it was made comes before its variants.
+            variant = facts.variant.model_copy(update={"of": names[facts.variant.of]})
+            facts = facts.model_copy(update={"variant": variant})
         known[new] = facts.model_copy(update={"name": new})
     cells = tuple(cell.model_copy(update={"attack": names[cell.attack]}) for cell in report.cells)
     return report.model_copy(update={"cells": cells})

@@ -1,31 +1,37 @@
-"""How figures were made, in words: command, recipe, seed, versions."""
+"""How numbers were made, as text: command, recipe, seed, versions."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from qadtr_brevitas.evaluation.report import EvaluationReport, ModelFacts
+from qadtr_brevitas.pipeline.directories import RECIPE_FILE
 from qadtr_brevitas.reproduce.analyses.document import AnalysisReport
-from qadtr_brevitas.reproduce.page.parts import StudyFacts
-
-RECIPE_FILE = "recipe.yaml"
+from qadtr_brevitas.reproduce.page.study_file import StudyFacts
 
 
-def report_facts(report: EvaluationReport) -> dict[str, str]:
-    """Of an evaluation."""
-    return _facts(report)
+def report_provenance(report: EvaluationReport | AnalysisReport) -> dict[str, str]:
+    """Return how an evaluation or an analysis was made, by name."""
+    data = report.data
+    used = f"all {data.images}" if data.images == data.available else f"{data.images} of {data.available}"
+    facts = {
+        "command": report.command or "made from Python",
+        "recipes": ", ".join(f"{model.name}: {_origin(model)} ({model.architecture})" for model in report.models),
+        "data": f"{data.name}, {used} images of the {data.split} split",
+        "seed": str(report.seed),
+        "device": report.device,
+        "made": report.created,
+        "versions": _versions(report.versions),
+    }
+    if isinstance(report, AnalysisReport):
+        facts["settings"] = ", ".join(f"{name}={json.dumps(value)}" for name, value in report.settings.items())
+    return facts
 
 
-def analysis_facts(report: AnalysisReport) -> dict[str, str]:
-    """Of an analysis."""
-    settings = ", ".join(f"{name}={json.dumps(value)}" for name, value in report.settings.items())
-    return {**_facts(report), "settings": settings}
-
-
-def study_facts(facts: StudyFacts) -> dict[str, str]:
-    """Of a study."""
+def study_provenance(facts: StudyFacts) -> dict[str, str]:
+    """Return how a study was made, by name."""
     rows = [
         f"{name} ({row.label}{'' if row.seed is None else f', seed {row.seed}'})" for name, row in facts.rows.items()
     ]
@@ -38,22 +44,8 @@ def study_facts(facts: StudyFacts) -> dict[str, str]:
     }
 
 
-def _facts(report: EvaluationReport | AnalysisReport) -> dict[str, str]:
-    data = report.data
-    used = f"all {data.images}" if data.images == data.available else f"{data.images} of {data.available}"
-    return {
-        "command": report.command or "made from Python",
-        "recipes": _recipes(report.models),
-        "data": f"{data.name}, {used} images of the {data.split} split",
-        "seed": str(report.seed),
-        "device": report.device,
-        "made": report.created,
-        "versions": _versions(report.versions),
-    }
-
-
 def read_recipes(reports: Iterable[EvaluationReport | AnalysisReport]) -> dict[str, str]:
-    """The recipes of models, as far as their runs are still where they were: names of the models -> text."""
+    """Return the recipes of models whose runs still exist: names of the models -> text."""
     found: dict[str, list[str]] = {}
     for model in (model for report in reports for model in report.models):
         file = Path(model.path) / RECIPE_FILE
@@ -62,15 +54,11 @@ def read_recipes(reports: Iterable[EvaluationReport | AnalysisReport]) -> dict[s
     return {", ".join(dict.fromkeys(names)): text for text, names in found.items()}
 
 
-def _recipes(models: Iterable[ModelFacts]) -> str:
-    return ", ".join(f"{model.name}: {_origin(model)} ({model.architecture})" for model in models)
-
-
 def _origin(model: ModelFacts) -> str:
-    """The recipe of a run, what made a model directory, or at least where it is."""
+    """Return the recipe of a run, what made a model directory, or at least its path."""
     recipe = Path(model.path) / RECIPE_FILE
     return str(recipe) if model.path and recipe.is_file() else model.source or model.path or "made from Python"
 
 
-def _versions(versions: dict[str, str]) -> str:
+def _versions(versions: Mapping[str, str]) -> str:
     return ", ".join(f"{name} {number}" for name, number in versions.items())

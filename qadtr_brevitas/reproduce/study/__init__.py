@@ -1,4 +1,4 @@
-"""Studies: one file names models, seeds, attacks and analyses; what is missing is made, and a report comes out.
+"""Studies: one file names models, seeds, attacks and analyses; what is missing is made, and a report is written.
 
-Light to import: `file` checks a study, `run` carries it out.
+`file` reads a study, `plan` turns it into steps, `run` runs the steps, and `summary` writes the results.
 """

@@ -1,4 +1,4 @@
-"""The parts that make models: training, conversion without training, and one precision more."""
+"""The steps that make models: training, conversion without training, and adding a precision."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from qadtr_brevitas.training.loop import train
 
 @dataclass(frozen=True)
 class ModelStep(StudyStep):
-    """A network: trained, or converted and calibrated.
+    """Train a network, or convert and calibrate it.
 
     Args:
         network: the network.
@@ -33,18 +33,18 @@ class ModelStep(StudyStep):
 
     network: StudyNetwork
 
-    def work(self, resources: StudyResources, progress: Progress) -> None:
-        """Trains it, or goes on with it; a conversion is made whole or not at all."""
+    def execute(self, resources: StudyResources, progress: Progress) -> None:
+        """Train the network, resuming an interrupted run; or convert it, completely or not at all."""
         recipe = self._recipe()
         if not self.network.section.train:
             _convert(recipe, self.folder)
         elif resources.processes > 1:
-            _train_together(recipe, self.folder, resources)
+            _train_with_torchrun(recipe, self.folder, resources)
         else:
-            train(recipe, self.folder, device=resources.device, observer=_TrainingProgress(progress))
+            train(recipe, self.folder, device=resources.device_name, observer=TrainingProgress(progress))
 
     def _recipe(self) -> Recipe:
-        """The recipe, with the weights to start from."""
+        """Return the recipe with the weights to start from."""
         recipe = self.network.recipe
         assert recipe is not None
         if not self.needs:
@@ -56,25 +56,24 @@ class ModelStep(StudyStep):
 
 @dataclass(frozen=True)
 class ExistingModelStep(StudyStep):
-    """A network that is there already."""
+    """A finished network, for which there is nothing to do."""
 
-    def is_made(self) -> bool:
-        """It is."""
+    def is_finished(self) -> bool:
         return True
 
-    def work(self, resources: StudyResources, progress: Progress) -> None:
-        """Nothing is left to do."""
+    def execute(self, resources: StudyResources, progress: Progress) -> None:
+        """Do nothing."""
 
 
 @dataclass(frozen=True)
 class AddPrecisionStep(StudyStep):
-    """A network at one precision more, which it was not trained for.
+    """Add a precision to a copy of a network that was not trained for it.
 
     Args:
-        source: the network's folder.
-        precision: what is added.
-        images: how many it is calibrated on.
-        seed: decides which.
+        source: folder of the network.
+        precision: the precision.
+        images: number of calibration images.
+        seed: decides which images.
     """
 
     source: Path
@@ -82,24 +81,24 @@ class AddPrecisionStep(StudyStep):
     images: int
     seed: int
 
-    def work(self, resources: StudyResources, progress: Progress) -> None:
-        """Calibrates it."""
+    def execute(self, resources: StudyResources, progress: Progress) -> None:
+        """Calibrate the network at the precision."""
         images = resources.images(self.source, "train", limit=self.images, seed=self.seed)
         add_precision(self.source, self.folder, self.precision, images, seed=self.seed)
 
 
-class _TrainingProgress(TrainingObserver):
-    """Turns the steps of a training into progress."""
+class TrainingProgress(TrainingObserver):
+    """An observer that reports the steps of a training as progress."""
 
     def __init__(self, progress: Progress) -> None:
-        self.progress, self.total = progress, 0
+        self._progress, self._total = progress, 0
 
     def on_start(self, *, step: int, total_steps: int, epochs: int) -> None:
-        self.total = total_steps
-        self.progress(step, total_steps, "")
+        self._total = total_steps
+        self._progress(step, total_steps)
 
     def on_step(self, record: StepRecord) -> None:
-        self.progress(record.step, self.total, f"loss {record.loss:.3f}")
+        self._progress(record.step, self._total, f"loss {record.loss:.3f}")
 
 
 def _convert(recipe: Recipe, folder: Path) -> None:
@@ -111,15 +110,15 @@ def _convert(recipe: Recipe, folder: Path) -> None:
     save_model(folder, model, replace(info, source="convert"))
 
 
-def _train_together(recipe: Recipe, folder: Path, resources: StudyResources) -> None:
-    """Trains in several processes, which torchrun starts."""
+def _train_with_torchrun(recipe: Recipe, folder: Path, resources: StudyResources) -> None:
+    """Train in several processes, which torchrun starts."""
     file = resources.work / "recipes" / f"{folder.name}.yaml"
     write_atomically(file, lambda path: path.write_text(recipe.dump_yaml(), encoding="utf-8"))
-    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(resources.processes)]
-    training = ["-m", "qadtr_brevitas", "train", str(file), "-o", str(folder), "--device", resources.device, "-q"]
-    done = subprocess.run([sys.executable, "-m", *launcher, *training], check=False, stdout=sys.stderr)
-    if done.returncode:
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(resources.processes)]
+    training = ["-m", "qadtr_brevitas", "train", str(file), "-o", str(folder), "--device", resources.device_name, "-q"]
+    finished = subprocess.run([sys.executable, "-m", *torchrun, *training], check=False, stdout=sys.stderr)
+    if finished.returncode:
         raise TrainingError(
-            f"torchrun ended with code {done.returncode} while training {folder}; its messages are above. The same "
-            "command goes on where it stopped"
+            f"torchrun ended with code {finished.returncode} while training {folder}; its messages are above. Give the "
+            "same command to resume"
         )

@@ -1,103 +1,114 @@
-"""What the parts of a study share while they are made: device, data and models that are loaded once."""
+"""What the steps of a study share while they run: the device, and models and images that are loaded once."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Generic, Literal, TypeVar
 
 import torch
 from pydantic import TypeAdapter
 
 from qadtr_brevitas.config import load_recorded_recipe
-from qadtr_brevitas.config.slots import Slot, slot_name
+from qadtr_brevitas.config.sections import DatasetSlot
+from qadtr_brevitas.config.slots import slot_name, slot_settings
 from qadtr_brevitas.core.device import resolve_device
 from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.core.files import fingerprint_facts
-from qadtr_brevitas.core.registry import DATASETS
+from qadtr_brevitas.data.base import Dataset
 from qadtr_brevitas.data.split import Split
 from qadtr_brevitas.evaluation.entries import LoadedModel, load_subjects
 from qadtr_brevitas.pipeline.checkpoint import read_info
+from qadtr_brevitas.pipeline.directories import RECIPE_FILE
 from qadtr_brevitas.reproduce.study.sections import Budget
 
-_DATASET: TypeAdapter[Any] = TypeAdapter(Annotated[Any, Slot(DATASETS)])
-_MOST_KEPT = 8
-# Runs of earlier releases say in their recipe only what they were made on.
-RECIPE_FILE = "recipe.yaml"
+_DATASET: TypeAdapter[Dataset] = TypeAdapter(DatasetSlot)
+_CACHED_MODELS, _CACHED_SPLITS = 5, 3
 
-_Item = TypeVar("_Item")
+_Value = TypeVar("_Value")
+
+
+@dataclass(frozen=True)
+class Cache(Generic[_Value]):
+    """The values that were made last; the oldest is dropped when there are too many.
+
+    Args:
+        size: the largest number of values.
+    """
+
+    size: int
+    values: dict[Hashable, _Value] = field(default_factory=dict[Hashable, _Value])
+
+    def get(self, key: Hashable, make: Callable[[], _Value]) -> _Value:
+        """Return the value of a key, made if it is not there."""
+        if key not in self.values:
+            while len(self.values) >= self.size:
+                self.values.pop(next(iter(self.values)))
+            self.values[key] = make()
+        return self.values[key]
 
 
 @dataclass(frozen=True)
 class StudyResources:
-    """Where and with what parts are made.
+    """Where and with what steps run.
 
     Args:
-        work: folder of everything that studies share: runs, models, patches, cells.
-        device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
-        processes: processes of a training, started by torchrun where there are several.
+        work: the folder that studies share: runs, models, patches, cells.
+        device_name: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
+        processes: processes of a training; torchrun starts them if there are several.
         command: command line, for reports.
     """
 
     work: Path
-    device: str
+    device_name: str
     processes: int = 1
     command: str = ""
-    kept: dict[str, Any] = field(default_factory=dict)
+    _models: Cache[LoadedModel] = field(default_factory=lambda: Cache[LoadedModel](_CACHED_MODELS))
+    _splits: Cache[Split] = field(default_factory=lambda: Cache[Split](_CACHED_SPLITS))
 
     @property
-    def where(self) -> torch.device:
+    def device(self) -> torch.device:
         """The device."""
-        return resolve_device(self.device)
+        return resolve_device(self.device_name)
 
-    def loaded(self, folder: Path, name: str) -> LoadedModel:
-        """The model of a run or model directory, under the name it has in the study."""
-        return replace(self._kept(f"model {folder}", lambda: load_subjects([folder], device=self.where)[0]), name=name)
+    def load_model(self, folder: Path, name: str) -> LoadedModel:
+        """Return the model of a run or model directory, under the name it has in the study."""
+        return replace(self._models.get(folder, lambda: load_subjects([folder], device=self.device)[0]), name=name)
 
-    def dataset(self, folder: Path) -> Any:
-        """The data set that a model was made on.
+    def dataset(self, folder: Path) -> Dataset:
+        """Return the data set that a model was made on.
 
         Raises:
-            UsageError: the model does not say.
+            UsageError: the model does not record it.
         """
-        made_on = read_info(folder).data
-        if made_on is None and (folder / RECIPE_FILE).is_file():
+        recorded = read_info(folder).data
+        if recorded is not None:
+            return _DATASET.validate_python(dict(recorded))
+        # Models of earlier releases record their data set in the recipe of their run only.
+        if (folder / RECIPE_FILE).is_file():
             return load_recorded_recipe(folder / RECIPE_FILE).data.dataset
-        if made_on is None:
-            raise UsageError(
-                f"the model in {folder} does not say which data set it was made on: make it anew with `qadtr-brevitas "
-                "train` or `convert`, which keep it"
-            )
-        return _DATASET.validate_python(dict(made_on))
+        raise UsageError(
+            f"the model in {folder} does not record the data set it was made on: make it again with `qadtr-brevitas "
+            "train` or `convert`"
+        )
 
     def images(self, folder: Path, split: Literal["train", "test"], *, limit: int | None, seed: int) -> Split:
-        """At most so many images of the data set that a model was made on, balanced over the classes."""
+        """Return at most `limit` images of the data set that a model was made on, balanced over the classes."""
         dataset = self.dataset(folder)
-        key = fingerprint_facts([slot_name(dataset), settings_of(dataset), split, limit, seed])
-        return self._kept(f"images {key}", lambda: dataset.load(split, limit=limit, seed=seed))
+        key = fingerprint_facts([slot_name(dataset), slot_settings(dataset), split, limit, seed])
+        return self._splits.get(key, lambda: dataset.load(split, limit=limit, seed=seed))
 
     def patch_images(self, folder: Path, budget: Budget) -> tuple[Split, Split]:
-        """Training images to make patches on, and others to choose them on; fewer where there are not so many."""
-        wanted = budget.patch_images + budget.held_out
-        split = self.images(folder, "train", limit=wanted, seed=budget.seed)
-        judged = min(budget.held_out, max(1, len(split) // 5))
-        judge, rest = split.divide(judged, seed=budget.seed)
-        return rest.balanced(min(budget.patch_images, len(rest)), seed=budget.seed), judge
+        """Return training images to make patches on and held-out images to choose them on, as the budget says.
+
+        Of a data set with fewer images, at most a fifth is held out.
+        """
+        split = self.images(folder, "train", limit=budget.patch_images + budget.held_out, seed=budget.seed)
+        held_out, rest = split.divide(min(budget.held_out, max(1, len(split) // 5)), seed=budget.seed)
+        return rest.balanced(min(budget.patch_images, len(rest)), seed=budget.seed), held_out
 
     def test_images(self, folder: Path, budget: Budget) -> Split:
-        """The test images that everything is scored on."""
+        """Return the test images that everything is scored on."""
         limit = None if budget.images == "all" else budget.images
         return self.images(folder, "test", limit=limit, seed=budget.seed)
-
-    def _kept(self, key: str, make: Callable[[], _Item]) -> _Item:
-        if key not in self.kept:
-            while len(self.kept) >= _MOST_KEPT:
-                self.kept.pop(next(iter(self.kept)))
-            self.kept[key] = make()
-        return self.kept[key]
-
-
-def settings_of(plugin: Any) -> dict[str, Any]:
-    """A plug-in's fields as JSON values."""
-    return TypeAdapter(type(plugin)).dump_python(plugin, mode="json")

@@ -1,4 +1,4 @@
-"""Carrying out a study: whatever is missing is made, by as many processes as see the same folders."""
+"""Running the steps of a study that are missing, in one process or in several that share the folders."""
 
 from __future__ import annotations
 
@@ -10,129 +10,134 @@ from typing import TypeAlias
 from qadtr_brevitas.core.errors import QadtrError, StudyError
 from qadtr_brevitas.core.progress import Progress, silent
 from qadtr_brevitas.evaluation.sharding import Shard
-from qadtr_brevitas.reproduce.study.claims import Claims
+from qadtr_brevitas.reproduce.study.locks import StepLocks
 from qadtr_brevitas.reproduce.study.plan import StudyPlan
 from qadtr_brevitas.reproduce.study.resources import StudyResources
 from qadtr_brevitas.reproduce.study.steps import StudyStep
 from qadtr_brevitas.training.stop import Interrupted
 
-LOOK_EVERY = 2.0
-"""Seconds between two looks at what the others have finished."""
+POLL_SECONDS = 2.0
 
-Say: TypeAlias = Callable[[str], object]
-Begin: TypeAlias = Callable[[str], Progress]
-"""Is told what is begun, and gives what is told how far it is."""
+Report: TypeAlias = Callable[[str], object]
+"""Receives a message about what happens."""
+StartProgress: TypeAlias = Callable[[str], Progress]
+"""Receives the name of a step that starts, and returns its progress."""
 
 
 @dataclass
 class StudyOutcome:
-    """What became of the parts.
+    """The results of the steps.
 
     Args:
-        made: names of those that this process made.
-        failed: names of those that could not be made, and why.
+        finished: names of the steps that this process finished.
+        failed: names of the steps that failed, and why.
     """
 
-    made: list[str] = field(default_factory=list)
-    failed: dict[str, QadtrError] = field(default_factory=dict)
+    finished: list[str] = field(default_factory=list[str])
+    failed: dict[str, QadtrError] = field(default_factory=dict[str, QadtrError])
 
 
-def carry_out(
+def run_study(
     plan: StudyPlan,
     resources: StudyResources,
-    claims: Claims,
+    locks: StepLocks,
     *,
-    share: Shard | None = None,
-    say: Say = lambda message: None,
-    begin: Begin = lambda what: silent,
-    look_every: float = LOOK_EVERY,
+    shard: Shard | None = None,
+    report: Report = lambda message: None,
+    start_progress: StartProgress = lambda step: silent,
+    poll_seconds: float = POLL_SECONDS,
 ) -> StudyOutcome:
-    """Makes every part that is missing, and waits for those that others are making.
+    """Run every step that is not finished, and wait for those that other processes run.
 
-    A part that fails does not keep those from being made that do not need it.
+    After a failed step, all steps that do not need it still run.
 
     Args:
-        plan: the parts.
-        resources: with what they are made.
-        claims: keeps two processes from making the same part.
-        share: the share of the parts to begin with; the others follow, as far as nobody has begun them.
-        say: told what happens, in words.
-        begin: told what is begun.
-        look_every: seconds between two looks at what others have finished.
+        plan: the steps.
+        resources: what they run with.
+        locks: keep two processes from running the same step.
+        shard: the share of the steps to begin with; the others follow unless another process has started them.
+        report: called with messages about what happens.
+        start_progress: called when a step starts.
+        poll_seconds: seconds between two looks at what other processes have finished.
 
     Raises:
-        StudyError: parts could not be made; everything else is.
-        Interrupted: stopped by Ctrl-C or a signal in a training, after its state was saved.
+        StudyError: steps failed; all others are finished.
+        Interrupted: a training was stopped by Ctrl-C or a signal, after its state was saved.
     """
     outcome, waiting = StudyOutcome(), ""
-    missing = _in_turn([part for part in plan.parts if not part.is_made()], share)
-    while missing := [part for part in missing if part.name not in outcome.failed and not part.is_made()]:
-        _give_up(missing, outcome)
-        ready = [part for part in missing if all(need.is_made() for need in part.needs)]
-        if any(_make(part, resources, claims, outcome, say, begin) for part in ready):
+    missing = _own_shard_first([step for step in plan.steps if not step.is_finished()], shard)
+    while missing := [step for step in missing if step.name not in outcome.failed and not step.is_finished()]:
+        _fail_dependents(missing, outcome)
+        ready = [step for step in missing if all(need.is_finished() for need in step.needs)]
+        if any(_try_step(step, resources, locks, outcome, report, start_progress) for step in ready):
             waiting = ""
             continue
-        now = "; ".join(f"{part.name} ({who})" for part in ready if (who := claims.owner(part.key)))
-        if now and now != waiting:
-            say(f"waiting for {now}")
-        waiting = now
-        time.sleep(look_every)
+        owned = "; ".join(f"{step.name} ({owner})" for step in ready if (owner := locks.owner(step.key)))
+        if owned and owned != waiting:
+            report(f"waiting for {owned}")
+        waiting = owned
+        time.sleep(poll_seconds)
     if outcome.failed:
         raise _failure(outcome, plan)
     return outcome
 
 
-def _in_turn(parts: Sequence[StudyStep], share: Shard | None) -> list[StudyStep]:
-    """The parts, those of the share first; what others need stays before it."""
-    if share is None:
-        return list(parts)
-    mine = share.pick(parts)
-    return [*mine, *(part for part in parts if part not in mine)]
+def _own_shard_first(steps: Sequence[StudyStep], shard: Shard | None) -> list[StudyStep]:
+    if shard is None:
+        return list(steps)
+    own = shard.pick(steps)
+    return [*own, *(step for step in steps if step not in own)]
 
 
-def _make(
-    part: StudyStep, resources: StudyResources, claims: Claims, outcome: StudyOutcome, say: Say, begin: Begin
+def _try_step(
+    step: StudyStep,
+    resources: StudyResources,
+    locks: StepLocks,
+    outcome: StudyOutcome,
+    report: Report,
+    start_progress: StartProgress,
 ) -> bool:
-    """Makes a part if nobody else does; True if something changed."""
-    with claims.claim(part.key, part.name) as is_mine:
-        if not is_mine:
+    """Run a step unless another process does, and return whether anything changed."""
+    with locks.lock(step.key, step.name) as is_locked:
+        if not is_locked:
             return False
-        # Another process may have finished it since.
-        if part.is_made():
+        # Another process may have finished it since the last look.
+        if step.is_finished():
             return True
-        say(part.name)
+        report(step.name)
         try:
-            part.make(resources, begin(part.name))
+            step.run(resources, start_progress(step.name))
         except Interrupted:
             raise
         except QadtrError as error:
-            outcome.failed[part.name] = error
-            say(f"{part.name} failed: {error}")
+            outcome.failed[step.name] = error
+            report(f"{step.name} failed: {error}")
         else:
-            outcome.made.append(part.name)
+            outcome.finished.append(step.name)
         return True
 
 
-def _give_up(missing: Sequence[StudyStep], outcome: StudyOutcome) -> None:
-    """Marks what needs a part that has failed."""
-    for part in missing:
-        for need in part.needs:
-            if need.name in outcome.failed and part.name not in outcome.failed:
-                outcome.failed[part.name] = StudyError(f"it needs: {need.name}")
+def _fail_dependents(missing: Sequence[StudyStep], outcome: StudyOutcome) -> None:
+    """Mark the steps that need a failed step as failed."""
+    for step in missing:
+        for need in step.needs:
+            if need.name in outcome.failed and step.name not in outcome.failed:
+                outcome.failed[step.name] = StudyError(f"it needs: {need.name}")
 
 
 def _failure(outcome: StudyOutcome, plan: StudyPlan) -> StudyError:
-    reasons: dict[str, list[str]] = {}
+    """Return the error that lists each cause once."""
+    steps_by_cause: dict[str, list[str]] = {}
     for name, error in outcome.failed.items():
         if not isinstance(error, StudyError):
-            reasons.setdefault(str(error), []).append(name)
-    lines = [f"{_shortened(names)}: {reason}" for reason, names in reasons.items()]
+            steps_by_cause.setdefault(str(error), []).append(name)
+    lines = [f"{_first_and_count(names)}: {cause}" for cause, names in steps_by_cause.items()]
     return StudyError(
-        f"{len(outcome.failed)} of {len(plan.parts)} parts of the study could not be made; all others are, and are not "
-        "made again. Remove the cause and give the same command:\n" + "\n".join(lines)
+        f"{len(outcome.failed)} of {len(plan.steps)} steps of the study failed or need one that failed; the finished "
+        "ones are kept. Remove the cause and give the same command:\n" + "\n".join(lines)
     )
 
 
-def _shortened(names: Sequence[str]) -> str:
+def _first_and_count(names: Sequence[str]) -> str:
     more = f" and {len(names) - 1} more" if len(names) > 1 else ""
     return f"{names[0]}{more}"

@@ -1,4 +1,4 @@
-"""The parts of a study: each makes one thing, into a folder of its own, unless it is there."""
+"""The steps of a study: each makes one thing in a folder, unless it is finished already."""
 
 from __future__ import annotations
 
@@ -9,79 +9,94 @@ from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 
-from qadtr_brevitas.core.errors import CheckpointError
-from qadtr_brevitas.core.files import fingerprint_facts, read_json, write_json
+from pydantic import ValidationError
+
+from qadtr_brevitas.core.document import Document
+from qadtr_brevitas.core.files import fingerprint_facts, write_json
 from qadtr_brevitas.core.progress import Progress
 from qadtr_brevitas.reproduce.study.resources import StudyResources
 
 _KEY_LENGTH = 12
 
 
+class StepMarker(Document, extra="ignore"):
+    """The file that marks a finished step, beside what it made.
+
+    `key` is the key of the step, `part` its name, `seconds` the time it took, and `finished` when it ended.
+    """
+
+    key: str
+    part: str
+    seconds: float
+    finished: str
+
+
 @dataclass(frozen=True)
 class StudyStep(ABC):
-    """One thing to make.
+    """A step: one thing to make.
 
     Args:
-        name: what it is, for people.
-        folder: where it goes.
-        made_of: JSON-like facts that decide what comes out, but for the parts it needs.
-        needs: parts that have to be made before.
+        name: its name for people, which starts with a verb.
+        folder: where its files go.
+        settings: JSON-like facts that decide the result, besides the steps it needs.
+        needs: steps that have to be finished before it.
     """
 
     name: str
     folder: Path
-    made_of: object
+    settings: object
     needs: tuple[StudyStep, ...]
 
     @cached_property
     def key(self) -> str:
-        """Of everything that decides what comes out."""
-        return fingerprint_facts([type(self).__name__, self.made_of, [part.key for part in self.needs]])
+        """The fingerprint of everything that decides the result."""
+        return fingerprint_facts([type(self).__name__, self.settings, [step.key for step in self.needs]])
 
     @property
-    def note(self) -> Path:
-        """The file that says that the part is finished, beside what it made."""
+    def marker(self) -> Path:
+        """The file that marks it as finished."""
         return self.folder / f"made-{self.key[:_KEY_LENGTH]}.json"
 
-    def is_made(self) -> bool:
-        """True where it is finished."""
-        try:
-            return read_json(self.note)["key"] == self.key
-        # A damaged note costs a look at what is there, which is not made twice.
-        except (CheckpointError, KeyError, TypeError):
-            return False
+    def is_finished(self) -> bool:
+        """Return whether the step is finished; after a damaged marker it runs again and finds what is there."""
+        found = _read_marker(self.marker)
+        return found is not None and found.key == self.key
 
-    def make(self, resources: StudyResources, progress: Progress) -> None:
-        """Makes it, or goes on with it, and notes that it is finished."""
-        # What is there of other settings is overwritten: its note must not call it finished any more.
-        self._forget()
+    def run(self, resources: StudyResources, progress: Progress) -> None:
+        """Run the step, or resume it, and mark it as finished."""
+        # The files of other settings are overwritten, so their marker must not stay.
+        self._remove_markers()
         started = time.monotonic()
-        self.work(resources, progress)
-        seconds = round(time.monotonic() - started, 1)
-        finished = datetime.now(UTC).isoformat(timespec="seconds")
-        # Another process may have made it of other settings at the same time: what is there now is this.
-        self._forget()
-        write_json(self.note, {"key": self.key, "part": self.name, "seconds": seconds, "finished": finished})
-
-    def _forget(self) -> None:
-        """Removes the notes of all parts of this kind in the folder; a report and its audit share theirs."""
-        for note in self.folder.glob("made-*.json"):
-            if _kind(note) in (_first_word(self.name), None):
-                note.unlink(missing_ok=True)
+        self.execute(resources, progress)
+        marker = StepMarker(
+            key=self.key,
+            part=self.name,
+            seconds=round(time.monotonic() - started, 1),
+            finished=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+        # Another process may have run the step with other settings meanwhile; the files are those of this run.
+        self._remove_markers()
+        write_json(self.marker, marker.model_dump())
 
     @abstractmethod
-    def work(self, resources: StudyResources, progress: Progress) -> None:
-        """Makes what is missing of it."""
-        ...
+    def execute(self, resources: StudyResources, progress: Progress) -> None:
+        """Make what is missing of the step's result."""
+
+    def _remove_markers(self) -> None:
+        """Remove the markers of all steps with the same verb in the folder; a report and its audit share a folder."""
+        for file in self.folder.glob("made-*.json"):
+            found = _read_marker(file)
+            if found is None or _verb(found.part) == _verb(self.name):
+                file.unlink(missing_ok=True)
 
 
-def _kind(note: Path) -> str | None:
-    """What was done, `evaluate` or `audit` for instance; None where the note does not say."""
+def _read_marker(file: Path) -> StepMarker | None:
+    """Return the contents of a marker; None if it is missing or damaged."""
     try:
-        return _first_word(read_json(note)["part"])
-    except (CheckpointError, KeyError, TypeError, AttributeError):
+        return StepMarker.model_validate_json(file.read_bytes())
+    except (OSError, ValidationError):
         return None
 
 
-def _first_word(name: str) -> str:
+def _verb(name: str) -> str:
     return name.partition(" ")[0]

@@ -11,7 +11,7 @@ from qadtr_brevitas.attacks.lavan import Lavan
 from qadtr_brevitas.attacks.pixel import Fgsm
 from qadtr_brevitas.core.plugin import plugin
 from qadtr_brevitas.core.registry import ANALYSES
-from qadtr_brevitas.evaluation.report.layout import Table
+from qadtr_brevitas.core.table import Table
 from qadtr_brevitas.reproduce.analyses import Analysis, AnalysisContext, Findings, Picture, Record
 from qadtr_brevitas.reproduce.analyses.features import Features
 from qadtr_brevitas.reproduce.analyses.gradients import Gradients

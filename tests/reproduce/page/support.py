@@ -1,4 +1,4 @@
-"""Folders as `evaluate`, `analyze` and `study` leave them, with figures that are known."""
+"""Folders as `evaluate`, `analyze` and `study` write them, with known numbers."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from qadtr_brevitas.auditing.finding import AuditReport, Finding, PrecisionAudit
-from qadtr_brevitas.auditing.tables import AUDIT_FILE
 from qadtr_brevitas.core.files import write_json
 from qadtr_brevitas.evaluation import evaluate
 from qadtr_brevitas.evaluation.metrics import Proportion
 from qadtr_brevitas.evaluation.report import EvaluationReport, Rate
 from qadtr_brevitas.evaluation.report.files import write_report
+from qadtr_brevitas.pipeline.directories import AUDIT_FILE
 from tests.evaluation.fakes import Reader, make_grid, reader, white_patch
 
 
 def make_report(folder: Path, *, names: tuple[str, ...] = ("a", "b"), **grid: Any) -> EvaluationReport:
-    """Models read their images at 8 and 4 bit; the first is fooled at both, the others at 4 only."""
+    """Write a report of models that read their images; the first is fooled at 8 and 4 bit, the others at 4 only."""
     subjects = [reader(name, Reader(fooled_at=(8, 4) if number == 0 else (4,))) for number, name in enumerate(names)]
     patches = [white_patch(f"{name}-{bits}", model=name, precision=bits) for name in names for bits in (8, 4)]
     report = evaluate(make_grid(subjects, patches, **grid), output=folder, command="qadtr-brevitas evaluate runs/a")
@@ -26,7 +26,7 @@ def make_report(folder: Path, *, names: tuple[str, ...] = ("a", "b"), **grid: An
 
 
 def make_audit(folder: Path, *, model: str, fingerprint: str) -> None:
-    """An audit with one warning at 4 bit."""
+    """Write an audit with one warning at 4 bit."""
     finding = Finding(
         id="G5", title="Black box", status="WARN", meaning="a black box breaks more: gradients are masked."
     )
@@ -48,7 +48,7 @@ def make_audit(folder: Path, *, model: str, fingerprint: str) -> None:
 
 
 def make_study(folder: Path, **changes: Any) -> Path:
-    """A study of Table 11 over one evaluation."""
+    """Write a study of Table 11 with one evaluation."""
     content = {
         "title": "Defenses",
         "paper": "table11",
@@ -69,7 +69,7 @@ def make_study(folder: Path, **changes: Any) -> Path:
 
 
 def make_whole_study(folder: Path) -> Path:
-    """A study as `study` writes it: a report for each model and evaluation."""
+    """Write a study with a report for each model and evaluation."""
     rows = {
         f"{model} {evaluation}": {
             "label": f"{label} ({evaluation})",

@@ -1,4 +1,4 @@
-"""The page in a real browser, where there is one."""
+"""The page in a real browser, if one is installed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from qadtr_brevitas.reproduce.page.render import html
 from tests.reproduce.page.support import make_report, make_study
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-# A window of a phone's width is wider in headless browsers, a frame is not.
+# Headless browsers do not make a window as narrow as a phone, so the page is shown in a frame.
 FRAME = "<body style='margin:0'><iframe id=page src='{page}' style='border:0;width:{width}px;height:900px'></iframe>"
 MEASURE = """{frame}<pre id=out></pre>
 <script>onload = () => {{ const inside = document.getElementById('page').contentDocument;
@@ -51,17 +51,17 @@ def run(browser: str, *arguments: str) -> str:
 
 
 @pytest.mark.parametrize("width", [390, 1200])
-def test_nothing_is_wider_than_the_window_but_tables_which_scroll(browser: str, page: Path, width: int) -> None:
+def test_only_tables_are_wider_than_the_window_and_they_scroll(browser: str, page: Path, width: int) -> None:
     frame = page.with_name(f"measure-{width}.html")
     frame.write_text(MEASURE.format(frame=FRAME.format(page=page.name, width=width), width=width))
-    # The page is dumped before images of the frame are decoded, unless time is given.
+    # Without a time budget, the page is dumped before the images of the frame are decoded.
     text = run(browser, "--virtual-time-budget=4000", "--dump-dom", f"file://{frame}")
     measured = re.search(r"<pre id=\"out\">(.*)</pre>", text)
     assert measured
     assert json.loads(measured[1]) == [width, [], page.read_text().count("<img")]
 
 
-def test_a_screenshot_shows_words_and_colors(browser: str, page: Path) -> None:
+def test_a_screenshot_shows_text_and_colors(browser: str, page: Path) -> None:
     frame, picture = page.with_name("frame.html"), page.with_name("page.png")
     frame.write_text(FRAME.format(page=page.name, width=1200))
     run(browser, "--window-size=1200,900", f"--screenshot={picture}", f"file://{frame}")
@@ -72,7 +72,7 @@ def test_a_screenshot_shows_words_and_colors(browser: str, page: Path) -> None:
     assert max(colors)[1] == (255, 255, 255)
 
 
-def test_it_prints(browser: str, page: Path) -> None:
+def test_the_page_can_be_printed(browser: str, page: Path) -> None:
     printed = page.with_suffix(".pdf")
     run(browser, f"--print-to-pdf={printed}", f"file://{page}")
     assert printed.read_bytes().startswith(b"%PDF")

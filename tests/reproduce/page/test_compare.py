@@ -6,28 +6,31 @@ import pytest
 
 from qadtr_brevitas.evaluation.metrics import Proportion
 from qadtr_brevitas.reproduce.page import read_inputs
-from qadtr_brevitas.reproduce.page.compare import MeasuredValue, PaperComparison, compare, comparison_table
-from qadtr_brevitas.reproduce.page.measures import AT_FLOAT, WHITE_BOX, Measure, study_measures
-from qadtr_brevitas.reproduce.page.parts import StudyInput, StudyRow
+from qadtr_brevitas.reproduce.page.compare import MeasuredCell, PaperComparison, compare, comparison_table
+from qadtr_brevitas.reproduce.page.inputs import StudyInput
+from qadtr_brevitas.reproduce.page.measurements import AT_FLOAT, WHITE_BOX, Measurement, study_measurements
+from qadtr_brevitas.reproduce.page.study_file import StudyRow
 from qadtr_brevitas.reproduce.paper import paper_table
 from tests.reproduce.page.support import make_report, make_study
 
 
-def measure(share: Proportion, *, what: str = "asr", made: tuple[str, ...] = (WHITE_BOX,), **facets: str) -> Measure:
+def measure(
+    share: Proportion, *, what: str = "asr", origins: tuple[str, ...] = (WHITE_BOX,), **facets: str
+) -> Measurement:
     found = {"subject": "PBAT", "model": "a", "precision": "8", "attack": "lavan", "patches": "seen", **facets}
-    return Measure(what, frozenset(made), found, share.value, share, share.interval, share.n)
+    return Measurement.of_share(what, origins, found, share)
 
 
-def at(comparison: PaperComparison, way: str, row: int, column: int = 1) -> MeasuredValue | None:
-    return comparison.ours[way][row][column]
+def at(comparison: PaperComparison, origin: str, row: int, column: int = 1) -> MeasuredCell | None:
+    return comparison.measured[origin][row][column]
 
 
-def test_figures_of_an_evaluation_stand_beside_those_of_the_paper(tmp_path: Path) -> None:
+def test_values_of_an_evaluation_stand_beside_those_of_the_paper(tmp_path: Path) -> None:
     study = make_study(tmp_path)
     report = make_report(study / "seen")
-    (part,) = read_inputs([study])
-    assert isinstance(part, StudyInput)
-    comparison = compare(paper_table("table11"), study_measures(part))
+    (found_study,) = read_inputs([study])
+    assert isinstance(found_study, StudyInput)
+    comparison = compare(paper_table("table11"), study_measurements(found_study))
     found = at(comparison, WHITE_BOX, 0)
     own = next(c for c in report.cells if (c.model, c.precision, c.attack) == ("a", "8", "a-8"))
     assert found is not None
@@ -51,19 +54,25 @@ def test_seeds_targets_and_patches_are_averaged() -> None:
     ]
     found = at(compare(paper_table("table11"), measures), WHITE_BOX, 0)
     assert found is not None
-    assert (found.value, found.figures, found.n) == (pytest.approx(0.2), 2, 10)
+    assert (found.value, found.measurements, found.n) == (pytest.approx(0.2), 2, 10)
 
 
-def test_ways_of_making_attacks_are_kept_apart() -> None:
-    measures = [measure(Proportion(1, 10)), measure(Proportion(5, 10), made=(AT_FLOAT,), **{"from": "another model"})]
-    comparison = compare(paper_table("table11"), measures)
-    assert [found and found.value for found in (at(comparison, way, 0) for way in (WHITE_BOX, AT_FLOAT))] == [0.1, 0.5]
-
-
-def test_patches_made_on_the_model_itself_come_before_others() -> None:
+def test_origins_of_attacks_are_kept_apart() -> None:
     measures = [
-        measure(Proportion(9, 10), made=(AT_FLOAT,), **{"from": "another model"}),
-        measure(Proportion(2, 10), made=(AT_FLOAT,), **{"from": "itself"}),
+        measure(Proportion(1, 10)),
+        measure(Proportion(5, 10), origins=(AT_FLOAT,), **{"from": "another model"}),
+    ]
+    comparison = compare(paper_table("table11"), measures)
+    assert [found and found.value for found in (at(comparison, origin, 0) for origin in (WHITE_BOX, AT_FLOAT))] == [
+        0.1,
+        0.5,
+    ]
+
+
+def test_patches_made_on_the_model_itself_are_preferred() -> None:
+    measures = [
+        measure(Proportion(9, 10), origins=(AT_FLOAT,), **{"from": "another model"}),
+        measure(Proportion(2, 10), origins=(AT_FLOAT,), **{"from": "itself"}),
     ]
     found = at(compare(paper_table("table11"), measures), AT_FLOAT, 0)
     assert found
@@ -80,7 +89,7 @@ def test_unseen_patches_have_rows_of_their_own_and_may_be_of_other_attacks() -> 
     )
 
 
-def test_moved_patches_stand_in_the_table_of_moved_patches_only() -> None:
+def test_shifted_patches_stand_in_the_table_of_shifted_patches_only() -> None:
     moved = measure(Proportion(4, 10), shift="8", degrees="0")
     assert at(compare(paper_table("table11"), [moved]), WHITE_BOX, 0) is None
     comparison = compare(paper_table("table20"), [moved])
@@ -92,7 +101,7 @@ def test_moved_patches_stand_in_the_table_of_moved_patches_only() -> None:
     ]
 
 
-def test_where_the_paper_names_no_attack_lavan_stands_in() -> None:
+def test_lavan_is_used_if_the_paper_names_no_attack() -> None:
     both = [
         measure(Proportion(1, 10), subject="QADT-R Full"),
         measure(Proportion(9, 10), subject="QADT-R Full", attack="gap"),
@@ -103,7 +112,7 @@ def test_where_the_paper_names_no_attack_lavan_stands_in() -> None:
     assert (found.value, other.value) == (0.1, 0.9)
 
 
-def test_a_table_without_precisions_takes_32_of_float_networks_else_8_unless_told() -> None:
+def test_a_table_without_precisions_uses_32_of_float_networks_else_8_or_what_is_given() -> None:
     eps = {"what": "accuracy", "attack": "pgd", "eps": "0.03"}
     floats = [measure(Proportion(n, 10), subject="FP", precision=p, **eps) for n, p in ((1, "32"), (2, "8"))]
     quantized = [
@@ -111,28 +120,28 @@ def test_a_table_without_precisions_takes_32_of_float_networks_else_8_unless_tol
         for n, p in ((3, "32"), (4, "8"), (5, "4"))
     ]
     table = paper_table("table07")
-    row = compare(table, [*floats, *quantized]).ours[WHITE_BOX][2]
+    row = compare(table, [*floats, *quantized]).measured[WHITE_BOX][2]
     assert [found and found.value for found in row[:3]] == [0.1, 0.4, None]
-    told = compare(table, quantized, {"q": "4"}).ours[WHITE_BOX][2][1]
+    told = compare(table, quantized, {"q": "4"}).measured[WHITE_BOX][2][1]
     assert told
     assert told.value == 0.5
 
 
-def test_patches_by_the_precision_they_were_made_at() -> None:
+def test_patches_are_told_apart_by_the_precision_they_were_made_at() -> None:
     size = {"subject": "QAT", "size": "8x8"}
     measures = [
         measure(Proportion(1, 10), made_at="same", **size),
-        measure(Proportion(6, 10), made=(), made_at="4", **size),
+        measure(Proportion(6, 10), origins=(), made_at="4", **size),
     ]
     comparison = compare(paper_table("table08"), measures)
-    (way,) = comparison.ours
-    assert [found and found.value for found in (at(comparison, way, row) for row in (0, 2))] == [0.1, 0.6]
+    (origin,) = comparison.measured
+    assert [found and found.value for found in (at(comparison, origin, row) for row in (0, 2))] == [0.1, 0.6]
     assert any("made at 4 bit" in row[0] for row in comparison_table(comparison).rows if row)
 
 
-def test_moved_between_networks() -> None:
+def test_patches_transferred_between_networks_have_rows_of_their_own() -> None:
     found = measure(
-        Proportion(3, 10), subject="VGG-19", source="ResNet20", made=(AT_FLOAT,), **{"from": "another model"}
+        Proportion(3, 10), subject="VGG-19", source="ResNet20", origins=(AT_FLOAT,), **{"from": "another model"}
     )
     comparison = compare(paper_table("table06"), [found])
     ours = at(comparison, AT_FLOAT, 1)
@@ -143,18 +152,18 @@ def test_moved_between_networks() -> None:
 
 
 @pytest.mark.parametrize("name", ["PBAT [30]", "PBAT (Unseen patch)", "PBAT (Unseen)", "PBAT"])
-def test_rows_are_named_as_printed(name: str) -> None:
+def test_a_row_gives_the_printed_name_without_brackets(name: str) -> None:
     row = StudyRow(label="x", paper=name)
     assert (row.subject, row.is_unseen) == ("PBAT", "Unseen" in name)
 
 
-def test_an_evaluation_of_unseen_patches_says_so_where_the_row_does_not() -> None:
+def test_a_row_of_an_unseen_evaluation_is_unseen() -> None:
     assert StudyRow(label="x", paper="QADT-R Full", evaluation="unseen").is_unseen
 
 
-def test_spelling_of_networks_does_not_matter_and_numbers_do() -> None:
+def test_spelling_of_networks_does_not_matter_but_numbers_do() -> None:
     found = measure(
-        Proportion(3, 10), subject="ResNet-56", source="Resnet20", made=(AT_FLOAT,), **{"from": "another model"}
+        Proportion(3, 10), subject="ResNet-56", source="Resnet20", origins=(AT_FLOAT,), **{"from": "another model"}
     )
     ours = at(compare(paper_table("table06"), [found]), AT_FLOAT, 0)
     assert ours
@@ -164,14 +173,14 @@ def test_spelling_of_networks_does_not_matter_and_numbers_do() -> None:
     assert [at(comparison, WHITE_BOX, row) is not None for row in range(3)] == [False, True, False]
 
 
-def test_nothing_measured_is_empty() -> None:
+def test_a_comparison_without_measurements_is_empty() -> None:
     assert compare(paper_table("table11"), [measure(Proportion(0, 0))]).is_empty
     assert compare(paper_table("figure01"), [measure(Proportion(1, 2))]).is_empty
 
 
-def test_figures_that_are_no_shares_have_decimals() -> None:
+def test_values_that_are_no_shares_have_four_decimals() -> None:
     facets = {"kind": "patch", "region": "patch", "subject": "x", "model": "a", "precision": "8"}
-    ours = Measure("cosine", frozenset({AT_FLOAT}), facets, 0.25, None, (0.2, 0.3), 60)
+    ours = Measurement("cosine", frozenset({AT_FLOAT}), facets, 0.25, None, (0.2, 0.3), 60)
     table = comparison_table(compare(paper_table("figure04"), [ours]))
     lines = {row[1]: row[2] for row in table.rows[:5] if row}
     assert lines == {

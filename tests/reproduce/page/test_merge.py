@@ -11,18 +11,18 @@ from tests.evaluation.fakes import make_grid, reader, white_patch
 from tests.reproduce.page.support import make_report
 
 
-def test_models_stand_side_by_side_and_keep_their_figures(tmp_path: Path) -> None:
+def test_merged_models_keep_their_numbers(tmp_path: Path) -> None:
     reports = [make_report(tmp_path / name, names=(name,)) for name in ("a", "b")]
     merged = merge_reports(reports)
     assert [model.name for model in merged.models] == ["a", "b"]
     assert len(merged.cells) == sum(len(report.cells) for report in reports)
     assert [cell.asr for cell in merged.cells] == [cell.asr for report in reports for cell in report.cells]
-    # The same patch of noise is there once.
+    # The patch of noise is the same in both.
     assert sum(patch.control for patch in merged.patches) == 1
     assert tables(merged)
 
 
-def test_other_patches_of_one_name_get_names_of_their_own(tmp_path: Path) -> None:
+def test_different_patches_of_one_name_get_names_of_their_own(tmp_path: Path) -> None:
     reports = [
         evaluate(make_grid([reader(name)], [white_patch("white", model=name, side=side)]), output=tmp_path / name)
         for name, side in (("a", 2), ("b", 3))
@@ -34,7 +34,7 @@ def test_other_patches_of_one_name_get_names_of_their_own(tmp_path: Path) -> Non
     assert sizes == {"a": "lavan 2x2", "b": "lavan 3x3"}
 
 
-def test_patches_made_otherwise_are_told_apart_over_all_reports(tmp_path: Path) -> None:
+def test_patches_of_other_settings_are_told_apart_over_all_reports(tmp_path: Path) -> None:
     reports = []
     for name, init in (("a", "image"), ("b", "uniform")):
         patch = white_patch("white", model=name)

@@ -13,11 +13,12 @@ from qadtr_brevitas.cli.main import cli
 from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.reproduce.page import build_page, read_inputs, write_page
 from qadtr_brevitas.reproduce.page.render import html, markdown, page_csv
+from qadtr_brevitas.reproduce.paper import paper_table
 from tests.reproduce.page.support import make_audit, make_report, make_whole_study
 
 
-class Reader(HTMLParser):
-    """Collects what would be loaded or run, and checks that what is opened is closed."""
+class PageParser(HTMLParser):
+    """Collects what a browser would load or run, and checks that every tag is closed."""
 
     VOID = ("meta", "img", "link", "br")
 
@@ -51,8 +52,8 @@ def page(study: Path) -> str:
     return html(build_page(read_inputs([study]), title="Results <of> today", command="qadtr-brevitas report x"))
 
 
-def test_the_page_is_whole_and_needs_nothing_else(page: str) -> None:
-    reader = Reader()
+def test_the_page_is_well_formed_and_needs_no_other_files(page: str) -> None:
+    reader = PageParser()
     reader.feed(page)
     assert reader.open == []
     assert reader.scripts == 0
@@ -66,10 +67,10 @@ def test_warnings_of_the_audit_stand_above_the_tables_they_concern(page: str) ->
     compared = page.index("Table 11 of the paper")
     warning = page.index("b seen at 4 bit: G5 Black box: a black box breaks more: gradients are masked.")
     assert warning < compared
-    assert "No audit was run on a seen, a unseen, b unseen: a low ASR may be an attack that failed" in page[:compared]
+    assert "No audit was run on a seen, a unseen, b unseen" in page[:compared]
 
 
-def test_every_table_and_picture_says_how_it_was_made(page: str) -> None:
+def test_every_table_and_picture_shows_how_it_was_made(page: str) -> None:
     tables, pictures = page.count("<h4>"), page.count("<figure>")
     assert page.count("How it was made") >= max(tables, pictures)
     for word in (
@@ -82,7 +83,7 @@ def test_every_table_and_picture_says_how_it_was_made(page: str) -> None:
         assert word in page
 
 
-def test_recipes_of_runs_are_inside(tmp_path: Path) -> None:
+def test_the_page_contains_the_recipes_of_runs(tmp_path: Path) -> None:
     make_report(tmp_path, names=("a", "b"))
     run = tmp_path / "run"
     run.mkdir()
@@ -94,11 +95,11 @@ def test_recipes_of_runs_are_inside(tmp_path: Path) -> None:
     assert f"a: {run / 'recipe.yaml'} (toy), b: a recipe (toy)" in page
 
 
-def test_what_the_paper_leaves_open_is_told(page: str) -> None:
-    assert "Whether patches are made at 32 bit or at the precision attacked is not said." in page
+def test_the_page_shows_what_the_paper_leaves_open(page: str) -> None:
+    assert paper_table("table11").notes[0] in page
 
 
-def test_unseen_patches_are_told_apart(page: str) -> None:
+def test_unseen_patches_have_a_section_and_rows_of_their_own(page: str) -> None:
     assert "<h3>Evaluation unseen</h3>" in page
     assert "PBAT, unseen patches" in page
 
@@ -129,11 +130,11 @@ def test_csv_has_every_cell_with_its_row_and_column(study: Path) -> None:
     assert found["QADT-R, unseen patches / paper", "2 bit"] == "21.0"
 
 
-def test_another_kind_of_file_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+def test_a_file_that_is_not_html_is_refused_before_anything_is_read(tmp_path: Path) -> None:
     result = report(tmp_path / "nowhere", "-o", tmp_path / "report.pdf")
     assert result.exit_code == 2
-    assert "does not end in .html: give -o" in result.stderr
-    with pytest.raises(UsageError, match=r"give -o .*page\.html"):
+    assert ".html" in result.stderr
+    with pytest.raises(UsageError, match=r"page\.html"):
         write_page(build_page([], title="x"), tmp_path / "page")
 
 
@@ -149,7 +150,7 @@ def test_the_command_writes_three_files_and_names_them(study: Path, tmp_path: Pa
     assert f"qadtr-brevitas report {study}" in (tmp_path / "page.html").read_text()
 
 
-def test_a_failure_leaves_the_page_that_was_there(study: Path, tmp_path: Path) -> None:
+def test_a_failure_keeps_the_earlier_page(study: Path, tmp_path: Path) -> None:
     (tmp_path / "page.html").write_text("earlier")
     assert report(study, tmp_path / "nothing", "-o", tmp_path / "page.html").exit_code == 2
     assert [path.read_text() for path in tmp_path.iterdir()] == ["earlier"]

@@ -1,14 +1,17 @@
-"""A study of a tiny network on procedural shapes, whose parts take a fraction of a second."""
+"""A study of a tiny network on procedural shapes, whose steps take a fraction of a second."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from qadtr_brevitas.reproduce.study.claims import Claims
+import pytest
+
+from qadtr_brevitas.core.errors import RecipeError
 from qadtr_brevitas.reproduce.study.file import load_study
+from qadtr_brevitas.reproduce.study.locks import StepLocks
 from qadtr_brevitas.reproduce.study.plan import StudyPlan, make_plan
 from qadtr_brevitas.reproduce.study.resources import StudyResources
-from qadtr_brevitas.reproduce.study.run import StudyOutcome, carry_out
+from qadtr_brevitas.reproduce.study.run import StudyOutcome, run_study
 from qadtr_brevitas.reproduce.study.sections import Study
 from tests.training import support as support
 
@@ -40,24 +43,36 @@ scales:
 """
 
 
-def write_study(folder: Path, *, recipe: str = RECIPE, study: str = STUDY) -> Path:
-    """The file of the study, with its recipe beside it."""
+def write_study_file(folder: Path, *, recipe: str = RECIPE, study: str = STUDY) -> Path:
+    """Write a study with its recipe beside it, and return the file of the study."""
     (folder / "tiny.yaml").write_text(recipe)
     file = folder / "tiny_study.yaml"
     file.write_text(study.format(recipe=folder / "tiny.yaml"))
     return file
 
 
-def planned(
+def mistakes(file: Path, *overrides: str) -> str:
+    """Return the error of a study that is wrong."""
+    with pytest.raises(RecipeError) as caught:
+        load_study(file, overrides)
+    return str(caught.value)
+
+
+def plan_study(
     file: Path, *overrides: str, work: Path | None = None, scale: str = "small"
 ) -> tuple[Study, StudyPlan, Path]:
-    """The study, its parts and the folder it shares."""
+    """Return a study, its plan, and the folder that studies share."""
     study = load_study(file, overrides, scale=scale)
     work = work or file.parent / "work"
     return study, make_plan(study, work=work, output=file.parent / "out"), work
 
 
-def run(file: Path, *overrides: str, work: Path | None = None, scale: str = "small") -> StudyOutcome:
-    """Carries the study out."""
-    _, plan, work = planned(file, *overrides, work=work, scale=scale)
-    return carry_out(plan, StudyResources(work, "cpu"), Claims(work / "claims"), look_every=0.05)
+def run(file: Path, *overrides: str, work: Path | None = None, scale: str = "small") -> list[str]:
+    """Run a study, and return the names of the steps that were finished."""
+    _, plan, work = plan_study(file, *overrides, work=work, scale=scale)
+    return run_plan(plan, work).finished
+
+
+def run_plan(plan: StudyPlan, work: Path) -> StudyOutcome:
+    """Run a plan."""
+    return run_study(plan, StudyResources(work, "cpu"), StepLocks(work / "locks"), poll_seconds=0.05)

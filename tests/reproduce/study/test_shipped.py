@@ -1,4 +1,4 @@
-"""Every study that ships runs at its smallest scale, one after the other on the same work folder, and is not redone."""
+"""Every shipped study runs at its smallest scale, in one work folder, and runs nothing twice."""
 
 from __future__ import annotations
 
@@ -11,26 +11,27 @@ from qadtr_brevitas.cli.main import main
 from qadtr_brevitas.config.shipped import recipe_description, shipped_studies
 from qadtr_brevitas.reproduce.paper import paper_table
 from qadtr_brevitas.reproduce.study.file import SCALE_NAMES, load_study
-from qadtr_brevitas.reproduce.study.networks import make_nets
+from qadtr_brevitas.reproduce.study.networks import make_networks
 
 NAMES = list(shipped_studies())
 TABLES = [number for number in range(2, 22) if number != 17]
 
 
-def test_there_is_one_for_each_table_and_figure() -> None:
+def test_every_table_and_figure_has_a_study() -> None:
     wanted = [f"table{number:02}" for number in TABLES] + [f"figure{number:02}" for number in (1, 3, 4)]
     assert set(wanted) <= set(NAMES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_it_says_what_it_is_and_names_what_there_is(name: str) -> None:
+def test_a_study_describes_itself_and_names_existing_recipes(name: str) -> None:
     path = shipped_studies()[name]
     assert 10 < len(recipe_description(path)) < 125
     assert f"qadtr-brevitas study {name}\n" in path.read_text(encoding="utf-8")
     for scale in SCALE_NAMES:
         study = load_study(name, scale=scale)
         assert study.paper == (name if name.startswith(("table", "figure")) else None)
-        assert make_nets(study)
+        assert make_networks(study).by_name
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("table")])
@@ -52,14 +53,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("studies")
 
 
-def carry_out(name: str, folder: Path) -> int:
+def run_smoke(name: str, folder: Path) -> int:
     return main(["study", name, "--scale", "smoke", "-o", str(folder / name), "--device", "cpu", "-q"])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["table11", *(name for name in NAMES if name != "table11")])
-def test_its_smallest_scale_runs(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert carry_out(name, folder) == 0, capsys.readouterr().err
+def test_the_smallest_scale_runs(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_smoke(name, folder) == 0, capsys.readouterr().err
     facts = json.loads((folder / name / "study.json").read_text())
     assert facts["scale"] == "smoke"
     assert facts["reports"] or facts["analyses"]
@@ -72,14 +73,14 @@ def test_its_smallest_scale_runs(name: str, folder: Path, capsys: pytest.Capture
 
 
 @pytest.mark.slow
-def test_what_is_there_is_not_made_again(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert carry_out("table11", folder) == 0
+def test_a_finished_study_runs_nothing_again(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_smoke("table11", folder) == 0
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
     before |= {path: path.stat().st_mtime_ns for path in folder.rglob("report.json")}
     assert len(before) > 10
-    assert carry_out("table11", folder) == 0
+    assert run_smoke("table11", folder) == 0
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
-    rows = ["study", "table11", "--scale", "smoke", "-o", str(folder / "table11"), "--dry-run", "--json"]
+    dry_run = ["study", "table11", "--scale", "smoke", "-o", str(folder / "table11"), "--dry-run", "--json"]
     capsys.readouterr()
-    assert main(rows) == 0
+    assert main(dry_run) == 0
     assert all(part["there"] for part in json.loads(capsys.readouterr().out))

@@ -1,0 +1,66 @@
+"""The results of a study: study.json, the tables, and every score as CSV."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from qadtr_brevitas.reproduce.study.scores import UNSEEN_MEAN
+from qadtr_brevitas.reproduce.study.summary import write_study
+from tests.reproduce.study.support import plan_study, run, write_study_file
+from tests.reproduce.study.test_plan import KINDS, PROTOCOL
+
+pytestmark = pytest.mark.slow
+
+
+def test_a_whole_study_writes_its_scores(tmp_path: Path) -> None:
+    file = write_study_file(tmp_path)
+    study, plan, work = plan_study(file)
+    made = run(file)
+    assert [name.split(":")[0] for name in made if "model" not in name][:2] == ["train plain", "make patches"]
+    assert sorted(path.name for path in (work / "runs").iterdir()) == sorted(
+        step.folder.name for step in plan.steps if step.name in ("train plain", "train fixed-4")
+    )
+    written = write_study(study, plan, tmp_path / "out", scale="small", command="qadtr-brevitas study x")
+    assert all(path.is_file() for path in written)
+    facts = json.loads((tmp_path / "out" / "study.json").read_text())
+    assert facts["reports"] == ["reports/plain", "reports/fixed-4", "reports/ptq"]
+    assert facts["rows"]["fixed-4"] == {
+        "label": "Fixed",
+        "paper": None,
+        "seed": 0,
+        "model": "fixed",
+        "evaluation": "main",
+        "precision": "4",
+    }
+    figures = (tmp_path / "out" / "figures.csv").read_text().splitlines()
+    assert figures[0].startswith("model,label,evaluation,seed,precision,what,threat,made_on,made_at")
+    rows = list(csv.DictReader(figures))
+    found = {(row["model"], row["precision"], row["what"]): row for row in rows}
+    assert {row["what"] for row in rows} >= {"clean accuracy", "random patch"}
+    patch = found["plain", "4", "lavan, white-box"]
+    assert (patch["made_on"], patch["made_at"], patch["threat"]) == ("plain", "4", "white-box")
+    assert ("plain", "4", "lavan, made at 32") in found
+    # Accuracy under an attack on every pixel is what it leaves of the clean accuracy.
+    attacked = found["fixed", "4", "pgd steps=1, white-box: accuracy"]
+    clean = found["fixed", "4", "clean accuracy"]
+    assert int(attacked["n"]) == int(clean["n"]) == 12
+    assert float(attacked["value"]) <= float(clean["value"])
+    assert float(clean["value"]) == int(clean["count"]) / 12
+    assert run(file) == []
+
+
+def test_the_mean_of_unseen_patches_is_of_all_kinds(tmp_path: Path) -> None:
+    file = write_study_file(tmp_path, study=PROTOCOL)
+    only = ["models.fixed=null", "models.ptq=null"]
+    study, plan, _ = plan_study(file, *only)
+    run(file, *only)
+    write_study(study, plan, tmp_path / "out", scale="small", command="")
+    rows = list(csv.DictReader((tmp_path / "out" / "figures.csv").read_text().splitlines()))
+    (mean,) = (row for row in rows if (row["what"], row["precision"]) == (UNSEEN_MEAN, "4"))
+    assert int(mean["targets"]) == len(KINDS)
+    single = {row["what"]: float(row["value"]) for row in rows if row["precision"] == "4"}
+    assert single["unseen gap, white-box"] == single["gap, white-box"]
