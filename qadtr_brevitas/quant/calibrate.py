@@ -20,7 +20,8 @@ from qadtr_brevitas.quant.bias_correction import (
     reset_bias_correction,
 )
 from qadtr_brevitas.quant.norm import copy_float_statistics
-from qadtr_brevitas.quant.ranges import Method, Observations, Sample, all_of, least_error, percentiles, thinned
+from qadtr_brevitas.quant.observations import Observations
+from qadtr_brevitas.quant.ranges import Method, Sample, all_of, least_error, percentiles, thinned
 from qadtr_brevitas.quant.switch import Observer, observing
 from qadtr_brevitas.quant.switchable_quant import SwitchableActQuant, SwitchableQuant, SwitchableWeightQuant
 

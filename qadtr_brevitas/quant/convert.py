@@ -1,4 +1,4 @@
-"""A float network to a switchable one."""
+"""Conversion of a float network to a switchable model."""
 
 from __future__ import annotations
 
@@ -43,45 +43,52 @@ def convert(
     bias_correction: bool = False,
     in_place: bool = False,
 ) -> SwitchableModel:
-    """Make a switchable model of a float network, which is left untouched.
+    """Convert a float network to a switchable model.
 
     Below 32 bit every product (convolution, linear layer, matrix product, attention) computes on quantized operands,
-    wherever in the network it is computed. Weights of convolutions and linear layers are quantized per output channel,
-    symmetric; ReLU and ReLU6 become unsigned per-tensor quantizers; an operand that no activation has quantized (the
-    image, a sum, a LayerNorm's or GELU's result, attention's probabilities) gets a quantizer of its own. What lies
-    between products (sums, norms, pools, softmax) is computed in float, as in accumulators wide enough. An activation
-    that goes on to a residual sum or a concatenation (the residual stream) keeps 8 bit or more, and the layers that
-    read it quantize it further: at 2 bit the stream would otherwise be cut to 4 levels in every block. Thresholds are
-    1 until `calibrate()` or training sets them.
+    wherever the network computes it:
+
+    - Weights of convolutions and linear layers are quantized per output channel, symmetric.
+    - ReLU and ReLU6 become unsigned per-tensor quantizers.
+    - An operand that is not the output of such an activation (the image, a sum, the output of a LayerNorm or GELU,
+      attention probabilities) gets a quantizer of its own.
+    - Operations between products (sums, norms, pools, softmax) are computed in float.
+    - An activation that a residual sum or a concatenation reads (the residual stream) keeps 8 bit or more, and the
+      layers that read it quantize it further. At 2 bit the stream would otherwise have 4 levels in every block.
+
+    Thresholds are 1 until `calibrate()` or training sets them. The network is traced in eval mode on two images of
+    noise, whatever its mode; the switchable model gets the mode of the network.
 
     Args:
-        model: a float network of images, in any mode and on any device.
-        precisions: the precisions to switch between; the first one is in force at the start.
-        mean: per channel of pixels in [0, 1]; by default the model's own (timm's pretrained_cfg), else 0.
-        std: likewise, else 1.
-        image_size: height and width of images; by default the model's own.
+        model: a network from images (N, C, H, W) to logits (N, classes), in any mode and on any device. It is copied,
+            and not changed.
+        precisions: the precisions to switch between; the first one is the current one at the start.
+        mean: mean per channel of pixels in [0, 1]; None for that of timm's pretrained_cfg, or 0.
+        std: standard deviation per channel; None for that of timm's pretrained_cfg, or 1.
+        image_size: height and width of images in pixels; None for those of timm's pretrained_cfg, or 224.
         first_last: first and last layer at 8 bit or more, at the same precision as the others, or float.
         residual: residual streams at 8 bit or more, or at the same precision as the others.
         norm: running statistics per precision with a shared affine, or a whole BatchNorm per precision.
-        narrow_range: symmetric weight levels (ternary at 2 bit); otherwise one more level below.
+        narrow_range: symmetric weight levels (ternary at 2 bit); otherwise one more level below 0.
         per_channel: a weight threshold per output channel, or one for all.
         activations: thresholds of activations that are calibrated or learned, or ranges measured on every image.
-        target: name of the compiler that a frozen copy must be acceptable to (`quant/targets.py`). Each wants one
-            signed quantizer for the two sides of every sum of activations; hls4ml also wants steps that are powers of
-            two, and linear layers with one weight threshold for all channels.
-        weight_quantizer: how weights become levels: a quantizer, its name, or its name and keys; None for the target's
-            own, or `uniform`.
-        act_quantizer: likewise for activations, which have one threshold per tensor.
-        bias_correction: give each layer a correction of its bias per precision, which is 0 until `calibrate()` sets it.
-        in_place: make the switchable model of the float network's own modules, which saves a copy of its weights; it
-            cannot be used afterwards.
+        target: name of the compiler that is to accept a frozen copy (`quant/targets.py`). Every target requires one
+            signed quantizer for the two sides of each sum of activations; a target may also require a quantizer and
+            linear layers with a single weight threshold.
+        weight_quantizer: the quantizer of weights: an object, its name, or its name and keys; None for the target's
+            default, or `uniform`.
+        act_quantizer: the quantizer of activations, which have one threshold per tensor; likewise.
+        bias_correction: add to each layer a bias correction per precision, which is 0 until `calibrate()` sets it.
+        in_place: use the modules of the float network instead of copies, which saves the memory of its weights. The
+            float network cannot be used afterwards.
 
     Returns:
-        The switchable model, on the device of the float one; its `report` says what was done to every layer.
+        The switchable model, on the device of the float one. Its `report` describes every layer.
 
     Raises:
-        UsageError: a precision that is not possible, nothing to quantize, a network that does not run, or computes
-            products in a way that cannot be followed, or something that the target has no room for.
+        UsageError: a precision is not possible; the network has no parameters or products to quantize, does not run on
+            such images, does not return logits, or computes products in a way that cannot be followed; the quantizers
+            are unknown or not possible; or the target does not support a product or setting.
     """
     if next(model.parameters(), None) is None:
         raise UsageError(f"{type(model).__name__} has no parameters: there is nothing to quantize")
@@ -140,7 +147,7 @@ def _image_config(
 
 
 def _noise(config: dict[str, Any]) -> Tensor:
-    """Two normalized images of pixel noise, (2, C, H, W)."""
+    """Return two normalized images of pixel noise, (2, C, H, W)."""
     pixels = torch.rand(2, *config["size"], generator=torch.Generator().manual_seed(0))
     mean, std = (torch.tensor(config[key]).view(1, -1, 1, 1) for key in ("mean", "std"))
     return (pixels - mean) / std
@@ -152,7 +159,7 @@ def _check_products(net: nn.Module, found: Probe) -> None:
         total = found.unseen_macs + sum(product.macs for product in found.products)
         raise UsageError(
             f"{kind} cannot be converted: {found.unseen_macs / total:.1%} of its multiply-accumulates are computed by "
-            "functions that cannot be followed, and would stay float; use layers of torch.nn, or matmul"
+            "functions that cannot be followed, and would stay float: use layers of torch.nn, or matmul"
         )
     if all(product.is_constant for product in found.products):
         raise UsageError(
@@ -161,6 +168,7 @@ def _check_products(net: nn.Module, found: Probe) -> None:
 
 
 def _quantizer(given: Quantizer | str | Mapping[str, Any] | None, target: Target | None) -> Quantizer:
+    """Return the given quantizer, or the target's default, if the target supports it."""
     wanted = "uniform" if target is None else target.quantizer
     quantizer = make_quantizer(wanted if given is None else given)
     if target is not None and not isinstance(quantizer, type(make_quantizer(target.quantizer))):
@@ -168,10 +176,16 @@ def _quantizer(given: Quantizer | str | Mapping[str, Any] | None, target: Target
             f"{target.name} computes with the quantizer {target.quantizer!r} only: leave the quantizers out, or "
             "convert without target"
         )
+    if target is not None and quantizer.granularity == "group":
+        raise UsageError(
+            f"{target.name} has no weight thresholds per group: choose granularity 'channel' or 'tensor', or convert "
+            "without target"
+        )
     return quantizer
 
 
 def _check_target(target: Target, found: Probe, first_last: FirstLast, activations: Activations) -> None:
+    """Raise if a target does not support a setting or a product."""
     for name, given in (("first_last", first_last), ("activations", activations)):
         if given in ("float", "dynamic"):
             raise UsageError(
@@ -187,7 +201,7 @@ def _check_target(target: Target, found: Probe, first_last: FirstLast, activatio
 
 
 def _convert_called(net: nn.Module, modules: dict[str, nn.Module], plan: ConversionPlan) -> Iterator[LayerReport]:
-    """Converts every module that runs, and says what was done."""
+    """Convert every module that runs, and yield what was done."""
     for name, call in plan.probe.calls.items():
         module, kind = modules[name], type(modules[name]).__name__
         outcome = converted(call, module, plan)
@@ -218,21 +232,21 @@ def _report(
         note,
         parameters,
         parameters if call.name in weights else 0,
-        # What is the same for every image is no part of inference.
+        # Products that are the same for every image are not computed at inference.
         sum(product.macs for product in call.products if not product.is_constant),
         sum(product.macs for product in kept),
     )
 
 
 def _loose_parameters(name: str, module: nn.Module) -> Iterator[LayerReport]:
-    """Parameters of a container: position embeddings, class tokens, scales of branches."""
+    """Yield parameters of a container: position embeddings, class tokens, scales of branches."""
     for own, parameter in module.named_parameters(recurse=False):
         note = "stays float: added, joined or multiplied elementwise"
         yield LayerReport(f"{name}.{own}".strip("."), "Parameter", False, note, parameter.numel())
 
 
 def _uncalled(modules: dict[str, nn.Module], found: Probe) -> Iterator[LayerReport]:
-    """Modules with parameters that are not run themselves."""
+    """Yield modules with parameters whose forward does not run."""
     readers = {
         parameter: product.owner
         for product in found.products
@@ -253,7 +267,7 @@ def _uncalled(modules: dict[str, nn.Module], found: Probe) -> Iterator[LayerRepo
 
 
 def _size(net: nn.Module, plan: ConversionPlan, bits: int) -> int:
-    """Bytes of a network with weights of so many bits, each packed, and a scale for each of their channels."""
+    """Return the bytes of a network with packed weights of a bit-width, and a scale for each of their channels."""
     total = sum(x.numel() * x.element_size() for x in (*net.parameters(), *net.buffers()))
     if bits == FLOAT_BITS:
         return total

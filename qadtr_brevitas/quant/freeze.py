@@ -1,4 +1,4 @@
-"""A switchable model at one precision, as a plain Brevitas model: what exporters take."""
+"""Freezing: a switchable model at one precision as a plain Brevitas model, which exporters take."""
 
 from __future__ import annotations
 
@@ -48,21 +48,21 @@ class FrozenModel(nn.Module):
         self.register_buffer("std", std.clone())
 
     def forward(self, images: Tensor) -> Tensor:
-        # Dynamic quantizers tell from it what belongs to one image.
+        # Dynamic quantizers need it to find the values of each image.
         self._switch.images = len(images)
         return self.net((images - self.mean) / self.std)
 
 
 def freeze(model: SwitchableModel, precision: PrecisionLike) -> FrozenModel:
-    """A copy of a switchable model at one precision, of stock Brevitas layers and quantizers only.
+    """Return a copy of a switchable model at one precision, of stock Brevitas layers and quantizers only.
 
-    It computes what the switchable model computes at that precision, and keeps one BatchNorm per layer. Corrections of
-    biases become part of the biases. Dynamic quantizers stay this package's own: Brevitas has none with a range for
-    each image.
+    The copy computes what the switchable model computes at that precision, with one BatchNorm per layer. Bias
+    corrections become part of the biases. Dynamic quantizers remain those of this package: Brevitas has none with a
+    range per image.
 
     Args:
-        model: a switchable model; left untouched.
-        precision: an allowed precision. At 32 bit the copy is the plain float network.
+        model: a switchable model, which is not changed.
+        precision: an allowed precision. At 32 bit the copy is the float network.
 
     Returns:
         The frozen model, in eval mode: images (N, C, H, W) in [0, 1] to logits (N, classes).
@@ -79,7 +79,7 @@ def freeze(model: SwitchableModel, precision: PrecisionLike) -> FrozenModel:
         for module in list(copied.modules()):
             if isinstance(module, QuantizedFunctions):
                 _freeze_products(module)
-        _hide_layers(copied.net)
+        _exclude_stock_layers(copied.net)
         frozen = FrozenModel(copied.net, copied.mean, copied.std, copied.switch)
         return frozen.to(copied.mean.device).eval()
 
@@ -98,7 +98,8 @@ def _check_stock(quantizer: SwitchableQuant) -> None:
         )
 
 
-def _hide_layers(net: nn.Module) -> None:
+def _exclude_stock_layers(net: nn.Module) -> None:
+    """Exclude stock layers inside modules that quantize their own products from the interception of these."""
     outer = [module for module in net.modules() if isinstance(module, QuantizedFunctions)]
     for layer in {layer for module in outer for layer in module.modules()}:
         if isinstance(layer, QuantConv2d | QuantLinear | QuantReLU | QuantIdentity):
@@ -134,7 +135,7 @@ def _frozen_linear(module: SwitchableConv2d | SwitchableLinear) -> nn.Module:
 
 
 def _freeze_products(module: QuantizedFunctions) -> None:
-    """Has the module's products quantized always, or never; their quantizers are replaced one by one."""
+    """Quantize the module's products always, or never; their quantizers are replaced one by one."""
     if module.product_quant.is_active:
         module.product_quant.switch = None
     else:

@@ -1,8 +1,7 @@
-"""Brevitas layers on the short way: the same modules, without making a QuantTensor for every call.
+"""Brevitas layers with switchable quantizers, which compute on plain tensors.
 
-A QuantTensor as input and an export in progress take Brevitas's own way.
-
-A constant per output channel and precision that a layer adds to its bias.
+Brevitas's own forward creates a QuantTensor in every call. These layers skip that, unless the input is a QuantTensor or
+an export is in progress.
 """
 
 from __future__ import annotations
@@ -22,11 +21,11 @@ from qadtr_brevitas.quant.switch import Switch
 
 
 class BiasCorrection(nn.Module):
-    """What a layer adds to its bias at each precision below 32.
+    """The offset per output channel that a layer adds to its bias at each precision below 32.
 
     Args:
         switch: the model's switch.
-        like: a tensor with one value per output channel, whose device and type are taken.
+        like: a tensor with one value per output channel, of the device and type of the offsets.
     """
 
     def __init__(self, switch: Switch, like: Tensor) -> None:
@@ -37,11 +36,11 @@ class BiasCorrection(nn.Module):
                 self.register_buffer(str(precision), torch.zeros_like(like))
 
     def offset(self, precision: Precision) -> Tensor:
-        """What is added at a precision below 32, (out,)."""
+        """Return the offset at a precision below 32, (out,)."""
         return self.get_buffer(str(precision))
 
     def forward(self, bias: Tensor | None) -> Tensor | None:
-        """The corrected bias at the precision in force, (out,)."""
+        """Return the corrected bias at the current precision, (out,)."""
         if self.switch.precision.is_float:
             return bias
         offset = self.offset(self.switch.precision)
@@ -49,7 +48,7 @@ class BiasCorrection(nn.Module):
 
 
 class _FastPath:
-    """What convolutions and linear layers share."""
+    """The common part of convolutions and linear layers."""
 
     export_mode: bool
     weight: Any
@@ -74,14 +73,14 @@ class _FastPath:
             return self.inner_forward_impl(x, weight, self.bias)
 
     def inner_forward_impl(self, x: Tensor, quant_weight: Tensor, quant_bias: Tensor | None) -> Tensor:
-        """The product itself, in which both ways end."""
+        """Compute the product, in Brevitas's own forward as in this one."""
         bias = quant_bias if self.bias_correction is None else self.bias_correction(quant_bias)
         if (folding := self.weight_quant.quantizer.switch.folding) is not None and isinstance(self, QuantConv2d):
             quant_weight, bias = folding.weights(self, quant_weight, bias)
         return super().inner_forward_impl(x, quant_weight, bias)  # pyright: ignore
 
     def reset_parameters(self) -> None:
-        """Does nothing: the weights are those of a float layer."""
+        """Do nothing: the weights are those of a float layer."""
 
 
 class SwitchableConv2d(_FastPath, QuantConv2d):  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -93,12 +92,12 @@ class SwitchableLinear(_FastPath, QuantLinear):  # pyright: ignore[reportIncompa
 
 
 def brevitas_twin(module: nn.Module, conv: Any, linear: Any, **quantizers: Any) -> nn.Module:
-    """A Brevitas layer of the geometry of a Conv2d or Linear, which takes over its weight and bias.
+    """Return a Brevitas layer of the geometry of a Conv2d or Linear, with the same weight and bias parameters.
 
     Args:
         module: a convolution or linear layer, float or Brevitas.
-        conv: class of the twin of a convolution.
-        linear: class of the twin of a linear layer.
+        conv: class that replaces a convolution.
+        linear: class that replaces a linear layer.
         quantizers: `weight_quant` and `input_quant`.
     """
     assert isinstance(module, nn.Conv2d | nn.Linear)
@@ -116,7 +115,7 @@ def brevitas_twin(module: nn.Module, conv: Any, linear: Any, **quantizers: Any) 
 
 
 class _ActivationFastPath:
-    """What quantizers of activations share."""
+    """The common part of quantizers of activations."""
 
     export_mode: bool
     act_quant: SwitchableActProxy
@@ -144,7 +143,7 @@ class SwitchableReLU6(SwitchableReLU):
 
 
 class SwitchableGate(nn.Module):
-    """A sigmoid or a like gate, with its values, from 0 to 1, quantized.
+    """A sigmoid or similar gate, whose values from 0 to 1 are quantized.
 
     Args:
         gate: the float module.

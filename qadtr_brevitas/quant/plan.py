@@ -1,4 +1,4 @@
-"""What a conversion has been asked for, and which parts of a network that concerns."""
+"""The settings of a conversion, applied to the products and activations of a network."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ class ConversionPlan:
     Args:
         switch: the model's switch.
         first_last, residual, norm, narrow_range, per_channel, activations: as in `convert()`.
-        target: the compiler to convert for.
-        weight_quantizer: how weights become levels.
-        act_quantizer: how activations become levels.
-        probe: what the network does.
+        target: the compiler to convert for; None for any.
+        weight_quantizer: the quantizer of weights.
+        act_quantizer: the quantizer of activations.
+        probe: the record of a forward of the network.
     """
 
     switch: Switch
@@ -49,18 +49,21 @@ class ConversionPlan:
     probe: Probe
 
     def min_bits(self, product: Product) -> int:
-        """Least bit-width of the operands of a product, below 32."""
+        """Return the least bit-width of the operands of a product at precisions below 32."""
         setting = self.residual if product.is_sum else self.first_last if product.is_first_or_last else "same"
         return WIDE_BITS if setting == "8bit" else MIN_BITS
 
     def stays_float(self, product: Product) -> bool:
-        """Whether a product is left as it is."""
+        """Return whether a product stays float."""
         if product.is_sum:
             return any(operand.fixed for operand in product.operands)
         return product.is_constant or (product.is_first_or_last and self.first_last == "float")
 
     def weight_shape(self, weight: Tensor, *, linear: bool) -> tuple[int, ...]:
-        """Return the shape of the thresholds of a layer's weight (out, in / groups, ...)."""
+        """Return the shape of the thresholds of a layer's weight, which is (out, in / groups, ...).
+
+        A layer whose input channels are not a multiple of the group size has one threshold per output channel.
+        """
         granularity = self.weight_quantizer.granularity or ("channel" if self.per_channel else "tensor")
         if linear and self.target is not None and not self.target.linear_per_channel:
             granularity = "tensor"
@@ -74,19 +77,19 @@ class ConversionPlan:
 
     @property
     def rows_have_thresholds(self) -> bool:
-        """Whether each output channel of a weight that is computed in the forward has a threshold of its own."""
+        """Whether each output channel of a weight that is computed in the forward has its own threshold."""
         return (self.weight_quantizer.granularity or ("channel" if self.per_channel else "tensor")) != "tensor"
 
     def is_wide_stream(self, name: str | None) -> bool:
-        """Whether what an activation module of this name gives keeps 8 bit, for a later layer to quantize further."""
+        """Return whether an activation module keeps 8 bit, so that the layers that read it quantize it further."""
         return self.residual == "8bit" and name in self.probe.calls and self.probe.calls[name].feeds_sum
 
     def is_quantized(self, operand: Operand) -> bool:
-        """Whether an operand holds values that an activation module has quantized as finely as is needed."""
+        """Return whether an operand holds values that an activation module has quantized to the wanted bit-width."""
         return operand.origin not in (None, IMAGE) and not self.is_wide_stream(operand.origin)
 
     def activation(self, *, signed: bool, min_bits: int, max_threshold: float | None = None) -> Any:
-        """Injector of a quantizer of activations."""
+        """Return the injector of a quantizer of activations."""
         bits = tuple(p.act for p in self.switch.allowed if p.act != FLOAT_BITS)
         return act_injector(
             self.switch,
@@ -99,7 +102,7 @@ class ConversionPlan:
         )
 
     def weight(self, shape: tuple[int, ...], *, min_bits: int) -> Any:
-        """Injector of a quantizer of a layer's weight, whose thresholds have this shape."""
+        """Return the injector of a quantizer of a layer's weight, whose thresholds have this shape."""
         return weight_injector(
             self.switch,
             bits=self._weight_bits(),
@@ -110,7 +113,7 @@ class ConversionPlan:
         )
 
     def computed_weight(self, shape: tuple[int, ...], *, min_bits: int) -> Any:
-        """Injector, for a QuantIdentity, of a quantizer of a weight that is computed in the forward."""
+        """Return the injector, for a QuantIdentity, of a quantizer of a weight that is computed in the forward."""
         return act_injector(
             self.switch,
             tensor_quant=SwitchableWeightQuant,
@@ -127,11 +130,11 @@ class ConversionPlan:
 
 
 def mark_first_and_last(net: nn.Module, probe: Probe) -> None:
-    """Mark the products of the first and last layers: what reads the image, the first and last of all, the classifier.
+    """Mark the products of the first and last layers: those that read the image, the first, the last, the classifier.
 
     Args:
         net: the float network.
-        probe: what it does; its products are marked in place.
+        probe: the record of its forward; the products are marked in place.
     """
     counted = [product for product in probe.products if not product.is_constant]
     heads = set(_classifier_names(net))
@@ -143,7 +146,7 @@ def mark_first_and_last(net: nn.Module, probe: Probe) -> None:
 
 
 def _classifier_names(net: nn.Module) -> Iterator[str]:
-    """Names of the linear layers that timm calls the classifier; a distilled transformer has two."""
+    """Return the names of the linear layers that timm calls the classifier; a distilled transformer has two."""
     get_classifier = getattr(net, "get_classifier", None)
     found = get_classifier() if callable(get_classifier) else None
     modules: Iterable[Any] = found if isinstance(found, tuple | list) else [found]

@@ -1,4 +1,4 @@
-"""What a network does with one image: which layers run, in which order, what multiplies what, and what feeds what."""
+"""One traced forward of a float network: which modules run, in which order, and the operands of every product."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class Operand:
     """One operand of a product.
 
     Args:
-        label: what it is called: input, weight, left, query, ...
+        label: its label in the product: input, weight, left, query, ...
         shape: its shape for two images.
-        origin: the activation module whose values it holds, IMAGE, or None.
-        fixed: it is the same for every image: a weight, or made of weights and constants.
-        parameters: names of the parameters that it is made of, if it is fixed.
-        nonnegative: it cannot be negative.
+        origin: name of the activation module whose values it holds, IMAGE, or None.
+        fixed: whether it is the same for every image: a weight, or computed from weights and constants.
+        parameters: names of the parameters that it is computed from, if it is fixed.
+        nonnegative: whether it cannot be negative.
     """
 
     label: str
@@ -42,7 +42,7 @@ class Operand:
     nonnegative: bool
 
     def merge(self, other: Operand) -> None:
-        """Keeps what is true in both calls."""
+        """Keep the facts that hold in both calls."""
         self.origin = self.origin if self.origin == other.origin else None
         self.fixed &= other.fixed
         self.parameters = self.parameters | other.parameters if self.fixed else frozenset()
@@ -51,14 +51,14 @@ class Operand:
 
 @dataclass
 class Product:
-    """A call of a function that multiplies and accumulates, or of a sum that counts as one, by a module's own forward.
+    """A call, in a module's own forward, of a function that multiplies and accumulates, or of a sum that is quantized.
 
     Args:
         owner: dotted name of the module, "" for the network itself.
-        name: of the function.
-        operands: what it multiplies.
+        name: name of the function.
+        operands: the tensors that it multiplies or adds.
         macs: multiply-accumulates for one image, over all calls.
-        is_first_or_last: it belongs to the first or last layers; the converter says so.
+        is_first_or_last: whether it belongs to the first or last layers (`plan.mark_first_and_last`).
     """
 
     owner: str
@@ -69,25 +69,25 @@ class Product:
 
     @property
     def is_sum(self) -> bool:
-        """Whether it only adds."""
+        """Whether it is a sum of two tensors."""
         return self.name == SUM
 
     @property
     def is_constant(self) -> bool:
-        """Whether it comes out the same for every image, so that it need not be computed at inference."""
+        """Whether its result is the same for every image, so that inference need not compute it."""
         return all(operand.fixed for operand in self.operands)
 
 
 @dataclass
 class Call:
-    """How one module was used.
+    """The calls of one module.
 
     Args:
         name: dotted module name, "" for the network itself.
-        count: how often it was called.
+        count: number of calls.
         products: the products of its own forward, in order.
-        feeds_sum: an activation module whose output goes to a sum, or anything else that is no product, whose result
-            has levels of its own: a residual stream, a concatenation, a gated branch.
+        feeds_sum: whether it is an activation module whose output is read by a sum, or by another function that is not
+            a product and whose result has other levels: a residual stream, a concatenation, a gated branch.
     """
 
     name: str
@@ -98,13 +98,13 @@ class Call:
 
 @dataclass
 class Probe:
-    """What a network did.
+    """The record of one forward of a network.
 
     Args:
         calls: every module that was called, by name, in order of first use.
-        products: every product, in order of first use; sums are only in the calls.
-        unseen_macs: multiply-accumulates, for one image, of functions that are not known here.
-        outputs: how many values it returns for each image: its classes.
+        products: every product, in order of first use; sums are only in `calls`.
+        unseen_macs: multiply-accumulates, for one image, of functions that are not known as products.
+        outputs: number of logits per image.
     """
 
     calls: dict[str, Call]
@@ -114,7 +114,7 @@ class Probe:
 
 
 class _ProbeMode(TorchFunctionMode):
-    """Follows tensors through functions, and notes the products of each module."""
+    """Follows tensors through functions, and records the products of each module."""
 
     def __init__(self, known: Provenance, images: int, *, sums: bool) -> None:
         super().__init__()
@@ -156,7 +156,7 @@ class _ProbeMode(TorchFunctionMode):
         owner = self.frames[-1][0]
         raise UsageError(
             f"{owner or 'the network'} calls {name}, whose multiply-accumulates cannot be followed, and would stay "
-            "float; use layers of torch.nn without recurrence, or matmul"
+            "float: use layers of torch.nn without recurrence, or matmul"
         )
 
     def _note_product(self, name: str, found: dict[str, Tensor], counted: int) -> None:
@@ -172,10 +172,13 @@ class _ProbeMode(TorchFunctionMode):
                 self.products.append(call.products[index])
         product = call.products[index]
         if product.name != name or len(product.operands) != len(parts):
-            raise UsageError(f"{owner or 'the network'} computes something else each time it is called")
+            raise UsageError(
+                f"{owner or 'the network'} computes other products in one call than in another: "
+                "split it into modules that compute the same in every call"
+            )
         for own, other in zip(product.operands, parts, strict=True):
             own.merge(other)
-        # PyTorch counts nothing for some of its attention kernels.
+        # FlopCounterMode has no count for some attention kernels.
         macs = _attention_macs(found) if name == ATTENTION else counted
         product.macs += macs // self.images
 
@@ -185,29 +188,29 @@ class _ProbeMode(TorchFunctionMode):
         return Operand(label, shape, origin, fixed, known.parameters(x), known.is_nonnegative(x))
 
     def enter(self, name: str) -> None:
-        """Notes that a module begins."""
+        """Record the start of a module's forward."""
         self.calls.setdefault(name, Call(name)).count += 1
         self.frames.append((name, Counter()))
 
     def leave(self, name: str, module: nn.Module, y: Any) -> None:
-        """Notes that a module ends."""
+        """Record the end of a module's forward."""
         self.frames.pop()
         if type(module) in ACTIVATIONS:
             self.known.mark(y, name)
 
 
 def probe(net: nn.Module, images: Tensor, *, nonnegative: bool = False, sums: bool = False) -> Probe:
-    """Runs the network once in eval mode and records every module that is called and every product.
+    """Run a network once in eval mode and record every module that is called and every product.
 
     Args:
-        net: a float network; its state is left as it was.
+        net: a float network; its modes and state are restored.
         images: (N, C, H, W), normalized.
-        nonnegative: the images are never negative, whichever they are.
-        sums: note sums of two tensors as products as well.
+        nonnegative: whether normalized images are never negative.
+        sums: whether sums of two tensors are recorded as products as well.
 
     Raises:
-        UsageError: the network does not run on such images, a module of it computes something else with each call, or
-            multiplies in a function that cannot be followed.
+        UsageError: the network does not run on such images, does not return logits (N, classes), a module computes
+            other products in each call, or multiplies in a function that cannot be followed.
     """
     watch = _ProbeMode(Provenance(net, images, nonnegative_image=nonnegative), len(images), sums=sums)
     with _hooks(net, watch), torch.no_grad(), watch.counter, watch:
@@ -252,7 +255,7 @@ def _hooks(net: nn.Module, watch: _ProbeMode) -> Generator[None]:
     was_training = {module: module.training for module in net.modules()}
     trainable = [parameter for parameter in net.parameters() if parameter.requires_grad]
     net.eval()
-    # PyTorch's counter fails where a parameter is handed to a module and no gradient is recorded.
+    # FlopCounterMode fails if a parameter that requires a gradient is passed to a module without recording one.
     for parameter in trainable:
         parameter.requires_grad_(False)
     handles = [handle for name, module in net.named_modules() for handle in _watch(name, module, watch)]

@@ -1,8 +1,8 @@
-"""How quantizers plug into Brevitas: its proxies, switchable, and the injectors that make them.
+"""Brevitas proxies with switchable quantizers, and the injectors that create them.
 
-`tensor_quant` is ours, proxies and layers are Brevitas's, so `quant_weight()`, QuantTensor and Brevitas's own tools
-keep working at every precision below 32. At 32 the proxies report themselves disabled, and the layer computes what the
-float layer computes.
+Only `tensor_quant` is defined here; proxies and layers are Brevitas's, so `quant_weight()`, QuantTensor and Brevitas's
+own tools work at every precision below 32. At 32 bit the proxies are disabled, and the layer computes what the float
+layer computes.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from qadtr_brevitas.quant.uniform import Uniform
 
 
 class _KeepTensorQuant:
-    """Brevitas rebuilds tensor_quant whenever a state dict is loaded or a parameter set anew.
+    """Mixin that creates `tensor_quant` once.
 
-    Ours must survive: optimizers hold its thresholds, and the switch it refers to differs between copies of a model.
+    Brevitas creates it again whenever a state dict is loaded or a parameter is assigned. Optimizers hold the thresholds
+    of the first one, and copies of a model have switches of their own, so it must not be replaced.
     """
 
     def init_tensor_quant(self, *args: Any, **kwargs: Any) -> None:
@@ -48,11 +49,11 @@ class SwitchableWeightProxy(_KeepTensorQuant, WeightQuantProxyFromInjector):
 
     @property
     def per_channel(self) -> bool:
-        """Whether each output channel has a threshold of its own."""
+        """Whether there is more than one threshold."""
         return math.prod(self.quantizer.shape) > 1
 
     def quantize(self, w: Tensor) -> Tensor:
-        """Return the value alone, without the cost of a QuantTensor."""
+        """Return the quantized weight as a plain tensor."""
         if (observer := self.quantizer.switch.observer) is not None:
             observer(self.quantizer, w)
             return w
@@ -60,9 +61,9 @@ class SwitchableWeightProxy(_KeepTensorQuant, WeightQuantProxyFromInjector):
 
 
 class SwitchableActProxy(_KeepTensorQuant, ActQuantProxyFromInjector):
-    """Brevitas's activation proxy: disabled at 32 bit, and without a separate ReLU pass below.
+    """Brevitas's activation proxy, disabled at 32 bit, and without a separate ReLU below.
 
-    An unsigned quantizer clamps at 0 and its gradient is 0 there: it is the ReLU.
+    An unsigned quantizer clamps at 0 and passes no gradient there, so it is the ReLU.
     """
 
     fused_activation_quant_proxy: Any
@@ -81,7 +82,7 @@ class SwitchableActProxy(_KeepTensorQuant, ActQuantProxyFromInjector):
         self._is_quant_enabled = is_quant_enabled
 
     def quantize(self, x: Tensor) -> Tensor:
-        """Return the value alone, without the cost of a QuantTensor."""
+        """Return the quantized activations as a plain tensor."""
         if (observer := self.quantizer.switch.observer) is not None:
             observer(self.quantizer, x)
         elif self.is_quant_enabled:
@@ -97,7 +98,7 @@ class SwitchableActProxy(_KeepTensorQuant, ActQuantProxyFromInjector):
             return super().forward(x)
         value = x.value if isinstance(x, IntQuantTensor) else x
         if self.quantizer.dynamic:
-            # Brevitas's arithmetic on QuantTensors knows no scale per image.
+            # Brevitas's arithmetic on QuantTensors has no scale per image.
             return self.quantizer.quantize(value)
         return self.create_quant_tensor(self.quantizer(value), x=x)
 
@@ -113,7 +114,7 @@ def act_injector(switch: Switch, *, dynamic: bool = False, **settings: Any) -> A
     return injector.let(switch=switch, **settings)
 
 
-# Injectors are made by a metaclass that no type checker follows.
+# A metaclass creates injectors, which type checkers cannot follow.
 _Injector: Any = ExtendedInjector
 
 

@@ -1,4 +1,4 @@
-"""What becomes of each kind of module."""
+"""Conversion rules: the module that replaces each kind of float module, and its note in the report."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from qadtr_brevitas.quant.products import (
 )
 from qadtr_brevitas.quant.switchable_quant import WIDE_BITS
 
-# Exact classes: another forward than these have would be lost with the class.
+# Exact classes: a subclass may have another forward, which its replacement would lose.
 _PLAIN_LAYERS = (nn.Conv2d, nn.Linear, timm.layers.Linear)
 _GATES = (nn.Sigmoid, nn.Hardsigmoid, timm.layers.Sigmoid, timm.layers.HardSigmoid)
 _PASSES = "passes values through"
@@ -50,19 +50,19 @@ _FLOAT_NOTES: dict[type[nn.Module], str] = {
 
 
 def converted(call: Call, module: nn.Module, plan: ConversionPlan) -> tuple[nn.Module | None, str] | None:
-    """What takes the place of a module, and a note of what it does.
+    """Return the replacement of a module and its note, or None for a container without a note.
 
     Args:
-        call: how the module was used.
+        call: how the network calls the module.
         module: a module of the network; one that computes products itself may be changed in place.
         plan: the settings.
 
     Returns:
-        The new module, the same one if it was changed in place, or None if it stays float, with a note that says how
-        or why; None for a mere container, of which there is nothing to say.
+        The replacement (the module itself if it was changed in place, None if it stays float), and a note that says how
+        it is quantized or why it stays float.
 
     Raises:
-        UsageError: it cannot be quantized as the plan wants.
+        UsageError: the module cannot be quantized with these settings.
     """
     if call.products:
         if all(plan.stays_float(product) and not product.is_sum for product in call.products):
@@ -80,7 +80,7 @@ def converted(call: Call, module: nn.Module, plan: ConversionPlan) -> tuple[nn.M
     if type(module) in BATCH_NORMS:
         return _norm(module, plan)
     if isinstance(module, nn.TransformerEncoderLayer):
-        # Left alone, it computes with the weights of its layers itself, past their quantizers.
+        # Its fused kernel would read the weights of its layers directly, without their quantizers.
         return _with_products(call, module, plan), "has its layers run, not PyTorch's fused kernel, below 32 bit"
     if any(True for _ in module.children()):
         return None

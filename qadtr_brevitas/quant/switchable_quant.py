@@ -1,7 +1,7 @@
-"""Quantizer modules whose bit-width switches at run time: they hold the learned thresholds of every bit-width.
+"""Modules that hold the learned thresholds of every bit-width, and quantize at the current one.
 
-How values become levels is up to the `Quantizer` plug-in inside (`quant/quantizer.py`); how the modules plug into
-Brevitas is in `quant/proxies.py`.
+How values map to levels is defined by a `Quantizer` (`quant/quantizer.py`). How the modules plug into Brevitas is in
+`quant/proxies.py`.
 """
 
 from __future__ import annotations
@@ -15,32 +15,32 @@ from qadtr_brevitas.core.precision import FLOAT_BITS
 from qadtr_brevitas.quant.quantizer import Levels, Quantizer
 from qadtr_brevitas.quant.switch import Switch
 
-# First and last layers and residual streams keep at least this many bits, unless asked otherwise.
+# First and last layers and residual streams keep at least this many bits by default.
 WIDE_BITS = 8
 
-# A threshold may be driven to zero by training; a step must stay positive (Brevitas's scaling_min_val plays this part).
+# Training may drive a threshold to zero, but a step must stay positive (as with Brevitas's scaling_min_val).
 _SMALLEST_THRESHOLD = 1e-6
 
 
 class SwitchableQuant(nn.Module):
-    """What weight and activation quantizers share: one learned threshold per bit-width, and the levels.
+    """The common part of weight and activation quantizers: one learned threshold per bit-width, and the levels.
 
-    The threshold is the largest magnitude that is not clipped; the step is threshold / levels, as in Brevitas's
-    IntScaling. Separate parameters, not one stacked tensor: the optimizer leaves those of other bit-widths alone.
+    The threshold is the largest magnitude that is not clipped, as in Brevitas's IntScaling. Thresholds are separate
+    parameters, not one stacked tensor, so that the optimizer does not touch those of other bit-widths.
 
     Args:
         switch: the model's switch.
-        bits: bit-widths this quantizer holds thresholds for.
-        min_bits: at least this many bits at every precision below 32 (8 for first and last layers).
-        signed: symmetric around 0 if true, from 0 upwards otherwise.
+        bits: the bit-widths of the thresholds.
+        min_bits: the least bit-width at every precision below 32 (8 for first and last layers).
+        signed: whether levels are on both sides of 0, or from 0 upwards.
         narrow_range: leave out the lowest level, so that signed levels are symmetric (2 bit: -1, 0, 1).
         shape: shape of a threshold, e.g. (out, 1, 1, 1) for one per output channel.
-        max_threshold: thresholds above are taken as this (6 for ReLU6).
-        scheme: how values become levels.
+        max_threshold: upper bound of thresholds (6 for ReLU6); None for no bound.
+        scheme: how values map to levels.
     """
 
     dynamic = False
-    """Whether the range is measured at run time; there are no thresholds then."""
+    """Whether ranges are measured at run time, without thresholds."""
 
     def __init__(
         self,
@@ -68,17 +68,17 @@ class SwitchableQuant(nn.Module):
         self.bit_widths = nn.ModuleDict({str(b): StatelessBuffer(torch.tensor(float(b))) for b in held})
 
     def nominal_bits(self) -> int:
-        """Return the bit-width of the precision in force; 32 for none."""
+        """Return the bit-width of the current precision; 32 for no quantization."""
         raise AssertionError
 
     @property
     def is_active(self) -> bool:
-        """False at 32 bit, where nothing is quantized."""
+        """Whether the current precision quantizes: false at 32 bit."""
         return self.nominal_bits() != FLOAT_BITS
 
     @property
     def bits(self) -> int:
-        """The bit-width in force, at least `min_bits`."""
+        """The current bit-width, at least `min_bits`."""
         return max(self.nominal_bits(), self.min_bits)
 
     def levels(self, bits: int) -> Levels:
@@ -94,20 +94,20 @@ class SwitchableQuant(nn.Module):
         return self.scheme.reach(self.levels(bits))
 
     def headroom(self, bits: int) -> float:
-        """Return the threshold over the largest magnitude, where nothing is to be clipped."""
+        """Return the least ratio of threshold to largest magnitude at which nothing is clipped."""
         return self.steps_per_threshold(bits) / self.reach(bits)
 
     def threshold(self, bits: int) -> Tensor:
         """Return the threshold at a bit-width, positive."""
         threshold = self.thresholds[str(bits)].abs().clamp(_SMALLEST_THRESHOLD, self.max_threshold)
         nearest = self._nearest(threshold, bits, above=False)
-        # The gradient of a threshold that is moved is that of a factor.
+        # A threshold that is moved to the nearest possible one learns as a factor of it.
         return threshold if nearest is threshold else nearest * (threshold / threshold.detach())
 
     def threshold_above(self, threshold: Tensor, bits: int) -> Tensor:
-        """Return the lowest possible threshold that clips no more than this one, or else the highest.
+        """Return the lowest possible threshold that clips no more than this one, or else the highest possible one.
 
-        Once it is stored, `threshold()` returns it as it is.
+        Once it is stored, `threshold()` returns it unchanged.
 
         Args:
             threshold: of any shape.
@@ -126,14 +126,14 @@ class SwitchableQuant(nn.Module):
 class SwitchableActQuant(SwitchableQuant):
     """Activation quantizer: per tensor, one learned threshold per bit-width.
 
-    What never goes below 8 bit learns its threshold as PACT does, which needs less memory.
+    A quantizer that never has less than 8 bit learns its threshold as PACT does, which needs less memory.
     """
 
     def nominal_bits(self) -> int:
         return self.switch.precision.act
 
     def quantize(self, x: Tensor) -> Tensor:
-        """Quantize and dequantize x at the precision in force (below 32)."""
+        """Quantize and dequantize x at the current precision, which must be below 32."""
         bits = self.bits
         keep_input = self.min_bits < WIDE_BITS
         return self.scheme.quantize_activation(x, self.scale(bits), self.levels(bits), keep_input=keep_input)
@@ -145,25 +145,25 @@ class SwitchableActQuant(SwitchableQuant):
 
 
 class SwitchableDynamicQuant(SwitchableActQuant):
-    """Activation quantizer whose range is that of each image, measured when it runs.
+    """Activation quantizer that measures the range of each image at run time.
 
-    No image has a part in the range of another, so what is said about an image never depends on the rest of its
-    batch. Gradients pass straight through within the range. There is nothing to calibrate or to learn.
+    The range of an image does not depend on other images, so neither do its logits. Gradients pass straight through
+    within the range. There are no thresholds to calibrate or learn.
     """
 
     dynamic = True
 
     def threshold(self, bits: int) -> Tensor:
         raise UsageError(
-            "a dynamic quantizer has no threshold, it measures the range of each image: "
+            "a dynamic quantizer has no threshold, because it measures the range of each image: "
             "convert with activations='static' for thresholds"
         )
 
     def image_scales(self, x: Tensor, bits: int) -> Tensor:
-        """Return the step for each image, (images,), or for all of x, (1,), if its length is no multiple of images.
+        """Return the step of each image, (images,), or one of all, (1,), if the length is not a multiple of images.
 
         Args:
-            x: activations, image after image (windows and heads of one image share its step).
+            x: activations, image after image; the windows and heads of an image share its step.
             bits: the bit-width.
         """
         images = self.switch.images if len(x) % self.switch.images == 0 else 1
@@ -193,7 +193,7 @@ class SwitchableWeightQuant(SwitchableQuant):
         return self.switch.precision.weight
 
     def quantize(self, w: Tensor) -> Tensor:
-        """Quantize and dequantize the weight at the precision in force, once only within frozen_weights()."""
+        """Quantize and dequantize the weight at the current precision, only once within `frozen_weights()`."""
         bits, cache = self.bits, self.switch.frozen
         if cache is None:
             return self._quantize(w, bits)
@@ -224,5 +224,5 @@ class SwitchableWeightQuant(SwitchableQuant):
 
 
 def quantizer_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Return the learned thresholds of every quantizer; they take no weight decay."""
+    """Return the learned thresholds of every quantizer, which get no weight decay."""
     return [p for module in model.modules() if isinstance(module, SwitchableQuant) for p in module.parameters()]

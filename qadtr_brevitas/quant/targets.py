@@ -1,4 +1,4 @@
-"""The compilers that networks are converted for, with what each of them needs as data."""
+"""Targets: the FPGA compilers that networks are converted for, with their requirements as data."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from qadtr_brevitas.core.registry import TARGETS
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """What a compiler needs of the places and kinds of quantizers.
+    """The requirements of a compiler on the places and kinds of quantizers.
 
-    Every target computes with integers: it has no room for float layers and for ranges that are measured at run time,
-    and wants one signed quantizer for both sides of each sum of activations.
+    Every target computes with integers: it supports neither float layers nor ranges that are measured at run time, and
+    requires one signed quantizer for both sides of each sum of activations.
 
     Args:
         name: the registered name.
-        quantizer: registered name of the quantizer of weights and activations.
+        quantizer: registered name of the quantizer of weights and activations; those derived from it are allowed too.
         linear_per_channel: whether linear layers may have a weight threshold per output channel.
-        products: functions that multiply and accumulate which it can compute.
+        products: names of the functions that multiply and accumulate which it can compute.
     """
 
     name: str
@@ -28,8 +28,7 @@ class Target:
 
 
 FINN = Target(name="finn")
-# It computes in fixed point, in which only steps that are powers of two are exact, and refuses scales per channel in
-# linear layers.
+# In fixed point only steps that are powers of two are exact. Scales per channel are refused in linear layers.
 HLS4ML = Target(name="hls4ml", quantizer="power-of-two", linear_per_channel=False)
 
 

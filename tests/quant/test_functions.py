@@ -216,7 +216,7 @@ def test_a_module_that_computes_something_else_each_time_is_refused() -> None:
             x = F.pad(x.mean((2, 3)), (0, 5))[:, None]
             return self.inner(self.inner(x))
 
-    with pytest.raises(UsageError, match="inner computes something else each time it is called"):
+    with pytest.raises(UsageError, match="inner computes other products in one call"):
         convert(Turns(), image_size=(8, 8))
 
 

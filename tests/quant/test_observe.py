@@ -6,7 +6,8 @@ from torch import Tensor
 
 from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.core.precision import parse_precisions
-from qadtr_brevitas.quant.ranges import Observations, percentiles
+from qadtr_brevitas.quant.observations import Observations
+from qadtr_brevitas.quant.ranges import percentiles
 from qadtr_brevitas.quant.switch import Switch
 from qadtr_brevitas.quant.switchable_quant import SwitchableActQuant
 from qadtr_brevitas.quant.uniform import Uniform

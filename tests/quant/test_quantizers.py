@@ -174,6 +174,7 @@ def test_power_of_two_is_frozen_exactly() -> None:
         ({"weight_quantizer": {"name": "uniform", "granularity": "row"}}, ["row"]),
         ({"act_quantizer": {"name": "uniform", "granularity": "channel"}}, ["per tensor"]),
         ({"target": "hls4ml", "weight_quantizer": "uniform"}, ["hls4ml", "power-of-two"]),
+        ({"target": "finn", "weight_quantizer": {"name": "uniform", "granularity": "group"}}, ["finn", "group"]),
         ({"target": "fimm"}, ["fimm", "finn"]),
     ],
 )
