@@ -20,6 +20,7 @@ from qadtr_brevitas.cli.common import (
     say,
     threads_option,
 )
+from qadtr_brevitas.core.extras import require
 from qadtr_brevitas.pipeline.directories import PAGE_FILE, STUDY_FILE
 
 if TYPE_CHECKING:
@@ -42,9 +43,7 @@ if TYPE_CHECKING:
 @click.argument("study")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--scale", default="small", show_default=True, help="Which scale of the study: smoke, small or full.")
-@click.option(
-    "--output", "-o", type=click.Path(path_type=Path), help="Its folder.  [default: studies/STUDY-SCALE]"
-)
+@click.option("--output", "-o", type=click.Path(path_type=Path), help="Its folder.  [default: studies/STUDY-SCALE]")
 @click.option(
     "--work",
     type=click.Path(path_type=Path),
@@ -93,6 +92,8 @@ def command(
     plan = make_plan(checked, work=work, output=output)
     if dry_run:
         return _show(plan)
+    for package in ("jinja2", "matplotlib"):
+        require(package, extra="reproduce", purpose="study")
 
     from qadtr_brevitas.core.device import resolve_device
     from qadtr_brevitas.reproduce.study.locks import StepLocks
@@ -136,8 +137,7 @@ def _report(study: Study, plan: StudyPlan, output: Path, *, scale: str) -> None:
     from qadtr_brevitas.reproduce.study.summary import summary_tables, write_study
 
     written = write_study(study, plan, output, scale=scale, command=command_line())
-    emit(
-        {"output": str(output), "study": str(output / STUDY_FILE)}, Group(*(table.rich() for table in summary_tables(study, plan)))
-    )
+    tables = [table.rich() for table in summary_tables(study, plan)]
+    emit({"output": str(output), "study": str(output / STUDY_FILE)}, Group(*tables))
     say(f"wrote {', '.join(path.name for path in written)} to {output}, and a report for each network to reports/")
     say(f"open {output / PAGE_FILE} in a browser; next: qadtr-brevitas report {output} OTHER_STUDY -o report.html")

@@ -53,4 +53,4 @@ def test_bad_usage(arguments: list[str], message: str, capsys: pytest.CaptureFix
 def test_a_missing_finished_model_is_a_failure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = write_study_file(tmp_path)
     assert main(["study", str(file), "models={plain: {path: gone}}", "-o", str(tmp_path / "out"), *SCALE]) == 1
-    assert "no finished model in gone" in capsys.readouterr().err
+    assert "no model in gone" in capsys.readouterr().err

@@ -12,10 +12,11 @@ from pathlib import Path
 from pydantic import JsonValue
 
 from qadtr_brevitas.config import Recipe, load_recipe
-from qadtr_brevitas.core.errors import CheckpointError, UsageError
-from qadtr_brevitas.core.files import fingerprint_facts, fingerprint_file, read_json
+from qadtr_brevitas.core.errors import UsageError
+from qadtr_brevitas.core.files import fingerprint_facts, fingerprint_file
 from qadtr_brevitas.core.precision import Precision, parse_precisions
-from qadtr_brevitas.pipeline.directories import CONFIG_FILE, LAST_FOLDER, WEIGHTS_FILE
+from qadtr_brevitas.pipeline.checkpoint import read_info
+from qadtr_brevitas.pipeline.directories import WEIGHTS_FILE, resolve_model_dir
 from qadtr_brevitas.quant.inference import InferenceMode
 from qadtr_brevitas.reproduce.study.references import OWN
 from qadtr_brevitas.reproduce.study.sections import Study, StudyAttack, StudyModel
@@ -52,7 +53,7 @@ class StudyNetwork:
     def key(self) -> str:
         """The fingerprint of everything that decides its weights, independent of the study and of its folder."""
         if self.recipe is None:
-            return fingerprint_file(_model_dir(self.section) / WEIGHTS_FILE, facts="finished")
+            return fingerprint_file(resolve_model_dir(self.section.path or "") / WEIGHTS_FILE, facts="finished")
         start = self.start and self.start.key
         return fingerprint_facts(
             ["trained" if self.section.train else "converted", self.recipe.model_dump(mode="json"), start]
@@ -70,11 +71,7 @@ class StudyNetwork:
         """The precisions it can be switched to."""
         if self.recipe is not None:
             return self.recipe.quant.precisions
-        config = _model_dir(self.section) / CONFIG_FILE
-        try:
-            return parse_precisions(read_json(config)["quant"]["precisions"])
-        except (KeyError, TypeError) as error:
-            raise CheckpointError(f"{config} is not the config of a switchable model: save the model again") from error
+        return parse_precisions(read_info(self.section.path or "").quant["precisions"])
 
     def scored_modes(self, study: Study) -> tuple[InferenceMode, ...]:
         """Return the precisions it is scored at: those that the study asks for and that it has."""
@@ -181,14 +178,3 @@ def _start(
         )
     same_seed = [network for network in alike if network.seed == seed]
     return (same_seed or alike)[0]
-
-
-def _model_dir(section: StudyModel) -> Path:
-    """Return the model directory of a finished model: its path, or last/ of a run."""
-    path = Path(section.path or "").expanduser()
-    for folder in (path, path / LAST_FOLDER):
-        if (folder / WEIGHTS_FILE).is_file() and (folder / CONFIG_FILE).is_file():
-            return folder
-    raise CheckpointError(
-        f"there is no finished model in {path}: give a run or model directory, or a recipe to train it"
-    )

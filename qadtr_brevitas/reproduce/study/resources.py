@@ -8,10 +8,7 @@ from pathlib import Path
 from typing import Generic, Literal, TypeVar
 
 import torch
-from pydantic import TypeAdapter
 
-from qadtr_brevitas.config import load_recorded_recipe
-from qadtr_brevitas.config.sections import DatasetSlot
 from qadtr_brevitas.config.slots import slot_name, slot_settings
 from qadtr_brevitas.core.device import resolve_device
 from qadtr_brevitas.core.errors import UsageError
@@ -19,11 +16,9 @@ from qadtr_brevitas.core.files import fingerprint_facts
 from qadtr_brevitas.data.base import Dataset
 from qadtr_brevitas.data.split import Split
 from qadtr_brevitas.evaluation.entries import LoadedModel, load_subjects
-from qadtr_brevitas.pipeline.checkpoint import read_info
-from qadtr_brevitas.pipeline.directories import RECIPE_FILE
+from qadtr_brevitas.pipeline.datasets import recorded_dataset
 from qadtr_brevitas.reproduce.study.sections import Budget
 
-_DATASET: TypeAdapter[Dataset] = TypeAdapter(DatasetSlot)
 _CACHED_MODELS, _CACHED_SPLITS = 5, 3
 
 _Value = TypeVar("_Value")
@@ -82,12 +77,8 @@ class StudyResources:
         Raises:
             UsageError: the model does not record it.
         """
-        recorded = read_info(folder).data
-        if recorded is not None:
-            return _DATASET.validate_python(dict(recorded))
-        # Models of earlier releases record their data set in the recipe of their run only.
-        if (folder / RECIPE_FILE).is_file():
-            return load_recorded_recipe(folder / RECIPE_FILE).data.dataset
+        if (dataset := recorded_dataset(folder)) is not None:
+            return dataset
         raise UsageError(
             f"the model in {folder} does not record the data set it was made on: make it again with `qadtr-brevitas "
             "train` or `convert`"

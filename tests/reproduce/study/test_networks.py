@@ -39,5 +39,5 @@ def test_a_missing_or_wrong_recipe_is_reported_with_its_model(tmp_path: Path) ->
 
 def test_a_finished_model_must_exist(tmp_path: Path) -> None:
     study = load_study(write_study_file(tmp_path), ["models={plain: {path: runs/gone}}"])
-    with pytest.raises(CheckpointError, match="no finished model in runs/gone"):
+    with pytest.raises(CheckpointError, match="no model in runs/gone"):
         _ = make_networks(study).by_name["plain"].key
