@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from qadtr_brevitas.cli.common import RecordedCommand, command_line, emit, examples, output_options, say
+from qadtr_brevitas.core.extras import require
 
 
 @click.command(
@@ -29,6 +30,8 @@ def command(folders: tuple[Path, ...], title: str, output: Path) -> None:
     The page is one file with its pictures inside. The warnings of audits stand above the tables they concern, and every
     number comes with the command, recipe and seed behind it. The same tables are written as Markdown and CSV.
     """
+    for package in ("jinja2", "matplotlib"):
+        require(package, extra="report", purpose="report")
     from qadtr_brevitas.reproduce.page import build_page, check_path, read_inputs, write_page
 
     check_path(output)

@@ -20,6 +20,6 @@ def require(module: str, *, extra: str, purpose: str) -> ModuleType:
     try:
         return import_module(module)
     except ImportError as error:
-        package = module.partition(".")[0]
-        reason = "" if getattr(error, "name", None) == package else f" ({error})"
-        raise UsageError(f"{purpose} needs {package}{reason}: pip install 'qadtr-brevitas[{extra}]'") from error
+        # The package itself, or one that it imports.
+        package = (error.name or module).partition(".")[0]
+        raise UsageError(f"{purpose} needs {package} ({error}): pip install 'qadtr-brevitas[{extra}]'") from error
