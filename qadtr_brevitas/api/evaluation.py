@@ -29,7 +29,7 @@ from qadtr_brevitas.data.batches import Loader
 from qadtr_brevitas.evaluation import Grid, Transfer
 from qadtr_brevitas.evaluation import evaluate as evaluate_grid
 from qadtr_brevitas.evaluation.report import EvaluationReport, PatchFacts, Rate
-from qadtr_brevitas.evaluation.report.files import rich_table, write_report
+from qadtr_brevitas.evaluation.report.files import write_report
 from qadtr_brevitas.evaluation.report.summaries import terminal_tables
 from qadtr_brevitas.quant.inference import InferenceMode
 
@@ -117,7 +117,7 @@ class EvaluationResult:
 
     def __str__(self) -> str:
         text = StringIO()
-        Console(file=text, width=_WIDTH).print(Group(*map(rich_table, terminal_tables(self.report))))
+        Console(file=text, width=_WIDTH).print(Group(*(table.rich() for table in terminal_tables(self.report))))
         return text.getvalue()
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from qadtr_brevitas.auditing.finding import AuditReport, Finding, PrecisionAudit
 from qadtr_brevitas.auditing.significance import FALSE_ALARM
 from qadtr_brevitas.core.files import write_atomically, write_json
-from qadtr_brevitas.evaluation.report.files import markdown_table
-from qadtr_brevitas.evaluation.report.layout import EMPTY, Table, bits, percent
+from qadtr_brevitas.core.table import Table
+from qadtr_brevitas.evaluation.report.layout import EMPTY, bits, percent
 from qadtr_brevitas.pipeline.directories import AUDIT_FILE, REPORT_TEXT_FILE
 
 _HEADER = ("id", "check", "result", "numbers", "meaning")
@@ -65,7 +65,8 @@ def write_audits(audits: Sequence[AuditReport], folder: Path) -> Path:
     write_json(folder / AUDIT_FILE, [audit.model_dump(mode="json") for audit in audits])
     report = folder / REPORT_TEXT_FILE
     if report.exists():
-        sections = [report.read_text(encoding="utf-8").rstrip(), *map(markdown_table, audit_tables(audits))]
+        tables = [table.markdown() for table in audit_tables(audits)]
+        sections = [report.read_text(encoding="utf-8").rstrip(), *tables]
         text = "\n\n".join(sections) + "\n"
         write_atomically(report, lambda temporary: temporary.write_text(text, encoding="utf-8"))
     return folder / AUDIT_FILE

@@ -10,6 +10,7 @@ import click
 from qadtr_brevitas.cli.common import emit, examples, load_split, progress, say, work_options
 from qadtr_brevitas.core.errors import UsageError, suggest
 from qadtr_brevitas.core.registry import ATTACKS
+from qadtr_brevitas.core.table import Table
 from qadtr_brevitas.pipeline.directories import patch_folder
 
 if TYPE_CHECKING:
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
 
     from qadtr_brevitas.data.split import Split
     from qadtr_brevitas.evaluation.craft import Crafted
-    from qadtr_brevitas.core.table import Table
 
 _TRAIN_IMAGES = 10_000
 _HELD_OUT = 1_000
@@ -187,7 +187,6 @@ def _print(crafted: Sequence[Crafted], classes: Sequence[str]) -> None:
 
 
 def _table(crafted: Sequence[Crafted], classes: Sequence[str]) -> Table:
-    from qadtr_brevitas.core.table import Table
     from qadtr_brevitas.evaluation.report.layout import EMPTY, bits
 
     sources = list(dict.fromkeys(patch.source for patch in crafted))

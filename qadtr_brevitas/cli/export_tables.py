@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from qadtr_brevitas.core.table import Table
 
 if TYPE_CHECKING:
-    from qadtr_brevitas.core.table import Table
+    from rich.console import RenderableType
+
     from qadtr_brevitas.exporting import ExportReport
 
 _RESOURCES = (("lut", "LUT"), ("bram_18k", "BRAM 18k"), ("uram", "URAM"), ("dsp", "DSP"))
 
 
-def export_tables(reports: Sequence[ExportReport]) -> Any:
+def export_tables(reports: Sequence[ExportReport]) -> RenderableType:
     """All that is to be said of the exports of one model."""
     from rich.console import Group
 
@@ -22,7 +25,7 @@ def export_tables(reports: Sequence[ExportReport]) -> Any:
     return Group(*parts)
 
 
-def _parts(report: ExportReport) -> Iterator[Any]:
+def _parts(report: ExportReport) -> Iterator[RenderableType]:
     from rich.text import Text
 
     size = f"{report.format} at {report.precision}: {report.bytes / 1e6:.3g} MB"
@@ -34,8 +37,6 @@ def _parts(report: ExportReport) -> Iterator[Any]:
 
 
 def _agreement(report: ExportReport) -> Table:
-    from qadtr_brevitas.core.table import Table
-
     found = report.agreement
     assert found is not None
     rows = [
@@ -57,8 +58,6 @@ def _agreement(report: ExportReport) -> Table:
 
 
 def _costs(report: ExportReport) -> Table:
-    from qadtr_brevitas.core.table import Table
-
     found = report.estimate
     assert found is not None
     rows = [
@@ -75,8 +74,6 @@ def _costs(report: ExportReport) -> Table:
 
 
 def _side_by_side(reports: Sequence[ExportReport]) -> Table:
-    from qadtr_brevitas.core.table import Table
-
     costs = any(report.estimate is not None for report in reports)
     header = ("precision", "accuracy (%)", "mean ASR (%)", "MB")
     header = (*header, *(name for _, name in _RESOURCES), "images/s") if costs else header

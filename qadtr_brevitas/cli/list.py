@@ -10,6 +10,7 @@ from qadtr_brevitas.cli.common import emit, examples, output_options
 from qadtr_brevitas.config import shipped
 from qadtr_brevitas.core.errors import UsageError, suggest
 from qadtr_brevitas.core.registry import REGISTRIES
+from qadtr_brevitas.core.table import Table
 
 KINDS = ("models", *REGISTRIES, "recipes", "defenses", "studies")
 
@@ -30,15 +31,10 @@ def command(kind: str, pattern: str) -> None:
 
     Models are timm's, those of this package included, and torchvision's that timm lacks.
     """
-    from rich.table import Table
-
     if kind not in KINDS:
         raise UsageError(f"cannot list {kind!r}: {suggest(kind, KINDS)}")
-    found = _entries(kind, pattern)
-    table = Table(box=None, pad_edge=False, show_header=False)
-    for name, description in found.items():
-        table.add_row(name, description)
-    emit([{"name": name, "description": description} for name, description in found.items()], table)
+    table = Table(kind, ("name", "description"), tuple(_entries(kind, pattern).items()))
+    emit(table.records(), table.rich_columns())
 
 
 _FILES = {

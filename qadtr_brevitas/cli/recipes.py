@@ -8,6 +8,7 @@ import click
 
 from qadtr_brevitas.cli.common import emit, examples, output_options, say
 from qadtr_brevitas.config import shipped
+from qadtr_brevitas.core.table import Table
 
 
 @click.group(
@@ -33,15 +34,11 @@ def list_(pattern: str) -> None:
     """List the recipes that ship with the package, and the defenses that change them, as in digits_qat+pbat."""
     from fnmatch import fnmatch
 
-    from rich.table import Table
-
     named = shipped.shipped_recipes() | {f"RECIPE+{name}": path for name, path in shipped.shipped_defenses().items()}
     found = {name: path for name, path in named.items() if fnmatch(name, pattern)}
-    table = Table(box=None, pad_edge=False, show_header=False)
-    rows = [{"name": name, "description": shipped.recipe_description(path)} for name, path in found.items()]
-    for row in rows:
-        table.add_row(row["name"], row["description"])
-    emit(rows, table)
+    rows = tuple((name, shipped.recipe_description(path)) for name, path in found.items())
+    table = Table("recipes", ("name", "description"), rows)
+    emit(table.records(), table.rich_columns())
     say("next: qadtr-brevitas recipes show NAME, or qadtr-brevitas train NAME -o DIR")
 
 

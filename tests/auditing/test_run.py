@@ -17,7 +17,6 @@ from qadtr_brevitas.core.files import read_json
 from qadtr_brevitas.evaluation.entries import load_subjects
 from qadtr_brevitas.evaluation.metrics import Proportion
 from qadtr_brevitas.evaluation.report import Rate
-from qadtr_brevitas.evaluation.report.files import markdown_table
 from qadtr_brevitas.pipeline.directories import AUDIT_FILE
 from tests.auditing.conftest import CLASSES, Trained, gratings, make_net, train
 from tests.evaluation.models import make_model_dir, train_split
@@ -171,7 +170,7 @@ def test_tables_and_files(ordinary: AuditReport, tmp_path: Path) -> None:
     assert AuditReport.model_validate(read_json(tmp_path / AUDIT_FILE)[0]) == ordinary
     text = (tmp_path / "report.md").read_text()
     tables = audit_tables([ordinary])
-    assert text == "# Attack report\n\n" + "\n\n".join(map(markdown_table, tables)) + "\n"
+    assert text == "# Attack report\n\n" + "\n\n".join(table.markdown() for table in tables) + "\n"
     assert "| G8 | usable gradients | pass | images without gradient 0," in text
     assert "patches of 4x4 on 200 of 200 images" in text.lower()
     assert tables[0].rows[0][-4:] == ("14", "0", "5", "-")

@@ -10,7 +10,8 @@ from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.evaluation import CellStore, compute, evaluate
 from qadtr_brevitas.evaluation.certification import Certification
 from qadtr_brevitas.evaluation.report import read_report
-from qadtr_brevitas.evaluation.report.files import certified_csv, write_report
+from qadtr_brevitas.evaluation.report.csv_tables import certified_csv
+from qadtr_brevitas.evaluation.report.files import write_report
 from qadtr_brevitas.evaluation.report.summaries import tables, terminal_tables
 from tests.evaluation.fakes import Reader, make_grid, reader, white_patch
 

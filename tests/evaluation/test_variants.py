@@ -7,11 +7,12 @@ import torch
 
 from qadtr_brevitas.attacks.patch import Patch
 from qadtr_brevitas.core.errors import UsageError
+from qadtr_brevitas.core.table import Table
 from qadtr_brevitas.evaluation import evaluate
 from qadtr_brevitas.evaluation.entries import NamedPatch
 from qadtr_brevitas.evaluation.report import EvaluationReport
-from qadtr_brevitas.evaluation.report.files import cells_csv, markdown
-from qadtr_brevitas.evaluation.report.layout import Table
+from qadtr_brevitas.evaluation.report.csv_tables import cells_csv
+from qadtr_brevitas.evaluation.report.markdown import markdown
 from qadtr_brevitas.evaluation.report.summaries import tables
 from qadtr_brevitas.evaluation.report.views import families
 from qadtr_brevitas.evaluation.variants import PatchVariants

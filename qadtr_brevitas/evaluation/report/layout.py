@@ -1,9 +1,8 @@
-"""Tables as plain text cells, which Markdown and the terminal draw alike, and how figures are written in them."""
+"""How the figures of a report are written in the cells of a table, and rows in labeled blocks."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TypeAlias
 
 from qadtr_brevitas.evaluation.metrics import Mean
@@ -13,17 +12,6 @@ EMPTY = "-"
 
 Rows: TypeAlias = Mapping[str, Sequence[str]]
 """Label of a row -> its cells."""
-
-
-@dataclass(frozen=True)
-class Table:
-    """A titled table of text; a row of None separates blocks, and the first `labels` columns are words."""
-
-    title: str
-    header: tuple[str, ...]
-    rows: tuple[tuple[str, ...] | None, ...]
-    notes: tuple[str, ...] = ()
-    labels: int = 1
 
 
 def blocks(found: Iterable[tuple[str, Rows]]) -> tuple[tuple[str, ...] | None, ...]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from qadtr_brevitas.core.precision import FLOAT_BITS
+from qadtr_brevitas.core.table import Table
 from qadtr_brevitas.evaluation.metrics import Mean
-from qadtr_brevitas.evaluation.report.layout import Rows, Table, bits, blocks, percent, sizes
+from qadtr_brevitas.evaluation.report.layout import Rows, bits, blocks, percent, sizes
 from qadtr_brevitas.evaluation.report.schema import EvaluationReport, ModelFacts, PatchFacts
 from qadtr_brevitas.evaluation.report.views import (
     FLOAT,

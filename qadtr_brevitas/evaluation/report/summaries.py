@@ -7,17 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from qadtr_brevitas.evaluation.report.layout import (
-    EMPTY,
-    Rows,
-    Table,
-    bits,
-    blocks,
-    interval,
-    percent,
-    percent_range,
-    sizes,
-)
+from qadtr_brevitas.core.table import Table
+from qadtr_brevitas.evaluation.report.layout import EMPTY, Rows, bits, blocks, interval, percent, percent_range, sizes
 from qadtr_brevitas.evaluation.report.matrices import model_matrix, precision_matrices, size_tables, variant_tables
 from qadtr_brevitas.evaluation.report.schema import EvaluationReport, Scope, WorstCase
 from qadtr_brevitas.evaluation.report.views import FLOAT, View, attacked_precisions, families, targets_note

@@ -7,7 +7,7 @@ from typing import Any
 
 from qadtr_brevitas.evaluation import CellStore, compute, make_report
 from qadtr_brevitas.evaluation.report import PatchFacts
-from qadtr_brevitas.evaluation.report.files import markdown
+from qadtr_brevitas.evaluation.report.markdown import markdown
 from qadtr_brevitas.evaluation.report.views import disambiguate_patches
 from tests.evaluation.fakes import make_grid, reader, white_patch
 

@@ -6,9 +6,9 @@ from typing import ClassVar
 
 import torch
 
+from qadtr_brevitas.core.table import Table
 from qadtr_brevitas.evaluation import NamedAttack, evaluate
 from qadtr_brevitas.evaluation.report import EvaluationReport
-from qadtr_brevitas.evaluation.report.layout import Table
 from qadtr_brevitas.evaluation.report.matrices import model_matrix, precision_matrices, size_tables
 from qadtr_brevitas.evaluation.report.summaries import tables
 from qadtr_brevitas.quant.inference import parse_mode

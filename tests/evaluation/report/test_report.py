@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 
 from qadtr_brevitas.core.errors import CheckpointError
+from qadtr_brevitas.core.table import Table
 from qadtr_brevitas.evaluation import evaluate
 from qadtr_brevitas.evaluation.report import SCHEMA_VERSION, EvaluationReport, read_report
-from qadtr_brevitas.evaluation.report.files import cells_csv, markdown, rich_table, write_report
-from qadtr_brevitas.evaluation.report.layout import Table
+from qadtr_brevitas.evaluation.report.csv_tables import cells_csv
+from qadtr_brevitas.evaluation.report.files import write_report
+from qadtr_brevitas.evaluation.report.markdown import markdown
 from qadtr_brevitas.evaluation.report.summaries import clean_table, tables, terminal_tables
 from qadtr_brevitas.evaluation.report.views import families
 from tests.evaluation.fakes import make_grid, reader, small_report, white_patch
@@ -255,7 +257,7 @@ def test_terminal_table_prints_every_cell(tmp_path: Path) -> None:
 
     table = tables(small_report(tmp_path))[0]
     console = Console(width=100, file=StringIO(), force_terminal=False)
-    console.print(rich_table(table))
+    console.print(table.rich())
     text = console.file.getvalue()
     for words in (table.title, "ASR white-box", "100.0", "n of ASR", "In percent."):
         assert words in text
