@@ -208,7 +208,7 @@ ANALYSES = Registry(
         "size": ("qadtr_brevitas.reproduce.analyses.size:Size", "ASR by patch size (Table 21)"),
         "spatial": (
             "qadtr_brevitas.reproduce.analyses.spatial:Spatial",
-            "ASR of patches shifted and turned (Table 20)",
+            "ASR of patches shifted and rotated (Table 20)",
         ),
     },
 )
