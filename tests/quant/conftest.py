@@ -11,7 +11,7 @@ SIZE = (16, 16)
 
 
 def randomize_norms(net: nn.Module) -> nn.Module:
-    """Gives every BatchNorm statistics and an affine that matter."""
+    """Randomize the statistics and affine of every BatchNorm."""
     rng = torch.Generator().manual_seed(1)
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -24,20 +24,20 @@ def randomize_norms(net: nn.Module) -> nn.Module:
 
 @pytest.fixture(scope="session")
 def float_net() -> nn.Module:
-    """ResNet-20 in eval mode; do not change it."""
+    """Return ResNet-20 in eval mode; tests must not change it."""
     torch.manual_seed(0)
     return randomize_norms(create_float_model("cifar_resnet20", num_classes=10)).eval()
 
 
 @pytest.fixture(scope="session")
 def images() -> torch.Tensor:
-    """Four images of noise, 16x16."""
+    """Return four images of noise, 16x16."""
     return torch.rand(4, 3, *SIZE, generator=torch.Generator().manual_seed(2))
 
 
 @pytest.fixture
 def model(float_net: nn.Module, images: torch.Tensor) -> SwitchableModel:
-    """The calibrated switchable ResNet-20 at 32 bit, in eval mode."""
+    """Return the calibrated switchable ResNet-20 at 32 bit, in eval mode."""
     switchable = convert(float_net, image_size=SIZE)
     calibrate(switchable, [images])
     return switchable

@@ -41,7 +41,7 @@ def net() -> nn.Module:
 
 @contextmanager
 def outputs(model: nn.Module) -> Generator[dict[str, list[Tensor]]]:
-    """Collects the mean output per channel of every call of every layer."""
+    """Collect the mean output per channel of every call of every layer."""
     found: dict[str, list[Tensor]] = {}
 
     def note(name: str, y: Tensor) -> None:
@@ -58,7 +58,7 @@ def outputs(model: nn.Module) -> Generator[dict[str, list[Tensor]]]:
 
 
 def shifts(model: SwitchableModel, images: Tensor, bits: int) -> dict[str, float]:
-    """For each layer, the distance of its mean outputs (over its calls too) from those of the float network."""
+    """Return the distance of each layer's mean outputs, over all its calls, from those of the float network."""
     means = []
     for precision in (32, bits):
         with at_precision(model, precision), torch.no_grad(), outputs(model) as found:
@@ -79,7 +79,7 @@ def test_means_are_those_of_the_float_network(model: SwitchableModel, images: Te
 
 
 @pytest.mark.parametrize("target", ["finn", "hls4ml"])
-def test_so_they_are_where_blocks_watch_their_own_sums(float_net: nn.Module, images: Tensor, target: str) -> None:
+def test_means_are_right_in_blocks_that_quantize_sums(float_net: nn.Module, images: Tensor, target: str) -> None:
     model = convert(float_net, [32, *BITS], image_size=SIZE, target=target)
     calibrate(model, [images])
     before = {bits: shifts(model, images, bits) for bits in BITS}
@@ -133,12 +133,12 @@ def test_float_stays_exact_and_other_precisions_are_untouched(
     assert not torch.equal(offsets[1], offsets[2])
 
 
-def test_without_it_the_state_is_as_ever(model: SwitchableModel) -> None:
+def test_without_bias_correction_the_state_dict_has_no_offsets(model: SwitchableModel) -> None:
     assert not [name for name in model.state_dict() if "bias_correction" in name]
     assert model.net.conv1.bias_correction is None
 
 
-def test_a_converted_model_takes_up_saved_corrections(
+def test_saved_corrections_load_into_a_converted_model(
     model: SwitchableModel, float_net: nn.Module, images: Tensor
 ) -> None:
     calibrate(model, [images], bias_correction=True)

@@ -140,7 +140,7 @@ def test_a_tensor_a_dataset_and_bytes_are_batched(float_net: nn.Module, images: 
     assert thresholds[0] == thresholds[1] == thresholds[2]
 
 
-def test_batches_of_known_number_are_made_one_by_one(model: SwitchableModel, images: Tensor) -> None:
+def test_one_batch_of_a_sequence_is_in_memory_at_a_time(model: SwitchableModel, images: Tensor) -> None:
     class Lazy(Sequence[Tensor]):
         made: ClassVar[list[weakref.ref[Tensor]]] = []
 

@@ -129,7 +129,7 @@ def test_quant_weight_is_a_valid_quant_tensor_at_every_precision(model: Switchab
 
 
 @pytest.mark.parametrize("bits", [8, 2])
-def test_brevitas_own_way_computes_the_same(model: SwitchableModel, images: Tensor, bits: int) -> None:
+def test_brevitas_own_forward_computes_the_same(model: SwitchableModel, images: Tensor, bits: int) -> None:
     layer, x = model.net.layer1[0].conv2, torch.rand(2, 16, 8, 8)
     relu = model.net.layer1[0].act1
     with at_precision(model, bits), torch.no_grad():
@@ -301,12 +301,12 @@ def test_a_network_that_does_not_run_is_refused() -> None:
 
 def test_a_network_for_larger_images_says_so() -> None:
     net = timm.create_model("inception_v3", num_classes=3)
-    with pytest.raises(UsageError, match=r"on an image of 3x32x32: .*made for images of 3x299x299: use some"):
+    with pytest.raises(UsageError, match=r"3x32x32.*3x299x299"):
         convert(net, image_size=(32, 32))
 
 
 def test_impossible_precisions_are_refused() -> None:
-    with pytest.raises(UsageError, match="w1a1 is not possible"):
+    with pytest.raises(UsageError, match=r"w1a1.*not possible"):
         convert(Small(), [32, 1], image_size=(16, 16))
     with pytest.raises(UsageError, match="no precision given"):
         convert(Small(), [], image_size=(16, 16))

@@ -16,7 +16,7 @@ NETWORKS = {"cifar_resnet8": (16, 16), "test_vit": (160, 160)}
 
 
 def straight_through(x: Tensor, quantized: Tensor, passes: Tensor) -> Tensor:
-    """Quantized values with the gradient of x where it passes, and none where values are clipped."""
+    """Return quantized values with the gradient of x where it passes, and none where values are clipped."""
     passed = x * passes
     return passed + (quantized - passed).detach()
 
@@ -57,7 +57,7 @@ def penalty_gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("training", [False, True])
-def test_they_equal_those_of_quantizers_written_with_plain_operations(
+def test_penalty_gradients_equal_those_of_quantizers_written_with_plain_operations(
     model: SwitchableModel, training: bool, precision: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model.train(training)

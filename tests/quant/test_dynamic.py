@@ -38,7 +38,7 @@ def quantizer(bits: int, *, images: int, signed: bool, max_threshold: float | No
 
 
 def reference(x: Tensor, bits: int, *, signed: bool) -> Tensor:
-    """Each image by itself, as PyTorch's observer of minimum and maximum sets symmetric ranges."""
+    """Quantize each image by itself, with the symmetric range of PyTorch's MinMaxObserver."""
     lo, hi = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
     images = []
     for image in x:
@@ -49,7 +49,7 @@ def reference(x: Tensor, bits: int, *, signed: bool) -> Tensor:
 
 @pytest.fixture
 def dynamic_model(float_net: nn.Module, images: Tensor) -> SwitchableModel:
-    """ResNet-20 with dynamic activations, at 32 bit, in eval mode."""
+    """Return ResNet-20 with dynamic activations, at 32 bit, in eval mode."""
     model = convert(float_net, image_size=SIZE, activations="dynamic")
     calibrate(model, [images[:1]])
     return model
@@ -58,7 +58,7 @@ def dynamic_model(float_net: nn.Module, images: Tensor) -> SwitchableModel:
 @pytest.mark.parametrize("signed", [True, False])
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_equals_its_definition(bits: int, signed: bool, layout: torch.memory_format) -> None:
+def test_dynamic_quantization_equals_its_definition(bits: int, signed: bool, layout: torch.memory_format) -> None:
     x = (normal(3, 4, 5, 6) * torch.tensor([1.0, 0.01, 30.0]).view(3, 1, 1, 1)).contiguous(memory_format=layout)
     y = quantizer(bits, images=3, signed=signed).quantize(x)
     torch.testing.assert_close(y, reference(x, bits, signed=signed), rtol=1e-5, atol=1e-6)
@@ -67,7 +67,7 @@ def test_equals_its_definition(bits: int, signed: bool, layout: torch.memory_for
 
 @pytest.mark.parametrize("signed", [True, False])
 @pytest.mark.parametrize("bits", BITS)
-def test_nothing_is_off_by_more_than_half_a_step(bits: int, signed: bool) -> None:
+def test_rounding_errors_are_at_most_half_a_step(bits: int, signed: bool) -> None:
     x = normal(2, 500) if signed else normal(2, 500).abs()
     quant = quantizer(bits, images=2, signed=signed)
     steps = quant.image_scales(x, bits)[:, None]
@@ -80,7 +80,7 @@ def test_parts_of_one_image_share_a_range() -> None:
     torch.testing.assert_close(whole.view(2, -1), reference(windows.view(2, -1), 4, signed=True))
 
 
-def test_what_does_not_belong_to_images_has_one_range() -> None:
+def test_a_tensor_without_a_row_per_image_has_one_range() -> None:
     x = normal(5, 8)
     torch.testing.assert_close(
         quantizer(4, images=2, signed=True).quantize(x)[None], reference(x[None], 4, signed=True)
@@ -104,7 +104,7 @@ def test_gradients_pass_straight_through_within_the_range() -> None:
 
 
 @pytest.mark.parametrize("change", ["small blocks", "no blocks"])
-def test_all_ways_of_computing_agree(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_memory_layouts_and_paths_agree(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def compute() -> tuple[Tensor, Tensor]:
         x = normal(40, 3, 5).requires_grad_()
         scale = x.detach().abs().amax((1, 2)) / 7
@@ -131,7 +131,7 @@ def test_a_prediction_does_not_depend_on_the_rest_of_the_batch(
         assert not torch.equal(logits[1], dynamic_model(others)[1])
 
 
-def test_is_close_to_float_at_8_bit_and_exact_at_32(
+def test_a_network_is_close_to_float_at_8_bit_and_exact_at_32(
     dynamic_model: SwitchableModel, float_net: nn.Module, images: Tensor
 ) -> None:
     with torch.no_grad():
@@ -141,14 +141,14 @@ def test_is_close_to_float_at_8_bit_and_exact_at_32(
             assert (dynamic_model(images) - exact).norm() < 0.05 * exact.norm()
 
 
-def test_there_are_thresholds_of_weights_alone(dynamic_model: SwitchableModel, model: SwitchableModel) -> None:
+def test_only_weights_have_thresholds(dynamic_model: SwitchableModel, model: SwitchableModel) -> None:
     fixed, dynamic = (set(m.state_dict()) for m in (model, dynamic_model))
     assert dynamic < fixed
     assert all("act_quant" in name or "input_quant" in name for name in fixed - dynamic)
     assert len(quantizer_parameters(dynamic_model)) < len(quantizer_parameters(model))
 
 
-def test_it_trains_at_every_precision(dynamic_model: SwitchableModel, images: Tensor) -> None:
+def test_a_dynamic_network_trains_at_every_precision(dynamic_model: SwitchableModel, images: Tensor) -> None:
     dynamic_model.train()
     for bits in BITS:
         dynamic_model.zero_grad()
@@ -167,12 +167,12 @@ def test_frozen_weights_change_nothing(dynamic_model: SwitchableModel, images: T
 
 
 def test_a_dynamic_quantizer_has_no_threshold() -> None:
-    with pytest.raises(UsageError, match="measures the range of each image: convert with activations='static'"):
+    with pytest.raises(UsageError, match=r"each image.*activations='static'"):
         quantizer(4, images=1, signed=True).threshold(4)
 
 
 @pytest.mark.filterwarnings("ignore")  # PyTorch's own tools are deprecated there
-def test_agrees_with_dynamic_quantization_of_pytorch() -> None:
+def test_levels_agree_with_dynamic_quantization_of_pytorch() -> None:
     quantize_dynamic: Callable[..., nn.Module] = pytest.importorskip("torch.ao.quantization").quantize_dynamic
     torch.manual_seed(0)
     net = nn.Sequential(nn.Flatten(), nn.Linear(48, 32), nn.Tanh(), nn.Linear(32, 5)).eval()

@@ -11,7 +11,7 @@ from qadtr_brevitas.quant.fake_quantize import quantize_activation, quantize_ima
 
 
 def reference(x: Tensor, scale: Tensor, lo: int, hi: int) -> Tensor:
-    """Straight-through rounding and clamping, differentiated by autograd: LSQ by definition."""
+    """Compute straight-through rounding and clamping, differentiated by autograd: LSQ by definition."""
     levels = x / scale
     clipped = levels.clamp(lo, hi)
     return (clipped + (clipped.round() - clipped).detach()) * scale
@@ -90,7 +90,7 @@ def test_bfloat16_differs_by_its_rounding_alone(lo: int, hi: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("strided", [False, True])
 @pytest.mark.parametrize("keep_input", [False, True])
-def test_clipped_values_pass_no_gradient_but_to_the_step(dtype: torch.dtype, strided: bool, keep_input: bool) -> None:
+def test_clipped_values_pass_gradients_only_to_the_step(dtype: torch.dtype, strided: bool, keep_input: bool) -> None:
     for seed in range(50):
         step = 0.01 + 0.02 * torch.rand((), generator=torch.Generator().manual_seed(seed))
         scale = step.requires_grad_()
@@ -102,7 +102,7 @@ def test_clipped_values_pass_no_gradient_but_to_the_step(dtype: torch.dtype, str
         assert scale.grad.item() == pytest.approx(2 * 127 + 2 * 128, rel=0.01)
 
 
-def test_float16_makes_no_nothing_of_a_tiny_step() -> None:
+def test_a_tiny_step_in_float16_stays_above_zero() -> None:
     x = torch.tensor([0.0, 1e-7, 0.5], dtype=torch.float16, requires_grad=True)
     y = quantize_activation(x, torch.tensor(1e-9), 0, 255)
     y.sum().backward()
@@ -125,7 +125,7 @@ def test_a_fixed_step_gets_no_gradient() -> None:
     assert set(x.grad.unique().tolist()) == {0.0, 1.0}
 
 
-def test_without_the_input_the_step_learns_from_clipped_values_alone() -> None:
+def test_without_the_input_the_step_learns_from_clipped_values_only() -> None:
     x = torch.tensor([-1.0, 0.3, 1.1, 2.0, 9.0], requires_grad=True)
     scale = torch.tensor(0.5, requires_grad=True)
     y = quantize_activation(x, scale, 0, 3, keep_input=False)
@@ -160,7 +160,7 @@ def test_weight_gradients_are_those_of_learned_steps(scale_shape: tuple[int, ...
 
 
 def away_from_borders(*shape: int, scale: float, seed: int = 0) -> Tensor:
-    """Values at which a small change moves nothing to another level, and nothing in or out of the range."""
+    """Return values that a small change moves neither to another level nor into or out of the range."""
     levels = torch.randint(-12, 13, shape, generator=torch.Generator().manual_seed(seed)).double()
     return (levels + 0.3 * inputs(*shape, seed=seed).double().tanh()) * scale
 

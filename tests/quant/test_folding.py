@@ -18,7 +18,7 @@ PRECISIONS = (32, 8, 4, 2)
 
 
 def switchable(net: nn.Module, **calibration: bool) -> nn.Module:
-    """A converted network in double precision, whose norms all differ, from each other and between precisions."""
+    """Return a converted network in double precision, whose norms differ from each other and between precisions."""
     torch.manual_seed(0)
     model = convert(net.eval(), PRECISIONS)
     calibrate(model, [torch.rand(8, 3, 32, 32)], **calibration)
@@ -40,7 +40,7 @@ def logits_and_gradient(model: nn.Module, images: Tensor) -> tuple[Tensor, Tenso
 
 
 class Branching(nn.Module):
-    """A convolution whose result is read beside its norm too, and one whose result is changed in place before."""
+    """A convolution whose output is also read outside its norm, and one whose output is changed in place before it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class Branching(nn.Module):
 
 
 class Rereading(nn.Module):
-    """A ReLU whose input is read again afterwards, or is needed on the way back by what read it before."""
+    """A ReLU whose input is read again afterwards, or is saved for the backward of another function."""
 
     def __init__(self, *, before: bool) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ class Rereading(nn.Module):
 
 
 @pytest.mark.parametrize("name", ["cifar_resnet20", "cifar_vgg16", "test_efficientnet", "test_resnet", "densenet121"])
-def test_it_is_the_same_function_at_every_precision(name: str) -> None:
+def test_folding_keeps_the_function_at_every_precision(name: str) -> None:
     model = switchable(create_float_model(name, num_classes=10))
     images = torch.rand(4, 3, 32, 32, dtype=torch.float64)
     for bits in PRECISIONS:
@@ -85,7 +85,7 @@ def test_it_is_the_same_function_at_every_precision(name: str) -> None:
         assert torch.equal(after[1], gradient)
 
 
-def test_every_norm_behind_a_convolution_is_folded() -> None:
+def test_every_norm_after_a_convolution_is_folded() -> None:
     model = switchable(create_float_model("cifar_resnet20", num_classes=10))
     with frozen_weights(model), folded_norms(model, torch.rand(2, 3, 32, 32, dtype=torch.float64)):
         folding = switch_of(model).folding
@@ -105,7 +105,7 @@ def test_corrected_biases_are_folded_too() -> None:
 
 
 @pytest.mark.parametrize("read_twice", [True, False])
-def test_what_would_be_another_function_is_left_alone(read_twice: bool) -> None:
+def test_norms_whose_folding_changes_the_function_are_not_folded(read_twice: bool) -> None:
     net = Branching()
     net.read_twice = read_twice
     model = switchable(net)
@@ -120,7 +120,7 @@ def test_what_would_be_another_function_is_left_alone(read_twice: bool) -> None:
 
 
 @pytest.mark.parametrize("before", [True, False])
-def test_relus_keep_what_is_read_elsewhere(before: bool) -> None:
+def test_relus_are_not_in_place_where_their_input_is_read_again(before: bool) -> None:
     model = switchable(Rereading(before=before))
     images = torch.rand(4, 3, 32, 32, dtype=torch.float64)
     with frozen_weights(model):
@@ -136,7 +136,7 @@ def test_relus_keep_what_is_read_elsewhere(before: bool) -> None:
 
 
 class Jumpy(nn.Module):
-    """The gradient of a sum of fast waves, which points anywhere once numbers are rounded."""
+    """A sum of fast waves, whose gradient changes its direction when inputs are rounded."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -166,7 +166,7 @@ def test_bfloat16_keeps_the_direction_at_32_bit_and_changes_nothing_below(name: 
             assert torch.equal(rounded[1], exact[1])
 
 
-def test_bfloat16_is_left_where_it_would_turn_the_gradient() -> None:
+def test_bfloat16_is_not_used_where_it_changes_the_direction_of_the_gradient() -> None:
     model = switchable(Jumpy()).float()
     images = torch.rand(2, 3, 32, 32)
     with frozen_weights(model), folded_norms(model, images, bf16=True) as folding:
@@ -178,13 +178,13 @@ def test_bfloat16_is_left_where_it_would_turn_the_gradient() -> None:
 def test_norms_in_training_are_refused() -> None:
     model = switchable(create_float_model("cifar_resnet20", num_classes=10)).train()
     with (
-        pytest.raises(UsageError, match=r"call eval\(\) on the model first"),
+        pytest.raises(UsageError, match=r"eval\(\)"),
         folded_norms(model, torch.rand(2, 3, 8, 8)),
     ):
         pass
 
 
-def test_one_inside_another_gives_back_the_other() -> None:
+def test_a_nested_block_restores_the_outer_folding() -> None:
     model = switchable(create_float_model("cifar_resnet20", num_classes=10))
     images = torch.rand(2, 3, 32, 32, dtype=torch.float64)
     with frozen_weights(model), folded_norms(model, images):
@@ -194,7 +194,7 @@ def test_one_inside_another_gives_back_the_other() -> None:
         assert switch_of(model).folding is outer
 
 
-def test_an_error_inside_takes_it_back() -> None:
+def test_an_error_inside_ends_the_folding() -> None:
     model = switchable(create_float_model("cifar_resnet20", num_classes=10))
     images = torch.rand(2, 3, 32, 32, dtype=torch.float64)
     with pytest.raises(KeyError), frozen_weights(model), folded_norms(model, images):

@@ -72,5 +72,5 @@ def test_frozen_state_dict_round_trip(model: SwitchableModel, images: Tensor) ->
 
 def test_a_precision_the_model_does_not_have_is_refused(float_net: nn.Module) -> None:
     model = convert(float_net, [32, 4], image_size=SIZE)
-    with pytest.raises(UsageError, match="no precision 8: it was converted for 32, 4"):
+    with pytest.raises(UsageError, match=r"precision 8.*32, 4"):
         freeze(model, 8)

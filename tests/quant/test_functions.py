@@ -44,7 +44,7 @@ class Mixing(nn.Module):
 
 
 class Inner(nn.Module):
-    """Has a layer of its own, and an einsum after it."""
+    """A module with a layer, and an einsum after it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -139,7 +139,7 @@ def test_computed_weights_are_quantized_once_within_frozen_weights(pair: tuple[n
             assert torch.equal(model(IMAGES), outside)
 
 
-def test_what_is_learned_gets_gradients_below_32_bit(pair: tuple[nn.Module, SwitchableModel]) -> None:
+def test_parameters_and_thresholds_get_gradients_below_32_bit(pair: tuple[nn.Module, SwitchableModel]) -> None:
     _, model = pair
     model.train()
     with at_precision(model, 4):
@@ -163,7 +163,7 @@ def test_what_is_learned_gets_gradients_below_32_bit(pair: tuple[nn.Module, Swit
     ],
     ids=str,
 )
-def test_attention_without_quantizers_is_torchs(settings: dict[str, Any]) -> None:
+def test_attention_without_quantizers_equals_that_of_torch(settings: dict[str, Any]) -> None:
     rng = torch.Generator().manual_seed(7)
     heads = 2 if settings.get("enable_gqa") else 4
     query = torch.randn(2, 4, 5, 8, generator=rng)
@@ -182,7 +182,7 @@ def test_attention_drops_probabilities_in_training() -> None:
     assert found.std() > 0.05
 
 
-def test_a_product_that_was_not_there_is_refused() -> None:
+def test_a_product_that_was_absent_at_conversion_is_refused() -> None:
     class Moody(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -195,11 +195,11 @@ def test_a_product_that_was_not_there_is_refused() -> None:
     model = convert(Moody().eval(), image_size=(8, 8))
     set_precision(model, 4)
     model(IMAGES)
-    with pytest.raises(UsageError, match="calls matmul where it did not when it was converted"):
+    with pytest.raises(UsageError, match=r"matmul.*converted"):
         model.train()(IMAGES)
 
 
-def test_a_module_that_computes_something_else_each_time_is_refused() -> None:
+def test_a_module_with_other_products_in_each_call_is_refused() -> None:
     class Other(Inner):
         calls = 0
 
@@ -216,7 +216,7 @@ def test_a_module_that_computes_something_else_each_time_is_refused() -> None:
             x = F.pad(x.mean((2, 3)), (0, 5))[:, None]
             return self.inner(self.inner(x))
 
-    with pytest.raises(UsageError, match="inner computes other products in one call"):
+    with pytest.raises(UsageError, match=r"inner.*other products"):
         convert(Turns(), image_size=(8, 8))
 
 

@@ -39,24 +39,24 @@ from tests.evaluation.models import make_switchable
         ("random(4)", "4"),
     ],
 )
-def test_access_is_read_and_named(given: int | str | tuple[int, int], name: str) -> None:
+def test_a_mode_is_parsed_and_named(given: int | str | tuple[int, int], name: str) -> None:
     mode = parse_mode(given)
     assert mode_name(mode) == name
     assert parse_mode(name) == parse_mode(mode) == mode
 
 
 @pytest.mark.parametrize("given", ["", "8+", "8+one", "+", "8+1", "8,4", "random()", "vote(8+4", "mean(8+4)"])
-def test_unreadable_access_is_refused(given: str) -> None:
+def test_a_malformed_mode_is_refused(given: str) -> None:
     with pytest.raises(UsageError, match=r"cannot be read|not possible"):
         parse_mode(given)
 
 
-def test_several_are_read_from_one_text() -> None:
+def test_several_modes_are_parsed_from_one_text() -> None:
     found = parse_modes("8, random(8,4),vote(8+4+2),8,4+2")
     assert list(map(str, found)) == ["8", "random(8+4)", "vote(8+4+2)", "4+2"]
 
 
-def test_several_together_come_after_single_precisions() -> None:
+def test_aggregates_are_sorted_after_single_precisions() -> None:
     given = ["random(8+4)", "8+4", "2", "vote(8+4)", "32+2", "w8a4", "32"]
     assert sorted_modes(given) == ["32", "w8a4", "2", "32+2", "8+4", "random(8+4)", "vote(8+4)"]
 
@@ -102,7 +102,7 @@ def test_random_precision_is_drawn_for_each_image_and_repeats_with_its_stream() 
 
 
 class Answers(nn.Module):
-    """Sees, in every image, the class it is told for the precision in force."""
+    """Predicts, for every image, the class that is set for the current precision."""
 
     def __init__(self, **classes: int) -> None:
         super().__init__()
@@ -130,11 +130,11 @@ def test_vote_goes_to_most_precisions_and_ties_to_those_of_more_bits(answers: di
 
 
 def test_vote_has_no_gradient_to_follow() -> None:
-    with pytest.raises(UsageError, match=r"vote\(8\+4\) has no gradient to follow: attack the mean instead, 8\+4"):
+    with pytest.raises(UsageError, match=r"vote\(8\+4\).*no gradient.*mean.*8\+4"):
         check_differentiable(parse_mode("vote(8+4)"))
     check_differentiable(parse_mode("random(8+4)"))
 
 
 def test_precision_the_model_lacks_is_refused_at_once() -> None:
-    with pytest.raises(UsageError, match=r"no precision 5: it was converted for 8, 4"):
+    with pytest.raises(UsageError, match=r"precision 5.*8, 4"):
         logits_at(Reader(), parse_mode("8+5"))

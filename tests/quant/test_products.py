@@ -19,7 +19,7 @@ def test_operands_are_found_by_position_and_by_name() -> None:
         torch.testing.assert_close(call_with(new, F.linear, "linear", args, kwargs), 6 * x @ w.T)
 
 
-def test_what_is_added_is_no_operand() -> None:
+def test_the_summand_of_a_product_is_not_an_operand() -> None:
     added, left, right = torch.rand(2, 2, 2), torch.rand(2, 2, 3), torch.rand(2, 3, 2)
     found = operands("baddbmm", (added, left, right), {})
     assert found["left"] is left

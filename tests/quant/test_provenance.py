@@ -80,7 +80,7 @@ def test_pooled_values_lose_their_origin_but_are_no_stream() -> None:
     assert not known.calls["act"].feeds_sum
 
 
-def test_values_written_into_lose_their_origin() -> None:
+def test_a_tensor_that_is_written_to_loses_its_origin() -> None:
     def write(x: Tensor) -> Tensor:
         x[:, 0] = -1.0
         return x
@@ -90,7 +90,7 @@ def test_values_written_into_lose_their_origin() -> None:
     assert not found.nonnegative
 
 
-def test_what_does_not_depend_on_the_image_is_fixed() -> None:
+def test_tensors_that_do_not_depend_on_the_image_are_fixed() -> None:
     class Table(Around):
         def forward(self, x: Tensor) -> Tensor:
             constant = self.table @ torch.arange(4.0)

@@ -40,7 +40,7 @@ def switchable(**settings: Any) -> SwitchableModel:
 
 
 @pytest.mark.parametrize("name", QUANTIZERS.names())
-def test_it_fulfills_the_contract(name: str) -> None:
+def test_every_registered_quantizer_fulfills_the_contract(name: str) -> None:
     check_quantizer(QUANTIZERS.load(name)())
 
 
@@ -70,7 +70,7 @@ class WithFixedStep(Uniform):
 
 @plugin
 class WithoutSecondGradients(Uniform):
-    """The step's gradient does not depend on the values, as far as autograd knows."""
+    """A quantizer whose step gradient is a constant to autograd."""
 
     def quantize_weight(self, w: Tensor, scale: Tensor, levels: Levels) -> Tensor:
         step = scale.detach()
@@ -107,7 +107,7 @@ def test_a_quantizer_needs_levels_and_rounding_only() -> None:
 
 @pytest.mark.parametrize("granularity", ["tensor", "channel", "group"])
 @pytest.mark.parametrize("name", QUANTIZERS.names())
-def test_weights_have_at_most_so_many_levels_for_each_threshold(name: str, granularity: str) -> None:
+def test_weights_have_at_most_two_to_the_bits_levels_per_threshold(name: str, granularity: str) -> None:
     model = switchable(weight_quantizer={"name": name, "granularity": granularity, "group_size": 4})
     shape = {"tensor": (1, 1, 1, 1), "channel": (8, 1, 1, 1), "group": (8, 2, 1, 1, 1)}[granularity]
     conv = model.net.conv
@@ -153,7 +153,7 @@ def test_log2_levels_are_the_threshold_over_powers_of_two() -> None:
     assert rounded.tolist() == [1.0, 0.5, 1.0, 0.5, 0.25, 0.0, 0.0, -0.25, 1.0]
 
 
-def test_what_brevitas_has_no_quantizer_for_is_not_frozen() -> None:
+def test_quantizers_that_brevitas_lacks_are_not_frozen() -> None:
     with pytest.raises(UsageError, match=r"Log2.*uniform"):
         freeze(switchable(weight_quantizer="log2"), 4)
     with pytest.raises(UsageError, match="channel"):
@@ -178,7 +178,7 @@ def test_power_of_two_is_frozen_exactly() -> None:
         ({"target": "fimm"}, ["fimm", "finn"]),
     ],
 )
-def test_what_is_not_possible_is_refused(settings: dict[str, Any], facts: list[str]) -> None:
+def test_impossible_quantizers_are_refused(settings: dict[str, Any], facts: list[str]) -> None:
     with pytest.raises(UsageError) as caught:
         switchable(**settings)
     assert all(fact in str(caught.value) for fact in facts), caught.value

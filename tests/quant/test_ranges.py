@@ -16,7 +16,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def heavy_tailed(*shape: int) -> Tensor:
-    """Like the weights of networks, and more so: a few values are many times as large as the others."""
+    """Return values with longer tails than weights: a few are many times as large as the others."""
     return normal(*shape) / normal(*shape, seed=1).abs().clamp_min(0.2)
 
 
@@ -41,7 +41,7 @@ def least_of_many(rows: Tensor, bits: int) -> Tensor:
 
 
 def excess(rows: Tensor, sample: Sample, bits: int) -> Tensor:
-    """Error with the threshold found, over the least of many tried."""
+    """Return the error with the threshold found, over the least error of many thresholds."""
     found = least_error(sample, sample.largest, levels_of(bits), levels_of(bits)[1])
     return error(rows, found, bits) / least_of_many(rows, bits)
 
@@ -72,20 +72,20 @@ def test_a_sample_that_keeps_the_largest_serves_as_well(make: object, bits: int)
 
 @pytest.mark.parametrize("make", [normal, heavy_tailed, with_an_outlier])
 @pytest.mark.parametrize("bits", BITS)
-def test_so_does_a_sample_of_one_long_row(make: object, bits: int) -> None:
+def test_a_sample_of_one_long_row_serves_as_well(make: object, bits: int) -> None:
     row = make(1, 1 << 17)
     sample = thinned(all_of(row))
     assert sample.rows.shape[1] < 20_000
     assert excess(row, sample, bits) < 1.08
 
 
-def test_a_sample_without_the_largest_would_not() -> None:
+def test_a_sample_without_the_largest_values_is_much_worse() -> None:
     rows = with_an_outlier(40, 3000)
     cut = rows[:, :250]
     assert excess(rows, Sample(cut, cut.abs().amax(1)), 8).mean() > 5
 
 
-def test_few_values_are_all_looked_at() -> None:
+def test_few_values_are_not_thinned() -> None:
     rows = normal(2, 256)
     assert thinned(all_of(rows)).rows is rows
 

@@ -50,7 +50,7 @@ def test_switching_changes_no_parameter_or_buffer(model: SwitchableModel) -> Non
 
 
 def test_a_precision_that_is_not_allowed_is_refused_and_nothing_switches(model: SwitchableModel) -> None:
-    with pytest.raises(UsageError, match=r"no precision 6: it was converted for 32, 8, 5, 4, 2"):
+    with pytest.raises(UsageError, match=r"precision 6.*32, 8, 5, 4, 2"):
         set_precision(model, 6)
     with pytest.raises(UsageError, match="w4a8"):
         precisions_or_all(model, [2, "w4a8"])
@@ -58,7 +58,7 @@ def test_a_precision_that_is_not_allowed_is_refused_and_nothing_switches(model: 
 
 
 def test_a_float_model_is_refused(float_net: nn.Module) -> None:
-    with pytest.raises(UsageError, match=r"ResNet.* is not a switchable model: call convert\(\)"):
+    with pytest.raises(UsageError, match=r"ResNet.*not a switchable model.*convert\(\)"):
         set_precision(float_net, 4)
 
 
@@ -104,7 +104,7 @@ def test_loading_keeps_parameters_the_same_objects(model: SwitchableModel) -> No
 
 
 @pytest.mark.parametrize("bits", DEFAULT_BITS)
-def test_gradients_are_finite_and_reach_only_the_precision_in_force(
+def test_gradients_are_finite_and_reach_only_the_current_precision(
     model: SwitchableModel, images: Tensor, bits: int
 ) -> None:
     model.train()

@@ -33,7 +33,7 @@ def test_few_values_are_all_kept() -> None:
     assert list(seen) == [quant]
 
 
-def test_of_many_values_each_batch_gives_the_same_share() -> None:
+def test_the_sample_has_the_same_share_of_each_batch() -> None:
     quant = quantizer()
     seen = Observations([quant], 4)
     for batch in range(4):
@@ -65,7 +65,7 @@ def test_the_sample_serves_the_percentile_and_the_largest_is_exact() -> None:
     assert sample.largest.item() == 50
 
 
-def test_values_are_drawn_at_random_but_always_the_same_ones() -> None:
+def test_values_are_drawn_at_random_with_a_fixed_seed() -> None:
     x = torch.arange(1_000_000.0)
     samples = []
     for _ in range(2):
@@ -85,7 +85,7 @@ def test_values_are_drawn_at_random_but_always_the_same_ones() -> None:
         ({"signed": True}, [-20.0, 0.0, 5.0, 9.0], 20.0),
     ],
 )
-def test_what_is_cut_off_anyway_does_not_count(settings: dict[str, object], kept: list[float], largest: float) -> None:
+def test_values_are_clipped_to_fixed_limits(settings: dict[str, object], kept: list[float], largest: float) -> None:
     x = torch.tensor([-20.0, 0.0, 5.0, 9.0])
     quant = quantizer(**settings)
     seen = Observations([quant], 1)
@@ -98,7 +98,7 @@ def test_what_is_cut_off_anyway_does_not_count(settings: dict[str, object], kept
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 def test_values_that_are_not_finite_are_refused(bad: float) -> None:
     quant = quantizer(signed=False)
-    with pytest.raises(UsageError, match="not finite on the calibration images: check its weights"):
+    with pytest.raises(UsageError, match=r"not finite.*weights"):
         Observations([quant], 1).add(quant, torch.tensor([1.0, bad]))
 
 
@@ -111,7 +111,7 @@ def test_quantizers_are_kept_apart() -> None:
     assert set(seen) == {quantizers[0], quantizers[2]}
 
 
-def test_without_samples_the_largest_is_still_known() -> None:
+def test_without_samples_the_largest_magnitude_is_recorded() -> None:
     quant = quantizer()
     seen = Observations([quant], 1, sampled=False)
     seen.add(quant, torch.tensor([1.0, -4.0]))
