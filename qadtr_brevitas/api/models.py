@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from qadtr_brevitas.config.slots import slot_name, slot_settings
+from qadtr_brevitas.config.slots import slot_name
 from qadtr_brevitas.core.errors import UsageError
+from qadtr_brevitas.core.plugin import plugin_settings
 from qadtr_brevitas.core.precision import DEFAULT_BITS, PrecisionLike
 from qadtr_brevitas.data.split import numbered
 from qadtr_brevitas.models.describe import describe_network
@@ -72,7 +73,7 @@ def convert(
 
 
 def _as_json(value: Any) -> Any:
-    return {"name": slot_name(value), **slot_settings(value)} if isinstance(value, Quantizer) else value
+    return {"name": slot_name(value), **plugin_settings(value)} if isinstance(value, Quantizer) else value
 
 
 def save(model: SwitchableModel, folder: str | Path) -> Path:

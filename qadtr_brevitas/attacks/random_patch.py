@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict
 from typing import Annotated, ClassVar
 
 import torch
@@ -15,7 +14,7 @@ from qadtr_brevitas.attacks.patch import Patch, versions
 from qadtr_brevitas.attacks.per_image import PatchTask, PerImagePatch
 from qadtr_brevitas.attacks.results import AttackGoal, AttackResult
 from qadtr_brevitas.attacks.starts import start_patches, start_texture
-from qadtr_brevitas.core.plugin import Field, plugin
+from qadtr_brevitas.core.plugin import Field, plugin, plugin_settings
 from qadtr_brevitas.core.progress import Progress
 from qadtr_brevitas.core.seeding import generator
 
@@ -61,7 +60,7 @@ class RandomPatch(PerImagePatch, PatchAttack):
         drawn = start_texture("uniform", (mask.shape[0], mask.shape[1]), generator=generator(seed, "random patch"))
         meta = {
             "attack": "random-patch",
-            "settings": asdict(self),
+            "settings": plugin_settings(self),
             "target": None,
             "seed": seed,
             "threat_model": "universal, not optimized",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Literal, TypeAlias
 
 import torch
@@ -20,7 +20,7 @@ from qadtr_brevitas.attacks.starts import best_picture, start_texture
 from qadtr_brevitas.attacks.texture_search import search_texture
 from qadtr_brevitas.attacks.under_attack import under_attack
 from qadtr_brevitas.core.errors import DataError
-from qadtr_brevitas.core.plugin import Field, plugin
+from qadtr_brevitas.core.plugin import Field, plugin, plugin_settings
 from qadtr_brevitas.core.progress import Progress
 from qadtr_brevitas.core.seeding import generator
 
@@ -142,7 +142,7 @@ class UniversalPatch(PatchSettings, PatchAttack, TargetedAttack, IterativeAttack
             best = max((restart.attack.search(restart, mask) for restart in restarts), key=lambda patch: patch.score)
         meta = {
             "attack": self.attack,
-            "settings": asdict(self),
+            "settings": plugin_settings(self),
             "target": self.target,
             "seed": seed,
             "threat_model": f"universal {'untargeted' if self.target is None else 'targeted'}",

@@ -105,14 +105,15 @@ def _divide(arguments: Sequence[str]) -> tuple[list[Path], list[str]]:
 
 
 def _read_data(dataset: Dataset, images: int | None, *, seed: int) -> AnalysisData:
-    from qadtr_brevitas.config.slots import slot_name, slot_settings
+    from qadtr_brevitas.config.slots import slot_name
+    from qadtr_brevitas.core.plugin import plugin_settings
     from qadtr_brevitas.reproduce.analyses import AnalysisData
 
     test = load_split(dataset, "test", limit=images, seed=seed)
     if images is not None:
         # This raises if there are fewer images.
         test = test.balanced(images, seed=seed)
-    return AnalysisData(slot_name(dataset), test, slot_settings(dataset), lambda: dataset.load("train"))
+    return AnalysisData(slot_name(dataset), test, plugin_settings(dataset), lambda: dataset.load("train"))
 
 
 def _print(report: AnalysisReport) -> None:

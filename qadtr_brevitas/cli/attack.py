@@ -81,8 +81,9 @@ def command(
     """
     plugin = _make_attack(attack, overrides)
 
-    from qadtr_brevitas.config.slots import slot_name, slot_settings
+    from qadtr_brevitas.config.slots import slot_name
     from qadtr_brevitas.core.device import resolve_device
+    from qadtr_brevitas.core.plugin import plugin_settings
     from qadtr_brevitas.evaluation.craft import DEFAULT_TARGETS, CraftSetup, craft
     from qadtr_brevitas.evaluation.entries import load_subjects
     from qadtr_brevitas.evaluation.unseen import craft_unseen
@@ -97,7 +98,7 @@ def command(
     loaded = load_subjects([model_dir], device=where)[0]
     train, judge = _divide(load_split(dataset, "train"), train_images, held_out, seed=seed)
     aims = _read_targets(targets, train.classes)
-    named = {"name": slot_name(dataset), "settings": slot_settings(dataset)}
+    named = {"name": slot_name(dataset), "settings": plugin_settings(dataset)}
     with progress("making patches") as report:
         setup = CraftSetup(
             train=train,

@@ -128,8 +128,9 @@ def _plan(
     *,
     device: torch.device,
 ) -> tuple[Grid, list[NamedPatch]]:
-    """What to evaluate, and the patches as they were made."""
-    from qadtr_brevitas.config.slots import slot_name, slot_settings
+    """Return what to evaluate, and the patches as they were made."""
+    from qadtr_brevitas.config.slots import slot_name
+    from qadtr_brevitas.core.plugin import plugin_settings
     from qadtr_brevitas.evaluation import Grid, NamedAttack
     from qadtr_brevitas.evaluation.certification import Certification
     from qadtr_brevitas.evaluation.entries import load_patches, load_subjects
@@ -151,7 +152,7 @@ def _plan(
         patches=[*patches, *moves.variants(patches, split.image_size)],
         split=split,
         data_name=slot_name(dataset),
-        data_settings=slot_settings(dataset),
+        data_settings=plugin_settings(dataset),
         available=split.available,
         attacks=attacks,
         surrogates=models[len(given.model_dirs) :],

@@ -10,6 +10,7 @@ from pydantic_core import CoreSchema, core_schema
 
 from qadtr_brevitas.config.problems import explain, located_error, show
 from qadtr_brevitas.core.errors import QadtrError
+from qadtr_brevitas.core.plugin import plugin_settings
 from qadtr_brevitas.core.registry import REGISTRIES, Registry, resolve
 
 
@@ -60,7 +61,7 @@ class Slot:
 
     def write(self, plugin: Any) -> dict[str, Any]:
         """Return a plug-in as recipe keys with all fields, which `read` turns into an equal plug-in."""
-        return {self.key: slot_name(plugin), **slot_settings(plugin)}
+        return {self.key: slot_name(plugin), **plugin_settings(plugin)}
 
     def _make(self, fields: dict[str, Any]) -> Any:
         key = next((key for key in (self.key, "name") if key in fields), None)
@@ -99,11 +100,6 @@ def slot_name(plugin: object) -> str:
         if name := Slot(registry).name_of(plugin):
             return name
     raise LookupError(f"{type(plugin).__name__} is in no registry")
-
-
-def slot_settings(plugin: object) -> dict[str, Any]:
-    """Return the fields of a plug-in as JSON values."""
-    return TypeAdapter(type(plugin)).dump_python(plugin, mode="json")
 
 
 def slot_in(annotation: Any, metadata: list[Any] | None = None) -> Slot | None:

@@ -12,13 +12,13 @@ Values are checked by pydantic wherever the plug-in is made, from a recipe or fr
 
 from typing import Annotated, TypeAlias, TypeVar, dataclass_transform
 
-from pydantic import BeforeValidator, ConfigDict, Field, PlainSerializer
+from pydantic import BeforeValidator, ConfigDict, Field, JsonValue, PlainSerializer, TypeAdapter
 from pydantic.dataclasses import dataclass
 
 from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.core.precision import Precision, PrecisionLike
 
-__all__ = ["Field", "PrecisionField", "plugin"]
+__all__ = ["Field", "PrecisionField", "plugin", "plugin_settings"]
 
 _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False, validate_default=True)
 
@@ -29,6 +29,11 @@ PluginClass = TypeVar("PluginClass", bound=type)
 def plugin(cls: PluginClass) -> PluginClass:
     """Make a class a plug-in: frozen, keyword-only, its values checked, unknown keys refused."""
     return dataclass(frozen=True, kw_only=True, config=_STRICT)(cls)  # pyright: ignore[reportReturnType]
+
+
+def plugin_settings(plugin: object) -> dict[str, JsonValue]:
+    """Return the fields of a plug-in as JSON values, as a recipe would hold them."""
+    return TypeAdapter(type(plugin)).dump_python(plugin, mode="json")
 
 
 def _read_precision(value: PrecisionLike) -> Precision:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from qadtr_brevitas.attacks.patch import Patch
 from qadtr_brevitas.core.device import has_fast_bf16
 from qadtr_brevitas.core.errors import DataError, UsageError
 from qadtr_brevitas.core.files import fingerprint_facts, fingerprint_tensors
+from qadtr_brevitas.core.plugin import plugin_settings
 from qadtr_brevitas.core.precision import PrecisionLike
 from qadtr_brevitas.core.progress import Progress, part_of
 from qadtr_brevitas.core.seeding import derive_seed, generator
@@ -89,7 +90,7 @@ def craft(
     precisions: Sequence[PrecisionLike | InferenceMode] | None = None,
     targets: Sequence[int | None] | None = None,
 ) -> list[Crafted]:
-    """Makes the patches of every precision and target that are not in the folder yet.
+    """Make the patches of every precision and target that are not in the folder yet.
 
     Args:
         loaded: the model to attack; moved to the device and put in eval mode.
@@ -138,7 +139,7 @@ class _PatchMaker:
         height, width = attack.mask(self.setup.train.image_size).shape
         kind = f"{self.name}-{height}x{width}"
         path = self.setup.output / f"{kind}-{_bits(source)}-{_aim(target)}.safetensors"
-        facts = [self.loaded.fingerprint, self.name, asdict(attack), str(source), self.images, self.setup.seed]
+        facts = [self.loaded.fingerprint, self.name, plugin_settings(attack), str(source), self.images, self.setup.seed]
         made_of = fingerprint_facts([*facts, "float32"] if self.setup.float32 else facts)
         if path.exists():
             found = Patch.load(path)
@@ -160,7 +161,7 @@ class _PatchMaker:
         return Crafted(path, kind, source, target, share, kept=False)
 
     def _model(self, source: InferenceMode, target: int | None) -> Model:
-        """What the attack sees; without gradients, when textures are compared, a random one draws alike each time."""
+        """Return what the attack sees; without gradients, when textures are compared, a random one draws alike each time."""
         stream = (self.setup.seed, "craft draws", str(source), _aim(target))
         searched = logits_at(self.loaded.model, source, draws=generator(*stream))
         if not source.is_random:

@@ -8,12 +8,12 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from pydantic import TypeAdapter
 from torch import Tensor
 
 from qadtr_brevitas.attacks.base import ImageAttack, PatchAttack, TargetedAttack
 from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.core.files import fingerprint_facts
+from qadtr_brevitas.core.plugin import plugin_settings
 from qadtr_brevitas.core.seeding import derive_seed, generator
 from qadtr_brevitas.core.version import __version__
 from qadtr_brevitas.evaluation.entries import LoadedModel
@@ -46,7 +46,7 @@ class NamedAttack:
     @cached_property
     def settings(self) -> dict[str, Any]:
         """The plug-in's fields as JSON values."""
-        return _settings(self.plugin)
+        return plugin_settings(self.plugin)
 
     @property
     def target(self) -> int | None:
@@ -138,13 +138,9 @@ class SourcedAttack:
         return _checked(found.detach(), images, self.attack.name)
 
 
-def _settings(plugin: Any) -> dict[str, Any]:
-    return TypeAdapter(type(plugin)).dump_python(plugin, mode="json")
-
-
 def _default_settings(plugin: Any) -> dict[str, Any]:
     try:
-        return _settings(type(plugin)())
+        return plugin_settings(type(plugin)())
     # A plug-in with a field that has to be given has no defaults.
     except (TypeError, ValueError):
         return {}

@@ -30,6 +30,7 @@ from pydantic import TypeAdapter
 
 from qadtr_brevitas.config.slots import Slot, slot_name
 from qadtr_brevitas.core.errors import UsageError
+from qadtr_brevitas.core.plugin import plugin_settings
 from qadtr_brevitas.core.precision import MAX_BITS, Precision, PrecisionLike
 from qadtr_brevitas.core.progress import part_of
 from qadtr_brevitas.core.registry import ATTACKS
@@ -67,7 +68,7 @@ class UnseenPatch:
 
 
 def unseen_patches(seen: Any, image_side: int) -> list[UnseenPatch]:
-    """The protocol, with the budget of a given attack.
+    """Return the protocol, with the budget of a given attack.
 
     Args:
         seen: a universal patch attack: what it does not say about size and shape (steps, step rule...) is kept.
@@ -116,7 +117,7 @@ def other_targets(targets: Sequence[int | None], classes: int) -> tuple[int | No
 
 
 def left_out_bits(trained: Collection[Precision]) -> Precision:
-    """A bit-width that was left out of training: 3, or the next that is free.
+    """Return a bit-width that was left out of training: 3, or the next that is free.
 
     Raises:
         UsageError: the network was trained at every bit-width there is.
@@ -128,9 +129,8 @@ def left_out_bits(trained: Collection[Precision]) -> Precision:
 
 
 def _changed_fields(attack: Any) -> dict[str, Any]:
-    """What the attack says that is not its default, but for size, shape and target."""
-    adapter: TypeAdapter[Any] = TypeAdapter(type(attack))
-    own, defaults = adapter.dump_python(attack, mode="json"), adapter.dump_python(type(attack)(), mode="json")
+    """Return what the attack says that is not its default, but for size, shape and target."""
+    own, defaults = plugin_settings(attack), plugin_settings(type(attack)())
     return {key: value for key, value in own.items() if value != defaults[key] and key not in (*_SHAPE, "target")}
 
 
@@ -145,7 +145,7 @@ def craft_unseen(
     precisions: Sequence[PrecisionLike | InferenceMode] | None = None,
     targets: Sequence[int | None],
 ) -> list[Crafted]:
-    """Makes the patches of the protocol that are not in the folder yet, all in one folder for `evaluate --patches`.
+    """Make the patches of the protocol that are not in the folder yet, all in one folder for `evaluate --patches`.
 
     The network at a bit-width that was left out of its training is kept beside them, in `left-out-bits/`.
 
@@ -177,7 +177,7 @@ def craft_unseen(
 
 
 def _at_left_out_bits(loaded: LoadedModel, setup: CraftSetup) -> LoadedModel:
-    """The model at a bit-width it was not trained at, made or found."""
+    """Return the model at a bit-width it was not trained at, made or found."""
     precision = left_out_bits(allowed_precisions(loaded.model))
     folder = setup.output / WIDER_FOLDER / f"{loaded.fingerprint[:12]}-at-{precision}"
     if not folder.is_dir():

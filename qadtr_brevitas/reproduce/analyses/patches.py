@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from qadtr_brevitas.attacks.base import PatchAttack
-from qadtr_brevitas.config.slots import slot_name, slot_settings
+from qadtr_brevitas.config.slots import slot_name
 from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.core.files import fingerprint_facts, fingerprint_file, fingerprint_tensors
+from qadtr_brevitas.core.plugin import plugin_settings
 from qadtr_brevitas.data.split import Split
 from qadtr_brevitas.evaluation.craft import CraftSetup, craft
 from qadtr_brevitas.evaluation.entries import LoadedModel, NamedPatch, load_patches, unique_names
@@ -132,7 +133,7 @@ def _craft(
 
 def _key(context: AnalysisContext, loaded: LoadedModel, attack: PatchAttack, *splits: Split) -> str:
     """Return a key of what file names do not say, so that patches of other settings are kept side by side."""
-    settings = {name: value for name, value in slot_settings(attack).items() if name not in _NAMED_SETTINGS}
+    settings = {name: value for name, value in plugin_settings(attack).items() if name not in _NAMED_SETTINGS}
     images = fingerprint_tensors([tensor for split in splits for tensor in (split.images, split.labels)])
     return fingerprint_facts([loaded.fingerprint, settings, images, context.seed])[:_KEY_LENGTH]
 

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import torch
 
-from qadtr_brevitas.config.slots import slot_name, slot_settings
+from qadtr_brevitas.config.slots import slot_name
 from qadtr_brevitas.core.errors import CheckpointError, UsageError
 from qadtr_brevitas.core.files import fingerprint_facts, fingerprint_tensors
+from qadtr_brevitas.core.plugin import plugin_settings
 from qadtr_brevitas.core.progress import Progress, silent
 from qadtr_brevitas.core.version import __version__
 from qadtr_brevitas.data.split import Split
@@ -116,7 +117,7 @@ def _made_of(
     """Return the fingerprint of everything that decides the result, except the training images."""
     facts: list[object] = [
         slot_name(analysis),
-        slot_settings(analysis),
+        plugin_settings(analysis),
         [(loaded.name, loaded.fingerprint) for loaded in models],
         images.fingerprint,
         seed,
@@ -151,7 +152,7 @@ def _report(
     return AnalysisReport(
         analysis=slot_name(analysis),
         title=findings.title,
-        settings=slot_settings(analysis),
+        settings=plugin_settings(analysis),
         made_of=made_of,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         command=command,

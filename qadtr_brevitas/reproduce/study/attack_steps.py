@@ -10,7 +10,8 @@ from typing import TypeAlias
 from qadtr_brevitas.attacks.base import Attack
 from qadtr_brevitas.auditing import audit
 from qadtr_brevitas.auditing.tables import write_audits
-from qadtr_brevitas.config.slots import slot_name, slot_settings
+from qadtr_brevitas.config.slots import slot_name
+from qadtr_brevitas.core.plugin import plugin_settings
 from qadtr_brevitas.core.precision import Precision
 from qadtr_brevitas.core.progress import Progress
 from qadtr_brevitas.data.split import Split
@@ -65,7 +66,7 @@ class PatchStep(StudyStep):
             train=train,
             held_out=held_out,
             output=self.folder,
-            data={"name": slot_name(dataset), "settings": slot_settings(dataset)},
+            data={"name": slot_name(dataset), "settings": plugin_settings(dataset)},
             seed=self.budget.seed,
             batch_size=self.budget.batch_size,
             device=resources.device,
@@ -130,7 +131,7 @@ class EvaluationStep(StudyStep):
             patches=patches,
             split=split,
             data_name=slot_name(dataset),
-            data_settings=slot_settings(dataset),
+            data_settings=plugin_settings(dataset),
             available=split.available,
             attacks=self.attacks,
             surrogates=[resources.load_model(folder, name) for name, folder in self.surrogates],
@@ -210,7 +211,7 @@ class AnalysisStep(StudyStep):
         run_analysis(
             self.analysis,
             [resources.load_model(folder, name) for name, folder in self.models],
-            AnalysisData(slot_name(dataset), test, slot_settings(dataset), load_train),
+            AnalysisData(slot_name(dataset), test, plugin_settings(dataset), load_train),
             self.folder,
             seed=self.budget.seed,
             progress=progress,

@@ -9,9 +9,10 @@ from typing import TypeVar, cast
 
 from qadtr_brevitas.attacks.base import Attack, IterativeAttack, TargetedAttack
 from qadtr_brevitas.attacks.patch_settings import PatchSettings
-from qadtr_brevitas.config.slots import slot_name, slot_settings
+from qadtr_brevitas.config.slots import slot_name
 from qadtr_brevitas.core.errors import QadtrError, UsageError
 from qadtr_brevitas.core.files import fingerprint_facts
+from qadtr_brevitas.core.plugin import plugin_settings
 from qadtr_brevitas.evaluation import NamedAttack
 from qadtr_brevitas.evaluation.unseen import SEEN_SIZE, SIDE, UnseenPatch, left_out_bits, unseen_patches
 from qadtr_brevitas.quant.inference import InferenceMode
@@ -117,7 +118,7 @@ class _PlanBuilder:
             networks, analysis = self.networks.of_models(section.models), section.analysis
             settings = [
                 slot_name(analysis),
-                slot_settings(analysis),
+                plugin_settings(analysis),
                 _finished_patches(analysis),
                 [network.name for network in networks],
                 self._budget,
@@ -283,7 +284,7 @@ class _PlanBuilder:
     ) -> PatchStep:
         budget, name = self.study.budget, slot_name(attack)
         images = [budget.patch_images, budget.held_out, budget.seed]
-        settings = [name, slot_settings(attack), str(mode), targets, other_targets, images]
+        settings = [name, plugin_settings(attack), str(mode), targets, other_targets, images]
         folder = f"{model.key[:_KEY_LENGTH]}-{name}-{fingerprint_facts(settings)[:_KEY_LENGTH]}"
         step = PatchStep(
             f"make patches: {label} on {source} at {mode}",

@@ -9,10 +9,11 @@ from typing import Generic, Literal, TypeVar
 
 import torch
 
-from qadtr_brevitas.config.slots import slot_name, slot_settings
+from qadtr_brevitas.config.slots import slot_name
 from qadtr_brevitas.core.device import resolve_device
 from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.core.files import fingerprint_facts
+from qadtr_brevitas.core.plugin import plugin_settings
 from qadtr_brevitas.data.base import Dataset
 from qadtr_brevitas.data.split import Split
 from qadtr_brevitas.evaluation.entries import LoadedModel, load_subjects
@@ -87,7 +88,7 @@ class StudyResources:
     def images(self, folder: Path, split: Literal["train", "test"], *, limit: int | None, seed: int) -> Split:
         """Return at most `limit` images of the data set that a model was made on, balanced over the classes."""
         dataset = self.dataset(folder)
-        key = fingerprint_facts([slot_name(dataset), slot_settings(dataset), split, limit, seed])
+        key = fingerprint_facts([slot_name(dataset), plugin_settings(dataset), split, limit, seed])
         return self._splits.get(key, lambda: dataset.load(split, limit=limit, seed=seed))
 
     def patch_images(self, folder: Path, budget: Budget) -> tuple[Split, Split]:
