@@ -178,7 +178,7 @@ def _source_facets(
 def _patch_facets(facts: PatchFacts, report: EvaluationReport) -> dict[str, str]:
     variant, (height, width) = facts.variant, report.data.image_size
     moved = {"shift": f"{variant.shift}", "degrees": f"{variant.degrees:g}"} if variant else {}
-    # Two digits: a side of whole pixels covers a little less than the share that was asked for.
+    # Two digits: a side of whole pixels covers a little less than the requested share.
     area = facts.settings.get("area") or round(facts.pixels / (height * width), 2)
     return {"size": facts.size, "area": f"{area:g}", **moved}
 

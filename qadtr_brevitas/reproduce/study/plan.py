@@ -321,7 +321,7 @@ def _finished_patches(analysis: Analysis) -> list[str]:
 
 
 def _crafting_modes(spec: StudyAttack, source: StudyNetwork, study: Study) -> list[InferenceMode]:
-    """Return the precisions to make patches at on a network; its highest if it has none of those asked for."""
+    """Return the precisions to make patches at on a network; its highest if it has none of the requested ones."""
     # Votes and random draws have no useful gradient, but the mean over their precisions has.
     wanted = spec.made_at or [
         mode if mode.is_single else InferenceMode(mode.precisions) for mode in source.scored_modes(study)

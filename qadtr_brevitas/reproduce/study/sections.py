@@ -58,7 +58,8 @@ class StudyModel(RecipeSection):
 
     @model_validator(mode="after")
     def _check_origin(self) -> StudyModel:
-        used = [key for key in ("recipe", "defense", "set", "each", "start") if getattr(self, key)]
+        training = {"recipe": self.recipe, "defense": self.defense, "set": self.set, "each": self.each}
+        used = [key for key, value in {**training, "start": self.start}.items() if value]
         if self.path is not None and (used or not self.train):
             raise ValueError(
                 f"a model with a path is finished and cannot be trained: leave out {used[0] if used else 'train'}, or "

@@ -58,7 +58,7 @@ class StudyStep(ABC):
         return self.folder / f"made-{self.key[:_KEY_LENGTH]}.json"
 
     def is_finished(self) -> bool:
-        """Return whether the step is finished; after a damaged marker it runs again and finds what is there."""
+        """Return whether the step is finished; with a damaged marker it runs again and reuses its files."""
         found = _read_marker(self.marker)
         return found is not None and found.key == self.key
 

@@ -122,9 +122,9 @@ def test_a_table_without_precisions_uses_32_of_float_networks_else_8_or_what_is_
     table = paper_table("table07")
     row = compare(table, [*floats, *quantized]).measured[WHITE_BOX][2]
     assert [found and found.value for found in row[:3]] == [0.1, 0.4, None]
-    told = compare(table, quantized, {"q": "4"}).measured[WHITE_BOX][2][1]
-    assert told
-    assert told.value == 0.5
+    given = compare(table, quantized, {"q": "4"}).measured[WHITE_BOX][2][1]
+    assert given
+    assert given.value == 0.5
 
 
 def test_patches_are_told_apart_by_the_precision_they_were_made_at() -> None:
