@@ -41,38 +41,38 @@ QUIET, JSON, DEBUG = (f"qadtr_brevitas.{name}" for name in ("quiet", "json", "de
 
 
 def examples(*lines: str) -> str:
-    """The `Examples:` block at the end of a command's help."""
+    """Return the `Examples:` block at the end of a command's help."""
     return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
 
 
 def output_options(command: _Command) -> _Command:
-    """Adds --json, -q/--quiet and --debug; `emit`, `say`, `progress` and the error handler obey them."""
+    """Add --json, -q/--quiet and --debug; `emit`, `say`, `progress` and the error handler obey them."""
     command = debug_option(command)
     command = _flag("--quiet", "-q", key=QUIET, help="Print results and errors only.")(command)
     return _flag("--json", "json_", key=JSON, help="Print one JSON document on standard output.")(command)
 
 
 def debug_option(command: _Command) -> _Command:
-    """Adds --debug; `output_options` has it already."""
+    """Add --debug; `output_options` has it already."""
     return _flag("--debug", key=DEBUG, help="Show the traceback of an error.")(command)
 
 
 def device_option(command: _Command) -> _Command:
-    """Adds --device; hand its value to `resolve_device`."""
+    """Add --device; hand its value to `resolve_device`."""
     return click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]|mps", help="Device.")(
         command
     )
 
 
 def seed_option(default: int | None = 0) -> Callable[[_Command], _Command]:
-    """Adds --seed; with default None the command sees None where it is not given."""
+    """Add --seed; with default None the command sees None where it is not given."""
     return click.option(
         "--seed", type=click.IntRange(min=0), default=default, show_default=default is not None, help="Random seed."
     )
 
 
 def threads_option(command: _Command) -> _Command:
-    """Adds --threads, which is obeyed at once: numeric libraries read it when they are first imported."""
+    """Add --threads, which is obeyed at once: numeric libraries read it when they are first imported."""
     return click.option(
         "--threads", type=click.IntRange(min=1), expose_value=False, callback=_set_threads, help="CPU threads to use."
     )(command)
@@ -95,7 +95,7 @@ def was_given(parameter: str) -> bool:
 
 
 def work_options(*, data: str, output: str) -> Callable[[_Command], _Command]:
-    """Adds what `attack` and `evaluate` have in common: data, output, device, seed, threads and the output options.
+    """Add what `attack` and `evaluate` have in common: data, output, device, seed, threads and the output options.
 
     Args:
         data: the default of --data, in words.
@@ -127,17 +127,17 @@ def stderr() -> Console:
 
 
 def is_quiet() -> bool:
-    """True under -q/--quiet."""
+    """Return True under -q/--quiet."""
     return bool(_meta().get(QUIET))
 
 
 def wants_json() -> bool:
-    """True under --json."""
+    """Return True under --json."""
     return bool(_meta().get(JSON))
 
 
 def wants_debug() -> bool:
-    """True under --debug."""
+    """Return True under --debug."""
     return bool(_meta().get(DEBUG))
 
 
@@ -147,13 +147,13 @@ def be_quiet() -> None:
 
 
 def say(message: str) -> None:
-    """Prints a line of talk on stderr, unless -q is given."""
+    """Print a line of talk on stderr, unless -q is given."""
     if not is_quiet():
         stderr().print(message, markup=False)
 
 
 def emit(data: Any, text: RenderableType | None = None) -> None:
-    """Prints a command's result on stdout: `data` as one JSON document under --json, else `text` for people.
+    """Print a command's result on stdout: `data` as one JSON document under --json, else `text` for people.
 
     A `text` of None prints nothing; a plain string is printed as it is.
     """
@@ -167,7 +167,7 @@ def emit(data: Any, text: RenderableType | None = None) -> None:
 
 @contextmanager
 def progress(description: str) -> Generator[Progress]:
-    """A progress bar with the time left on stderr; silent off a terminal and under -q."""
+    """Return a progress bar with the time left on stderr; silent off a terminal and under -q."""
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as ProgressBar
 
@@ -192,7 +192,7 @@ def load_split(dataset: Dataset, split: str, *, limit: int | None = None, seed: 
 
 
 def _flag(*names: str, key: str, help: str) -> Callable[[_Command], _Command]:
-    """A flag kept beside the command's own parameters, for the functions above."""
+    """Return a flag kept beside the command's own parameters, for the functions above."""
 
     def store(context: click.Context, parameter: click.Parameter, value: bool) -> None:
         if value:
@@ -221,11 +221,11 @@ class RecordedCommand(click.Command):
     """Keeps its arguments as they were typed; `command_line` gives them back."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Keeps the arguments and parses them as always."""
+        """Keep the arguments and parse them as always."""
         ctx.meta[_KEY] = shlex.join(["qadtr-brevitas", ctx.info_name or "", *args])
         return super().parse_args(ctx, args)
 
 
 def command_line() -> str:
-    """The command that is running, as it can be typed in a shell."""
+    """Return the command that is running, as it can be typed in a shell."""
     return str(click.get_current_context().meta[_KEY])

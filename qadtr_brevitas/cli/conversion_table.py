@@ -37,7 +37,7 @@ def _is_idle(layer: LayerReport) -> bool:
 
 
 def _summary(report: ConversionReport) -> list[str]:
-    """What is covered, how large the weights are, and what stays float for which reasons."""
+    """Return what is covered, how large the weights are, and what stays float for which reasons."""
     macs = f"{percent(report.quantized_macs, report.macs)} of {report.macs / 1e6:,.1f} M multiply-accumulates (MACs)"
     sizes = ", ".join(f"{size / 1e6:.3g} MB at {precision}" for precision, size in report.sizes.items())
     kept = [layer for layer in report.layers if not layer.quantized]
@@ -54,5 +54,5 @@ def _summary(report: ConversionReport) -> list[str]:
 
 
 def percent(part: float, whole: float) -> str:
-    """A share in percent, rounded down, so that 100 % leaves nothing out."""
+    """Return a share in percent, rounded down, so that 100 % leaves nothing out."""
     return f"{math.floor(1000 * part / whole) / 10 if whole else 0:.1f}%"

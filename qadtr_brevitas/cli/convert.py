@@ -52,7 +52,7 @@ class _ConvertOptions:
     seed: int
 
     def keys(self) -> dict[str, Any]:
-        """The recipe keys that options stand for, where the option is given, by dotted path."""
+        """Return the recipe keys that options stand for, where the option is given, by dotted path."""
         from qadtr_brevitas.pipeline.datasets import parse_dataset_choice
 
         calibration = "quant.calibration"
@@ -140,7 +140,7 @@ def command(**options: Any) -> None:
 
 
 def _make_recipe(given: _ConvertOptions) -> tuple[Recipe, bool]:
-    """The recipe that options, overrides and, for a MODEL directory, its config add up to; and if it names its data."""
+    """Return the recipe of options, overrides and, for a MODEL directory, its config; and if it names its data."""
     from qadtr_brevitas.config import make_recipe
 
     keys = given.keys()
@@ -171,7 +171,7 @@ def _check_overrides(overrides: tuple[str, ...], keys: dict[str, Any]) -> None:
 
 
 def _model_keys(given: _ConvertOptions) -> dict[str, Any]:
-    """What MODEL stands for."""
+    """Return what MODEL stands for."""
     if not Path(given.model).expanduser().is_dir() or _is_known(given.model):
         return {"model.name": given.model}
     for option, value in (("--checkpoint", given.checkpoint), ("--pretrained", given.pretrained)):
@@ -225,7 +225,7 @@ def _convert(recipe: Recipe, has_data: bool, output: Path | None) -> ConversionR
 
 
 def _load(recipe: Recipe, *, only_size: bool) -> Split:
-    """The images to calibrate on, and no others; a single one where only their size and classes are asked for."""
+    """Return the images to calibrate on, and no others; a single one if only their size and classes matter."""
     from qadtr_brevitas.pipeline.build import build_split
     from qadtr_brevitas.pipeline.calibration import DEFAULT_IMAGES
 

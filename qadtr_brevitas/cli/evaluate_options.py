@@ -96,7 +96,7 @@ class Numbers(click.ParamType[tuple[int | float, ...]]):
         self.kind, self.rule, self.least, self.count = kind, rule, least, count
 
     def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int | float, ...]:
-        """Reads them."""
+        """Read them."""
         try:
             found = tuple(self.kind(word) for word in value.split(","))
         except ValueError:
@@ -284,7 +284,7 @@ def run_audits(grid: Grid, given: EvaluateOptions, *, output: Path, device: torc
 
 
 def _single(grid: Grid) -> list[Precision] | None:
-    """The precisions to audit: each by itself, because several together are attacked through each of them."""
+    """Return the precisions to audit: each by itself, because several together are attacked through each of them."""
     from qadtr_brevitas.quant.inference import parse_mode
 
     if grid.precisions is None:
@@ -296,6 +296,6 @@ def _single(grid: Grid) -> list[Precision] | None:
 
 
 def _others(loaded_models: Sequence[LoadedModel], known: Sequence[LoadedModel]) -> list[LoadedModel]:
-    """The models of other weights than the known ones."""
+    """Return the models of other weights than the known ones."""
     seen = {loaded.fingerprint for loaded in known}
     return [loaded for loaded in loaded_models if loaded.fingerprint not in seen]

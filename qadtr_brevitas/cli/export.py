@@ -171,7 +171,7 @@ def _check_unverified(given: _ExportOptions) -> None:
 
 
 def _outputs(given: _ExportOptions) -> dict[Precision, Path]:
-    """The folder for each precision."""
+    """Return the folder for each precision."""
     wanted = list(dict.fromkeys(map(Precision.parse, given.precisions)))
     name = name_of_model(given.model_dir)
     outputs: dict[Precision, Path] = {}

@@ -34,11 +34,11 @@ class LazyGroup(click.Group):
     """A group that knows its commands by name and help, and imports one only to run it or to show its own help."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """The names in the order in which the commands are used."""
+        """Return the names in the order in which the commands are used."""
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Imports the command."""
+        """Import the command."""
         if cmd_name not in COMMANDS:
             return None
         return import_module(COMMANDS[cmd_name][0]).command
@@ -46,19 +46,19 @@ class LazyGroup(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Finds the command; an unknown one is answered with the nearest name, which click looks up elsewhere."""
+        """Find the command; an unknown one is answered with the nearest name, which click looks up elsewhere."""
         try:
             return super().resolve_command(ctx, args)
         except click.NoSuchCommand as error:
             raise click.NoSuchCommand(error.command_name, possibilities=COMMANDS, ctx=ctx) from error
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Writes the list of commands from the table, not from the commands."""
+        """Write the list of commands from the table, not from the commands."""
         with formatter.section("Commands"):
             formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
 
     def invoke(self, ctx: click.Context) -> object:
-        """Runs the command; an error meant for users becomes one that click prints without a traceback."""
+        """Run the command; an error meant for users becomes one that click prints without a traceback."""
         try:
             return super().invoke(ctx)
         except (QadtrError, OSError) as error:
@@ -112,7 +112,7 @@ def cli() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line and returns its exit code: 0 ok, 1 failure, 2 bad usage or an invalid recipe."""
+    """Run the command line and return its exit code: 0 ok, 1 failure, 2 bad usage or an invalid recipe."""
     keep_freed_memory()
     # Brevitas looks for a compiler, and PyTorch says that there is no GPU for it.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)

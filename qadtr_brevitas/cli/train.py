@@ -155,7 +155,7 @@ def _metrics(means: Mapping[str, float]) -> list[str]:
 
 
 def _tell(run: Path) -> None:
-    """Prints the run's last accuracies, what was written, and the next command."""
+    """Print the run's last accuracies, what was written, and the next command."""
     from qadtr_brevitas.training.log import last_epoch
 
     record = last_epoch(run / METRICS_FILE)

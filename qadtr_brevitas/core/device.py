@@ -22,7 +22,7 @@ _DEVICE = re.compile(r"cpu|mps|cuda(?::(\d+))?")
 
 
 def resolve_device(name: str = "auto") -> torch.device:
-    """Turns `auto`, `cpu`, `cuda`, `cuda:N` or `mps` into a device that exists; `auto` takes cuda, then mps, then cpu.
+    """Turn `auto`, `cpu`, `cuda`, `cuda:N` or `mps` into a device that exists; `auto` takes cuda, then mps, then cpu.
 
     On GPUs convolutions are set to compute in full float32: TF32, which PyTorch would take, cuts quantized operands to
     10 bit and moves some of them to other levels.

@@ -28,7 +28,7 @@ _WRITE_FAILURES = ("PytorchStreamWriter", "unexpected pos", "I/O error", "IoErro
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Makes the file `path` complete or not at all; a file that was there stays until the new one is on disk.
+    """Make the file `path` complete or not at all; a file that was there stays until the new one is on disk.
 
     Args:
         path: the file to make or replace; its folder is made if it is missing.
@@ -52,7 +52,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def replace_directory(path: Path, fill: Callable[[Path], object]) -> None:
-    """Makes the folder `path` with exactly what `fill` writes into the empty folder it is given.
+    """Make the folder `path` with exactly what `fill` writes into the empty folder it is given.
 
     A folder that was there stays until the new one is complete. Two renames are needed to exchange folders; a crash
     between them is undone by `recover_directory`, which is also called here first.
@@ -96,7 +96,7 @@ def recover_directory(path: Path) -> None:
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Writes `data` as indented JSON, atomically.
+    """Write `data` as indented JSON, atomically.
 
     Raises:
         CheckpointError: as `write_atomically`.
@@ -107,7 +107,7 @@ def write_json(path: Path, data: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Reads a JSON file.
+    """Read a JSON file.
 
     Raises:
         CheckpointError: the file is missing, cannot be read, or is not JSON.
@@ -141,7 +141,7 @@ def _raise_if_not_written(path: Path, error: Exception) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Waits until the file or folder is on disk."""
+    """Wait until the file or folder is on disk."""
     if os.name == "nt" and path.is_dir():
         return
     descriptor = os.open(path, os.O_RDONLY)
@@ -152,7 +152,7 @@ def _sync(path: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Removes what is there, if it can; an error that is on its way is worth more than one from here."""
+    """Remove what is there, if it can; an error that is on its way is worth more than one from here."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:

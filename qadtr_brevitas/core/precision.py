@@ -37,7 +37,7 @@ class Precision:
 
     @classmethod
     def parse(cls, value: PrecisionLike) -> "Precision":
-        """Reads 4, "4", "w4a8", (4, 8) or a Precision.
+        """Read 4, "4", "w4a8", (4, 8) or a Precision.
 
         Raises:
             UsageError: anything else, or a bit-width that is not possible.
@@ -70,7 +70,7 @@ class Precision:
 
 
 def parse_precisions(values: Iterable[PrecisionLike]) -> tuple[Precision, ...]:
-    """Reads several precisions, keeping their order and dropping repeats.
+    """Read several precisions, keeping their order and dropping repeats.
 
     Raises:
         UsageError: none given, or one that cannot be read.

@@ -13,13 +13,13 @@ if TYPE_CHECKING:
 
 
 def derive_seed(seed: int, *keys: int | str) -> int:
-    """A 63-bit seed that is a fixed function of `seed` and `keys`, the same on every machine and rank."""
+    """Return a 63-bit seed that is a fixed function of `seed` and `keys`, the same on every machine and rank."""
     text = "/".join(str(part) for part in (seed, *keys))
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 
 def generator(seed: int, *keys: int | str, device: torch.device | str = "cpu") -> torch.Generator:
-    """A torch generator for one purpose, e.g. `generator(seed, "gir", step)`; add the rank where ranks must differ."""
+    """Return a torch generator for one purpose, as `generator(seed, "gir", step)`; add the rank if ranks must differ."""
     import torch
 
     return torch.Generator(device=device).manual_seed(derive_seed(seed, *keys))

@@ -37,7 +37,7 @@ def read_images(
     max_gb: float,
     progress: Progress | None = None,
 ) -> Pixels:
-    """Decodes every image of a listing to RGB, or reads what an earlier call has kept.
+    """Decode every image of a listing to RGB, or read what an earlier call has kept.
 
     Args:
         listing: the files.
@@ -104,7 +104,7 @@ def _decode(path: str, size: tuple[int, ...], shorter: int | None) -> Pixels:
 
 
 def _eight_bit(path: str, image: Image.Image) -> Image.Image:
-    """The upper byte of 16-bit grays, which Pillow would clip to white; it does so with 16-bit colors itself."""
+    """Return the upper byte of 16-bit grays, which Pillow would clip to white; it does so with 16-bit colors itself."""
     if image.mode not in ("F", "I") and not image.mode.startswith("I;16"):
         return image
     if image.mode == "F" or (image.mode == "I" and image.format not in _GRAYS_OF_16_BIT):

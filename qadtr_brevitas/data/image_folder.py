@@ -47,7 +47,7 @@ class ImageFolder(Dataset):
     folder_name: ClassVar[str | None] = None
 
     def load(self, split: str, *, limit: int | None = None, seed: int = 0, progress: Progress | None = None) -> Split:
-        """Reads one split, uint8 (N, 3, H, W).
+        """Read one split, uint8 (N, 3, H, W).
 
         Args:
             split: "train" or "test".
@@ -86,7 +86,7 @@ class ImageFolder(Dataset):
         return len({size_of(path) for path in paths[:: -(-len(paths) // SIZES_LOOKED_AT)]}) > 1
 
     def fitted(self, image_size: int, crop: float) -> ImageFolder:
-        """This data set at a model's own size, and at its crop unless it has one.
+        """Return this data set at a model's own size, and at its crop unless it has one.
 
         Args:
             image_size: height and width that the model was made for, in pixels.

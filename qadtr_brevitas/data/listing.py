@@ -24,13 +24,13 @@ DATA_VARIABLE = "QADTR_BREVITAS_DATA"
 
 
 def data_folder() -> Path | None:
-    """The folder that the environment variable QADTR_BREVITAS_DATA names, or None where it is not set."""
+    """Return the folder that the environment variable QADTR_BREVITAS_DATA names, or None where it is not set."""
     value = os.environ.get(DATA_VARIABLE)
     return Path(value).expanduser() if value else None
 
 
 def cache_folder() -> Path:
-    """The folder for what can be made again at any time: $XDG_CACHE_HOME (or ~/.cache) + /qadtr_brevitas."""
+    """Return the folder for what can be made again at any time: $XDG_CACHE_HOME (or ~/.cache) + /qadtr_brevitas."""
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base).expanduser() if base else Path.home() / ".cache") / "qadtr_brevitas"
 
@@ -69,7 +69,7 @@ def unpack(archive: Path) -> Path:
 
 
 def _check_end(tar: tarfile.TarFile) -> None:
-    """Extraction stops without a word at a damaged header; a whole tar ends with a block of zeros there."""
+    """Raise if a tar is cut off: extraction stops silently at a damaged header, and a whole tar ends with zeros."""
     assert tar.fileobj is not None
     tar.fileobj.seek(tar.offset)
     if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
@@ -116,7 +116,7 @@ class Listing:
     part: str = ""
 
     def pick(self, indices: Sequence[int], *, part: str) -> Listing:
-        """Some of the images only; `classes` stays whole, so labels keep their meaning."""
+        """Return some of the images only; `classes` stays whole, so labels keep their meaning."""
         return replace(
             self,
             paths=tuple(self.paths[index] for index in indices),
@@ -126,7 +126,7 @@ class Listing:
 
 
 def find_root(root: str | None, *, name: str | None = None) -> Path:
-    """The folder that holds the splits.
+    """Return the folder that holds the splits.
 
     Args:
         root: a folder or a tar; None for the folder that QADTR_BREVITAS_DATA names.
@@ -148,7 +148,7 @@ def find_root(root: str | None, *, name: str | None = None) -> Path:
 
 
 def list_images(root: Path, split: str, *, holdout: int | None = None) -> Listing:
-    """Lists the images of one split.
+    """List the images of one split.
 
     Args:
         root: holds the folders of the splits; or only one of them, or the class folders themselves.
@@ -216,7 +216,7 @@ def _list_folder(folder: Path) -> Listing:
 
 
 def _inside(unpacked: Path) -> Path:
-    """A tar usually holds one folder that holds everything."""
+    """Return the one folder that holds everything in an unpacked tar, or the top."""
     entries = list(unpacked.iterdir())
     return entries[0] if _split_folder(unpacked) is None and len(entries) == 1 and entries[0].is_dir() else unpacked
 

@@ -65,7 +65,7 @@ class Split:
         return height, width
 
     def batch(self, indices: Tensor, *, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-        """The chosen images as float32 (n, 3, H, W) in [0, 1], with labels int64 (n,), on `device`.
+        """Return the chosen images as float32 (n, 3, H, W) in [0, 1], with labels int64 (n,), on `device`.
 
         Args:
             indices: int64 (n,), on the CPU.
@@ -75,7 +75,7 @@ class Split:
         return images.float().div_(255), self.labels[indices].to(device, non_blocking=True)
 
     def subset(self, indices: Tensor) -> Split:
-        """The chosen images only; `classes` stays whole, so labels keep their meaning."""
+        """Return the chosen images only; `classes` stays whole, so labels keep their meaning."""
         return replace(self, images=self.images[indices], labels=self.labels[indices])
 
     def balanced(self, count: int, *, seed: int) -> Split:
@@ -109,7 +109,7 @@ def numbered(count: int) -> tuple[str, ...]:
 
 
 def differing_class(expected: Sequence[str], given: Sequence[str]) -> int | None:
-    """The first of as many classes that goes by another name; None if none does, or one side has only numbers."""
+    """Return the first class that goes by another name; None if none does, or one side has only numbers."""
     if numbered(len(expected)) in (tuple(expected), tuple(given)):
         return None
     return next((label for label, (a, b) in enumerate(zip(expected, given, strict=True)) if a != b), None)
@@ -130,7 +130,7 @@ def balanced_indices(labels: Tensor, count: int, *, seed: int) -> Tensor:
 
 
 def _drawn(labels: Tensor, count: int, seed: int) -> Tensor:
-    """Takes one random image of every class, then a second, and so on, until there are enough."""
+    """Take one random image of every class, then a second, and so on, until there are enough."""
     shuffled = torch.randperm(len(labels), generator=generator(seed, "balanced"))
     by_class = shuffled[labels[shuffled].argsort(stable=True)]
     sizes = labels.bincount()
@@ -141,7 +141,7 @@ def _drawn(labels: Tensor, count: int, seed: int) -> Tensor:
 
 
 def epoch_order(count: int, *, seed: int, epoch: int) -> Tensor:
-    """A random permutation of 0..count-1, int64, the same whenever seed and epoch are."""
+    """Return a random permutation of 0..count-1, int64, the same whenever seed and epoch are."""
     return torch.randperm(count, generator=generator(seed, "order", epoch))
 
 

@@ -100,7 +100,7 @@ class CellStore:
 
     @classmethod
     def open(cls, output: Path, others: Iterable[Path] = ()) -> CellStore:
-        """The cells of an output folder, and those found in other output folders or `cells` folders.
+        """Return the cells of an output folder, and those found in other output folders or `cells` folders.
 
         Raises:
             UsageError: one of the others holds no cells.
@@ -116,7 +116,7 @@ class CellStore:
         return next((found for content in self._contents(key) if (found := _tensor(content, images)) is not None), None)
 
     def write(self, key: CellKey, predictions: Tensor) -> None:
-        """Keeps the (images,) predicted classes of a cell.
+        """Keep the (images,) predicted classes of a cell.
 
         Raises:
             CheckpointError: the cell cannot be written.
@@ -134,7 +134,7 @@ class CellStore:
         return found
 
     def write_chunk(self, key: ChunkKey | CertifyKey, predictions: Mapping[str, Tensor]) -> None:
-        """Keeps the classes of a chunk, by the names of victims or outcomes.
+        """Keep the classes of a chunk, by the names of victims or outcomes.
 
         Raises:
             CheckpointError: the cell cannot be written.
@@ -142,7 +142,7 @@ class CellStore:
         self._save(key, {victim: classes.tolist() for victim, classes in predictions.items()})
 
     def _contents(self, key: _Key) -> Iterable[Any]:
-        """What the folders hold for a key; a damaged cell costs its time again, not the evaluation."""
+        """Return what the folders hold for a key; a damaged cell costs its time again, not the evaluation."""
         for folder in (self.folder, *self.others):
             path = folder / _file_name(key)
             if not path.exists():

@@ -64,20 +64,20 @@ class CertifyJob:
         )
 
     def loaded_models(self) -> Sequence[LoadedModel]:
-        """The model."""
+        """Return the model."""
         return [self.victim.loaded]
 
     def is_done(self, store: CellStore) -> bool:
-        """True where the store has the outcomes."""
+        """Return True where the store has the outcomes."""
         return self.read(store) is not None
 
     def read(self, store: CellStore) -> Certified | None:
-        """The outcomes, where they are in the store."""
+        """Return the outcomes, where they are in the store."""
         found = store.read_chunk(self.key)
         return Certified(found["defended"], found["proved"]) if {"defended", "proved"} <= found.keys() else None
 
     def compute(self, store: CellStore, device: torch.device) -> None:
-        """Looks at the images under all masks and keeps the outcomes."""
+        """Look at the images under all masks and keep the outcomes."""
         images, _ = self.inputs.split.batch(torch.tensor(self.chunk), device=device)
         # The color that is zero after normalization tells a network least.
         fill = torch.tensor(self.victim.loaded.info.mean).view(-1, 1, 1)

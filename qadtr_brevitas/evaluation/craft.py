@@ -161,7 +161,7 @@ class _PatchMaker:
         return Crafted(path, kind, source, target, share, kept=False)
 
     def _model(self, source: InferenceMode, target: int | None) -> Model:
-        """Return what the attack sees; without gradients, when textures are compared, a random one draws alike each time."""
+        """Return what the attack sees; a random one draws alike each time that textures are compared."""
         stream = (self.setup.seed, "craft draws", str(source), _aim(target))
         searched = logits_at(self.loaded.model, source, draws=generator(*stream))
         if not source.is_random:

@@ -60,7 +60,7 @@ class LoadedModel:
         return cls(name=name, model=model, fingerprint=fingerprint_model(model, known), info=known)
 
     def check_data(self, split: Split, *, data: str) -> None:
-        """Checks that images are of the size, and their classes those, that the model was made for.
+        """Check that images are of the size, and their classes those, that the model was made for.
 
         Raises:
             DataError: they are not.
@@ -126,7 +126,7 @@ class NamedPatch:
 
 
 def load_subjects(paths: Sequence[Path], *, device: torch.device | str = "cpu") -> list[LoadedModel]:
-    """Loads model or run directories, each named by its folder.
+    """Load model or run directories, each named by its folder.
 
     Raises:
         UsageError: the same folder is given twice.
@@ -136,7 +136,7 @@ def load_subjects(paths: Sequence[Path], *, device: torch.device | str = "cpu") 
 
 
 def load_patches(places: Sequence[Path]) -> list[NamedPatch]:
-    """Loads patch files and all patches of folders, each named by its file.
+    """Load patch files and all patches of folders, each named by its file.
 
     Raises:
         UsageError: a place does not exist, or a folder holds no patches.
@@ -148,7 +148,7 @@ def load_patches(places: Sequence[Path]) -> list[NamedPatch]:
 
 
 def unique_names(paths: Sequence[Path]) -> list[str]:
-    """The shortest ends of paths that tell them apart; `last` and `best` keep the name of their run.
+    """Return the shortest ends of paths that tell them apart; `last` and `best` keep the name of their run.
 
     Raises:
         UsageError: the same path twice.

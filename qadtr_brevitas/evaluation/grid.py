@@ -132,7 +132,7 @@ class Grid:
         return tuple(found)
 
     def precisions_of(self, loaded: LoadedModel) -> tuple[InferenceMode, ...]:
-        """The precisions, and several together, that a model is scored at."""
+        """Return the precisions, and several together, that a model is scored at."""
         wanted = allowed_precisions(loaded.model) if self.precisions is None else self.precisions
         found = tuple(dict.fromkeys(map(parse_mode, wanted)))
         for mode in found:
@@ -140,11 +140,11 @@ class Grid:
         return found
 
     def patches_on(self, victim: Victim) -> list[NamedPatch]:
-        """The patches that are put before a victim."""
+        """Return the patches that are put before a victim."""
         return [c for c in self.patch_entries if c.control or self._is_wanted(c.facts.source, victim)]
 
     def jobs(self) -> list[Job]:
-        """The cells of the evaluation, in an order that depends on nothing but its arguments."""
+        """Return the cells of the evaluation, in an order that depends on nothing but its arguments."""
         patched = [PatchJob(self.inputs, v, c) for v in self.victims for c in (None, *self.patches_on(v))]
         attacked = [
             ChunkJob(self.inputs, attack, victims, chunk)
@@ -155,25 +155,25 @@ class Grid:
         return [*patched, *attacked, *certified]
 
     def certify_jobs(self, victim: Victim, certification: Certification) -> list[CertifyJob]:
-        """The cells of one certification of one victim."""
+        """Return the cells of one certification of one victim."""
         images = len(self.split)
         portions = (range(start, min(start + PORTION, images)) for start in range(0, images, PORTION))
         return [CertifyJob(self.inputs, victim, certification, portion) for portion in portions]
 
     def chunks(self) -> Iterator[range]:
-        """The test images in the portions that per-image attacks take them in."""
+        """Return the test images in the portions that per-image attacks take them in."""
         images, size = len(self.split), self.batch_size
         return (range(start, min(start + size, images)) for start in range(0, images, size))
 
     def targets_of(self, patch_entry: NamedPatch) -> list[int | None]:
-        """What a patch is scored for; a control is scored for the aims of all patches of its geometry."""
+        """Return what a patch is scored for; a control is scored for the aims of all patches of its geometry."""
         if not patch_entry.control:
             return [patch_entry.facts.target]
         alike = [patch.facts.target for patch in self.patches if patch.facts.geometry == patch_entry.facts.geometry]
         return list(dict.fromkeys(alike))
 
     def _sources(self, loaded: LoadedModel) -> list[InferenceMode]:
-        """The precisions, and several together, that attacks on a model are made at."""
+        """Return the precisions, and several together, that attacks on a model are made at."""
         allowed = allowed_precisions(loaded.model)
         if loaded in self.loaded_models:
             scored = self.precisions_of(loaded)
@@ -221,7 +221,7 @@ class Grid:
 
 
 def threat(source: SourceFacts | None, victim: Victim) -> Threat:
-    """What an attack made on a source knows of a victim; controls are not asked about."""
+    """Return what an attack made on a source knows of a victim; controls are not asked about."""
     if source is None or source.fingerprint != victim.loaded.fingerprint:
         return "transfer"
     if not parse_mode(source.precision).is_single:
@@ -230,7 +230,7 @@ def threat(source: SourceFacts | None, victim: Victim) -> Threat:
 
 
 def controls(patches: Sequence[NamedPatch], *, seed: int) -> list[NamedPatch]:
-    """A patch of uniform noise, on the 8-bit grid, for each size, shape and place among the patches."""
+    """Return a patch of uniform noise, on the 8-bit grid, for each size, shape and place among the patches."""
     found: dict[str, NamedPatch] = {}
     for patch_entry in patches:
         patch, geometry = patch_entry.patch, patch_entry.facts.geometry

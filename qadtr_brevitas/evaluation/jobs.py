@@ -37,7 +37,7 @@ class Victim:
         return f"{self.loaded.fingerprint}@{self.precision}"
 
     def logits(self, seed: int, *keys: int | str) -> Callable[[Tensor], Tensor]:
-        """The model as it answers; random precisions depend on the seed and on what the forwards are for."""
+        """Return the model as it answers; random precisions depend on the seed and on what the forwards are for."""
         draws = generator(seed, "inference", *keys) if self.precision.is_random else None
         return logits_at(self.loaded.model, self.precision, draws=draws)
 
@@ -66,19 +66,19 @@ class Job(Protocol):
     """One cell."""
 
     def __str__(self) -> str:
-        """What it is, for progress."""
+        """Return what it is, for progress."""
         ...
 
     def loaded_models(self) -> Sequence[LoadedModel]:
-        """The models it needs."""
+        """Return the models it needs."""
         ...
 
     def is_done(self, store: CellStore) -> bool:
-        """True where the store has the cell."""
+        """Return True where the store has the cell."""
         ...
 
     def compute(self, store: CellStore, device: torch.device) -> None:
-        """Computes the cell and keeps it; its models are frozen, in eval mode and on the device."""
+        """Compute the cell and keep it; its models are frozen, in eval mode and on the device."""
         ...
 
 
@@ -102,11 +102,11 @@ class PatchJob:
         return CellKey(*where, self.patch_entry.facts.fingerprint, self.inputs.seed)
 
     def loaded_models(self) -> Sequence[LoadedModel]:
-        """The model attacked."""
+        """Return the model attacked."""
         return [self.victim.loaded]
 
     def is_done(self, store: CellStore) -> bool:
-        """True where the store has the predictions."""
+        """Return True where the store has the predictions."""
         return store.read(self.key, images=len(self.inputs.split)) is not None
 
     def compute(self, store: CellStore, device: torch.device) -> None:
@@ -149,15 +149,15 @@ class ChunkJob:
         )
 
     def loaded_models(self) -> Sequence[LoadedModel]:
-        """The model the attack is made on, and the models attacked."""
+        """Return the model the attack is made on, and the models attacked."""
         return [self.attack.loaded, *(victim.loaded for victim in self.victims)]
 
     def is_done(self, store: CellStore) -> bool:
-        """True where the store has the predictions of every victim."""
+        """Return True where the store has the predictions of every victim."""
         return {victim.name for victim in self.victims} <= store.read_chunk(self.key).keys()
 
     def compute(self, store: CellStore, device: torch.device) -> None:
-        """Makes the images, predicts and keeps, beside the predictions of victims that are there already."""
+        """Make the images, predict and keep the outcome, beside the predictions of victims that are there already."""
         images, labels = self.inputs.split.batch(torch.tensor(self.chunk), device=device)
         adversarial = self.attack.images(images, labels, seed=self.inputs.seed, chunk=self.chunk)
         predictions: dict[str, Tensor] = {}
@@ -173,7 +173,7 @@ class ChunkJob:
 def compute(
     jobs: Sequence[Job], store: CellStore, *, device: torch.device | str = "cpu", progress: Progress | None = None
 ) -> None:
-    """Computes the jobs that are not done yet, one after the other.
+    """Compute the jobs that are not done yet, one after the other.
 
     Args:
         jobs: what to do; their models are moved to the device and put in eval mode.

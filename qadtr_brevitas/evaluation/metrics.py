@@ -93,7 +93,7 @@ def accuracy(predictions: Tensor, labels: Tensor) -> Proportion:
 
 
 def wilson(count: int, n: int) -> tuple[float, float]:
-    """The 95 % Wilson score interval of `count` of `n`; (0, 1), i.e. nothing known, for n = 0."""
+    """Return the 95 % Wilson score interval of `count` of `n`; (0, 1), i.e. nothing known, for n = 0."""
     from scipy.stats import binomtest
 
     if n == 0:

@@ -138,7 +138,7 @@ class _PredictionReader:
         )
 
     def certified(self, victim: Victim) -> Iterator[CertifiedCell]:
-        """What is proved of the victim's predictions."""
+        """Return what is proved of the victim's predictions."""
         for certification in self.grid.certifications:
             found = [job.read(self.store) for job in self.grid.certify_jobs(victim, certification)]
             whole = [outcome for outcome in found if outcome is not None]

@@ -37,7 +37,7 @@ class Shard:
 
     @classmethod
     def parse(cls, text: str) -> Shard:
-        """Reads 2/3.
+        """Read 2/3.
 
         Raises:
             UsageError: anything else.
@@ -63,12 +63,12 @@ def missing_by_share(jobs: Sequence[Job], store: CellStore, of: int) -> dict[Sha
 
 
 def process_share(environment: Mapping[str, str] = os.environ) -> Shard:
-    """The share of this process under torchrun; everything where there is no other process."""
+    """Return the share of this process under torchrun; everything where there is no other process."""
     return Shard(int(environment.get("RANK", "0")) + 1, int(environment.get("WORLD_SIZE", "1")))
 
 
 def local_device(name: str, environment: Mapping[str, str] = os.environ) -> str:
-    """The device of this process: under torchrun each has a GPU of its own, as far as there are enough."""
+    """Return the device of this process: under torchrun each has a GPU of its own, as far as there are enough."""
     gpus = torch.cuda.device_count()
     if name not in ("auto", "cuda") or gpus == 0 or "LOCAL_RANK" not in environment:
         return name
@@ -77,7 +77,7 @@ def local_device(name: str, environment: Mapping[str, str] = os.environ) -> str:
 
 @contextmanager
 def together(share: Shard) -> Generator[None]:
-    """A block that no process of torchrun leaves before all have come to its end; nothing where there is only one."""
+    """Let no process of torchrun leave the block before all have come to its end."""
     if share.of == 1:
         yield
         return

@@ -67,7 +67,7 @@ def _shifted(patch: Patch, shift: int, image_size: tuple[int, int], *, name: str
 
 
 def _rotated(patch: Patch, degrees: float, image_size: tuple[int, int]) -> Patch:
-    """Turned about its middle, and moved into the image where its corners would stick out."""
+    """Return a patch turned about its middle, and moved into the image where its corners would stick out."""
     texture, mask = rotate_patch(patch.texture, patch.mask, degrees)
     place = patch.place
     if place != "random":

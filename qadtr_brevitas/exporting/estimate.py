@@ -56,7 +56,7 @@ class Estimate:
 
 
 def compiler_python(compiler: Compiler) -> Path:
-    """The Python of a compiler's environment.
+    """Return the Python of a compiler's environment.
 
     Raises:
         UsageError: it is not there.

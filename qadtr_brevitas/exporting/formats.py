@@ -66,7 +66,7 @@ def check_bits(precision: Precision, form: Format) -> None:
 
 
 def blockers(model: nn.Module, form: Format) -> list[str]:
-    """What is in the way, in words; nothing where the format can hold the network.
+    """Return what is in the way, in words; nothing where the format can hold the network.
 
     Args:
         model: a switchable model, at the precision to export.

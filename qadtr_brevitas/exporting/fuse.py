@@ -28,7 +28,7 @@ class _Layer:
 
 
 def fuse(model: Any) -> int:
-    """Merges BatchNorms and rounds biases wherever that is exact, in place.
+    """Merge BatchNorms and round biases wherever that is exact, in place.
 
     Args:
         model: a qonnx ModelWrapper of what Brevitas's QCDQ export wrote.
@@ -42,7 +42,7 @@ def fuse(model: Any) -> int:
 
 
 def _remove_unread(model: Any) -> None:
-    """Removes the nodes that made the former weights, last first."""
+    """Remove the nodes that made the former weights, last first."""
     wanted = {output.name for output in model.graph.output}
     for node in reversed(list(model.graph.node)):
         if wanted.isdisjoint(node.output):
@@ -95,7 +95,7 @@ def _read(model: Any, conv: Any) -> _Layer | None:
 
 
 def _levels_behind(model: Any, name: str) -> Any:
-    """The node that gives a tensor its levels: a max pool only passes them on."""
+    """Return the node that gives a tensor its levels: a max pool only passes them on."""
     producer = model.find_producer(name)
     while producer is not None and producer.op_type == "MaxPool":
         producer = model.find_producer(producer.input[0])
@@ -103,7 +103,7 @@ def _levels_behind(model: Any, name: str) -> Any:
 
 
 def _merge(model: Any, layer: _Layer, norm: Any) -> bool:
-    """Takes a BatchNorm into a layer; False where a level would have no counterpart of the other sign."""
+    """Take a BatchNorm into a layer; False where a level would have no counterpart of the other sign."""
     gamma, beta, mean, var = (_constant(model, name).astype(np.float64) for name in norm.input[1:5])
     factor = gamma / np.sqrt(var + attribute(norm, "epsilon", 1e-5))
     if (layer.weights[factor < 0] == _INT8.min).any():
@@ -128,7 +128,7 @@ def _use_bytes(layer: _Layer) -> None:
 
 
 def _constant(model: Any, name: str) -> Any:
-    """The value of a tensor that is fixed, also where it goes by another name; None for others."""
+    """Return the value of a tensor that is fixed, also where it goes by another name; None for others."""
     producer = model.find_producer(name)
     while producer is not None and producer.op_type == "Identity":
         name = producer.input[0]
@@ -139,7 +139,7 @@ def _constant(model: Any, name: str) -> Any:
 
 
 def _dequantized(model: Any, ints: Any, steps: Any) -> str:
-    """The name of the product of integers (out, ...) and steps (out,)."""
+    """Return the name of the product of integers (out, ...) and steps (out,)."""
     onnx = library("onnx")
     names = [f"fused_{len(model.graph.initializer)}_{part}" for part in ("levels", "steps", "zero", "values")]
     arrays = (ints, steps.astype(np.float32), np.zeros(len(steps), ints.dtype))

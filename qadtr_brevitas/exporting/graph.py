@@ -26,18 +26,18 @@ _INSIDE = ("input_quant", "weight_quant", "act_quant", "product_quant", "activat
 
 
 def attribute(node: Any, name: str, default: Any = None) -> Any:
-    """The value of a node's attribute."""
+    """Return the value of a node's attribute."""
     found = next((a for a in node.attribute if a.name == name), None)
     return default if found is None else library("onnx").helper.get_attribute_value(found)
 
 
 def nodes_of(model: Any, *kinds: str) -> list[Any]:
-    """The nodes of some kinds, in order."""
+    """Return the nodes of some kinds, in order."""
     return [node for node in model.graph.node if node.op_type in kinds]
 
 
 def constant(model: Any, name: str) -> Any:
-    """The value of a tensor that is the same for every image, quantized or not; None for others."""
+    """Return the value of a tensor that is the same for every image, quantized or not; None for others."""
     value = model.get_initializer(name)
     producer = model.find_producer(name)
     if value is None and producer is not None and producer.op_type == "Quant":
@@ -46,17 +46,17 @@ def constant(model: Any, name: str) -> Any:
 
 
 def scale_of(model: Any, quant: Any) -> Any:
-    """The steps of a Quant node."""
+    """Return the steps of a Quant node."""
     return np.asarray(model.get_initializer(quant.input[1]), dtype=np.float64)
 
 
 def bits_of(model: Any, quant: Any) -> int:
-    """The bit-width of a Quant node."""
+    """Return the bit-width of a Quant node."""
     return int(model.get_initializer(quant.input[3]))
 
 
 def layer_of(node: Any) -> str:
-    """The name of the network's module that a node was traced in, such as layer1.0.conv1.
+    """Return the name of the network's module that a node was traced in, such as layer1.0.conv1.
 
     PyTorch writes the names of a module and of all around it, each in full where it stands in a Sequential:
     /net/layer1/layer1.0/conv1/Conv.

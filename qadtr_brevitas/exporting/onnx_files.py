@@ -73,7 +73,7 @@ def _save(model: Any, path: Path) -> None:
 
 
 def _write_qcdq(frozen: nn.Module, image: Tensor, path: Path) -> None:
-    """Standard ONNX: QuantizeLinear, Clip and DequantizeLinear."""
+    """Write standard ONNX: QuantizeLinear, Clip and DequantizeLinear."""
     onnx = library("onnx")
     with _exporting():
         library("brevitas.export").export_onnx_qcdq(frozen, args=image, export_path=str(path), **_tracing())
@@ -83,7 +83,7 @@ def _write_qcdq(frozen: nn.Module, image: Tensor, path: Path) -> None:
 
 
 def _write_fused(frozen: nn.Module, image: Tensor, path: Path) -> None:
-    """The same, as onnxruntime computes it in integers."""
+    """Write standard ONNX as onnxruntime computes it in integers."""
     _write_qcdq(frozen, image, path)
     model = library("qonnx.core.modelwrapper").ModelWrapper(str(path))
     fuse(model)
@@ -153,7 +153,7 @@ def load_qonnx(path: Path) -> Classifier:
 
 
 def _one_by_one(run: Callable[[Any], Any]) -> Classifier:
-    """A file that was traced on one image takes one image at a time."""
+    """Return a classifier that gives a file one image at a time, as it was traced."""
 
     def classify(images: Tensor) -> Tensor:
         arrays = (image.numpy() for image in images.cpu().split(1))

@@ -31,7 +31,7 @@ def rewrite(model: Any, adapt_input: Callable[[Any], None]) -> None:
 
 
 def _split_pools(model: Any) -> None:
-    """Gives each reader of a max pool one of its own: FINN cannot turn one with several readers around."""
+    """Give each reader of a max pool one of its own: FINN cannot turn one with several readers around."""
     for pool in nodes_of(model, "MaxPool"):
         for reader in model.find_consumers(pool.output[0])[1:]:
             shape = model.get_tensor_shape(pool.output[0])
@@ -69,7 +69,7 @@ def _replace_average_pools(model: Any) -> None:
 def _average(
     model: Any, pool: Any, output: str, *, kernel: Sequence[int], strides: Sequence[int], pads: Sequence[int]
 ) -> None:
-    """A depthwise convolution with 2-bit weights of one level in the place of a pool."""
+    """Put a depthwise convolution with 2-bit weights of one level in the place of a pool."""
     channels = model.get_tensor_shape(pool.input[0])[1]
     step = 1 / math.prod(kernel)
     weight = new_tensor(model, [channels, 1, *kernel], np.full([channels, 1, *kernel], step))
@@ -139,7 +139,7 @@ def reconnect(node: Any, old: str, new: str) -> None:
 
 
 def _order(model: Any) -> Callable[[Any], int]:
-    """A key by which each node comes after all that it reads."""
+    """Return a key by which each node comes after all that it reads."""
     producers = {output: node for node in model.graph.node for output in node.output}
     ranks: dict[str, int] = {}
 

@@ -25,7 +25,7 @@ _SHOWN = 4
 
 
 def problems(model: Any, *, power_of_two: bool) -> list[str]:
-    """What is in the way, each kind once, with the layers that it concerns.
+    """Return what is in the way, each kind once, with the layers that it concerns.
 
     Args:
         model: a qonnx ModelWrapper with all shapes and the names that PyTorch gave.
@@ -119,7 +119,7 @@ def _facts(model: Any, quant: Any) -> tuple[float, ...]:
 
 
 def _quant_behind(model: Any, name: str) -> Any:
-    """The Quant node whose values a tensor holds; a pool's result is a multiple of them, as good for a product."""
+    """Return the Quant node whose values a tensor holds; a pool's result is a multiple of them."""
     producer = model.find_producer(name)
     while producer is not None and producer.op_type in (*_PASSING, *_POOLS):
         producer = model.find_producer(producer.input[0])

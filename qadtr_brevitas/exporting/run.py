@@ -85,7 +85,7 @@ def export(
     command: str = "",
     progress: Progress | None = None,
 ) -> ExportReport:
-    """Writes a folder with the model file and export-report.json, or nothing.
+    """Write a folder with the model file and export-report.json, or nothing.
 
     Args:
         loaded: the model, on the CPU.
@@ -161,7 +161,7 @@ def _check(loaded: LoadedModel, precision: Precision, form: Format, *, with_esti
 
 
 def _image(loaded: LoadedModel, split: Split | None) -> Tensor:
-    """The first image, (1, C, H, W), or noise of whole bytes where there are none."""
+    """Return the first image, (1, C, H, W), or noise of whole bytes where there are none."""
     if split is not None:
         return split.batch(torch.arange(1))[0]
     shape = (1, len(loaded.info.mean), *loaded.info.image_size)

@@ -15,7 +15,7 @@ from qadtr_brevitas.quant.products import exclude_products
 
 
 def replace_shortcuts(frozen: nn.Module, image: Tensor) -> None:
-    """Replaces every PaddedShortcut by a 1x1 convolution of stride 2 with weights 0 and 1, in place; it is exact.
+    """Replace every PaddedShortcut by a 1x1 convolution of stride 2 with weights 0 and 1, in place; it is exact.
 
     Args:
         frozen: a frozen model.

@@ -43,7 +43,7 @@ class Ties:
 
 
 def count_ties(frozen: nn.Module, split: Split) -> Ties:
-    """Counts ties on images, and compares both ways to round them.
+    """Count ties on images, and compare both ways to round them.
 
     Args:
         frozen: a frozen model of Brevitas's stock quantizers; left untouched.
@@ -97,7 +97,7 @@ class _UpRounding(nn.Module):
 
 
 def _count_in(frozen: nn.Module) -> Iterator[_UpRounding]:
-    """Replaces the rounding of activations in place."""
+    """Replace the rounding of activations in place."""
     for module in frozen.modules():
         if isinstance(module, FusedActivationQuantProxy):
             quant: Any = module.tensor_quant

@@ -73,7 +73,7 @@ def compare(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Agreement:
-    """Runs both on the same images, without a patch and with each.
+    """Run both on the same images, without a patch and with each.
 
     Args:
         network: the frozen model.

@@ -27,7 +27,7 @@ class CifarClassifier(nn.Module):
     num_features: int
 
     def add_head(self, num_features: int, num_classes: int) -> None:
-        """Adds pooling and classifier, and initializes every convolution for ReLU (He et al. 2015).
+        """Add pooling and classifier, and initialize every convolution for ReLU (He et al. 2015).
 
         Args:
             num_features: channels of the last feature map.
@@ -41,24 +41,24 @@ class CifarClassifier(nn.Module):
                 nn.init.kaiming_normal_(module.weight)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Maps normalized images (N, 3, H, W) to the last feature map (N, num_features, h, w)."""
+        """Map normalized images (N, 3, H, W) to the last feature map (N, num_features, h, w)."""
         raise NotImplementedError
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Maps the last feature map to logits (N, num_classes), or to the pooled features (N, num_features)."""
+        """Map the last feature map to logits (N, num_classes), or to the pooled features (N, num_features)."""
         x = self.avgpool(x).flatten(1)
         return x if pre_logits else self.linear(x)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps normalized images (N, 3, H, W) to logits (N, num_classes)."""
+        """Map normalized images (N, 3, H, W) to logits (N, num_classes)."""
         return self.forward_head(self.forward_features(x))
 
     def get_classifier(self) -> nn.Module:
-        """The last layer."""
+        """Return the last layer."""
         return self.linear
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replaces the last layer by a new one, in place.
+        """Replace the last layer by a new one, in place.
 
         Args:
             num_classes: outputs of the new layer; 0 for none.
@@ -74,7 +74,7 @@ class CifarClassifier(nn.Module):
 
 
 def cifar_cfg(first_conv: str) -> dict[str, Any]:
-    """Timm's default_cfg of a CIFAR network; mean and std are those of the published weights.
+    """Return timm's default_cfg of a CIFAR network; mean and std are those of the published weights.
 
     Y. Idelbayev's CIFAR-10 weights were trained with the ImageNet mean and std, not with CIFAR's own.
     """
@@ -106,7 +106,7 @@ class PaddedShortcut(nn.Module):
         self.padding = added_channels // 2
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps (N, C, H, W) to (N, C + added_channels, ceil(H / 2), ceil(W / 2))."""
+        """Map (N, C, H, W) to (N, C + added_channels, ceil(H / 2), ceil(W / 2))."""
         return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.padding, self.padding))
 
 
@@ -140,7 +140,7 @@ class BasicBlock(nn.Module):
         self.act2 = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps (N, in_channels, H, W) to (N, channels, H, W), or half of H and W where the channels change."""
+        """Map (N, in_channels, H, W) to (N, channels, H, W), or half of H and W where the channels change."""
         out = self.act1(self.bn1(self.conv1(x)))
         out = self.bn2(self.conv2(out))
         return self.act2(out + self.shortcut(x))
@@ -174,7 +174,7 @@ class CifarResNet(CifarClassifier):
         self.add_head(third, num_classes)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Maps normalized images (N, in_chans, H, W) to features (N, 64, H / 4, W / 4)."""
+        """Map normalized images (N, in_chans, H, W) to features (N, 64, H / 4, W / 4)."""
         x = self.act1(self.bn1(self.conv1(x)))
         return self.layer3(self.layer2(self.layer1(x)))
 
@@ -201,7 +201,7 @@ class CifarVgg(CifarClassifier):
         layers: list[nn.Module] = []
         for repeats, channels in zip(convolutions, VGG_CHANNELS, strict=True):
             for _ in range(repeats):
-                # No bias: the BatchNorm that follows would take it out again.
+                # Without a bias, because the BatchNorm that follows would cancel it.
                 conv = nn.Conv2d(in_chans, channels, kernel_size=3, padding=1, bias=False)
                 layers += [conv, nn.BatchNorm2d(channels), nn.ReLU()]
                 in_chans = channels
@@ -210,7 +210,7 @@ class CifarVgg(CifarClassifier):
         self.add_head(in_chans, num_classes)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Maps normalized images (N, in_chans, H, W) to features (N, 512, H / 32, W / 32)."""
+        """Map normalized images (N, in_chans, H, W) to features (N, 512, H / 32, W / 32)."""
         return self.features(x)
 
 
@@ -229,7 +229,7 @@ def _create_resnet(variant: str, pretrained: bool, depth: int, shortcut: Shortcu
 
 @register_model
 def cifar_resnet8(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
-    """ResNet-8 with option-A shortcuts, 0.08 M parameters: a third of ResNet-20's time, for trying things."""
+    """ResNet-8 with option-A shortcuts, 0.08 M parameters: a third of ResNet-20's time, for experiments."""
     return _create_resnet("cifar_resnet8", pretrained, 8, "A", **kwargs)
 
 

@@ -1,4 +1,4 @@
-"""Float networks by name, timm's and torchvision's, with errors that say what to type next."""
+"""Float networks by name: of timm, of torchvision, or of a function in any Python package."""
 
 from collections.abc import Mapping
 from difflib import get_close_matches
@@ -21,18 +21,20 @@ from qadtr_brevitas.models.torchvision_models import (
 def create_float_model(
     name: str, *, num_classes: int, pretrained: bool = False, args: Mapping[str, Any] | None = None
 ) -> nn.Module:
-    """Makes a float network with `timm.create_model`, to which the name goes untouched, or torchvision's builder.
+    """Make a float network by its name.
 
     Args:
-        name: any timm name: `cifar_resnet20`, `resnet50.a1_in1k`, `hf-hub:owner/name`, `local-dir:/path`; or one of
-            torchvision's that timm lacks, as `alexnet`; or `package.module:function`, which makes a network.
-        num_classes: outputs.
-        pretrained: load the weights that timm or torchvision knows for the name.
-        args: further arguments of `timm.create_model` or the builder.
+        name: a name that is passed to `timm.create_model` as it is (`cifar_resnet20`, `resnet50.a1_in1k`,
+            `hf-hub:owner/name`, `local-dir:/path`); a network of torchvision that timm lacks, such as `alexnet`; or
+            `package.module:function`, a function or class that returns a network. Its module is imported, which runs
+            its code.
+        num_classes: number of outputs.
+        pretrained: whether to load the weights that timm or torchvision publishes under the name.
+        args: further keyword arguments of `timm.create_model`, of torchvision's builder or of the function.
 
     Raises:
-        UsageError: the name is unknown (the nearest ones are offered), what makes the network refuses an argument, or
-            published weights are asked for where there are none.
+        UsageError: the name is unknown (the nearest ones are offered), an argument is not accepted, or a function has
+            no published weights.
         CheckpointError: weights or configuration cannot be fetched.
     """
     check_model_name(name)
@@ -49,11 +51,11 @@ def create_float_model(
             f"cannot fetch {name}: {error}; check the path or the network, or give a file as model.checkpoint"
         ) from error
     except (RuntimeError, TypeError, ValueError) as error:
-        raise _refused(name, error) from error
+        raise _creation_error(name, error) from error
 
 
 def model_names(pattern: str = "*") -> dict[str, str]:
-    """Names that match a shell pattern, each with the library it is of; timm's include those of this package."""
+    """Return the names that match a shell pattern, each with its library; those of this package are among timm's."""
     return {
         **dict.fromkeys(timm.list_models(pattern), "timm"),
         **dict.fromkeys(matching(torchvision_names(), pattern), "torchvision"),
@@ -61,12 +63,12 @@ def model_names(pattern: str = "*") -> dict[str, str]:
 
 
 def is_model_name(name: str) -> bool:
-    """Whether timm or torchvision knows the name, whatever pretrained tag it has."""
+    """Return whether timm or torchvision has a network of this name, with any pretrained tag."""
     return timm.is_model(name.partition(".")[0]) or name in torchvision_names()
 
 
 def check_model_name(name: str) -> None:
-    """Refuses a name that neither timm nor torchvision knows; names with a source (`hf-hub:...`) are left to timm.
+    """Raise if neither timm nor torchvision has the name; names with a colon (`hf-hub:...`) are not checked.
 
     Raises:
         UsageError: the name is unknown.
@@ -84,7 +86,7 @@ def check_model_name(name: str) -> None:
 
 
 def model_config(name: str) -> Mapping[str, Any]:
-    """Timm's `pretrained_cfg` of a name: `input_size`, `crop_pct`, `fixed_input_size` and so on, as far as known.
+    """Return timm's `pretrained_cfg` of a name (`input_size`, `crop_pct`, `fixed_input_size`, ...), as far as known.
 
     Raises:
         UsageError: the name is unknown.
@@ -96,24 +98,25 @@ def model_config(name: str) -> Mapping[str, Any]:
     if is_function_name(name):
         return function_config(name)
     if ":" in name:
-        # What such a name stands for is told by the network alone.
+        # Only the network itself has the configuration of such a name.
         return create_float_model(name, num_classes=2).pretrained_cfg  # pyright: ignore[reportReturnType]
     try:
         config = timm.get_pretrained_cfg(name)
     except RuntimeError as error:
-        raise _refused(name, error) from error
+        raise _creation_error(name, error) from error
     return {} if config is None else config.to_dict()
 
 
 def own_image_size(name: str, args: Mapping[str, Any]) -> tuple[int, float]:
-    """Height in pixels and timm's crop_pct of the images a network is made for.
+    """Return the height in pixels and timm's `crop_pct` of the images that a network is made for.
 
     Args:
-        name: as of `create_float_model`.
+        name: as in `create_float_model`.
         args: further arguments, which may set another size.
 
     Raises:
-        UsageError, CheckpointError: as `model_config`.
+        UsageError: the name is unknown, or the network of a function does not record its image size.
+        CheckpointError: as in `model_config`.
     """
     config = model_config(name)
     size = next((args[key] for key in ("img_size", "image_size", "input_size") if key in args), None)
@@ -127,20 +130,20 @@ def own_image_size(name: str, args: Mapping[str, Any]) -> tuple[int, float]:
 
 
 def fixed_size_args(name: str, image_size: tuple[int, int]) -> dict[str, Any]:
-    """The argument that tells a network made for one image size (most transformers) about another one.
+    """Return the argument that sets the image size of a network with a fixed one (most transformers), or none.
 
     Args:
-        name: as of `create_float_model`.
+        name: as in `create_float_model`.
         image_size: height and width in pixels.
 
     Raises:
-        UsageError, CheckpointError: as `model_config`.
+        UsageError, CheckpointError: as in `model_config`.
     """
     if name in torchvision_names():
         return torchvision_size_args(name, image_size)
     return {"img_size": image_size} if model_config(name).get("fixed_input_size") else {}
 
 
-def _refused(name: str, error: Exception) -> UsageError:
+def _creation_error(name: str, error: Exception) -> UsageError:
     library = "torchvision" if name in torchvision_names() else "timm"
     return UsageError(f"{library} cannot make the model {name!r} ({error}): check model.name and model.args")

@@ -15,36 +15,28 @@ from torch import nn
 from qadtr_brevitas.core.errors import UsageError, suggest
 
 _NAME = re.compile(r"([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)")
-# Schemes of timm that look like names of packages.
-_SCHEMES = ("timm", "hf_hub")
+# Schemes of timm that are Python identifiers too; `hf-hub` and `local-dir` are none.
+_TIMM_SCHEMES = ("timm", "hf_hub")
 
 
 def is_function_name(name: str) -> bool:
-    """Return whether a name has the form "package.module:function", and is no name with a scheme of timm's."""
+    """Return whether a name has the form "package.module:function" and does not begin with a scheme of timm."""
     match = _NAME.fullmatch(name)
-    return match is not None and match[1] not in _SCHEMES
+    return match is not None and match[1] not in _TIMM_SCHEMES
 
 
 def find_function(name: str) -> Callable[..., Any]:
-    """Import and return the function or class that a name "package.module:function" stands for.
+    """Import the module of a name "package.module:function" and return the function or class.
 
-    The module is looked up in the current folder and then on `sys.path`. Importing it runs its code.
+    The module is looked up among the installed packages, then in the current folder. Importing it runs its code.
 
     Raises:
-        UsageError: the module cannot be imported, or has no such function (the nearest name is offered).
+        UsageError: the module cannot be imported, or it has no such function (the nearest name is offered).
     """
     match = _NAME.fullmatch(name)
     assert match is not None
     module, path = match.groups()
-    if (here := os.getcwd()) not in sys.path:
-        sys.path.insert(0, here)
-    try:
-        found: Any = import_module(module)
-    except ImportError as error:
-        raise UsageError(
-            f"model {name!r}: module {module!r} cannot be imported ({error}); it is looked for in {here} and among the "
-            "installed packages"
-        ) from error
+    found = _import(name, module)
     for part in path.split("."):
         if not hasattr(found, part):
             public = [other for other, value in vars(found).items() if callable(value) and not other.startswith("_")]
@@ -60,18 +52,18 @@ def create_from_function(name: str, *, num_classes: int | None, args: Mapping[st
 
     Args:
         name: the name.
-        num_classes: outputs, passed on to a function that takes `num_classes`; None to leave that to the function.
+        num_classes: outputs, passed to a function that takes `num_classes`; None to leave that to the function.
         args: further keyword arguments of the function.
 
     Raises:
-        UsageError: the function cannot be found, refuses its arguments, or returns no `torch.nn.Module`.
+        UsageError: the function cannot be found, does not take the arguments, or returns no `torch.nn.Module`.
     """
     function = find_function(name)
-    given = dict(args or {})
+    arguments = dict(args or {})
     if num_classes is not None and _takes(function, "num_classes"):
-        given.setdefault("num_classes", num_classes)
+        arguments.setdefault("num_classes", num_classes)
     try:
-        made = function(**given)
+        made = function(**arguments)
     except TypeError as error:
         raise UsageError(f"model {name!r} cannot be made: {error}; check model.args") from error
     if not isinstance(made, nn.Module):
@@ -80,12 +72,28 @@ def create_from_function(name: str, *, num_classes: int | None, args: Mapping[st
 
 
 def function_config(name: str) -> Mapping[str, Any]:
-    """Return the `pretrained_cfg` of a function's network or of the function itself, empty if neither has one."""
+    """Return the `pretrained_cfg` of a function, or else of the network that it makes; empty if neither has one."""
     function = find_function(name)
     config = getattr(function, "pretrained_cfg", None)
     if config is None:
         config = getattr(create_from_function(name, num_classes=None), "pretrained_cfg", None)
     return config or {}
+
+
+def _import(name: str, module: str) -> Any:
+    here = os.getcwd()
+    # Last, so that a file of the current folder never replaces a module of another package.
+    if here not in sys.path:
+        sys.path.append(here)
+    try:
+        return import_module(module)
+    # The code of a module may raise anything.
+    except Exception as error:
+        reason = str(error) if isinstance(error, ImportError) else f"{type(error).__name__}: {error}"
+        raise UsageError(
+            f"model {name!r}: module {module!r} cannot be imported ({reason}); it is looked for among the installed "
+            f"packages and in {here}"
+        ) from error
 
 
 def _takes(function: Callable[..., Any], keyword: str) -> bool:

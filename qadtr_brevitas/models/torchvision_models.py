@@ -1,4 +1,4 @@
-"""Torchvision's classification networks that timm lacks, AlexNet and GoogLeNet among them, made to look like timm's."""
+"""The classification networks of torchvision that timm lacks, such as AlexNet, with the attributes of timm networks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models import WeightsEnum, get_model, get_model_weights, list_models
 
-# GoogLeNet undoes the normalization of the images as its published weights want it; its training-time heads stay off.
+# The published weights of GoogLeNet need `transform_input`; the heads that only training uses are left out.
 _SETTINGS: dict[str, dict[str, Any]] = {
     "googlenet": {"aux_logits": False, "transform_input": True, "init_weights": True}
 }
@@ -19,19 +19,19 @@ _SETTINGS: dict[str, dict[str, Any]] = {
 
 @cache
 def torchvision_names() -> tuple[str, ...]:
-    """Names of torchvision's classification networks that timm has no network of."""
+    """Return the names of torchvision's classification networks that timm lacks, sorted."""
     return tuple(sorted(set(list_models(module=torchvision.models)) - set(timm.list_models())))
 
 
 def create_torchvision_model(
     name: str, *, num_classes: int, pretrained: bool = False, args: Mapping[str, Any] | None = None
 ) -> nn.Module:
-    """Makes a float network of torchvision, with the attribute `pretrained_cfg` that timm's have.
+    """Make a float network of torchvision, with the attribute `pretrained_cfg` of timm networks.
 
     Args:
         name: one of `torchvision_names()`.
         num_classes: outputs.
-        pretrained: load torchvision's default weights; those of the last layer only where the classes are as many.
+        pretrained: load torchvision's default weights; the last layer only if it has as many classes.
         args: further arguments of the builder.
 
     Raises:
@@ -50,7 +50,7 @@ def create_torchvision_model(
 
 
 def torchvision_config(name: str) -> dict[str, Any]:
-    """What timm's `pretrained_cfg` says of a network: classes and preprocessing of the default weights."""
+    """Return a `pretrained_cfg` as timm has: classes and preprocessing of the default weights."""
     weights = _weights(name)
     transform = weights.transforms()
     size, resized = transform.crop_size[0], transform.resize_size[0]
@@ -67,7 +67,7 @@ def torchvision_config(name: str) -> dict[str, Any]:
 
 
 def torchvision_size_args(name: str, image_size: tuple[int, int]) -> dict[str, Any]:
-    """The argument that tells a network made for one image size about another one; none for the others."""
+    """Return the argument that sets the image size of a network with a fixed one, or none."""
     argument = _size_argument(name)
     if argument is None:
         return {}
@@ -83,13 +83,13 @@ def _weights(name: str) -> WeightsEnum:
 
 
 def _ends(net: nn.Module) -> tuple[str, str]:
-    """Names of the first convolution and of the last layer that has weights."""
+    """Return the names of the first convolution and of the last layer that has weights."""
     layers = {name: type(module) for name, module in net.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)}
     return next(name for name, kind in layers.items() if kind is nn.Conv2d), list(layers)[-1]
 
 
 def _load_published(net: nn.Module, name: str, *, without: str | None) -> None:
-    """Loads the weights of all layers but one, and none of heads that only training uses."""
+    """Load the published weights, without those of one layer and of the heads that only training uses."""
     published: Mapping[str, Tensor] = _weights(name).get_state_dict(progress=False, check_hash=True, weights_only=True)
     left_out = ("aux1.", "aux2.") if without is None else ("aux1.", "aux2.", f"{without}.")
     weights = {key: value for key, value in published.items() if not key.startswith(left_out)}

@@ -1,4 +1,4 @@
-"""Float weights from files of any origin. Nothing is ever unpickled that could run code."""
+"""Read float weights from files of any origin. Pickled objects that could run code are never loaded."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PREFIXES = ("module.", "_orig_mod.")
 
 
 def find_weights(path: str | Path) -> Path:
-    """The file of that path; a relative one is also looked for in the folder QADTR_BREVITAS_DATA names.
+    """Return the file of a path; a relative path is also looked up in the folder that QADTR_BREVITAS_DATA names.
 
     Raises:
         CheckpointError: there is no such file.
@@ -40,10 +40,10 @@ def find_weights(path: str | Path) -> Path:
 
 
 def load_weights(path: str | Path) -> dict[str, Tensor]:
-    """Reads float weights from .safetensors, or from what torch.save wrote (.pth, .pt, .th, .bin).
+    """Read float weights from .safetensors, or from a file of torch.save (.pth, .pt, .th, .bin).
 
-    A state dict inside `state_dict` or `model` is taken out, and the prefixes that DataParallel and torch.compile add
-    to names are removed.
+    A state dict is also found under the keys `state_dict` and `model`. The prefixes that DataParallel and torch.compile
+    add to names are removed.
 
     Returns:
         Tensors on the CPU by parameter name.
@@ -63,13 +63,13 @@ def load_weights(path: str | Path) -> dict[str, Tensor]:
 
 
 def load_into(model: nn.Module, weights: Mapping[str, Tensor], *, source: str, name: str) -> None:
-    """Copies weights into a float model, in place; every parameter must be there and fit.
+    """Copy weights into a float model, in place; every parameter must be there and have the right shape.
 
     Args:
         model: the float model.
         weights: by parameter name; BatchNorm's counters of batches may be missing.
-        source: what the weights came from, for the error.
-        name: of the model, for the error.
+        source: where the weights are from, for the error.
+        name: name of the model, for the error.
 
     Raises:
         CheckpointError: the weights are those of another network, or for another number of classes.

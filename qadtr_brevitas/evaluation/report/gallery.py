@@ -62,7 +62,7 @@ def draw_pictures(
 def _own_patches(
     report: EvaluationReport, loaded: LoadedModel, patches: Sequence[NamedPatch]
 ) -> dict[Precision, NamedPatch]:
-    """The first white-box patch at each precision, all of one family and, if possible, one target."""
+    """Return the first white-box patch at each precision, all of one family and, if possible, one target."""
     own: dict[Precision, NamedPatch] = {}
     by_name = {patch_entry.name: patch_entry for patch_entry in patches}
     for cell in report.cells:

@@ -25,12 +25,12 @@ def blocks(found: Iterable[tuple[str, Rows]]) -> tuple[tuple[str, ...] | None, .
 
 
 def bits(precision: str) -> str:
-    """A precision as the title of a column."""
+    """Return a precision as the title of a column."""
     return f"{precision} bit" if precision.isdigit() else precision
 
 
 def percent(share: Mean | Rate | None) -> str:
-    """A share in percent."""
+    """Return a share in percent."""
     return EMPTY if share is None or share.value is None else f"{100 * share.value:.1f}"
 
 
@@ -40,12 +40,12 @@ def percent_range(bounds: tuple[float, float]) -> str:
 
 
 def interval(mean: Mean | None) -> str:
-    """The 95 % interval of a mean, in percent."""
+    """Return the 95 % interval of a mean, in percent."""
     return percent_range(mean.interval) if mean else EMPTY
 
 
 def sizes(mean: Mean | None) -> str:
-    """The denominators of a mean."""
+    """Return the denominators of a mean."""
     if mean is None:
         return EMPTY
     return str(mean.n[0]) if mean.n[0] == mean.n[1] else f"{mean.n[0]} to {mean.n[1]}"

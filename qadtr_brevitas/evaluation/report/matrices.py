@@ -135,7 +135,7 @@ def _variant_table(report: EvaluationReport, model: ModelFacts, family: str, lab
 
 
 def _view_blocks(views: dict[str, View], origins: dict[str, str]) -> list[tuple[str, Rows]]:
-    """A row for each view, in blocks by where the patches were made."""
+    """Return rows of the views, in blocks by where the patches were made."""
     report = next(iter(views.values())).report
     columns = attacked_precisions(report)
 

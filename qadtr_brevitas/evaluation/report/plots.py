@@ -30,7 +30,7 @@ _DPI = 150
 
 
 def new_figure(*, width: float, height: float) -> Figure:
-    """An empty figure, in inches."""
+    """Return an empty figure, in inches."""
     require("matplotlib", extra="report", purpose="drawing")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -42,7 +42,7 @@ def new_figure(*, width: float, height: float) -> Figure:
 
 
 def save_figure(figure: Figure, path: Path) -> Path:
-    """Writes a PNG.
+    """Write a PNG.
 
     Raises:
         CheckpointError: it cannot be written.
@@ -216,7 +216,7 @@ def draw_sheet(sheet: ImageGrid, path: Path) -> Path:
 
 
 def _frame(axes: Axes) -> None:
-    """A thin frame, without which light pictures have no edge."""
+    """Return a thin frame, without which light pictures have no edge."""
     axes.set_axis_on()
     axes.set_xticks([])
     axes.set_yticks([])

@@ -39,7 +39,7 @@ class Rate(Document):
 
     @classmethod
     def of(cls, share: Proportion) -> Rate:
-        """The rate that a counted share stands for."""
+        """Return the rate that a counted share stands for."""
         low, high = share.interval
         return cls(count=share.count, n=share.n, value=share.value, low=low, high=high)
 
@@ -199,7 +199,7 @@ class AttackCell(Document):
     def of(
         cls, score: Score, *, model: str, precision: str, attack: str, target: int | None, threat: Threat
     ) -> AttackCell:
-        """The cell of a score."""
+        """Return the cell of a score."""
         rates = {name: Rate.of(getattr(score, name)) for name in Score.__dataclass_fields__}
         return cls(model=model, precision=precision, attack=attack, target=target, threat=threat, **rates)
 
@@ -255,7 +255,7 @@ class EvaluationReport(Document):
     certified: tuple[CertifiedCell, ...] = ()
 
     def patch(self, name: str) -> PatchFacts:
-        """The patch of that name."""
+        """Return the patch of that name."""
         return next(patch for patch in self.patches if patch.name == name)
 
     def attack_facts(self) -> dict[str, PatchFacts | ImageAttackFacts]:
@@ -264,7 +264,7 @@ class EvaluationReport(Document):
 
 
 def read_report(path: Path) -> EvaluationReport:
-    """Reads `report.json`, given the file or the folder that holds it.
+    """Read `report.json`, given the file or the folder that holds it.
 
     Raises:
         CheckpointError: no such file, or not a report this version can read.

@@ -29,7 +29,7 @@ WORST_NOTE = (
 
 
 def summary_tables(report: EvaluationReport) -> list[Table]:
-    """What compares models: what attacks do at each precision, and what all of them together leave."""
+    """Return what compares models: what attacks do at each precision, and what all of them together leave."""
     found = [summary_table(report, family) for family in families(report)]
     found += [worst_case_table(report)] if report.worst_case else []
     return [*found, certified_table(report)] if report.certified else found
@@ -90,7 +90,7 @@ def worst_case_table(report: EvaluationReport) -> Table:
 
 
 def certified_table(report: EvaluationReport) -> Table:
-    """What is proved at each precision, beside what the defense costs."""
+    """Return the table of what is proved at each precision, beside what the defense costs."""
     notes = (
         f"In percent of n = {report.data.images} test images.",
         "Certified: images whose prediction under double masking (PatchCleanser, Xiang et al. 2022) is right whatever "
@@ -212,7 +212,7 @@ def tables(report: EvaluationReport) -> list[Table]:
 
 
 def terminal_tables(report: EvaluationReport) -> list[Table]:
-    """The tables worth a screen: all of one model under one or two kinds of attack, else what compares."""
+    """Return the tables worth a screen: all of one model under one or two kinds of attack, else what compares."""
     count = len(families(report))
     return _comparison(report) if count > 2 or (count and len(report.models) > 1) else tables(report)
 

@@ -109,13 +109,13 @@ class View:
 
 
 def families(report: EvaluationReport) -> list[str]:
-    """The kinds of patches, then of attacks, that tables average over, in the order of the report."""
+    """Return the kinds of patches, then of attacks, that tables average over, in the order of the report."""
     patches = [patch.family for patch in report.patches if not patch.control and not patch.variant]
     return list(dict.fromkeys([*patches, *(attack.family for attack in report.attacks)]))
 
 
 def family_members(report: EvaluationReport, family: str) -> list[_Facts]:
-    """The patches as they were made, and the attacks, of a family."""
+    """Return the patches as they were made, and the attacks, of a family."""
     return [
         facts
         for facts in report.attack_facts().values()
@@ -131,7 +131,7 @@ def sources(report: EvaluationReport, family: str) -> dict[str, str]:
 
 
 def source_precisions(report: EvaluationReport, family: str, fingerprint: str) -> list[str]:
-    """The precisions, and means over them, that a family was made at on a model; from many bits to few."""
+    """Return the precisions, and means over them, that a family was made at on a model; from many bits to few."""
     found = [facts.source for facts in family_members(report, family) if facts.source]
     return sorted_modes({source.precision for source in found if source.fingerprint == fingerprint})
 
@@ -161,7 +161,7 @@ _SAID_OTHERWISE = ("target",)
 
 
 def disambiguate_patches(patches: Sequence[PatchFacts]) -> tuple[PatchFacts, ...]:
-    """The patches, those of one attack and size each with the settings in which they differ, but for the target.
+    """Return the patches, those of one attack and size each with the settings in which they differ, but for the target.
 
     A mean of patches from pictures and from noise, say, would be a figure of neither. Random patches and moved ones
     stay as they are: they go with the patches they are compared with or made of.
@@ -186,5 +186,5 @@ def disambiguate_patches(patches: Sequence[PatchFacts]) -> tuple[PatchFacts, ...
 
 
 def _text(value: Any) -> str:
-    """The same for a list and a tuple of the same values, which are the same setting."""
+    """Return the same for a list and a tuple of the same values, which are the same setting."""
     return json.dumps(value, sort_keys=True)

@@ -25,7 +25,7 @@ _RESOURCES = ("LUT", "BRAM_18K", "URAM", "DSP")
 
 
 def main() -> None:
-    """Reads the arguments, builds in a folder of its own, and writes the result."""
+    """Read the arguments, build in a folder of its own, and write the result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("folder", type=Path)
     parser.add_argument("result", type=Path)
@@ -77,7 +77,7 @@ def _build(folder: Path, scratch: Path, *, execute: bool) -> dict[str, Any]:
 
 
 def _difference(model: Any) -> float:
-    """The largest difference of an output from the expected one."""
+    """Return the largest difference of an output from the expected one."""
     numpy, executor = import_module("numpy"), import_module("qonnx.core.onnx_exec")
     images, expected = numpy.load("input.npy"), numpy.load("expected_output.npy")
     given, wanted = model.graph.input[0].name, model.graph.output[0].name

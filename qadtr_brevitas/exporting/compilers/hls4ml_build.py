@@ -17,7 +17,7 @@ from typing import Any
 
 
 def main() -> None:
-    """Reads the arguments, converts, compiles, and compares with expected_output.npy."""
+    """Read the arguments, convert, compile, and compare with expected_output.npy."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("folder", type=Path, nargs="?", default=Path(__file__).parent)
     parser.add_argument("result", type=Path, nargs="?")
