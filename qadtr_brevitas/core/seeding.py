@@ -19,7 +19,7 @@ def derive_seed(seed: int, *keys: int | str) -> int:
 
 
 def generator(seed: int, *keys: int | str, device: torch.device | str = "cpu") -> torch.Generator:
-    """Return a torch generator for one purpose, as `generator(seed, "gir", step)`; add the rank if ranks must differ."""
+    """Return a torch generator for one purpose: `generator(seed, "gir", step)`; add the rank if ranks must differ."""
     import torch
 
     return torch.Generator(device=device).manual_seed(derive_seed(seed, *keys))

@@ -1,4 +1,4 @@
-"""A network at one precision more than it was trained for: by calibration, without touching what it has."""
+"""Add a precision to a trained model by calibration alone; nothing changes at the precisions that it has."""
 
 from __future__ import annotations
 
@@ -22,47 +22,47 @@ _FLOAT = Precision(FLOAT_BITS, FLOAT_BITS)
 
 
 def add_precision(source: Path, target: Path, precision: Precision, images: Split, *, seed: int) -> None:
-    """Writes a model directory like another, with one more precision; at the others it computes what that one does.
+    """Write a copy of a model directory with one more precision; at the others it computes the same.
 
-    The thresholds of the new precision are calibrated and its norm statistics measured on the images, with the weights
-    as they are. What it shows is how a network does at a bit-width it was never trained at.
+    The thresholds of the new precision are calibrated, and its norm statistics are measured, on the images; the weights
+    do not change. This measures how a network performs at a bit-width that it was never trained at.
 
     Args:
         source: a model or run directory.
         target: the model directory to write.
-        precision: the one to add; 32 bit, which calibration looks at, is added with it.
-        images: training images to look at.
-        seed: decides their order, and which of them ranges are calibrated on where there are many.
+        precision: the precision to add; 32 bit, which calibration needs, is added with it.
+        images: training images for calibration.
+        seed: seed of their order, and of the choice of images for ranges if there are many.
 
     Raises:
-        CheckpointError: no model is there, or the new one cannot be written.
-        DataError: too few images to calibrate on.
+        CheckpointError: there is no model, or the new one cannot be written.
+        DataError: there are too few images for calibration.
     """
     model, info = load_model(source)
     trained = allowed_precisions(model)
     if precision in trained:
         save_model(target, model, info)
         return
-    wider = _converted(info, tuple(dict.fromkeys((_FLOAT, *trained, precision))))
+    extended = _convert_again(info, tuple(dict.fromkeys((_FLOAT, *trained, precision))))
     own = model.state_dict()
-    wider.load_state_dict(own, strict=False)
+    extended.load_state_dict(own, strict=False)
     section = CalibrationSection()
-    # In random order: norm statistics measured on batches sorted by class are wrong.
+    # In random order, because norm statistics of batches sorted by class are wrong.
     images = images.subset(torch.randperm(len(images), generator=generator(seed, "widen")))
     batches = CalibrationBatches(images, torch.device("cpu"))
     if _FLOAT not in trained:
-        # Training at other precisions left the statistics of 32 bit where they were.
-        recalibrate_norms(wider, batches, precisions=[_FLOAT])
-    floats = {name: value.clone() for name, value in wider.state_dict().items()}
-    calibrate_on(wider, images, section, seed=seed)
-    # Calibration sets every precision anew: those that were trained get back what they had.
-    wider.load_state_dict({name: floats[name] for name in own}, strict=False)
-    recalibrate_norms(wider, batches, precisions=[precision])
-    save_model(target, wider, replace(info, source=f"{info.source}, calibrated at {precision} bit".lstrip(", ")))
+        # Training at other precisions never updated the statistics of 32 bit.
+        recalibrate_norms(extended, batches, precisions=[_FLOAT])
+    floats = {name: value.clone() for name, value in extended.state_dict().items()}
+    calibrate_on(extended, images, section, seed=seed)
+    # Calibration overwrites every precision, so those that were trained are restored.
+    extended.load_state_dict({name: floats[name] for name in own}, strict=False)
+    recalibrate_norms(extended, batches, precisions=[precision])
+    save_model(target, extended, replace(info, source=f"{info.source}, calibrated at {precision} bit".lstrip(", ")))
 
 
-def _converted(info: ModelInfo, precisions: tuple[Precision, ...]) -> SwitchableModel:
+def _convert_again(info: ModelInfo, precisions: tuple[Precision, ...]) -> SwitchableModel:
     net = create_float_model(info.name, num_classes=info.num_classes, args=info.args)
     settings: dict[str, Any] = {**info.quant, "precisions": precisions}
-    wider = convert(net, mean=info.mean, std=info.std, image_size=info.image_size, in_place=True, **settings)
-    return wider.eval()
+    extended = convert(net, mean=info.mean, std=info.std, image_size=info.image_size, in_place=True, **settings)
+    return extended.eval()

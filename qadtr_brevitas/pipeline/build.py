@@ -1,4 +1,4 @@
-"""From recipe sections to objects: data, float model, switchable model."""
+"""Build data, float network and switchable model from the sections of a recipe."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ class Splits(NamedTuple):
 
 
 def fit_data(recipe: Recipe) -> Recipe:
-    """The recipe, with the image size and crop of its model where the data set has images of different sizes.
+    """Return the recipe with the image size and crop of its model, if the images of the data set differ in size.
 
     Raises:
         DataError: the data are missing or damaged, or the images of the model are not square.
-        UsageError, CheckpointError: as `build_model`.
+        UsageError, CheckpointError: as in `build_model`.
     """
     dataset, section = recipe.data.dataset, recipe.model
     if not dataset.needs_size():
@@ -62,14 +62,14 @@ def build_split(
     limit: int | None = None,
     progress: Progress | None = None,
 ) -> Split:
-    """Loads one split, limited as the section says; images that are left out are not read.
+    """Load one split with the limits of the section; images beyond a limit are not read.
 
     Args:
-        section: what to load.
-        split: which one.
-        seed: decides which images a limit leaves.
-        limit: at most so many images, if the section allows as many.
-        progress: is told (images done, images in all).
+        section: the data set and its limits.
+        split: the split to load.
+        seed: seed of the choice of images under a limit.
+        limit: another limit, beside those of the section.
+        progress: called with the images done and the images in all.
 
     Raises:
         DataError: the data are missing or damaged.
@@ -80,7 +80,7 @@ def build_split(
 
 
 def build_splits(section: DataSection, *, seed: int, progress: Progress | None = None) -> Splits:
-    """Loads the data, and holds out `val_share` of the training images.
+    """Load the data, and hold out `val_share` of the training images.
 
     Raises:
         DataError: the data are missing or damaged, or no training image is left.
@@ -92,17 +92,17 @@ def build_splits(section: DataSection, *, seed: int, progress: Progress | None =
     held_out = max(1, round(section.val_share * len(train)))
     if held_out >= len(train):
         raise DataError(
-            f"data.val_share={section.val_share:g} leaves none of the {len(train)} training images: give a smaller one"
+            f"data.val_share={section.val_share:g} leaves none of the {len(train)} training images: give less"
         )
     val, train = train.divide(held_out, seed=seed)
     return Splits(train, val, test)
 
 
 def no_images(section: ModelSection) -> Split:
-    """An empty split with the image size and the number of classes that a network is made for.
+    """Return an empty split with the image size and the number of classes that a network is made for.
 
     Raises:
-        UsageError, CheckpointError: as `build_model`.
+        UsageError, CheckpointError: as in `build_model`.
     """
     size, _ = own_image_size(section.name, section.args)
     labels = torch.empty(0, dtype=torch.int64)
@@ -111,17 +111,17 @@ def no_images(section: ModelSection) -> Split:
 
 
 def build_model(section: ModelSection, *, num_classes: int, image_size: tuple[int, int]) -> nn.Module:
-    """Makes the float network, with weights if the section names any.
+    """Make the float network, with weights if the section names any.
 
     Args:
-        section: what to make.
-        num_classes: outputs.
+        section: name, arguments and weights of the network.
+        num_classes: number of outputs.
         image_size: height and width of the images, in pixels.
 
     Raises:
         UsageError: the name or an argument is unknown.
-        DataError: the section makes the network for images of one size, and they have another.
-        CheckpointError: the weights cannot be read, or are those of another network or number of classes.
+        DataError: the arguments set an image size that the images do not have.
+        CheckpointError: the weights cannot be read, or belong to another network or number of classes.
     """
     args = _all_args(section, image_size)
     model = create_float_model(section.name, pretrained=section.pretrained, num_classes=num_classes, args=args)
@@ -132,21 +132,21 @@ def build_model(section: ModelSection, *, num_classes: int, image_size: tuple[in
 
 
 def build_switchable(recipe: Recipe, train: Split, *, only_ranges: bool = False) -> tuple[SwitchableModel, ModelInfo]:
-    """Makes the float network for the images and converts it; it is not yet calibrated.
+    """Make the float network for the images and convert it, without calibration.
 
     Args:
-        recipe: its sections `model`, `data` and `quant` are read.
+        recipe: a recipe, of which the sections `model`, `data` and `quant` are used.
         train: the training images, for their size and classes.
-        only_ranges: the images only serve to choose ranges, so a network that has weights keeps its classes and their
-            names, whatever the classes of the images are.
+        only_ranges: whether the images only serve to choose ranges; a network with weights then keeps its classes and
+            their names, whatever the classes of the images are.
 
     Returns:
         The switchable model, and what it was made of, which is its `info` too.
 
     Raises:
-        DataError: the data have another number of classes than `model.num_classes`, or images of another size than
-            the network can take.
-        UsageError, CheckpointError: as `build_model` and `convert`.
+        DataError: the data have another number of classes than `model.num_classes`, or images of a size that the
+            network does not take.
+        UsageError, CheckpointError: as in `build_model` and `convert`.
     """
     data = recipe.data.model_dump(mode="json")["dataset"]
     if only_ranges:
@@ -177,7 +177,7 @@ def build_switchable(recipe: Recipe, train: Split, *, only_ranges: bool = False)
 
 
 def check_classes(num_classes: int, images: Split) -> None:
-    """Refuses images whose number of classes is not that of the model.
+    """Raise if images have another number of classes than the model.
 
     Raises:
         DataError: the numbers differ.
@@ -190,7 +190,7 @@ def check_classes(num_classes: int, images: Split) -> None:
 
 
 def _checked_classes(model: SwitchableModel, classes: tuple[str, ...], name: str, images: int) -> tuple[str, ...]:
-    """Return the names of the classes, of which a network that takes no number of classes may have others."""
+    """Return the names of the classes; number them if a network without `num_classes` decides how many there are."""
     if model.num_classes == len(classes):
         return classes
     if images == 0:
@@ -202,10 +202,10 @@ def _checked_classes(model: SwitchableModel, classes: tuple[str, ...], name: str
 
 
 def own_classes(section: ModelSection) -> int:
-    """Outputs of the network as its library makes it, and of the weights published for it.
+    """Return the number of outputs that a network has by default, which its published weights have too.
 
     Raises:
-        UsageError, CheckpointError: as `build_model`.
+        UsageError, CheckpointError: as in `build_model`.
     """
     return model_config(section.name).get("num_classes", 1000)
 
@@ -213,7 +213,7 @@ def own_classes(section: ModelSection) -> int:
 def _kept_classes(
     section: ModelSection, images: Split, data: Mapping[str, Any]
 ) -> tuple[tuple[str, ...], Mapping[str, Any] | None]:
-    """The names of a network's own classes, and the data set they are of, if that is known."""
+    """Return the names of a network's own classes, and the data set that they belong to, if that is known."""
     if section.checkpoint is not None and _is_model_dir(section.checkpoint):
         stored = read_info(section.checkpoint)
         if len(stored.classes) != len(images.classes) or differing_class(stored.classes, images.classes) is not None:
@@ -228,7 +228,7 @@ def _is_model_dir(checkpoint: str) -> bool:
 
 
 def _all_args(section: ModelSection, image_size: tuple[int, int]) -> dict[str, Any]:
-    """The arguments of the section, and the image size for a network that has to be told."""
+    """Return the arguments of the section, with the image size for a network that needs it as an argument."""
     size_args = fixed_size_args(section.name, image_size)
     for key, size in size_args.items():
         given = section.args.get(key, size)
@@ -246,19 +246,19 @@ def _as_pair(size: int | Sequence[int]) -> tuple[int, int]:
 
 
 def _pixel_statistics(section: ModelSection, net: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and std of pixels in [0, 1]: those the weights were trained with."""
+    """Return mean and std of pixels in [0, 1], as the weights were trained with."""
     if section.checkpoint is not None and _is_model_dir(section.checkpoint):
         info = read_info(section.checkpoint)
         return info.mean, info.std
     if not getattr(net, "pretrained_cfg", None):
-        # It says nothing of normalization, so it takes pixels as they are.
+        # A network that records no normalization gets pixels as they are.
         return (0.0,) * _CHANNELS, (1.0,) * _CHANNELS
     config = resolve_data_config({}, model=net)
     return tuple(config["mean"]), tuple(config["std"])
 
 
 def _architecture(section: ModelSection, net: nn.Module, image_size: tuple[int, int]) -> tuple[str, dict[str, object]]:
-    """Name and arguments that make the same network again, without the network or folder it came from."""
+    """Return a name and arguments that make the same network again, without access to a hub or to its folder."""
     args = _all_args(section, image_size)
     if ":" not in section.name or is_function_name(section.name):
         return section.name, args

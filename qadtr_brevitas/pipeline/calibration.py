@@ -1,4 +1,4 @@
-"""Quantizer ranges from the images of a data set, as a recipe says."""
+"""Calibrate quantizer ranges on images of a data set, as a recipe describes it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from qadtr_brevitas.quant import SwitchableModel, allowed_precisions, calibrate
 
 DEFAULT_IMAGES, FEWEST_IMAGES = 512, 16
 
-# A batch has at most so many pixels and images: 128 of 32x32, 20 of 224x224.
+# The most pixels and images of a batch: 128 images of 32x32, 20 of 224x224.
 _BATCH_PIXELS, _BATCH_IMAGES = 1 << 20, 128
 
 
@@ -27,17 +27,17 @@ def calibrate_on(
     seed: int,
     progress: Progress | None = None,
 ) -> None:
-    """Sets the quantizer ranges of every precision in place, from some of the images.
+    """Set the quantizer ranges of every precision, in place, from some of the images.
 
     Args:
-        model: a switchable model; one of 32 bit alone has nothing to set.
+        model: a switchable model; with 32 bit as its only precision there is nothing to set.
         images: training images.
-        section: how many of them to look at, and how.
-        seed: decides which.
-        progress: is told (batches done, batches in all) over everything that calibration does.
+        section: how many of them to use, and the method.
+        seed: seed of the choice of images.
+        progress: called with the batches done and the batches in all, over all passes of calibration.
 
     Raises:
-        DataError: as `calibration_count`.
+        DataError: as in `calibration_count`.
     """
     if all(precision.is_float for precision in allowed_precisions(model)):
         return
@@ -53,28 +53,28 @@ def calibrate_on(
 
 
 def calibration_count(section: CalibrationSection, available: int) -> int:
-    """How many of the training images calibration looks at.
+    """Return how many of the training images calibration uses.
 
     Raises:
-        DataError: there are fewer than the section asks for, or too few to tell a range from.
+        DataError: there are fewer than the section sets, or too few to estimate a range.
     """
     if available < FEWEST_IMAGES:
         raise DataError(f"calibration needs at least {FEWEST_IMAGES} training images, there are {available}: add some")
     wanted = min(DEFAULT_IMAGES, available) if section.samples is None else section.samples
     if wanted > available:
         raise DataError(
-            f"calibration is to look at {wanted} training images, there are {available}: "
-            f"set quant.calibration.samples={available} or less"
+            f"quant.calibration.samples is {wanted}, but there are only {available} training images: "
+            f"set it to {available} or less"
         )
     return wanted
 
 
 class CalibrationBatches(Sequence[Tensor]):
-    """Images (n, 3, H, W) in [0, 1], as float only while a batch is looked at.
+    """Batches of images (n, 3, H, W) in [0, 1], converted to float one at a time to save memory.
 
     Args:
-        images: all of them.
-        device: where batches are wanted.
+        images: the images.
+        device: device of the batches.
     """
 
     def __init__(self, images: Split, device: torch.device) -> None:

@@ -1,4 +1,8 @@
-"""Model directories: {model.safetensors, config.json}, everything needed to have a switchable model again."""
+"""Save and load switchable models as model directories, {model.safetensors, config.json}.
+
+The config names what makes the float network. Loading a model whose network is made by a function of a Python package
+("package.module:function") imports that package, which runs its code: load such models from people you trust only.
+"""
 
 from __future__ import annotations
 
@@ -69,18 +73,21 @@ def fingerprint_model_dir(folder: Path, info: ModelInfo) -> str:
 
 
 def _meaning(info: ModelInfo) -> dict[str, object]:
-    """Return how weights are quantized and normalized, which they do not say themselves."""
+    """Return the facts that change what the weights compute: how they are quantized and normalized."""
     return {"name": info.name, "args": info.args, "quant": info.quant, "mean": info.mean, "std": info.std}
 
 
 def load_model(path: str | Path, *, device: torch.device | str = "cpu") -> tuple[SwitchableModel, ModelInfo]:
-    """Reads a model or run directory; the model computes bit for bit what the saved one computed.
+    """Load a model or run directory; the model computes bit for bit what the saved one computed.
+
+    If the config names a function of a Python package as the network, that package is imported, which runs its code.
 
     Returns:
         The switchable model in eval mode on `device`, and what it was made of.
 
     Raises:
-        CheckpointError: there is no model, it is damaged, or a newer version of this package wrote it.
+        CheckpointError: there is no model, it is damaged, a newer version of this package wrote it, or the network that
+            it names cannot be made.
     """
     folder = resolve_model_dir(path)
     info = read_info(folder)
@@ -99,17 +106,18 @@ def load_model(path: str | Path, *, device: torch.device | str = "cpu") -> tuple
 
 
 def read_float_weights(path: str | Path) -> dict[str, Tensor]:
-    """The 32-bit weights of a model or run directory, by their names in the float network; quantizers are left out.
+    """Return the 32-bit weights of a model or run directory by their names in the float network, without quantizers.
 
     Raises:
-        CheckpointError: as `load_model`, or the model was not made for 32 bit.
+        CheckpointError: as in `load_model`, or the model does not have 32 bit among its precisions.
     """
     folder = resolve_model_dir(path)
     info = read_info(folder)
     if not any(precision.is_float for precision in parse_precisions(info.quant["precisions"])):
-        # Its norm statistics at 32 bit are whatever they were before training.
+        # Training never updated its norm statistics at 32 bit.
         raise CheckpointError(
-            f"the model in {folder} has no 32 bit to start from: give one that was made with 32 in quant.precisions"
+            f"the model in {folder} cannot run at 32 bit, so it has no float weights to start from: give one that "
+            "was made with 32 in quant.precisions"
         )
     stored = load_weights(folder / WEIGHTS_FILE)
     names = create_float_model(info.name, num_classes=info.num_classes, args=info.args).state_dict()
@@ -117,7 +125,7 @@ def read_float_weights(path: str | Path) -> dict[str, Tensor]:
 
 
 def read_info(path: str | Path) -> ModelInfo:
-    """What the model of a model or run directory was made of.
+    """Return what the model of a model or run directory was made of.
 
     Raises:
         CheckpointError: there is no model, its config is damaged, or a newer version of this package wrote it.
@@ -125,7 +133,9 @@ def read_info(path: str | Path) -> ModelInfo:
     file = resolve_model_dir(path) / CONFIG_FILE
     config = read_json(file)
     if not isinstance(config, dict) or not isinstance(config.get("format"), int):
-        raise CheckpointError(f"{file} is not the config of a switchable model: give a directory this package wrote")
+        raise CheckpointError(
+            f"{file} is not the config of a switchable model: give a directory that this package wrote"
+        )
     if config["format"] > FORMAT:
         raise CheckpointError(
             f"{file} has format {config['format']}, but this version reads up to {FORMAT}: "

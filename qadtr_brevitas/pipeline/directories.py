@@ -166,4 +166,5 @@ def name_of_model(model: str | Path) -> str:
     """Return the last part of a model's name or path; `last` of a run is called like the run, `best` RUN-best."""
     path = Path(model).resolve() if Path(model).is_dir() else Path(model)
     of_run = {LAST_FOLDER: path.parent.name, BEST_FOLDER: f"{path.parent.name}-{BEST_FOLDER}"}
-    return of_run.get(path.name, path.name)
+    # Of "package.module:function" and "hf-hub:owner/name", the part behind the colon.
+    return of_run.get(path.name, path.name.rpartition(":")[2])
