@@ -16,9 +16,9 @@ from qadtr_brevitas.pipeline.directories import patch_folder
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from qadtr_brevitas.data.split import Split
-    from qadtr_brevitas.evaluation.craft import Crafted
+    from qadtr_brevitas.evaluation.craft import CraftedPatch
 
+# The defaults of evaluation.craft, which loads torch and so cannot be imported for the help.
 _TRAIN_IMAGES = 10_000
 _HELD_OUT = 1_000
 
@@ -84,7 +84,7 @@ def command(
     from qadtr_brevitas.config.slots import slot_name
     from qadtr_brevitas.core.device import resolve_device
     from qadtr_brevitas.core.plugin import plugin_settings
-    from qadtr_brevitas.evaluation.craft import DEFAULT_TARGETS, CraftSetup, craft
+    from qadtr_brevitas.evaluation.craft import DEFAULT_TARGETS, CraftSetup, craft, divide_for_crafting
     from qadtr_brevitas.evaluation.entries import load_subjects
     from qadtr_brevitas.evaluation.unseen import craft_unseen
     from qadtr_brevitas.pipeline.datasets import find_dataset
@@ -96,7 +96,7 @@ def command(
     output = output or default
     where = resolve_device(device)
     loaded = load_subjects([model_dir], device=where)[0]
-    train, judge = _divide(load_split(dataset, "train"), train_images, held_out, seed=seed)
+    train, judge = divide_for_crafting(load_split(dataset, "train"), train=train_images, held_out=held_out, seed=seed)
     aims = _read_targets(targets, train.classes)
     named = {"name": slot_name(dataset), "settings": plugin_settings(dataset)}
     with progress("making patches") as report:
@@ -139,19 +139,6 @@ def _make_attack(name: str, overrides: tuple[str, ...]) -> Any:
     return plugin
 
 
-def _divide(split: Split, train: int | None, held_out: int | None, *, seed: int) -> tuple[Split, Split]:
-    """Images to make and to choose patches on; the defaults shrink for small data sets."""
-    judged = held_out or min(_HELD_OUT, max(1, len(split) // 5))
-    made = train or min(_TRAIN_IMAGES, max(1, len(split) - judged))
-    if made + judged > len(split):
-        raise UsageError(
-            f"{made} training and {judged} held-out images are more than the {len(split)} of the training split: "
-            "give less with --train-images and --held-out"
-        )
-    judge, rest = split.divide(judged, seed=seed)
-    return rest.balanced(made, seed=seed), judge
-
-
 def _read_targets(text: str | None, classes: Sequence[str]) -> list[int | None] | None:
     if text is None:
         return None
@@ -171,7 +158,7 @@ def _read_target(word: str, classes: Sequence[str]) -> int | None:
     raise UsageError(f"there is no target class {word!r}: {rule}")
 
 
-def _print(crafted: Sequence[Crafted], classes: Sequence[str]) -> None:
+def _print(crafted: Sequence[CraftedPatch], classes: Sequence[str]) -> None:
     data = [
         {
             "file": str(patch.path),
@@ -187,7 +174,7 @@ def _print(crafted: Sequence[Crafted], classes: Sequence[str]) -> None:
     emit(data, _table(crafted, classes).rich())
 
 
-def _table(crafted: Sequence[Crafted], classes: Sequence[str]) -> Table:
+def _table(crafted: Sequence[CraftedPatch], classes: Sequence[str]) -> Table:
     from qadtr_brevitas.evaluation.report.layout import EMPTY, bits
 
     sources = list(dict.fromkeys(patch.source for patch in crafted))

@@ -1,8 +1,8 @@
-"""Makes one patch for each precision, or mean over precisions, and target; finished patches are kept."""
+"""Make a patch for each precision and target class; finished patches are kept, so that a call can be repeated."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qadtr_brevitas.attacks.base import Model, TargetedAttack
+from qadtr_brevitas.attacks.base import Model, PatchAttack, TargetedAttack
 from qadtr_brevitas.attacks.patch import Patch
 from qadtr_brevitas.core.device import has_fast_bf16
 from qadtr_brevitas.core.errors import DataError, UsageError
@@ -27,22 +27,20 @@ from qadtr_brevitas.quant import allowed_precisions, folded_norms, frozen_weight
 from qadtr_brevitas.quant.inference import InferenceMode, check_differentiable, logits_at, parse_mode
 
 DEFAULT_TARGETS = 3
-
-
-"""Is told optimizer steps done, all of them, and what is being made."""
+MAX_TRAIN_IMAGES, MAX_HELD_OUT_IMAGES = 10_000, 1_000
 
 
 @dataclass(frozen=True)
-class Crafted:
-    """One finished patch.
+class CraftedPatch:
+    """A finished patch.
 
     Args:
-        path: its file.
-        kind: attack and size.
-        source: the precision it was made at, or several together.
-        target: class it aims at; None for an untargeted one.
-        held_out: its ASR on the held-out images. They chose the patch, so this is a first look and no result.
-        kept: True if it was there already.
+        path: the file.
+        kind: attack and size, which the file name begins with.
+        source: the inference mode that the patch was made on.
+        target: the target class; None for an untargeted patch.
+        held_out: ASR on the held-out images. The patch was chosen on them, so the value is optimistic.
+        kept: whether the file existed before the call.
     """
 
     path: Path
@@ -55,25 +53,25 @@ class Crafted:
 
 @dataclass(frozen=True, kw_only=True)
 class CraftSetup:
-    """What patches are made on and with, whatever the attack.
+    """What patches are made on and with, for any attack.
 
     Args:
         train: images to make patches on.
-        held_out: images to choose and to score them on; none of `train`, and none of the test split.
-        output: folder for the patches.
-        data: name and settings of the data set, kept with each patch.
-        seed: the same seed gives the same patches, bit for bit on the same CPU.
-        batch_size: images in one forward pass of the held-out score.
+        held_out: images to choose and to score patches on; disjoint from `train` and from the test split.
+        output: folder of the patches.
+        data: name and settings of the data set, which are stored with each patch.
+        seed: the same seed makes the same patches, bit for bit on the same CPU.
+        batch_size: images per forward pass when patches are scored.
         device: where to compute.
-        float32: make patches in float32 alone; otherwise at 32 bit in bfloat16, where the CPU is faster at that
-            (`folded_norms`). They are scored in float32 in any case.
-        progress: told after each optimizer step.
+        float32: whether patches are made in float32 only. Otherwise the search at 32 bit runs in bfloat16 if the CPU is
+            faster at that (`folded_norms`). Scores are computed in float32 in any case.
+        progress: called after each optimizer step.
     """
 
     train: Split
     held_out: Split
     output: Path
-    data: dict[str, Any] = field(default_factory=dict)
+    data: Mapping[str, Any] = field(default_factory=dict[str, Any])
     seed: int = 0
     batch_size: int = 256
     device: torch.device | str = "cpu"
@@ -81,45 +79,88 @@ class CraftSetup:
     progress: Progress | None = None
 
 
+def divide_for_crafting(
+    split: Split,
+    *,
+    seed: int,
+    train: int | None = None,
+    held_out: int | None = None,
+    max_train: int = MAX_TRAIN_IMAGES,
+    max_held_out: int = MAX_HELD_OUT_IMAGES,
+) -> tuple[Split, Split]:
+    """Divide training images into those that patches are made on and those that patches are chosen on.
+
+    Both parts are class-balanced random draws. By default a fifth of the images is held out, and the rest is trained
+    on, each up to a limit.
+
+    Args:
+        split: images of the training split.
+        seed: decides which images are drawn.
+        train: number of images to make patches on; None for the default.
+        held_out: number of held-out images; None for the default.
+        max_train: limit of the default of `train`.
+        max_held_out: limit of the default of `held_out`.
+
+    Returns:
+        The images to make patches on, and the held-out images.
+
+    Raises:
+        UsageError: both parts together are larger than the split.
+    """
+    held_out = held_out or min(max_held_out, max(1, len(split) // 5))
+    train = train or min(max_train, max(1, len(split) - held_out))
+    if train + held_out > len(split):
+        raise UsageError(
+            f"{train} training images and {held_out} held-out images are more than the {len(split)} images of the "
+            "training split: choose smaller numbers with --train-images and --held-out"
+        )
+    judge, rest = split.divide(held_out, seed=seed)
+    return rest.balanced(train, seed=seed), judge
+
+
 def craft(
     loaded: LoadedModel,
-    attack: Any,
+    attack: PatchAttack,
     setup: CraftSetup,
     *,
     name: str,
     precisions: Sequence[PrecisionLike | InferenceMode] | None = None,
     targets: Sequence[int | None] | None = None,
-) -> list[Crafted]:
+) -> list[CraftedPatch]:
     """Make the patches of every precision and target that are not in the folder yet.
 
     Args:
-        loaded: the model to attack; moved to the device and put in eval mode.
-        attack: a patch attack plug-in; its `target`, if it has one, is replaced.
+        loaded: the model to attack; it is moved to the device and put in eval mode.
+        attack: a patch attack; its `target`, if it has one, is replaced.
         setup: images, folder, seed and device.
-        name: registered name of the attack, which starts the file names.
-        precisions: precisions to attack, `8+4+2` for the mean of the logits over several, `random(8+4+2)` for one drawn
-            anew for each image of each step; None for each that the model allows.
-        targets: classes to aim at, None among them for an untargeted patch; None for the first three.
+        name: registered name of the attack, which the file names begin with.
+        precisions: the precisions to attack: `8+4+2` for the mean of the logits over several, `random(8+4+2)` for a
+            precision that is drawn for each image of each step; None for all precisions of the model.
+        targets: the target classes, None among them for an untargeted patch; None for the first three classes.
+
+    Returns:
+        All patches, in the order of precisions and then targets.
 
     Raises:
-        UsageError: a precision the model does not allow, a vote, a target that is no class, a patch that does not fit
-            on the images, or a file of the same name that was made otherwise.
-        DataError: the model is for other images or another number of classes, or classifies none correctly.
-        CheckpointError: a patch cannot be written, or one that is there cannot be read.
+        UsageError: a precision that the model does not have, a mode without a gradient, a target that is out of range,
+            a patch that does not fit on the images, or a file of the same name that was made from other inputs.
+        DataError: the images are not of the size or the classes of the model, or the model classifies no held-out
+            image correctly.
+        CheckpointError: a patch cannot be written, or an existing one cannot be read.
     """
     train, held_out, progress = setup.train, setup.held_out, setup.progress
     loaded.check_data(train, data=setup.data.get("name", ""))
     sources = _sources(loaded, precisions)
     aims = _targets(attack, targets, train)
     images = fingerprint_tensors([train.images, train.labels, held_out.images, held_out.labels])
-    work = [(source, _aimed(attack, target), target) for source in sources for target in aims]
+    work = [(source, _with_target(attack, target), target) for source in sources for target in aims]
     maker = _PatchMaker(loaded, name, setup, images)
-    finished: list[Crafted] = []
+    finished: list[CraftedPatch] = []
     loaded.model.to(setup.device).eval()
     with frozen_weights(loaded.model):
-        for number, (source, aimed, target) in enumerate(work):
-            bar = part_of(progress, number, len(work), f"{source} bit, {_aim(target)}")
-            finished.append(maker.make(aimed, source, target, bar))
+        for number, (source, targeted, target) in enumerate(work):
+            part = part_of(progress, number, len(work), f"{source} bit, {_target_label(target)}")
+            finished.append(maker.make(targeted, source, target, part))
             if progress:
                 progress(number + 1, len(work), "")
     return finished
@@ -127,42 +168,66 @@ def craft(
 
 @dataclass(frozen=True)
 class _PatchMaker:
-    """Makes the patches of one call; `images` is the fingerprint of those of the setup."""
+    """Makes the patches of one call.
+
+    Args:
+        loaded: the model to attack, in eval mode and on the device.
+        name: registered name of the attack.
+        setup: images, folder, seed and device.
+        images: fingerprint of the images of the setup.
+    """
 
     loaded: LoadedModel
     name: str
     setup: CraftSetup
     images: str
 
-    def make(self, attack: Any, source: InferenceMode, target: int | None, bar: Progress | None) -> Crafted:
-        """One patch, made or found."""
+    def make(
+        self, attack: PatchAttack, source: InferenceMode, target: int | None, progress: Progress | None
+    ) -> CraftedPatch:
+        """Make and save one patch, or return the one that is in the folder already."""
         height, width = attack.mask(self.setup.train.image_size).shape
         kind = f"{self.name}-{height}x{width}"
-        path = self.setup.output / f"{kind}-{_bits(source)}-{_aim(target)}.safetensors"
-        facts = [self.loaded.fingerprint, self.name, plugin_settings(attack), str(source), self.images, self.setup.seed]
-        made_of = fingerprint_facts([*facts, "float32"] if self.setup.float32 else facts)
+        path = self.setup.output / f"{kind}-{_source_label(source)}-{_target_label(target)}.safetensors"
+        made_of = self._made_of(attack, source)
         if path.exists():
             found = Patch.load(path)
             if found.meta.get("made_of") != made_of:
                 raise UsageError(
-                    f"{path} is there already, made from another model, images, seed or settings: "
-                    "choose another folder with --output, or move it away"
+                    f"{path} already exists and was made from another model, images, seed or settings: choose another "
+                    "folder with --output, or move the file away"
                 )
-            return Crafted(path, kind, source, target, Proportion(*found.meta["held_out"]), kept=True)
+            return CraftedPatch(path, kind, source, target, Proportion(*found.meta["held_out"]), kept=True)
+        patch, is_rounded, share = self._make(attack, source, target, progress)
+        made = {"made_of": made_of, "bf16": is_rounded, "held_out": [share.count, share.n]}
+        patch.with_meta(**self._origin(source), **made).save(path)
+        return CraftedPatch(path, kind, source, target, share, kept=False)
+
+    def _made_of(self, attack: PatchAttack, source: InferenceMode) -> str:
+        """Return the fingerprint of everything the patch depends on."""
+        settings = plugin_settings(attack)
+        facts = [self.loaded.fingerprint, self.name, settings, str(source), self.images, self.setup.seed]
+        return fingerprint_facts([*facts, "float32"] if self.setup.float32 else facts)
+
+    def _make(
+        self, attack: PatchAttack, source: InferenceMode, target: int | None, progress: Progress | None
+    ) -> tuple[Patch, bool, Proportion]:
+        """Return the patch, whether the search rounded to bfloat16, and the ASR on the held-out images."""
         model = self._model(source, target)
-        few = self.setup.train.batch(torch.arange(min(2, len(self.setup.train))))[0].to(self.setup.device)
+        first = self.setup.train.batch(torch.arange(min(2, len(self.setup.train))))[0].to(self.setup.device)
         bf16 = not self.setup.float32 and has_fast_bf16(self.setup.device)
-        with folded_norms(self.loaded.model, few, bf16=bf16) as folding:
-            patch = self._fit(model, attack, source, target, bar)
-        rounded = any(map(folding.rounds, precisions_or_all(self.loaded.model, source.precisions)))
-        share = self._score(model, patch, target)
-        made = {"made_of": made_of, "bf16": rounded, "held_out": [share.count, share.n]}
-        patch.with_meta(**self._source(source), **made).save(path)
-        return Crafted(path, kind, source, target, share, kept=False)
+        with folded_norms(self.loaded.model, first, bf16=bf16) as folding:
+            patch = self._fit(model, attack, source, target, progress)
+        is_rounded = any(map(folding.rounds, precisions_or_all(self.loaded.model, source.precisions)))
+        return patch, is_rounded, self._score(model, patch, target)
 
     def _model(self, source: InferenceMode, target: int | None) -> Model:
-        """Return what the attack sees; a random one draws alike each time that textures are compared."""
-        stream = (self.setup.seed, "craft draws", str(source), _aim(target))
+        """Return the model that the attack searches and scores textures on.
+
+        A random mode draws new precisions in every step of the search. Where textures are compared, which is without
+        gradients, every forward pass draws the same precisions, so that no texture wins by luck.
+        """
+        stream = (self.setup.seed, "craft draws", str(source), _target_label(target))
         searched = logits_at(self.loaded.model, source, draws=generator(*stream))
         if not source.is_random:
             return searched
@@ -174,16 +239,18 @@ class _PatchMaker:
 
         return model
 
-    def _fit(self, model: Model, attack: Any, source: InferenceMode, target: int | None, bar: Progress | None) -> Patch:
+    def _fit(
+        self, model: Model, attack: PatchAttack, source: InferenceMode, target: int | None, progress: Progress | None
+    ) -> Patch:
         device = self.setup.device
         images, labels = (tensor.to(device) for tensor in (self.setup.train.images, self.setup.train.labels))
         judge = self.setup.held_out.images.to(device), self.setup.held_out.labels.to(device)
-        # A stream for each patch: they must not share the luck of one start.
-        seed = derive_seed(self.setup.seed, "craft", str(source), _aim(target))
+        # Each patch has a random stream of its own, or all would depend on the same start.
+        seed = derive_seed(self.setup.seed, "craft", str(source), _target_label(target))
         try:
-            return attack.fit(model, images, labels, held_out=judge, seed=seed, progress=bar)
+            return attack.fit(model, images, labels, held_out=judge, seed=seed, progress=progress)
         except DataError as error:
-            raise DataError(f"{self.name} at {source} bit, {_aim(target)}: {error}") from error
+            raise DataError(f"{self.name} at {source} bit, {_target_label(target)}: {error}") from error
 
     def _score(self, model: Model, patch: Patch, target: int | None) -> Proportion:
         held_out, size, device = self.setup.held_out, self.setup.batch_size, self.setup.device
@@ -191,7 +258,7 @@ class _PatchMaker:
         patched = predict(model, held_out, patch=patch, seed=self.setup.seed, batch_size=size, device=device)
         return score(clean, patched, held_out.labels, target=target).asr
 
-    def _source(self, source: InferenceMode) -> dict[str, Any]:
+    def _origin(self, source: InferenceMode) -> dict[str, Any]:
         return {
             "model": self.loaded.name,
             "fingerprint": self.loaded.fingerprint,
@@ -212,7 +279,7 @@ def _sources(loaded: LoadedModel, precisions: Sequence[PrecisionLike | Inference
     return sources
 
 
-def _targets(attack: Any, targets: Sequence[int | None] | None, split: Split) -> list[int | None]:
+def _targets(attack: PatchAttack, targets: Sequence[int | None] | None, split: Split) -> list[int | None]:
     classes = len(split.classes)
     if not isinstance(attack, TargetedAttack):
         return [None]
@@ -220,17 +287,17 @@ def _targets(attack: Any, targets: Sequence[int | None] | None, split: Split) ->
         return list(range(min(DEFAULT_TARGETS, classes)))
     for target in targets:
         if target is not None and not 0 <= target < classes:
-            raise UsageError(f"target {target} is no class of the data set: give 0 to {classes - 1}")
+            raise UsageError(f"target class {target} is out of range: the data set has classes 0 to {classes - 1}")
     return list(dict.fromkeys(targets))
 
 
-def _aimed(attack: Any, target: int | None) -> Any:
+def _with_target(attack: PatchAttack, target: int | None) -> PatchAttack:
     return attack.with_settings(target=target) if isinstance(attack, TargetedAttack) else attack
 
 
-def _aim(target: int | None) -> str:
+def _target_label(target: int | None) -> str:
     return "untargeted" if target is None else f"target{target}"
 
 
-def _bits(source: InferenceMode) -> str:
+def _source_label(source: InferenceMode) -> str:
     return str(source) + ("bit" if all(precision.is_tied for precision in source.precisions) else "")

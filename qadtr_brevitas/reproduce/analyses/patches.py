@@ -15,13 +15,12 @@ from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.core.files import fingerprint_facts, fingerprint_file, fingerprint_tensors
 from qadtr_brevitas.core.plugin import plugin_settings
 from qadtr_brevitas.data.split import Split
-from qadtr_brevitas.evaluation.craft import CraftSetup, craft
+from qadtr_brevitas.evaluation.craft import CraftSetup, craft, divide_for_crafting
 from qadtr_brevitas.evaluation.entries import LoadedModel, NamedPatch, load_patches, unique_names
 from qadtr_brevitas.evaluation.predict import placements
 from qadtr_brevitas.pipeline.directories import PATCH_FOLDER
 from qadtr_brevitas.reproduce.analyses.base import Analysis, AnalysisContext
 
-_MAX_TRAIN, _MAX_HELD_OUT = 10_000, 1_000
 _KEY_LENGTH = 12
 # These settings are part of the names of patch files.
 _NAMED_SETTINGS = ("size", "target")
@@ -116,7 +115,7 @@ def _craft(
     targets: Sequence[int] | None,
 ) -> list[Path]:
     name = slot_name(attack)
-    held_out, train = _divide(context.data.train(), seed=context.seed)
+    train, held_out = divide_for_crafting(context.data.train(), seed=context.seed)
     setup = CraftSetup(
         train=train,
         held_out=held_out,
@@ -136,9 +135,3 @@ def _key(context: AnalysisContext, loaded: LoadedModel, attack: PatchAttack, *sp
     settings = {name: value for name, value in plugin_settings(attack).items() if name not in _NAMED_SETTINGS}
     images = fingerprint_tensors([tensor for split in splits for tensor in (split.images, split.labels)])
     return fingerprint_facts([loaded.fingerprint, settings, images, context.seed])[:_KEY_LENGTH]
-
-
-def _divide(split: Split, *, seed: int) -> tuple[Split, Split]:
-    """Return held-out images to choose patches on and images to make them on, as many as `attack` uses."""
-    held_out, rest = split.divide(min(_MAX_HELD_OUT, max(1, len(split) // 5)), seed=seed)
-    return held_out, rest.balanced(min(_MAX_TRAIN, len(rest)), seed=seed)

@@ -16,6 +16,7 @@ from qadtr_brevitas.core.files import fingerprint_facts
 from qadtr_brevitas.core.plugin import plugin_settings
 from qadtr_brevitas.data.base import Dataset
 from qadtr_brevitas.data.split import Split
+from qadtr_brevitas.evaluation.craft import divide_for_crafting
 from qadtr_brevitas.evaluation.entries import LoadedModel, load_subjects
 from qadtr_brevitas.pipeline.datasets import recorded_dataset
 from qadtr_brevitas.reproduce.study.sections import Budget
@@ -97,8 +98,9 @@ class StudyResources:
         Of a data set with fewer images, at most a fifth is held out.
         """
         split = self.images(folder, "train", limit=budget.patch_images + budget.held_out, seed=budget.seed)
-        held_out, rest = split.divide(min(budget.held_out, max(1, len(split) // 5)), seed=budget.seed)
-        return rest.balanced(min(budget.patch_images, len(rest)), seed=budget.seed), held_out
+        return divide_for_crafting(
+            split, seed=budget.seed, max_train=budget.patch_images, max_held_out=budget.held_out
+        )
 
     def test_images(self, folder: Path, budget: Budget) -> Split:
         """Return the test images that everything is scored on."""
