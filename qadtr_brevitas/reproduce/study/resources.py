@@ -98,9 +98,7 @@ class StudyResources:
         Of a data set with fewer images, at most a fifth is held out.
         """
         split = self.images(folder, "train", limit=budget.patch_images + budget.held_out, seed=budget.seed)
-        return divide_for_crafting(
-            split, seed=budget.seed, max_train=budget.patch_images, max_held_out=budget.held_out
-        )
+        return divide_for_crafting(split, seed=budget.seed, max_train=budget.patch_images, max_held_out=budget.held_out)
 
     def test_images(self, folder: Path, budget: Budget) -> Split:
         """Return the test images that everything is scored on."""
