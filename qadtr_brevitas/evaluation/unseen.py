@@ -34,7 +34,7 @@ from qadtr_brevitas.core.plugin import plugin_settings
 from qadtr_brevitas.core.precision import MAX_BITS, Precision, PrecisionLike
 from qadtr_brevitas.core.progress import part_of
 from qadtr_brevitas.core.registry import ATTACKS
-from qadtr_brevitas.evaluation.craft import Crafted, CraftSetup, craft
+from qadtr_brevitas.evaluation.craft import CraftedPatch, CraftSetup, craft
 from qadtr_brevitas.evaluation.entries import LoadedModel, load_subjects
 from qadtr_brevitas.pipeline.add_precision import add_precision
 from qadtr_brevitas.quant import allowed_precisions
@@ -144,7 +144,7 @@ def craft_unseen(
     *,
     precisions: Sequence[PrecisionLike | InferenceMode] | None = None,
     targets: Sequence[int | None],
-) -> list[Crafted]:
+) -> list[CraftedPatch]:
     """Make the patches of the protocol that are not in the folder yet, all in one folder for `evaluate --patches`.
 
     The network at a bit-width that was left out of its training is kept beside them, in `left-out-bits/`.
@@ -161,7 +161,7 @@ def craft_unseen(
         DataError: the model is for other images or another number of classes.
         CheckpointError: a file cannot be written, or one that is there cannot be read.
     """
-    made: list[Crafted] = []
+    made: list[CraftedPatch] = []
     kinds = unseen_patches(seen, setup.train.image_size[0])
     for number, kind in enumerate(kinds):
         victim = _at_left_out_bits(loaded, setup) if kind.left_out_bits else loaded

@@ -33,6 +33,7 @@ class Format:
         compiler: the FPGA compiler that it is for, whose files are written beside the model; None for none.
         remedy: what to do where a file computes something else, a sentence.
         note: what users of the file have to know, a sentence.
+        packages: optional packages that writing and loading need.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Format:
     compiler: Compiler | None = None
     remedy: str = ""
     note: str = ""
+    packages: tuple[str, ...] = ("onnx", "qonnx")
 
 
 def find_format(name: str) -> Format:

@@ -24,6 +24,7 @@ from qadtr_brevitas.exporting.build_files import write_build_files
 from qadtr_brevitas.exporting.compiler import BuildTarget
 from qadtr_brevitas.exporting.estimate import Estimate, compiler_python, estimate
 from qadtr_brevitas.exporting.formats import Format, blockers, check_bits
+from qadtr_brevitas.exporting.graph import library
 from qadtr_brevitas.exporting.rewrite import PIXELS
 from qadtr_brevitas.exporting.ties import Ties, check_ties, count_ties
 from qadtr_brevitas.exporting.verify import TOLERANCE, Agreement, check, compare
@@ -151,6 +152,8 @@ def export(
 
 def _check(loaded: LoadedModel, precision: Precision, form: Format, *, with_estimate: bool) -> None:
     check_bits(precision, form)
+    for package in form.packages:
+        library(package)
     if with_estimate:
         if form.compiler is None or not form.compiler.estimates:
             raise UsageError(f"estimates are FINN's, and the format is {form.name}: choose the format of FINN")

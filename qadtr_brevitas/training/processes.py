@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
@@ -38,9 +39,10 @@ def started_processes(train: TrainSection, device: str) -> Generator[Accelerator
     try:
         yield accelerator
     finally:
-        # The caller ends a process group that the caller made.
-        if not joined:
-            accelerator.end_training()
+        # The caller ends a process group that the caller made. One that was made here serves the next run of these
+        # processes, too: a second group would find the addresses of the first in torchrun's store.
+        if not joined and accelerator.num_processes > 1:
+            atexit.register(accelerator.end_training)
 
 
 def _start_processes(train: TrainSection, device: str) -> Accelerator:

@@ -94,7 +94,7 @@ def test_all_is_said_of_all_only(part: float, text: str) -> None:
 
 
 def recipe_of(*arguments: str, model: str = "resnet18", data: str | None = "digits") -> Recipe:
-    """What the command makes of its arguments."""
+    """Return the recipe that the command makes of its arguments."""
     given: list[dict[str, Any]] = []
     words = ["convert", model, *(["--calibrate", data] if data else []), *arguments]
     spy = copy(command)
@@ -181,7 +181,7 @@ def test_photos_of_any_size_are_brought_to_that_of_the_model(
     assert len(dataset.load("test")) == PHOTOS // 3
     small = CliRunner().invoke(cli, [*arguments[:-1], str(tmp_path / "other"), "--samples", "17"])
     assert small.exit_code == 1
-    assert "is to look at 17 training images, there are 16" in small.stderr
+    assert "there are only 16 training images" in small.stderr
 
 
 def test_a_published_network_keeps_its_classes_and_asks_for_data(
@@ -222,7 +222,7 @@ def test_keeps_a_directory_that_is_there(tmp_path: Path) -> None:
         (["--data", "shapes", "--samples", "3"], 2, "quant.calibration.samples: must be at least 16, got 3"),
         (["--data", "shapes", *SMALL, "--samples", "20"], 2, "samples=20 is given by an option too: leave one"),
         (["--data", "shapes", "data.dataset.name=digits"], 2, "data.dataset.name=digits is given by an option too"),
-        (["--data", "shapes", *SMALL[:2], "--samples", "50"], 1, "look at 50 training images, there are 40"),
+        (["--data", "shapes", *SMALL[:2], "--samples", "50"], 1, "there are only 40 training images"),
         (["--data", "shapes", "data.dataset.train_images=9"], 1, "at least 16 training images, there are 9"),
     ],
 )

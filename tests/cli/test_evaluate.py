@@ -241,7 +241,7 @@ def test_moved_patches_are_scored(runs: list[Path], tmp_path: Path) -> None:
         (["--attack", "{name: a-qapa, step: 3}"], "--attack.step: unknown key 'step': did you mean 'steps'?"),
         (
             ["--attack", "a-qapa"],
-            "count as broken by patches: give quantize_image: false, as in --attack '{name: a-qapa",
+            "{name: a-qapa, quantize_image: false}",
         ),
         (["--attack", "{name: a-qapa, steps: -1}"], "--attack.steps: must be at least 0, got -1"),
         (["--attack", "gap"], "make it with `qadtr-brevitas attack MODEL_DIR --attack gap`"),

@@ -14,7 +14,7 @@ from qadtr_brevitas.attacks.patch import Patch
 from qadtr_brevitas.attacks.random_patch import RandomPatch
 from qadtr_brevitas.core.errors import CheckpointError, DataError, UsageError
 from qadtr_brevitas.data.split import Split
-from qadtr_brevitas.evaluation.craft import Crafted, CraftSetup, craft
+from qadtr_brevitas.evaluation.craft import CraftedPatch, CraftSetup, craft
 from qadtr_brevitas.evaluation.entries import LoadedModel, NamedPatch
 from qadtr_brevitas.quant.inference import mode_name
 from qadtr_brevitas.quant.switch import switch_of
@@ -54,7 +54,7 @@ def empty_log() -> None:
     LOG.clear()
 
 
-def make(output: Path, attack: Any = None, loaded: LoadedModel | None = None, **settings: Any) -> list[Crafted]:
+def make(output: Path, attack: Any = None, loaded: LoadedModel | None = None, **settings: Any) -> list[CraftedPatch]:
     train, held_out = coded_split().divide(20, seed=0)
     chosen: dict[str, Any] = {"progress": lambda done, total, note: None, **settings}
     aims = {key: chosen.pop(key) for key in ("precisions", "targets") if key in chosen}

@@ -125,7 +125,7 @@ def test_a_folder_that_timm_saved_can_be_given_and_forgotten(tmp_path: Path) -> 
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """A folder of images of different sizes."""
+    """Return a folder of images of different sizes."""
     for number in range(4):
         folder = tmp_path / "photos" / "train" / f"class{number % 2}"
         folder.mkdir(parents=True, exist_ok=True)
@@ -157,7 +157,7 @@ class TestFitData:
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run whose model has normalization and quantizer state of its own."""
+    """Return a run whose model has normalization and quantizer state of its own."""
     path = tmp_path_factory.mktemp("run")
     net = timm.create_model("cifar_resnet20", num_classes=3)
     quant = {"precisions": [32, 4, "w2a8"], "norm": "switchable"}
@@ -211,7 +211,7 @@ class TestModelDirectoryAsCheckpoint:
         file = tmp_path / "model" / "config.json"
         config = json.loads(file.read_text())
         file.write_text(json.dumps({**config, "quant": {"precisions": [8, "w32a8"]}}))
-        with pytest.raises(CheckpointError, match=r"the model in .*model has no 32 bit to start from: give one"):
+        with pytest.raises(CheckpointError, match=r"the model in .*model cannot run at 32 bit.*quant.precisions"):
             build_model(
                 ModelSection(name="cifar_resnet20", checkpoint=str(tmp_path / "model")),
                 num_classes=3,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
 
-from qadtr_brevitas.attacks.base import Attack
+from qadtr_brevitas.attacks.base import Attack, PatchAttack
 from qadtr_brevitas.auditing import audit
 from qadtr_brevitas.auditing.tables import write_audits
 from qadtr_brevitas.config.slots import slot_name
@@ -73,6 +73,7 @@ class PatchStep(StudyStep):
             progress=progress,
         )
         loaded = resources.load_model(self.model, self.source)
+        assert isinstance(self.attack, PatchAttack), "studies are checked when they are read"
         craft(loaded, self.attack, setup, name=slot_name(self.attack), precisions=[self.mode], targets=targets)
 
     def named_patches(self) -> Iterator[NamedPatch]:
