@@ -114,7 +114,7 @@ def test_model_directory_without_a_run_needs_a_data_set(tmp_path: Path) -> None:
         (["--precision", "one"], 2, "precision 'one' cannot be read"),
         (["--target", "9"], 2, "there is no target class '9': 0 to 2, all or none"),
         (["--target", "squar"], 2, "there is no target class 'squar': did you mean 'square'?"),
-        (["--train-images", "50", "--held-out", "20"], 2, "more than the 60 of the training split"),
+        (["--train-images", "50", "--held-out", "20"], 2, "more than the 60 images of the training split"),
         (["--data", "nothing"], 2, "unknown dataset 'nothing'"),
         (["--data", "shapes:somewhere"], 2, "data set shapes has no folder to read from: give --data shapes"),
         (["--data", "cifar10:/nowhere"], 1, "/nowhere"),

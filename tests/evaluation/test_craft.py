@@ -155,7 +155,7 @@ def test_patch_made_otherwise_is_not_overwritten(tmp_path: Path) -> None:
     made = make(tmp_path, precisions=[4], targets=[1])
     before = made[0].path.read_bytes()
     for changed in ({"seed": 1}, {"attack": White(side=2, strength=2)}, {"loaded": reader(fingerprint="retrained")}):
-        with pytest.raises(UsageError, match=r"is there already, made from another model.*--output"):
+        with pytest.raises(UsageError, match=r"already exists and was made from another model.*--output"):
             make(tmp_path, precisions=[4], targets=[1], **changed)
     assert made[0].path.read_bytes() == before
 
@@ -169,7 +169,7 @@ def test_damaged_patch_is_not_overwritten(tmp_path: Path) -> None:
 
 def test_defaults_and_limits_of_targets(tmp_path: Path) -> None:
     assert [patch.target for patch in make(tmp_path / "a", precisions=[4])] == [0, 1, 2]
-    with pytest.raises(UsageError, match="target 4 is no class of the data set: give 0 to 3"):
+    with pytest.raises(UsageError, match=r"target class 4 is out of range.*0 to 3"):
         make(tmp_path / "b", targets=[4])
     with pytest.raises(UsageError, match="no precision 5: it was converted for 8, 4"):
         make(tmp_path / "b", precisions=[5])
