@@ -28,7 +28,7 @@ from qadtr_brevitas.core.progress import Progress
 from qadtr_brevitas.data.batches import Loader
 from qadtr_brevitas.evaluation import Grid, Transfer
 from qadtr_brevitas.evaluation import evaluate as evaluate_grid
-from qadtr_brevitas.evaluation.report import EvaluationReport, PatchFacts, Rate
+from qadtr_brevitas.evaluation.report import EvaluationReport, ImageAttackFacts, PatchFacts, Rate
 from qadtr_brevitas.evaluation.report.files import write_report
 from qadtr_brevitas.evaluation.report.summaries import terminal_tables
 from qadtr_brevitas.quant.inference import InferenceMode
@@ -58,6 +58,8 @@ class EvaluationResult:
     def asr(self) -> dict[str, dict[str, Rate]]:
         """Attack success rate by attack or patch, then by precision (`model/precision` with several models).
 
+        Attacks are called by their name, the settings that are not the defaults, and their target class.
+
         The denominator `n` counts images that are classified correctly without the attack and, for a targeted one, are
         not of the target class. Per-image attacks count at the precision they were made at; what they do at others is
         in `report.cells` and in `to_pandas()`.
@@ -68,7 +70,7 @@ class EvaluationResult:
             attack = facts[cell.attack]
             is_patch = isinstance(attack, PatchFacts)
             if is_patch or cell.threat != "transfer":
-                name = cell.attack if is_patch else attack.family
+                name = cell.attack if is_patch else _attack_name(attack)
                 found.setdefault(name, {})[self._key(cell.model, cell.precision)] = cell.asr
         return found
 
@@ -119,6 +121,10 @@ class EvaluationResult:
         text = StringIO()
         Console(file=text, width=_WIDTH).print(Group(*(table.rich() for table in terminal_tables(self.report))))
         return text.getvalue()
+
+
+def _attack_name(attack: ImageAttackFacts) -> str:
+    return attack.family if attack.target is None else f"{attack.family} to {attack.target}"
 
 
 def evaluate(

@@ -52,11 +52,11 @@ def _noted_arguments(net: nn.Module) -> dict[str, Any]:
 
 
 def _check(net: nn.Module, name: str, args: Mapping[str, Any], num_classes: int) -> None:
-    # Without memory or time for weights; what cannot be made so is made for real.
+    # Without memory or time for weights. Networks that compute with values as they are made cannot be made so.
     try:
         with torch.device("meta"):
             made = create_float_model(name, num_classes=num_classes, args=args)
-    except (NotImplementedError, RuntimeError):
+    except (QadtrError, NotImplementedError, RuntimeError):
         made = create_float_model(name, num_classes=num_classes, args=args)
     wanted, found = _shapes(net), _shapes(made)
     if wanted == found:

@@ -42,7 +42,12 @@ def started_processes(train: TrainSection, device: str) -> Generator[Accelerator
         # The caller ends a process group that the caller made. One that was made here serves the next run of these
         # processes, too: a second group would find the addresses of the first in torchrun's store.
         if not joined and accelerator.num_processes > 1:
-            atexit.register(accelerator.end_training)
+            atexit.register(_end_group)
+
+
+def _end_group() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _start_processes(train: TrainSection, device: str) -> Accelerator:

@@ -15,6 +15,8 @@ from torch.utils.data import DataLoader
 
 import qadtr_brevitas as qb
 from qadtr_brevitas.core.errors import DataError, UsageError
+from qadtr_brevitas.evaluation.entries import LoadedModel, load_subjects
+from qadtr_brevitas.models.describe import describe_network
 from tests.api.conftest import CLASSES, TinyNet, loader, waves
 
 
@@ -135,12 +137,32 @@ def test_an_audit_runs_on_a_model_in_memory(model: qb.SwitchableModel) -> None:
     assert report.precisions[0].findings
 
 
+@pytest.mark.parametrize(
+    ("name", "settings"), [("cifar_resnet8", {}), ("test_vit", {"img_size": 32}), ("swin_s3_tiny_224", {})]
+)
+def test_networks_of_timm_know_how_they_are_made(name: str, settings: dict[str, int]) -> None:
+    net = timm.create_model(name, num_classes=CLASSES, **settings)
+    found, args = describe_network(net, args=settings, num_classes=CLASSES)
+    assert (found, args) == (name, settings)
+
+
+def test_attacks_on_several_targets_are_told_apart(
+    model: qb.SwitchableModel, test_loader: DataLoader[tuple[Tensor, ...]]
+) -> None:
+    attacks = [qb.attacks.Pgd(target=target, steps=2) for target in (0, 1)]
+    result = qb.evaluate(model, test_loader, attacks=attacks, precisions=[4])
+    assert len(result.asr) == 2
+    assert all(name.endswith(("to 0", "to 1")) for name in result.asr)
+
+
 def test_saved_models_compute_the_same(tmp_path: Path) -> None:
     net = timm.create_model("cifar_resnet8", num_classes=CLASSES)
     model = qb.convert(net, precisions=[32, 4], image_size=(16, 16))
     qb.calibrate(model, loader(64, seed=2))
     qb.save(model, tmp_path / "model")
     loaded = qb.load(tmp_path / "model")
+    (from_disk,) = load_subjects([tmp_path / "model"])
+    assert LoadedModel.from_model(model).fingerprint == from_disk.fingerprint
     images, _ = waves(8, seed=3)
     for precision in (32, 4):
         with qb.at_precision(model, precision), qb.at_precision(loaded, precision), torch.no_grad():
@@ -179,7 +201,7 @@ def test_a_recipe_is_trained_with_overrides(tmp_path: Path) -> None:
 
 
 class ReturnsPair(TinyNet):
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         logits = super().forward(x)
         return logits, logits
 
