@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import PartialState
 from torch import Tensor, nn
 
 from qadtr_brevitas.config import Recipe
@@ -66,15 +67,22 @@ def test_processes_that_find_different_states_do_not_start() -> None:
         check_agreement(Path("run"), (12, False, True), other)
 
 
-def test_a_process_group_of_the_caller_is_not_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    ended: list[Accelerator] = []
-    monkeypatch.setattr(Accelerator, "end_training", lambda self: ended.append(self))
-    for initialized, count in ((False, 1), (True, 1)):
-        monkeypatch.setattr(torch.distributed, "is_initialized", lambda initialized=initialized: initialized)
-        monkeypatch.setattr(processes, "_start_processes", lambda train, device: Accelerator(cpu=True))
-        with started_processes(make_recipe().train, "cpu"):
-            pass
-        assert len(ended) == count
+@dataclass
+class TwoProcesses:
+    """An accelerator of one of two processes."""
+
+    num_processes: int = 2
+
+
+@pytest.mark.parametrize("made_by_the_caller", [True, False])
+def test_only_a_process_group_made_here_is_ended(made_by_the_caller: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    at_exit: list[Callable[[], None]] = []
+    monkeypatch.setattr(processes.atexit, "register", at_exit.append)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: made_by_the_caller)
+    monkeypatch.setattr(processes, "_start_processes", lambda train, device: TwoProcesses())
+    with started_processes(make_recipe().train, "cpu"):
+        pass
+    assert len(at_exit) == (0 if made_by_the_caller else 1)
 
 
 def test_each_run_has_the_mixed_precision_and_device_it_asks_for() -> None:
