@@ -1,4 +1,4 @@
-"""What all commands share: options, talk on stderr, data on stdout, progress.
+"""What all commands share: options, results on stdout, messages and progress on stderr.
 
 @click.command("evaluate", epilog=examples("qadtr-brevitas evaluate runs/qat"))
 @device_option
@@ -10,7 +10,7 @@ def command(device: str, seed: int) -> None:
     emit(data, table)               # the table, or `data` as JSON with --json
     say("wrote report.json; next: qadtr-brevitas ...")
 
-A command that remembers how it was called, for reports that say how to redo them.
+`RecordedCommand` keeps its command line for reports, so that they can be made again.
 """
 
 from __future__ import annotations

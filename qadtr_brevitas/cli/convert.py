@@ -117,8 +117,9 @@ _calibration_options = option_block(
 def command(**options: Any) -> None:
     """Convert a float network to a switchable quantized one and calibrate it, without training.
 
-    MODEL is a name of timm (also hf-hub:... and local-dir:...), one of torchvision that timm lacks, or the folder of a
-    run or model, of which the weights at 32 bit are taken.
+    MODEL is a name of timm (also hf-hub:... and local-dir:...), one of torchvision that timm lacks, a function of your
+    own that makes a network (package.module:function, which is imported), or the folder of a run or model, whose
+    weights at 32 bit are used.
 
     The table says of every layer how it is quantized, or why it stays float. KEY=VALUE are the keys of a recipe's
     sections model, data and quant, for instance quant.first_last=same; options are short for some of them.

@@ -1,7 +1,4 @@
-"""The options of `evaluate`: what meets what, where patches are put, and who computes which cells.
-
-The audit of `evaluate --audit`: its options, and running it on the models of an evaluation.
-"""
+"""The options of `evaluate` and `evaluate --audit`, their checks, and the run of the audit."""
 
 from __future__ import annotations
 

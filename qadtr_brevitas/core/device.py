@@ -1,10 +1,4 @@
-"""The device a command runs on.
-
-Freed memory is kept for the next tensor.
-
-glibc gives large blocks back to the system as soon as they are free, so that each activation is fetched anew, page by
-page and filled with zeros: a twentieth to a tenth of the time of scoring a ResNet-20 on a CPU (docs/results.md).
-"""
+"""Choose the device to compute on, and keep freed memory of the CPU for the next tensor."""
 
 from __future__ import annotations
 
@@ -24,8 +18,8 @@ _DEVICE = re.compile(r"cpu|mps|cuda(?::(\d+))?")
 def resolve_device(name: str = "auto") -> torch.device:
     """Turn `auto`, `cpu`, `cuda`, `cuda:N` or `mps` into a device that exists; `auto` takes cuda, then mps, then cpu.
 
-    On GPUs convolutions are set to compute in full float32: TF32, which PyTorch would take, cuts quantized operands to
-    10 bit and moves some of them to other levels.
+    On GPUs convolutions are set to compute in full float32: TF32, the default of PyTorch, rounds quantized operands
+    to 10 bit, which moves some of them to other levels.
 
     Raises:
         UsageError: the name cannot be read, or this computer has no such device (those it has are named).
@@ -61,19 +55,22 @@ def _existing() -> list[str]:
     return [*devices, "mps"] if torch.backends.mps.is_available() else devices
 
 
-# From malloc.h; the third is 1 GiB: larger blocks are too few to be worth keeping.
+# The first two are from malloc.h; larger blocks than 1 GiB are too few to be worth keeping.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _KEPT = -1, -3, 1 << 30
 _CHOSEN_BY_USER = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_", "GLIBC_TUNABLES")
 
 
 def keep_freed_memory() -> bool:
-    """Lets this process keep up to 1 GiB of freed memory, which costs nothing where it is used again.
+    """Make glibc keep up to 1 GiB of freed memory in this process, to use it for the next tensor.
 
-    The command line calls it; programs that use the package may. Nothing changes where an environment variable of glibc
-    says otherwise, or where there is no glibc.
+    By default glibc returns large blocks to the system at once, so that each activation is fetched anew, page by page,
+    and filled with zeros: a twentieth to a tenth of the time of scoring a ResNet-20 on a CPU (docs/results.md).
+
+    The command line calls this function; programs that use the package may. It does nothing without glibc, or if an
+    environment variable of glibc sets these limits.
 
     Returns:
-        Whether memory is kept now.
+        Whether freed memory is kept.
     """
     if any(name in os.environ for name in _CHOSEN_BY_USER):
         return False

@@ -1,6 +1,7 @@
-"""Files are written under a temporary name and renamed, so that a crash or a full disk never leaves half a file.
+"""Write files completely or not at all, read JSON, and compute fingerprints of contents.
 
-Content fingerprints: what tells one model, patch or data set from another, whatever its file is called.
+A file is written under a temporary name and renamed, so that a crash or a full disk never leaves half a file.
+Fingerprints tell models, patches and data sets apart, whatever their files are called.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from hashlib import blake2b
 from pathlib import Path
@@ -18,21 +19,21 @@ from uuid import uuid4
 from qadtr_brevitas.core.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-    from pathlib import Path
-
     from torch import Tensor
 
-# torch.save and safetensors report a failed write as these instead of an OSError.
+# torch.save and safetensors report a failed write with these words instead of an OSError.
 _WRITE_FAILURES = ("PytorchStreamWriter", "unexpected pos", "I/O error", "IoError")
+
+_DIGEST_BYTES = 16
+_CHUNK_BYTES = 1 << 20
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Make the file `path` complete or not at all; a file that was there stays until the new one is on disk.
+    """Write the file `path` completely or not at all; an earlier file stays until the new one is on disk.
 
     Args:
-        path: the file to make or replace; its folder is made if it is missing.
-        write: writes the whole file to the path it is given, which has the same suffix.
+        path: the file to write or replace; its folder is created if it is missing.
+        write: called with a temporary path of the same suffix, to which it writes the whole file.
 
     Raises:
         CheckpointError: the disk is full, the folder cannot be written, or `path` is a folder.
@@ -52,14 +53,14 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def replace_directory(path: Path, fill: Callable[[Path], object]) -> None:
-    """Make the folder `path` with exactly what `fill` writes into the empty folder it is given.
+    """Write the folder `path` with exactly what `fill` writes into the empty folder that it is called with.
 
-    A folder that was there stays until the new one is complete. Two renames are needed to exchange folders; a crash
-    between them is undone by `recover_directory`, which is also called here first.
+    An earlier folder stays until the new one is complete. Two renames are needed to exchange folders;
+    `recover_directory`, which is called here first, repairs the result of a crash between them.
 
     Raises:
         CheckpointError: the disk is full, the folder cannot be written, or `path` is a file.
-        UsageError: `path` is the folder one is in, or one above it.
+        UsageError: `path` is the current folder or one above it.
     """
     if path.name in ("", ".."):
         raise UsageError(f"{path} cannot be replaced as a whole: give a folder of its own, for instance {path / 'new'}")
@@ -87,7 +88,7 @@ def replace_directory(path: Path, fill: Callable[[Path], object]) -> None:
 
 
 def recover_directory(path: Path) -> None:
-    """Finishes a `replace_directory` that was interrupted between its two renames; else does nothing."""
+    """Finish a `replace_directory` that was interrupted between its two renames; otherwise do nothing."""
     new, old = _beside(path)
     if old.exists() and not path.exists():
         # The old folder only moves aside once the new one is complete.
@@ -99,8 +100,8 @@ def write_json(path: Path, data: Any) -> None:
     """Write `data` as indented JSON, atomically.
 
     Raises:
-        CheckpointError: as `write_atomically`.
-        ValueError: `data` holds NaN or an infinity, which JSON has no word for.
+        CheckpointError: as in `write_atomically`.
+        ValueError: `data` holds NaN or an infinity, which JSON cannot express.
     """
     text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
@@ -123,12 +124,12 @@ def read_json(path: Path) -> Any:
 
 
 def _beside(path: Path) -> tuple[Path, Path]:
-    """Where the new and the old folder stand during an exchange."""
+    """Return the paths of the new and the old folder during an exchange."""
     return path.with_name(f".{path.name}.new"), path.with_name(f".{path.name}.old")
 
 
 def _raise_if_not_written(path: Path, error: Exception) -> None:
-    """Words a failed write; any other error is the writer's own."""
+    """Raise a CheckpointError if an error is a failed write; other errors are left to the caller."""
     if isinstance(error, OSError):
         reason = error.strerror or str(error)
     elif any(words in str(error) for words in _WRITE_FAILURES):
@@ -152,7 +153,7 @@ def _sync(path: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Remove what is there, if it can; an error that is on its way is worth more than one from here."""
+    """Remove a file or folder if possible; a failure here must not hide the error that is being handled."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -160,12 +161,8 @@ def _remove(path: Path) -> None:
             path.unlink()
 
 
-_DIGEST_BYTES = 16
-_CHUNK_BYTES = 1 << 20
-
-
 def fingerprint_file(path: Path, *, facts: Any = None) -> str:
-    """32 hex digits of a file's bytes and, if given, of JSON-like facts that change what the file means."""
+    """Return 32 hex digits of a file's bytes and, if given, of JSON-like facts that change what the file means."""
     digest = blake2b(digest_size=_DIGEST_BYTES)
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK_BYTES):
@@ -184,7 +181,7 @@ def fingerprint_bytes(content: bytes, *, facts: Any = None) -> str:
 
 
 def fingerprint_tensors(tensors: Iterable[Tensor], *, facts: Any = None) -> str:
-    """32 hex digits of the types, shapes and values of tensors and, if given, of JSON-like facts."""
+    """Return 32 hex digits of the types, shapes and values of tensors and, if given, of JSON-like facts."""
     digest = blake2b(digest_size=_DIGEST_BYTES)
     for tensor in tensors:
         array = tensor.detach().cpu().contiguous().numpy()
@@ -196,7 +193,7 @@ def fingerprint_tensors(tensors: Iterable[Tensor], *, facts: Any = None) -> str:
 
 
 def fingerprint_facts(facts: Any) -> str:
-    """32 hex digits of JSON-like facts; the order of keys does not matter."""
+    """Return 32 hex digits of JSON-like facts; the order of keys does not matter."""
     return blake2b(_canonical(facts), digest_size=_DIGEST_BYTES).hexdigest()
 
 

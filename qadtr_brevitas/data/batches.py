@@ -1,4 +1,4 @@
-"""Images and labels from whatever a PyTorch program has: a DataLoader, a list of batches, a tensor, a dataset."""
+"""Read images and labels from the forms of a PyTorch program: a DataLoader, a list of batches, a tensor, a dataset."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _LABEL_KEYS = ("label", "labels", "target", "targets", "fine_label")
 
 
 class ImageBatches(Sized, Iterable[Tensor]):
-    """Batches of images alone, float32 (n, C, H, W) in [0, 1], as often as they are asked for.
+    """Batches of images alone, float32 (n, C, H, W) in [0, 1], which can be iterated several times.
 
     Args:
-        loader: where they come from; something that can be iterated only once is read into memory.
-        device: where batches are wanted; None to leave them where they are.
+        loader: source of the images; an iterator is read into memory.
+        device: device of the batches; None to leave them where they are.
 
     Raises:
-        DataError: there are no images, or some are no images in [0, 1].
+        DataError: there are no images, or pixels are not in [0, 1].
     """
 
     def __init__(self, loader: Loader, *, device: torch.device | str | None = None) -> None:
@@ -48,14 +48,14 @@ class ImageBatches(Sized, Iterable[Tensor]):
 
 
 def read_split(loader: Loader, *, classes: Sequence[str] | int) -> Split:
-    """Read labeled images into memory, rounded to 8 bit as cameras and files give them.
+    """Read labeled images into memory, rounded to the 8 bit of cameras and image files.
 
     Args:
         loader: batches of (images, labels).
-        classes: names of the classes, or how many there are.
+        classes: names of the classes, or their number.
 
     Raises:
-        DataError: there are no images, no labels, or labels that are no index of a class.
+        DataError: there are no images or no labels, or a label is out of range.
     """
     if isinstance(loader, Split):
         return loader
@@ -77,7 +77,7 @@ def read_split(loader: Loader, *, classes: Sequence[str] | int) -> Split:
 
 
 def _batches(loader: Loader) -> Sequence[Any] | DataLoader[Any]:
-    """Return batches that have a number and can be iterated several times."""
+    """Return batches that can be counted and iterated several times."""
     if isinstance(loader, DataLoader):
         return loader
     if isinstance(loader, Split):
@@ -94,7 +94,7 @@ def _batches(loader: Loader) -> Sequence[Any] | DataLoader[Any]:
 
 
 def _is_pair(given: Sequence[Any]) -> bool:
-    """Tell (images, labels) from a list of two batches of images."""
+    """Return whether two items are (images, labels), and not two batches of images."""
     first, second = given
     return isinstance(first, Tensor) and isinstance(second, Tensor) and first.ndim == 4 and second.ndim == 1
 

@@ -1,4 +1,4 @@
-"""Image files to one uint8 array, on several threads, and once only: the result is kept in the cache folder."""
+"""Decode image files into one uint8 array, on several threads; the result is kept in the cache folder."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ Pixels: TypeAlias = "numpy.ndarray[tuple[int, ...], numpy.dtype[numpy.uint8]]"
 
 CHUNK = 128
 THREADS = 8
-# Read as 32 bit by Pillow, some by earlier versions only.
+# Pillow reads grays of 16 bit in these formats as 32 bit, some of them in earlier versions only.
 _GRAYS_OF_16_BIT = ("PNG", "PPM")
-# Decoding that takes less than this is not worth a file.
+# Decoding that takes less time is not worth a file.
 CACHE_FROM_SECONDS = 2.0
 
 
@@ -42,10 +42,10 @@ def read_images(
     Args:
         listing: the files.
         image_size: height and width in pixels, reached by resizing the shorter side to image_size / crop (bicubic) and
-            cutting out the center, as timm does for evaluation; None where all images have the same size already.
+            cropping the center, as timm does for evaluation; None if all images have the same size already.
         crop: timm's crop_pct, in (0, 1].
-        max_gb: refuse to take more memory than this, in 10^9 bytes.
-        progress: is told (images done, images in all).
+        max_gb: the most memory to use, in 10^9 bytes.
+        progress: called with the images done and the images in all.
 
     Returns:
         uint8 (N, 3, H, W).
@@ -86,7 +86,7 @@ def _decode_chunk(listing: Listing, chunk: range, images: Pixels, shorter: int |
 
 
 def _decode(path: str, size: tuple[int, ...], shorter: int | None) -> Pixels:
-    """One image, uint8 (3, H, W), its shorter side resized unless that is None."""
+    """Return one image, uint8 (3, H, W), with its shorter side resized unless `shorter` is None."""
     try:
         with Image.open(path) as file:
             image = _eight_bit(path, file).convert("RGB")
@@ -98,7 +98,7 @@ def _decode(path: str, size: tuple[int, ...], shorter: int | None) -> Pixels:
     if image.size != (width, height):
         raise DataError(
             f"{path} is {image.height}x{image.width}, but the first image is {height}x{width}: "
-            "set data.dataset.image_size to bring all to one size"
+            "set data.dataset.image_size to resize all images to one size"
         )
     return numpy.asarray(image).transpose(2, 0, 1)
 
@@ -113,7 +113,7 @@ def _eight_bit(path: str, image: Image.Image) -> Image.Image:
 
 
 def _resize(image: Image.Image, shorter: int) -> Image.Image:
-    """Resizes the shorter side; the longer one is rounded down, as torchvision's Resize does."""
+    """Resize the shorter side; the longer one is rounded down, as torchvision's Resize does."""
     smallest = min(image.size)
     if smallest == shorter:
         return image
@@ -122,16 +122,16 @@ def _resize(image: Image.Image, shorter: int) -> Image.Image:
 
 
 def _center(image: Image.Image, size: int) -> Image.Image:
-    """Cuts out the center; where it lies between two pixels, halves are rounded as torchvision's CenterCrop does."""
+    """Crop the center; halves of pixels are rounded as torchvision's CenterCrop does."""
     left, top = (round((side - size) / 2) for side in image.size)
     return image.crop((left, top, left + size, top + size))
 
 
 def size_of(path: str) -> tuple[int, int]:
-    """Height and width of an image, which is not decoded for it.
+    """Return height and width of an image without decoding it.
 
     Raises:
-        DataError: it cannot be read.
+        DataError: the image cannot be read.
     """
     try:
         with Image.open(path) as image:
@@ -155,7 +155,7 @@ def _check_memory(shape: tuple[int, ...], max_gb: float) -> None:
 
 
 def _cache_file(listing: Listing, image_size: int | None, crop: float) -> Path:
-    # One file for each way to read the folder: what changes with its files is in the digest alone.
+    # One file for each way to read the folder; changes of its files change the digest alone.
     way = f"{listing.folder.resolve()}/{listing.part}/{image_size}/{crop}"
     place = blake2b(way.encode(), digest_size=6).hexdigest()
     return cache_folder() / "decoded" / f"{place}-{listing.digest}.npy"
@@ -178,5 +178,5 @@ def _write_cache(cache: Path, images: Pixels) -> None:
             if old != cache:
                 old.unlink(missing_ok=True)
     except (OSError, QadtrError):
-        # A cache that cannot be written costs time at the next start and nothing else.
+        # Without a cache the next start takes longer; nothing else changes.
         return

@@ -1,4 +1,4 @@
-"""UCI handwritten digits drawn as 32x32 color images: a real data set that needs no download.
+"""UCI handwritten digits, drawn as 32x32 color images: a real data set that needs no download.
 
 Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning Repository,
 doi:10.24432/C50P49, licensed CC BY 4.0 (see digits.LICENSE.txt beside the data); the 1,797 images that scikit-learn
@@ -38,16 +38,16 @@ class Digits(Dataset):
     seed: Annotated[int, Field(ge=0, description="decides the color and place of each image")] = 0
 
     def load(self, split: str, *, limit: int | None = None, seed: int = 0, progress: Progress | None = None) -> Split:
-        """Draws the images of one split, uint8 (N, 3, 32, 32).
+        """Draw the images of one split, uint8 (N, 3, 32, 32).
 
         Args:
             split: "train" or "test".
-            limit: at most so many images, drawn by class as `Split.balanced` does; None for all.
-            seed: decides which they are.
-            progress: not called; it takes no time.
+            limit: at most this many images, drawn by class as `Split.balanced` does; None for all.
+            seed: seed of their choice.
+            progress: not called, because it takes no time.
 
         Raises:
-            UsageError: another split.
+            UsageError: the split has another name.
         """
         check_split(split)
         ink, labels = _read()
@@ -58,7 +58,7 @@ class Digits(Dataset):
 
 
 def _read() -> tuple[Tensor, Tensor]:
-    """Ink in [0, 1], float32 (1797, 8, 8), and labels int64 (1797,)."""
+    """Return ink in [0, 1], float32 (1797, 8, 8), and labels, int64 (1797,)."""
     with files("qadtr_brevitas.data").joinpath("digits.npz").open("rb") as file:
         stored = numpy.load(file, allow_pickle=False)
         ink, labels = torch.from_numpy(stored["images"]), torch.from_numpy(stored["labels"])
@@ -66,7 +66,7 @@ def _read() -> tuple[Tensor, Tensor]:
 
 
 def _draw(ink: Tensor, generator: Generator) -> Tensor:
-    """Draws ink (N, 8, 8) larger, each at its own place and in its own two colors, uint8 (N, 3, 32, 32)."""
+    """Draw ink (N, 8, 8) larger, each at its own place and in its own two colors, uint8 (N, 3, 32, 32)."""
     count = len(ink)
     drawn = F.interpolate(ink[:, None], size=DRAWN_SIZE, mode="bilinear", align_corners=False)[:, 0]
     top, left = torch.randint(IMAGE_SIZE - DRAWN_SIZE + 1, (2, count, 1), generator=generator)
@@ -81,7 +81,7 @@ def _draw(ink: Tensor, generator: Generator) -> Tensor:
 
 
 def _colors(count: int, generator: Generator) -> tuple[Tensor, Tensor]:
-    """Background and foreground in [0, 1], each (N, 3, 1, 1), whose luminances differ by at least MIN_CONTRAST."""
+    """Return background and foreground in [0, 1], each (N, 3, 1, 1), of luminances at least MIN_CONTRAST apart."""
     luminance = torch.tensor([0.299, 0.587, 0.114])
     background = torch.rand(count, 1, 3, generator=generator)
     candidates = torch.rand(count, 8, 3, generator=generator)

@@ -1,4 +1,4 @@
-"""Image folders of the layout ROOT/{train,test}/<class>/<image> or ROOT/<class>/<image>, among them CIFAR-10."""
+"""Image folders of the layout ROOT/{train,test}/<class>/<image> or ROOT/<class>/<image>, and CIFAR-10 as one."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from qadtr_brevitas.data.decode import read_images, size_of
 from qadtr_brevitas.data.listing import Listing, find_root, list_images
 from qadtr_brevitas.data.split import Split, balanced_indices
 
-SIZES_LOOKED_AT = 64
+SIZES_SAMPLED = 64
 
 
 @plugin
 class ImageFolder(Dataset):
     """Any images (png, jpg, jpeg, webp, bmp) laid out as ROOT/{train,test}/<class>/<image>; `val` also serves as test.
 
-    Where ROOT has only one of these folders, or the class folders themselves, `holdout` divides the images. Classes are
-    numbered in the order of their names. What is used of a split is held in memory, one byte a value.
+    If ROOT has only one of these folders, or the class folders themselves, `holdout` divides the images. Classes are
+    numbered in the order of their names. The images of a split are held in memory, one byte per value.
     """
 
     root: Annotated[str | None, Field(description="folder or tar; null: the folder that QADTR_BREVITAS_DATA names")] = (
@@ -51,14 +51,14 @@ class ImageFolder(Dataset):
 
         Args:
             split: "train" or "test".
-            limit: at most so many images, drawn by class as `Split.balanced` does; None for all. No others are read.
-            seed: decides which they are.
-            progress: is told (images done, images in all).
+            limit: at most this many images, drawn by class as `Split.balanced` does; None for all. Others are not read.
+            seed: seed of their choice.
+            progress: called with the images done and the images in all.
 
         Raises:
-            UsageError: another split, or a crop of images that are not resized.
-            DataError: a missing or empty folder, an image that cannot be read, images of different sizes without
-                `image_size`, or more than `max_gb` of them.
+            UsageError: the split has another name, or `crop` is set without `image_size`.
+            DataError: a folder is missing or empty, an image cannot be read, images differ in size and `image_size` is
+                not set, or the images need more than `max_gb`.
         """
         if self.crop is not None and self.image_size is None:
             raise UsageError(f"data.dataset.crop={self.crop:g} needs a size to crop to: set data.dataset.image_size")
@@ -73,17 +73,17 @@ class ImageFolder(Dataset):
         return Split(torch.from_numpy(images), torch.tensor(listing.labels), listing.classes, drawn_from)
 
     def needs_size(self) -> bool:
-        """Whether images have different sizes and are not resized.
+        """Return whether images have different sizes and are not resized.
 
-        Images from all over the training split are looked at; looking at each would take long.
+        A sample from all over the training split is read, because reading every image would take long.
 
         Raises:
-            DataError: a missing or empty folder, or an image that cannot be read.
+            DataError: a folder is missing or empty, or an image cannot be read.
         """
         if self.image_size is not None:
             return False
         paths = self._list("train").paths
-        return len({size_of(path) for path in paths[:: -(-len(paths) // SIZES_LOOKED_AT)]}) > 1
+        return len({size_of(path) for path in paths[:: -(-len(paths) // SIZES_SAMPLED)]}) > 1
 
     def fitted(self, image_size: int, crop: float) -> ImageFolder:
         """Return this data set at a model's own size, and at its crop unless it has one.
@@ -100,10 +100,10 @@ class ImageFolder(Dataset):
         return listing
 
     def check(self, listing: Listing, split: str) -> None:
-        """Refuses a folder that is not what the data set says it is; any folder is an image folder.
+        """Raise if the files are not those of the data set; every folder is a valid image folder.
 
         Raises:
-            DataError: the files are not those of the data set.
+            DataError: the files belong to another data set.
         """
 
 
@@ -120,7 +120,7 @@ class Cifar10(ImageFolder):
     class_count: ClassVar[int] = 10
 
     def check(self, listing: Listing, split: str) -> None:
-        """Refuses other numbers of classes or images than CIFAR-10 has.
+        """Raise if there are other numbers of classes or images than CIFAR-10 has.
 
         Raises:
             DataError: the numbers differ.

@@ -1,8 +1,6 @@
-"""Which images lie in a folder ROOT/<split>/<class>/ or ROOT/<class>/, and where such a folder is.
+"""Find the images of a data set: in a folder ROOT/<split>/<class>/ or ROOT/<class>/, or in a tar of such a folder.
 
-Where data and caches lie.
-
-Data sets that come as a tar: unpacked once, safely, into the cache folder.
+A tar is unpacked once, into the cache folder.
 """
 
 from __future__ import annotations
@@ -21,27 +19,32 @@ from qadtr_brevitas.core.errors import DataError
 from qadtr_brevitas.data.split import check_split
 
 DATA_VARIABLE = "QADTR_BREVITAS_DATA"
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+FOLDERS = {"train": ("train",), "test": ("test", "val")}
+# macOS adds this folder to archives.
+_NO_CLASSES = ("__MACOSX",)
+LAYOUT = "ROOT/{train,test}/<class>/<image>"
 
 
 def data_folder() -> Path | None:
-    """Return the folder that the environment variable QADTR_BREVITAS_DATA names, or None where it is not set."""
+    """Return the folder that the environment variable QADTR_BREVITAS_DATA names, or None if it is not set."""
     value = os.environ.get(DATA_VARIABLE)
     return Path(value).expanduser() if value else None
 
 
 def cache_folder() -> Path:
-    """Return the folder for what can be made again at any time: $XDG_CACHE_HOME (or ~/.cache) + /qadtr_brevitas."""
+    """Return the folder for files that can be recreated: $XDG_CACHE_HOME (or ~/.cache) + /qadtr_brevitas."""
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base).expanduser() if base else Path.home() / ".cache") / "qadtr_brevitas"
 
 
 def unpack(archive: Path) -> Path:
-    """Unpacks a tar the first time it is asked for, and returns the folder every time.
+    """Unpack a tar into the cache folder, unless it is there already, and return the folder of its contents.
 
-    Two processes may do it at once: each unpacks into a folder of its own, and the first to finish names the result.
+    Two processes may unpack at once: each writes to a temporary folder, and the first to finish renames it.
 
     Raises:
-        DataError: not a tar, a damaged one, one with paths that lead outside, or no space for it.
+        DataError: the file is not a tar, is damaged or holds paths that lead outside, or there is no space for it.
     """
     stat = archive.stat()
     key = blake2b(f"{archive.resolve()}/{stat.st_size}/{stat.st_mtime_ns}".encode(), digest_size=6).hexdigest()
@@ -55,11 +58,11 @@ def unpack(archive: Path) -> Path:
             with tarfile.open(archive) as tar:
                 tar.extractall(temporary, filter="data")
                 _check_end(tar)
-            _name(temporary, target)
+            _rename(temporary, target)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     except (tarfile.TarError, EOFError, zlib.error) as error:
-        raise DataError(f"{archive} is no tar or is damaged ({_first_line(error)}): fetch it again") from error
+        raise DataError(f"{archive} is not a tar or is damaged ({_first_line(error)}): fetch it again") from error
     except OSError as error:
         reason = error.strerror or error
         raise DataError(
@@ -76,7 +79,7 @@ def _check_end(tar: tarfile.TarFile) -> None:
         raise tarfile.ReadError("it ends too early")
 
 
-def _name(temporary: Path, target: Path) -> None:
+def _rename(temporary: Path, target: Path) -> None:
     try:
         os.rename(temporary, target)
     except OSError:
@@ -86,13 +89,6 @@ def _name(temporary: Path, target: Path) -> None:
 
 def _first_line(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
-
-
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-FOLDERS = {"train": ("train",), "test": ("test", "val")}
-# What macOS adds to archives.
-_NO_CLASSES = ("__MACOSX",)
-LAYOUT = "ROOT/{train,test}/<class>/<image>"
 
 
 @dataclass(frozen=True)
@@ -105,7 +101,7 @@ class Listing:
         paths: image files.
         labels: index of each file's class.
         digest: changes whenever a file is added, removed, renamed or rewritten.
-        part: which of the files these are, in words that do not change with the files; "" for all.
+        part: which of the files these are, in words that do not depend on the files; "" for all.
     """
 
     folder: Path
@@ -144,7 +140,7 @@ def find_root(root: str | None, *, name: str | None = None) -> Path:
         raise DataError(f"there is no folder {base}: set {given} to {what}")
     inner = [base / name, base / f"{name}.tar"] if name and base.is_dir() and _split_folder(base) is None else []
     found = next((path for path in inner if path.exists()), base)
-    return found if found.is_dir() else _inside(unpack(found))
+    return found if found.is_dir() else _content_folder(unpack(found))
 
 
 def list_images(root: Path, split: str, *, holdout: int | None = None) -> Listing:
@@ -215,7 +211,7 @@ def _list_folder(folder: Path) -> Listing:
     return Listing(folder, classes, tuple(paths), tuple(labels), digest.hexdigest())
 
 
-def _inside(unpacked: Path) -> Path:
+def _content_folder(unpacked: Path) -> Path:
     """Return the one folder that holds everything in an unpacked tar, or the top."""
     entries = list(unpacked.iterdir())
     return entries[0] if _split_folder(unpacked) is None and len(entries) == 1 and entries[0].is_dir() else unpacked
@@ -236,7 +232,7 @@ def _check_same_classes(root: Path, split: str) -> None:
     folders = {name: folder for name in FOLDERS if (folder := _split_folder(root, name))}
     classes = {name: set(_class_names(folder)) for name, folder in folders.items()}
     for other in classes:
-        # An empty folder is a problem of its own, which is told when it is read.
+        # An empty folder has an error of its own, which is raised when it is read.
         if classes[split] and (differing := sorted(classes[split] ^ classes[other])):
             raise DataError(
                 f"{root} has other classes for {split} than for {other} ({', '.join(differing[:3])}): "

@@ -1,4 +1,4 @@
-"""Procedural colored shapes on noise: any image size, any number of images, nothing to read."""
+"""Procedural colored shapes on noise, of any image size and number, without files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qadtr_brevitas.data.base import Dataset
 from qadtr_brevitas.data.split import Split, check_split
 
 SHAPES = ("circle", "square", "triangle", "cross", "ring", "diamond", "bar", "column", "saltire", "frame")
-# Images drawn at once, which bounds the memory large ones take.
+# Images drawn at once, which bounds the memory that large ones need.
 CHUNK = 256
 
 
@@ -29,16 +29,16 @@ class Shapes(Dataset):
     seed: Annotated[int, Field(ge=0, description="decides every image")] = 0
 
     def load(self, split: str, *, limit: int | None = None, seed: int = 0, progress: Progress | None = None) -> Split:
-        """Draws one split, uint8 (N, 3, image_size, image_size); classes take turns.
+        """Draw one split, uint8 (N, 3, image_size, image_size); classes take turns.
 
         Args:
             split: "train" or "test".
-            limit: at most so many images, drawn by class as `Split.balanced` does; None for all.
-            seed: decides which they are.
-            progress: is told (images drawn, images in all).
+            limit: at most this many images, drawn by class as `Split.balanced` does; None for all.
+            seed: seed of their choice.
+            progress: called with the images drawn and the images in all.
 
         Raises:
-            UsageError: another split.
+            UsageError: the split has another name.
         """
         check_split(split)
         count = self.train_images if split == "train" else self.test_images
@@ -53,7 +53,7 @@ class Shapes(Dataset):
 
 
 def _draw(labels: Tensor, size: int, generator: Generator) -> Tensor:
-    """Draws the shapes `labels` (N,), uint8 (N, 3, size, size)."""
+    """Draw the shapes `labels` (N,), uint8 (N, 3, size, size)."""
     count = len(labels)
     radius = torch.empty(count, 1, 1).uniform_(0.25, 0.4, generator=generator)
     center = radius + (1 - 2 * radius) * torch.rand(2, count, 1, 1, generator=generator)
@@ -69,7 +69,7 @@ def _draw(labels: Tensor, size: int, generator: Generator) -> Tensor:
 
 
 def _shapes(x: Tensor, y: Tensor) -> list[Tensor]:
-    """Every shape of SHAPES in order, bool (N, H, W); x and y are (N, H or 1, W or 1), with the shape in [-1, 1]."""
+    """Return every shape of SHAPES in order, bool (N, H, W), of x and y (N, H or 1, W or 1); shapes fill [-1, 1]."""
     ax, ay = x.abs(), y.abs()
     box, distance = ax.maximum(ay), (x.square() + y.square()).sqrt()
     return [

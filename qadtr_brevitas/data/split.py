@@ -1,9 +1,4 @@
-"""Split: the images of one split of a data set, all in memory as bytes.
-
-The order in which an epoch visits the images.
-
-The two splits every data set has.
-"""
+"""Splits of a data set: labeled images in memory as bytes, class-balanced subsets, and the order of an epoch."""
 
 from __future__ import annotations
 
@@ -16,7 +11,7 @@ from torch import Tensor
 from qadtr_brevitas.core.errors import DataError, UsageError
 from qadtr_brevitas.core.seeding import generator
 
-"""Is told (images done, images in all) while a split loads."""
+SPLITS = ("train", "test")
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,11 +140,8 @@ def epoch_order(count: int, *, seed: int, epoch: int) -> Tensor:
     return torch.randperm(count, generator=generator(seed, "order", epoch))
 
 
-SPLITS = ("train", "test")
-
-
 def check_split(split: str) -> None:
-    """Refuses any other name.
+    """Raise if a split is neither "train" nor "test".
 
     Raises:
         UsageError: the split is neither "train" nor "test".

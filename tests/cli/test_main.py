@@ -21,7 +21,7 @@ SLOW_IMPORTS = {"torch", "timm", "brevitas", "pydantic", "ruamel", "rich", "nump
 
 @pytest.fixture
 def failing(monkeypatch: pytest.MonkeyPatch):
-    """Makes a command `fail` that raises what it is given."""
+    """Add a command `fail` that raises the given error."""
 
     def install(error: BaseException) -> None:
         @click.command()
@@ -37,7 +37,7 @@ def failing(monkeypatch: pytest.MonkeyPatch):
 
 
 def fresh(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """The command line in an interpreter of its own."""
+    """Run Python in an interpreter of its own."""
     return subprocess.run(
         [sys.executable, *arguments], capture_output=True, text=True, cwd=Path(qadtr_brevitas.__file__).parents[1]
     )

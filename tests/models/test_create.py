@@ -65,7 +65,7 @@ def test_networks_of_one_size_are_told_the_size() -> None:
 
 @pytest.fixture
 def timm_folder(tmp_path: Path) -> str:
-    """A small transformer as timm saves one."""
+    """Return the folder of a small transformer that timm saved."""
     net = timm.create_model("test_vit", num_classes=3)
     config = {"input_size": [3, 160, 160], "fixed_input_size": True, "crop_pct": 0.9}
     (tmp_path / "config.json").write_text(

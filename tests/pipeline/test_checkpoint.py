@@ -30,7 +30,7 @@ IMAGES = torch.rand(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
 @pytest.fixture(scope="module")
 def model() -> SwitchableModel:
-    """A model whose every state has been used: calibrated, trained a little, statistics of its own."""
+    """Return a model of which every state has changed: it is calibrated and trained, with statistics per precision."""
     torch.manual_seed(0)
     net = create_float_model(INFO.name, num_classes=INFO.num_classes)
     model = convert(net, mean=INFO.mean, std=INFO.std, image_size=INFO.image_size, **INFO.quant)
