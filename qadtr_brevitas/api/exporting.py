@@ -48,7 +48,7 @@ def export(
     """
     output, form, wanted = Path(folder), find_format(format), Precision.parse(precision)
     if output.exists() and not overwrite:
-        raise UsageError(f"{output} is there already: choose another folder, or give overwrite=True")
+        raise UsageError(f"{output} already exists: choose another folder, or give overwrite=True")
     if patches and loader is None:
         raise UsageError("patches are compared on images: give loader= with them")
     loaded = as_loaded(model)

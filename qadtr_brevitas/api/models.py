@@ -81,7 +81,7 @@ def save(model: SwitchableModel, folder: str | Path) -> Path:
 
     Args:
         model: a switchable model.
-        folder: the folder; a model that is there already is replaced.
+        folder: the folder; an existing model is replaced.
 
     Returns:
         The folder.

@@ -100,7 +100,7 @@ def _divide(arguments: Sequence[str]) -> tuple[list[Path], list[str]]:
     """Return the folders and the settings of the analysis; a word that is an existing path is a folder."""
     paths = [Path(word) for word in arguments if "=" not in word or Path(word).exists()]
     if not paths:
-        raise UsageError("no model is given: name one or more model or run directories before the settings")
+        raise UsageError("no model is given: give one or more model or run directories before key=value")
     return paths, [word for word in arguments if Path(word) not in paths]
 
 

@@ -75,7 +75,7 @@ def command(
 ) -> None:
     """Make a patch for each precision and target class of a model.
 
-    Every patch is saved as soon as it is finished; called again, the command goes on with the missing ones.
+    Every patch is saved as soon as it is finished: repeat the command to resume an interrupted one.
     Images come from the training split, so that none of them is in the evaluation. The keys of key=value are
     the attack's, for instance size, steps or lr.
     """
@@ -124,7 +124,7 @@ def command(
 
 def _make_attack(name: str, overrides: tuple[str, ...]) -> Any:
     if any(text.startswith("target=") for text in overrides):
-        raise UsageError("target=... is not a key here: give the target classes with --target")
+        raise UsageError("target is not a key of this command: give the target classes with --target")
 
     from qadtr_brevitas.attacks.base import PatchAttack
     from qadtr_brevitas.config.plugins import make_plugin
@@ -133,8 +133,8 @@ def _make_attack(name: str, overrides: tuple[str, ...]) -> Any:
     if not isinstance(plugin, PatchAttack):
         able = [other for other in ATTACKS.names() if issubclass(ATTACKS.load(other), PatchAttack)]
         raise UsageError(
-            f"{name} attacks each image by itself and makes no patch: give it to `qadtr-brevitas evaluate MODEL_DIR "
-            f"--attack {name}`, or choose --attack from {', '.join(able)}"
+            f"{name} attacks each image separately and makes no universal patch: use "
+            f"`qadtr-brevitas evaluate MODEL_DIR --attack {name}`, or choose --attack from {', '.join(able)}"
         )
     return plugin
 
@@ -155,7 +155,7 @@ def _read_target(word: str, classes: Sequence[str]) -> int | None:
     if word.isdecimal() and int(word) < len(classes):
         return int(word)
     rule = f"0 to {len(classes) - 1}, all or none" if word.isdecimal() else suggest(word, [*classes, "all", "none"])
-    raise UsageError(f"there is no target class {word!r}: {rule}")
+    raise UsageError(f"unknown target class {word!r}: {rule}")
 
 
 def _print(crafted: Sequence[CraftedPatch], classes: Sequence[str]) -> None:

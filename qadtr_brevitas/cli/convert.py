@@ -121,14 +121,14 @@ def command(**options: Any) -> None:
     own that makes a network (package.module:function, which is imported), or the folder of a run or model, whose
     weights at 32 bit are used.
 
-    The table says of every layer how it is quantized, or why it stays float. KEY=VALUE are the keys of a recipe's
-    sections model, data and quant, for instance quant.first_last=same; options are short for some of them.
+    The table shows how each layer is quantized, or why it stays float. KEY=VALUE are the keys of a recipe's
+    sections model, data and quant, for instance quant.first_last=same; some of them have an option.
     """
     given = _ConvertOptions(**options)
     recipe, has_data = _make_recipe(given)
     output = given.output or Path("models") / name_of_model(given.model)
     if output.exists() and not (given.overwrite or given.dry_run):
-        raise UsageError(f"{output} is there already: choose another folder with -o, or replace it with --overwrite")
+        raise UsageError(f"{output} already exists: choose another folder with -o, or replace it with --overwrite")
     report = _convert(recipe, has_data, None if given.dry_run else output)
     emit(report.to_dict() | {"output": None if given.dry_run else str(output)}, conversion_table(report))
     if given.dry_run:
@@ -158,7 +158,7 @@ def _make_recipe(given: _ConvertOptions) -> tuple[Recipe, bool]:
         )
     recipe = make_recipe(fields, given.overrides, source="convert")
     if given.percentile is not None and recipe.quant.calibration.method != "percentile":
-        raise UsageError(f"--percentile {given.percentile:g} is for one method only: add --method percentile")
+        raise UsageError(f"--percentile {given.percentile:g} needs --method percentile")
     return recipe, has_data
 
 
@@ -166,9 +166,9 @@ def _check_overrides(overrides: tuple[str, ...], keys: dict[str, Any]) -> None:
     names = {text: text.partition("=")[0].strip() for text in overrides}
     for text, name in names.items():
         if name.split(".")[0] in _NOT_HERE:
-            raise UsageError(f"{text} does not matter to a conversion: give keys of model, data and quant")
+            raise UsageError(f"{text} has no effect on a conversion: give keys of model, data and quant")
         if name in keys or (name == "data.dataset.name" and "data.dataset" in keys):
-            raise UsageError(f"{text} is given by an option too: leave one of them out")
+            raise UsageError(f"{text} is also set by an option: remove one of them")
 
 
 def _model_keys(given: _ConvertOptions) -> dict[str, Any]:
@@ -177,7 +177,7 @@ def _model_keys(given: _ConvertOptions) -> dict[str, Any]:
         return {"model.name": given.model}
     for option, value in (("--checkpoint", given.checkpoint), ("--pretrained", given.pretrained)):
         if value:
-            raise UsageError(f"{given.model} is a folder with weights of its own: leave {option} out")
+            raise UsageError(f"{given.model} is a folder that has weights: remove {option}")
 
     from qadtr_brevitas.pipeline.checkpoint import read_info
 

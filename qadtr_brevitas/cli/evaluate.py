@@ -79,7 +79,7 @@ def command(**options: Any) -> None:
     Every patch meets every model on the same test images at the same places, beside a patch of noise of its size.
     Every --attack is made on each model at each precision, and what it makes meets every model as well.
     --audit runs checks that tell a robust network from an attack that failed.
-    Finished parts are kept in the output folder; called again, the command goes on where it stopped.
+    Finished parts are kept in the output folder: repeat the command to resume an interrupted one.
     """
     given = EvaluateOptions(**options)
     output = given.output or given.model_dirs[0] / EVALUATION_FOLDER
@@ -102,7 +102,7 @@ def command(**options: Any) -> None:
     processes = process_share()
     shard = Shard.parse(given.shard) if given.shard else None
     if shard and processes.of > 1:
-        raise UsageError("torchrun divides the work by itself: leave --shard out")
+        raise UsageError("torchrun already divides the work: remove --shard")
     if processes.number > 1:
         be_quiet()
     where = resolve_device(local_device(given.device))
@@ -179,7 +179,7 @@ def _tell_left_out(patches: Sequence[NamedPatch], grid: Grid, *, alone: bool) ->
         return
     sources = dict.fromkeys(patch.facts.source.precision for patch in left_out if patch.facts.source)
     made_at = ", ".join(sources) or "no precision that is known"
-    remedy = f"--transfer {grid.transfer} leaves them out: leave it out, or score the models and precisions they are of"
+    remedy = f"--transfer {grid.transfer} excludes them: remove it, or score what they were made on"
     if alone and len(left_out) == len(patches):
         raise UsageError(f"none of the {len(patches)} patches was made on what is scored (but at {made_at}); {remedy}")
     say(f"{len(left_out)} of {len(patches)} patches were made elsewhere (at {made_at}); {remedy}")

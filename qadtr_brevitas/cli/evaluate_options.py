@@ -64,7 +64,7 @@ def check_clean(given: EvaluateOptions) -> None:
     """
     attacking = {"--patches": given.patches, "--attack": given.attacks, "--audit": given.audit}
     if given.clean and (also := [name for name, value in attacking.items() if value]):
-        raise UsageError(f"--clean measures accuracy without an attack: leave out {also[0]}, or --clean")
+        raise UsageError(f"--clean measures accuracy without an attack: remove {also[0]} or --clean")
 
 
 def check_certify(given: EvaluateOptions) -> None:
@@ -74,7 +74,7 @@ def check_certify(given: EvaluateOptions) -> None:
         UsageError: --certify-masks without --certify.
     """
     if given.certify_masks is not None and not given.certify:
-        raise UsageError("--certify-masks is for --certify: add it, for instance --certify 8, or leave the masks out")
+        raise UsageError("--certify-masks needs --certify: add it, for instance --certify 8, or remove --certify-masks")
 
 
 class Numbers(click.ParamType[tuple[int | float, ...]]):
@@ -245,7 +245,7 @@ def check_audit_options(given: EvaluateOptions) -> None:
     }
     for name, option in names.items():
         if was_given(name) and not given.audit:
-            raise UsageError(f"{option} is for the audit: add --audit, or leave {option} out")
+            raise UsageError(f"{option} needs --audit: add it, or remove {option}")
 
 
 def run_audits(grid: Grid, given: EvaluateOptions, *, output: Path, device: torch.device) -> list[AuditReport]:
@@ -288,7 +288,7 @@ def _single(grid: Grid) -> list[Precision] | None:
         return None
     found = [mode.precisions[0] for mode in map(parse_mode, grid.precisions) if mode.is_single]
     if not found:
-        raise UsageError("--audit looks at one precision at a time: add one to --precision, for instance 8")
+        raise UsageError("--audit checks single precisions, not ensembles: add one to --precision, for instance 8")
     return found
 
 

@@ -123,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
         click.echo(
-            "Stopped. Give the same command again: `train`, `attack`, `evaluate` and `study` go on where they were.",
+            "Interrupted. Repeat the command: `train`, `attack`, `evaluate` and `study` resume where they stopped.",
             err=True,
         )
         return 1

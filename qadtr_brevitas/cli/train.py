@@ -64,8 +64,8 @@ def command(
 ) -> None:
     """Train a switchable quantized model as RECIPE says: a file, or the name of a shipped recipe.
 
-    KEY=VALUE changes a key of the recipe, for instance train.epochs=3; --seed is short for seed=. A run that was
-    stopped, however, goes on when the same command is given again.
+    KEY=VALUE changes a key of the recipe, for instance train.epochs=3; --seed is short for seed=. Repeat the command
+    to resume an interrupted run.
     """
     from qadtr_brevitas.config import load_recipe
 

@@ -50,7 +50,7 @@ def find_defense(name: str | Path) -> Path:
     shipped = shipped_defenses()
     if str(name) in shipped:
         return shipped[str(name)]
-    raise UsageError(f"there is no defense {str(name)!r} to add to a recipe: {suggest(str(name), shipped)}")
+    raise UsageError(f"unknown defense {str(name)!r}: {suggest(str(name), shipped)}")
 
 
 def find_recipe(source: str | Path) -> Path:
@@ -70,7 +70,7 @@ def find_recipe(source: str | Path) -> Path:
         raise UsageError(f"{source} is a folder, not a recipe; give a YAML file or the name of a shipped recipe")
     if name in shipped_defenses():
         raise UsageError(f"{name} is a defense, not a recipe: add it to a recipe, as in cifar10_resnet20_qat+{name}")
-    raise UsageError(f"there is no recipe {str(source)!r}: {suggest(path.stem, shipped)}")
+    raise UsageError(f"unknown recipe {str(source)!r}: {suggest(path.stem, shipped)}")
 
 
 def recipe_description(path: Path) -> str:

@@ -32,10 +32,10 @@ def resolve_device(name: str = "auto") -> torch.device:
         return torch.device(next(device for device in ("cuda:0", "mps", "cpu") if device in existing))
     match = _DEVICE.fullmatch(name)
     if match is None:
-        raise UsageError(f"device {name!r} cannot be read: use auto, cpu, cuda, cuda:N or mps")
+        raise UsageError(f"{name!r} is not a device: use auto, cpu, cuda, cuda:N or mps")
     wanted = "cuda:0" if name == "cuda" else f"cuda:{int(match[1])}" if match[1] else name
     if wanted not in existing:
-        raise UsageError(f"there is no device {name!r} here: choose auto or {', '.join(existing)}")
+        raise UsageError(f"this machine has no device {name!r}: choose auto or {', '.join(existing)}")
     return torch.device(wanted)
 
 

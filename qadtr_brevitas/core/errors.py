@@ -30,7 +30,7 @@ class CheckpointError(QadtrError):
 
 
 class TrainingError(QadtrError):
-    """Training that cannot go on, for instance because the loss is no longer finite."""
+    """Training that cannot continue, for instance because the loss is no longer finite."""
 
 
 class ExportError(QadtrError):

@@ -63,7 +63,7 @@ def replace_directory(path: Path, fill: Callable[[Path], object]) -> None:
         UsageError: `path` is the current folder or one above it.
     """
     if path.name in ("", ".."):
-        raise UsageError(f"{path} cannot be replaced as a whole: give a folder of its own, for instance {path / 'new'}")
+        raise UsageError(f"{path} is the current folder or one above it: give another, for instance {path / 'new'}")
     new, old = _beside(path)
     try:
         recover_directory(path)
@@ -116,7 +116,7 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(f"there is no file {path}; check the path") from None
+        raise CheckpointError(f"{path} does not exist; check the path") from None
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
     except ValueError as error:

@@ -53,7 +53,7 @@ class Precision:
             return cls(int(text), int(text))
         if match := _PAIR.fullmatch(text):
             return cls(int(match[1]), int(match[2]))
-        raise UsageError(f"precision {value!r} cannot be read: {_RULE}")
+        raise UsageError(f"{value!r} is not a precision: {_RULE}")
 
     @property
     def is_float(self) -> bool:

@@ -40,7 +40,7 @@ def save_model(path: str | Path, model: SwitchableModel, info: ModelInfo | None 
         CheckpointError: the disk is full or the folder cannot be written.
     """
     if (info := info or model.info) is None:
-        raise UsageError("the model does not know what it was made of: convert it with qadtr_brevitas.convert()")
+        raise UsageError("the model does not record how it was made: convert it with qadtr_brevitas.convert()")
     tensors, stored = stored_tensors(model), stored_info(model, info)
 
     def fill(folder: Path) -> None:
@@ -116,7 +116,7 @@ def read_float_weights(path: str | Path) -> dict[str, Tensor]:
     if not any(precision.is_float for precision in parse_precisions(info.quant["precisions"])):
         # Training never updated its norm statistics at 32 bit.
         raise CheckpointError(
-            f"the model in {folder} cannot run at 32 bit, so it has no float weights to start from: give one that "
+            f"the model in {folder} cannot run at 32 bit, so it has no float weights to start from: give a model that "
             "was made with 32 in quant.precisions"
         )
     stored = load_weights(folder / WEIGHTS_FILE)

@@ -40,7 +40,7 @@ def parse_dataset_choice(choice: str) -> dict[str, Any]:
     name, _, root = choice.partition(":")
     fields = fields_of(DATASETS.load(name))
     if root and "root" not in fields:
-        raise UsageError(f"data set {name} has no folder to read from: give --data {name}")
+        raise UsageError(f"data set {name} reads no folder: give --data {name}")
     return {"name": name, **({"root": root} if root else {})}
 
 
@@ -64,8 +64,7 @@ def _dataset_of_model(path: Path) -> Dataset:
     if (dataset := recorded_dataset(path)) is None:
         resolve_model_dir(path)
         raise UsageError(
-            f"{path} does not say which data set it was made for: choose one with --data NAME[:ROOT], "
-            "see `qadtr-brevitas list datasets`"
+            f"{path} does not name its data set: choose one with --data NAME[:ROOT], see `qadtr-brevitas list datasets`"
         )
     return dataset
 

@@ -153,13 +153,15 @@ def read_header(file: Path) -> tuple[dict[str, str], dict[str, list[int]]]:
         CheckpointError: the file is missing or damaged.
     """
     if not file.is_file():
-        raise CheckpointError(f"there is no file {file}; check the path")
+        raise CheckpointError(f"{file} does not exist; check the path")
     try:
         with safe_open(file, framework="np") as opened:
             shapes = {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118
             return opened.metadata() or {}, shapes
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file} is not a whole safetensors file ({error}); make or download it again") from error
+        raise CheckpointError(
+            f"{file} is not a complete safetensors file ({error}): make or download it again"
+        ) from error
 
 
 def name_of_model(model: str | Path) -> str:

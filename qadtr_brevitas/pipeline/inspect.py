@@ -44,7 +44,7 @@ def describe(path: Path) -> dict[str, Any]:
     """
     recover_directory(path)
     if not path.exists():
-        raise UsageError(f"there is no {path}; give a model, run, patch or report that a command wrote")
+        raise UsageError(f"{path} does not exist; give a model, run, patch or report that a command wrote")
     kind = what_is(path)
     if kind is None:
         raise _unknown(path)
@@ -142,7 +142,7 @@ _FACTS = {
 def _read_mapping(path: Path) -> dict[str, Any]:
     content = read_json(path)
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path} is damaged: it holds no mapping; write it again")
+        raise CheckpointError(f"{path} is damaged: it is not a mapping; write it again")
     return cast("dict[str, Any]", content)
 
 

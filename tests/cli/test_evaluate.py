@@ -216,7 +216,7 @@ def test_patches_that_are_not_scored_are_told(runs: list[Path], tmp_path: Path) 
     result = evaluate(runs[0], "--patches", runs[1] / "patches", "--transfer", "none", "--images", 6, "-o", tmp_path)
     assert result.exit_code == 2
     assert "patches was made on what is scored (but at " in result.stderr
-    assert "--transfer none leaves them out: leave it out, or score" in result.stderr
+    assert "--transfer none" in result.stderr
     both = [arg for run in runs[:2] for arg in ("--patches", run / "patches")]
     result = evaluate(runs[0], *both, "--transfer", "none", "--images", 6, "-o", tmp_path)
     assert result.exit_code == 0, result.output
@@ -338,7 +338,7 @@ def test_processes_share_the_work_and_the_first_one_reports(runs: list[Path], tm
 def test_shard_and_torchrun_do_not_mix(runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     result = evaluate(runs[0], "--shard", "1/2", "-o", tmp_path)
-    assert (result.exit_code, "torchrun divides the work by itself" in result.stderr) == (2, True)
+    assert (result.exit_code, "remove --shard" in result.stderr) == (2, True)
 
 
 def test_help() -> None:
@@ -357,4 +357,4 @@ def test_certification_needs_no_patches_and_its_masks_need_a_certification(tmp_p
     assert cell["certified_accuracy"]["count"] <= cell["clean_accuracy"]["count"]
     refused = evaluate(model, "--certify-masks", 2)
     assert refused.exit_code == 2
-    assert "--certify-masks is for --certify: add it, for instance --certify 8" in refused.stderr
+    assert "--certify-masks needs --certify" in refused.stderr

@@ -157,7 +157,7 @@ def test_an_interrupt_ends_with_one_line(failing, capsys: pytest.CaptureFixture[
     failing(KeyboardInterrupt())
     assert main(["fail"]) == 1
     assert capsys.readouterr().err.strip().splitlines() == [
-        "Stopped. Give the same command again: `train`, `attack`, `evaluate` and `study` go on where they were."
+        "Interrupted. Repeat the command: `train`, `attack`, `evaluate` and `study` resume where they stopped."
     ]
 
 

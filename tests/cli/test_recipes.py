@@ -68,4 +68,4 @@ def test_validate_lists_every_mistake(tmp_path: Path, capsys: pytest.CaptureFixt
 @pytest.mark.parametrize("command", ["show", "copy", "validate"])
 def test_an_unknown_recipe(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["recipes", command, "digits_qatt"]) == 2
-    assert "there is no recipe 'digits_qatt': did you mean 'digits_qat'?" in capsys.readouterr().err
+    assert "'digits_qatt': did you mean 'digits_qat'?" in capsys.readouterr().err

@@ -101,7 +101,7 @@ def test_the_message_starts_with_file_and_line(write) -> None:
         ("model: {name: ''}", "model.name", "must not be empty, got ''"),
         ("quant: {precisions: 4}", "quant.precisions", "must be a list, got 4"),
         ("quant: {precisions: []}", "quant.precisions", "must have at least 1 item, got []"),
-        ("quant: {precisions: [3.5]}", "quant.precisions.0", "precision 3.5 cannot be read"),
+        ("quant: {precisions: [3.5]}", "quant.precisions.0", "3.5 is not a precision"),
         ("data: {val_share: 1}", "data.val_share", "must be at least 0 and less than 1, got 1"),
         (
             "quant: {calibration: {percentile: 0}}",
@@ -275,7 +275,7 @@ class TestFiles:
     def test_a_folder_or_nothing(self, tmp_path: Path) -> None:
         with pytest.raises(UsageError, match="is a folder, not a recipe"):
             load_recipe(tmp_path)
-        with pytest.raises(UsageError, match="there is no recipe"):
+        with pytest.raises(UsageError, match="unknown recipe"):
             load_recipe(tmp_path / "missing.yaml")
 
     def test_a_file_that_may_not_be_read(self, write, monkeypatch: pytest.MonkeyPatch) -> None:

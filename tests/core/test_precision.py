@@ -28,7 +28,7 @@ def test_bit_widths_that_are_not_possible(value: object) -> None:
 
 @pytest.mark.parametrize("value", ["", "four", "a4w4", "w4", "4.0", 4.0, True, None, (4,), (4, 4, 4), ("4", 4), "²"])
 def test_values_that_are_no_precision(value: object) -> None:
-    with pytest.raises(UsageError, match="cannot be read: bit-widths are 2 to 16, or 32 for not quantized"):
+    with pytest.raises(UsageError, match="is not a precision: bit-widths are 2 to 16, or 32 for not quantized"):
         Precision.parse(value)
 
 

@@ -179,7 +179,7 @@ def test_errors_name_the_rule(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"aims at class 7, the data set has 4 classes.*--data"):
         run([reader()], [white_patch(target=7)], tmp_path)
     unknown = replace(white_patch(), patch=white_patch().patch.with_meta(precision="4 bits"))
-    with pytest.raises(UsageError, match=r"patch 'white': precision '4 bits' cannot be read"):
+    with pytest.raises(UsageError, match=r"patch 'white': '4 bits' is not a precision"):
         run([reader()], [unknown], tmp_path)
     with pytest.raises(DataError, match=r"data set coded has 4 classes and images of 9x9, model reader is for 4 .*8x8"):
         run([reader()], [], tmp_path, split=coded_split(side=9))
