@@ -131,7 +131,7 @@ def _make_attack(name: str, overrides: tuple[str, ...]) -> Any:
 
     plugin = make_plugin(ATTACKS, name, overrides)
     if not isinstance(plugin, PatchAttack):
-        able = [other for other in ATTACKS.names() if issubclass(ATTACKS.load(other), PatchAttack)]
+        able = [other for other, cls in ATTACKS.load_all().items() if issubclass(cls, PatchAttack)]
         raise UsageError(
             f"{name} attacks each image separately and makes no universal patch: use "
             f"`qadtr-brevitas evaluate MODEL_DIR --attack {name}`, or choose --attack from {', '.join(able)}"

@@ -1,6 +1,7 @@
 """Names to plug-ins, without importing them: one line here (or an entry point) per plug-in."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import cache
@@ -56,6 +57,14 @@ class Registry:
             reason = f"{type(error).__name__}: {error}"
             raise PluginError(f"{self.kind} {name!r} cannot be loaded from {target} ({reason})") from error
         check_contract(found, resolve(self.contract), what=f"{self.kind} {name!r} ({target})")
+        return found
+
+    def load_all(self) -> dict[str, Any]:
+        """Return every plug-in that can be loaded, by name; broken ones are left out."""
+        found: dict[str, Any] = {}
+        for name in self.names():
+            with suppress(PluginError):
+                found[name] = self.load(name)
         return found
 
     def name_of(self, plugin: type) -> str | None:

@@ -118,7 +118,7 @@ def test_model_directory_without_a_run_needs_a_data_set(tmp_path: Path) -> None:
         (["--data", "nothing"], 2, "unknown dataset 'nothing'"),
         (["--data", "shapes:somewhere"], 2, "give --data shapes"),
         (["--data", "cifar10:/nowhere"], 1, "/nowhere"),
-        (["--device", "abacus"], 2, "device 'abacus' cannot be read"),
+        (["--device", "abacus"], 2, "'abacus' is not a device"),
     ],
 )
 def test_bad_usage(run_dir: Path, tmp_path: Path, arguments: list[str], code: int, words: str) -> None:

@@ -160,6 +160,11 @@ def test_one_broken_plugin_does_not_break_others(add_plugins: AddPlugins) -> Non
     assert "mine" in REGISTRIES["schedules"].names()
 
 
+def test_broken_plugins_are_left_out_of_all(add_plugins: AddPlugins, toys: Registry) -> None:
+    add_plugins("toy", mine="toys:Good", broken="broken:Toy", partial="toys:WithoutMethod")
+    assert list(toys.load_all()) == ["mine", "ours"]
+
+
 def test_a_broken_plugin_in_a_recipe_is_named_with_its_line(add_plugins: AddPlugins, tmp_path: Path) -> None:
     add_plugins("schedule", mine="broken:Fixed")
     (tmp_path / "recipe.yaml").write_text("train:\n  precision: mine\n")
