@@ -34,12 +34,14 @@ class Curve:
         label: its name in the legend.
         points: one for each place; None if there is none.
         color: number of its color; None for the number of the curve.
+        variant: number among the curves of one color, which differ in line style and marker.
         dashed: drawn thin and dashed, for quoted values.
     """
 
     label: str
     points: Sequence[Point | None]
     color: int | None = None
+    variant: int = 0
     dashed: bool = False
 
 
@@ -84,8 +86,11 @@ def draw_curves(
             _error_bars([point for _, point in found], scale),
             label=curve.label,
             color=COLORS[style % len(COLORS)],
-            linestyle="--" if curve.dashed else _LINE_STYLES[style // len(COLORS) % len(_LINE_STYLES)],
-            marker="x" if curve.dashed else _MARKERS[style % len(_MARKERS)],
+            linestyle="--"
+            if curve.dashed
+            else _LINE_STYLES[(style // len(COLORS) + curve.variant) % len(_LINE_STYLES)],
+            marker="x" if curve.dashed else _MARKERS[(style + curve.variant) % len(_MARKERS)],
+            markerfacecolor="white" if curve.variant else None,
             markersize=3 if curve.dashed else 4,
             linewidth=1.0 if curve.dashed else 1.5,
             elinewidth=1,

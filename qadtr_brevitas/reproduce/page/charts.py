@@ -55,11 +55,12 @@ def _model_curves(view: View, number: int, columns: Sequence[str]) -> Iterator[C
     """Yield the curve of attacks made at each precision, then those made at 32 bit on each network, then noise."""
     name = view.model.name
     yield Curve(f"{name}, {view.knowledge}", [_point(view.white_box(p)) for p in columns], number)
-    for fingerprint, source in sources(view.report, view.family).items():
+    for variant, (fingerprint, source) in enumerate(sources(view.report, view.family).items(), start=1):
         is_own = fingerprint == view.model.fingerprint
         # At 32 bit, an attack made at 32 bit on the same network is a white-box attack.
         points = [None if is_own and p == FLOAT else _point(view.made_at(p, FLOAT, fingerprint)) for p in columns]
-        yield Curve(f"{name}, made at {FLOAT} bit" + ("" if is_own else f" on {source}"), points, number)
+        label = f"{name}, made at {FLOAT} bit" + ("" if is_own else f" on {source}")
+        yield Curve(label, points, number, variant=variant)
     yield Curve(f"{name}, random patch", [_point(view.control(p)) for p in columns], number, dashed=True)
 
 

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+from matplotlib.axes import Axes
 
 from qadtr_brevitas.reproduce.analyses import Record
-from qadtr_brevitas.reproduce.analyses.charts import Curve, draw_records
+from qadtr_brevitas.reproduce.analyses.charts import Curve, Point, draw_curves, draw_records
 
 
 def test_every_attack_has_a_curve_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -26,3 +28,18 @@ def test_every_attack_has_a_curve_of_its_own(tmp_path: Path, monkeypatch: pytest
 
     assert draw("lavan") == [("a at 4 bit", 2)]
     assert draw("lavan", "gap") == [("a at 4 bit, lavan", 2), ("a at 4 bit, gap", 2)]
+
+
+def test_curves_of_one_color_differ_in_line_and_marker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: list[tuple[object, ...]] = []
+    drawn = Axes.errorbar
+
+    def errorbar(self: Axes, *data: object, **style: Any) -> object:
+        looks.append((style["color"], style["linestyle"], style["marker"]))
+        return drawn(self, *data, **style)
+
+    monkeypatch.setattr(Axes, "errorbar", errorbar)
+    curves = [Curve(f"{color} {variant}", [Point(0.5)], color, variant) for color in range(3) for variant in range(3)]
+    draw_curves(curves, ["4"], tmp_path / "x.png", x_label="", y_label="")
+    assert len({(line, marker) for _, line, marker in looks[:3]}) == len({line for _, line, _ in looks[:3]}) == 3
+    assert len(set(looks)) == len(curves)
