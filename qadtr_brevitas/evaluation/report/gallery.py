@@ -1,4 +1,4 @@
-"""Chooses what the pictures of a report show, and draws them."""
+"""Choose what the pictures of a report show, and draws them."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from qadtr_brevitas.evaluation.report.views import families
 from qadtr_brevitas.quant import at_precision, frozen_weights
 
 _IMAGES = 6
+# Images of a class among which one is looked for that is classified correctly.
+_TRIED = 8
 _PATCHES = 120
 
 
@@ -30,7 +32,7 @@ def draw_pictures(
     folder: Path,
     device: torch.device | str = "cpu",
 ) -> list[Path]:
-    """Draws asr.png and, of patches, patches.png and for each model with patches of its own examples-MODEL.png.
+    """Draw asr.png and, of patches, patches.png and for each model with patches of its own examples-MODEL.png.
 
     Args:
         report: the finished evaluation of these models and patches.
@@ -78,11 +80,10 @@ def _examples(
     split: Split,
     device: torch.device | str,
 ) -> ImageGrid:
-    """One image of each of the first classes: not picked by outcome."""
+    """Return images without and with each patch."""
     targets = {patch_entry.facts.target for patch_entry in own.values()}
-    classes = [label for label in range(len(split.classes)) if label not in targets]
-    first = [(split.labels == label).nonzero().flatten()[:1] for label in classes]
-    indices = torch.cat(first)[:_IMAGES]
+    with at_precision(loaded.model, next(iter(own))):
+        indices = _shown_images(loaded, split, targets, device)
     images, labels = split.batch(indices, device=device)
     rows: list[list[Tile]] = [[] for _ in indices]
     titles: list[str] = []
@@ -101,8 +102,23 @@ def _examples(
         title=f"{loaded.name}: white-box patches" + (f" that aim at {aims}" if aims else ""),
         columns=tuple(titles),
         rows=tuple((split.classes[int(label)], tuple(tiles)) for label, tiles in zip(labels, rows, strict=True)),
-        note="Below each image: predicted class. Green: right; red: the target; orange: another wrong class.",
+        note="Below each image: predicted class. Green: right; red: the target; orange: another wrong class. "
+        "Each is the first of its class that is classified correctly without a patch, if one of the first few is.",
     )
+
+
+def _shown_images(loaded: LoadedModel, split: Split, targets: set[int | None], device: torch.device | str) -> Tensor:
+    """Return the indices of an image of each of the first classes: as in ASR, one that the clean model gets right."""
+    classes = [label for label in range(len(split.classes)) if label not in targets]
+    first = [(split.labels == label).nonzero().flatten()[:_TRIED] for label in classes]
+    first = [indices for indices in first if len(indices)][:_IMAGES]
+    shown: list[Tensor] = []
+    with torch.no_grad():
+        for indices in first:
+            images, labels = split.batch(indices, device=device)
+            right = loaded.model(images).argmax(1) == labels
+            shown.append(indices[int(right.int().argmax())])
+    return torch.stack(shown)
 
 
 def _add(

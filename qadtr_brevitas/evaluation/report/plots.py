@@ -1,7 +1,4 @@
-"""Pictures of a report, as PNG: ASR against bit-width, the patches, and patched images with what the model says.
-
-How every picture begins and ends: colors, a figure without a window, and a PNG that is complete or not there.
-"""
+"""Draw the pictures of a report: ASR against bit-width, the patches, and patched images with their predictions."""
 
 from __future__ import annotations
 
@@ -9,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
@@ -52,7 +50,7 @@ def save_figure(figure: Figure, path: Path) -> Path:
 
 
 def tidy(axes: Axes) -> None:
-    """Faint horizontal lines behind the curves, and no frame where there is no scale."""
+    """Draw faint horizontal lines behind the curves, and no frame where there is no scale."""
     axes.grid(axis="y", color="#DDDDDD", linewidth=0.8)
     axes.set_axisbelow(True)
     for side in ("top", "right"):
@@ -92,7 +90,7 @@ class ImageGrid:
 
 
 def draw_asr(report: EvaluationReport, path: Path) -> Path:
-    """Draws ASR against precision, a panel for each kind of attack.
+    """Draw ASR against precision, a panel for each kind of attack.
 
     Each model has a curve for attacks made at the precision attacked, those made at 32 bit, those made on means
     over precisions, and the random patch.
@@ -148,7 +146,7 @@ def draw_asr(report: EvaluationReport, path: Path) -> Path:
 
 
 def draw_patches(report: EvaluationReport, textures: dict[str, Tensor], path: Path) -> Path:
-    """Draws the patches, a row for each model and target and a column for each precision they were made at.
+    """Draw the patches, a row for each model and target and a column for each precision they were made at.
 
     Patches that were all made at one precision have a column for each target instead.
 
@@ -183,7 +181,7 @@ def draw_patches(report: EvaluationReport, textures: dict[str, Tensor], path: Pa
 
 
 def draw_sheet(sheet: ImageGrid, path: Path) -> Path:
-    """Draws small pictures in labeled rows, enlarged without smoothing.
+    """Draw small pictures in labeled rows, enlarged without smoothing.
 
     Raises:
         CheckpointError: the file cannot be written.
@@ -192,7 +190,9 @@ def draw_sheet(sheet: ImageGrid, path: Path) -> Path:
     captioned = any(tile and tile.caption for _, tiles in sheet.rows for tile in tiles)
     tall = _INCHES_PER_TILE + (0.15 if captioned else 0.05)
     label = 0.09 * max(len(line) for text, _ in sheet.rows for line in text.split("\n"))
-    figure = new_figure(width=max(4.5, label + _INCHES_PER_TILE * across), height=0.9 + tall * down)
+    width = max(4.5, label + _INCHES_PER_TILE * across)
+    title, note = fill(sheet.title, int(11 * width)), fill(sheet.note, int(15 * width))
+    figure = new_figure(width=width, height=0.9 + tall * down + 0.17 * (title.count("\n") + note.count("\n")))
     grid = figure.subplots(down, across, squeeze=False)
     for axes in grid.flat:
         axes.set_axis_off()
@@ -209,9 +209,9 @@ def draw_sheet(sheet: ImageGrid, path: Path) -> Path:
         row[0].text(-0.08, 0.5, text, fontsize=8, ha="right", va="center", transform=row[0].transAxes)
     for axes, title in zip(grid[0], sheet.columns, strict=True):
         axes.set_title(title, fontsize=8)
-    figure.suptitle(sheet.title, fontsize=11)
-    if sheet.note:
-        figure.supxlabel(sheet.note, fontsize=8)
+    figure.suptitle(title, fontsize=11)
+    if note:
+        figure.supxlabel(note, fontsize=8)
     return save_figure(figure, path)
 
 

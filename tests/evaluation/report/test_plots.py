@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 from qadtr_brevitas.core.errors import CheckpointError
 from qadtr_brevitas.evaluation import NamedAttack, evaluate
-from qadtr_brevitas.evaluation.report import plots
+from qadtr_brevitas.evaluation.report import gallery, plots
 from qadtr_brevitas.evaluation.report.gallery import draw_pictures
 from qadtr_brevitas.evaluation.report.plots import ImageGrid, Tile, draw_asr, draw_sheet
 from qadtr_brevitas.evaluation.variants import PatchVariants
@@ -95,3 +96,29 @@ def test_patches_of_one_precision_have_a_column_for_each_target(
     assert sheets[0].columns == (classes[0], classes[1])
     assert len(sheets[0].rows) == 1
     assert "made at 8 bit" in sheets[0].title
+
+
+def test_examples_are_classified_correctly_without_a_patch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    split = coded_split()
+    # The first image of each class looks like the next class.
+    split.images[:4] = split.images[:4].roll(-1, dims=0)
+    patches = [white_patch()]
+    report = evaluate(make_grid([reader()], patches), output=tmp_path)
+    sheets: list[ImageGrid] = []
+    monkeypatch.setattr(gallery, "draw_sheet", lambda sheet, path: sheets.append(sheet) or path)
+    draw_pictures(report, [reader()], patches, split, folder=tmp_path)
+    assert [clean and clean.verdict for _, (clean, _) in sheets[0].rows] == ["right"] * 3
+
+
+@pytest.mark.parametrize("columns", [1, 3])
+def test_no_text_of_a_narrow_sheet_is_clipped(columns: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: drawn.append(figure) or path)
+    row = ("a class", (Tile(torch.zeros(3, 4, 4), "caption"),) * columns)
+    words = "Below each image: predicted class. Green: right; red: the target; orange: another wrong class. " * 2
+    draw_sheet(ImageGrid("a model with a long name: " * 5, ("x",) * columns, (row,), note=words), tmp_path / "x.png")
+    drawn[0].draw_without_rendering()
+    for text in drawn[0].texts:
+        box = text.get_window_extent()
+        assert min(box.x0, box.y0) >= 0
+        assert (box.x1 <= drawn[0].bbox.x1, box.y1 <= drawn[0].bbox.y1) == (True, True)
