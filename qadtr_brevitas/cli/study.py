@@ -122,13 +122,17 @@ def _progress_bar() -> Generator[StartProgress]:
 def _show(plan: StudyPlan) -> None:
     from rich.table import Table
 
+    from qadtr_brevitas.reproduce.study.times import describe_remaining_time
+
     rows = [(step.name, step.is_finished(), str(step.folder)) for step in plan.steps]
     table = Table("step", "folder", box=None, pad_edge=False)
     for name, is_finished, folder in rows:
         table.add_row(("kept: " if is_finished else "to do: ") + name, folder)
     emit([{"part": name, "there": is_finished, "folder": folder} for name, is_finished, folder in rows], table)
     missing = sum(not is_finished for _, is_finished, _ in rows)
-    say(f"{missing} of {len(rows)} steps are to do; run the command without --dry-run to do them")
+    left = describe_remaining_time(plan.steps) or "an unknown time, since no step of these kinds is finished"
+    say(f"{missing} of {len(rows)} steps are to do" + (f", which takes {left}" if missing else ""))
+    say("run the command without --dry-run to do them")
 
 
 def _report(study: Study, plan: StudyPlan, output: Path, *, scale: str) -> None:
@@ -137,7 +141,7 @@ def _report(study: Study, plan: StudyPlan, output: Path, *, scale: str) -> None:
     from qadtr_brevitas.reproduce.study.summary import summary_tables, write_study
 
     written = write_study(study, plan, output, scale=scale, command=command_line())
-    tables = [table.rich() for table in summary_tables(study, plan)]
+    tables = [table.rich() for table in summary_tables(study, plan, scale=scale)]
     emit({"output": str(output), "study": str(output / STUDY_FILE)}, Group(*tables))
     say(f"wrote {', '.join(path.name for path in written)} to {output}, and a report for each network to reports/")
     say(f"open {output / PAGE_FILE} in a browser; next: qadtr-brevitas report {output} OTHER_STUDY -o report.html")

@@ -18,6 +18,8 @@ _DEFAULT_ATTACK = "lavan"
 # Facets of the whole table that a measurement must have; the others are mentioned in a note only.
 _REQUIRED_FACETS = ("attack", "patches")
 _AS_IN_ROW = "as the row says"
+# A share of fewer images has a 95 % interval of 20 points or more: its difference to the paper means nothing.
+_FEWEST_IMAGES = 100
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,9 @@ def comparison_table(comparison: PaperComparison, *, notes: Sequence[str] = ()) 
     unit = "In percent; differences in points. " if table.unit == "percent" else ""
     where = ", ".join(f"{name} {value}" for name, value in table.where.items())
     first = f"{unit}The paper says of the whole table: {where}." if where else unit.strip()
+    cells = [cell for measured in comparison.measured.values() for row in measured for cell in row if cell]
+    if any(_is_small(cell, write) for cell in cells):
+        notes = (*notes, f"Values of fewer than {_FEWEST_IMAGES} images are not subtracted from the paper's.")
     return Table(
         f"{table.number} of the paper: {table.title}",
         header,
@@ -204,7 +209,7 @@ def _lines(
         suffix = f", {origin}" if len(measured) > 1 else ""
         lines[f"here{suffix}"] = [write(cell.value) if cell else EMPTY for cell in row]
         lines[f"difference{suffix}"] = [
-            EMPTY if cell is None or value is None else _signed(write(cell.value - value))
+            _signed(write(cell.value - value)) if cell and value is not None and not _is_small(cell, write) else EMPTY
             for cell, value in zip(row, paper, strict=True)
         ]
         lines[f"95 % interval{suffix}"] = [
@@ -213,6 +218,11 @@ def _lines(
         ]
         lines[f"n{suffix}"] = [str(cell.n) if cell and cell.n is not None else EMPTY for cell in row]
     return lines
+
+
+def _is_small(cell: MeasuredCell, write: Callable[[float], str]) -> bool:
+    """Return whether a cell is a share of too few images."""
+    return write is _percent and cell.n is not None and cell.n < _FEWEST_IMAGES
 
 
 def _percent(value: float) -> str:

@@ -14,6 +14,7 @@ from qadtr_brevitas.reproduce.study.locks import StepLocks
 from qadtr_brevitas.reproduce.study.plan import StudyPlan
 from qadtr_brevitas.reproduce.study.resources import StudyResources
 from qadtr_brevitas.reproduce.study.steps import StudyStep
+from qadtr_brevitas.reproduce.study.times import describe_remaining_time
 from qadtr_brevitas.training.stop import Interrupted
 
 POLL_SECONDS = 2.0
@@ -69,7 +70,7 @@ def run_study(
     while missing := [step for step in missing if step.name not in outcome.failed and not step.is_finished()]:
         _fail_dependents(missing, outcome)
         ready = [step for step in missing if all(need.is_finished() for need in step.needs)]
-        if any(_try_step(step, resources, locks, outcome, report, start_progress) for step in ready):
+        if any(_try_step(step, plan, resources, locks, outcome, report, start_progress) for step in ready):
             waiting = ""
             continue
         owned = "; ".join(f"{step.name} ({owner})" for step in ready if (owner := locks.owner(step.key)))
@@ -91,6 +92,7 @@ def _own_shard_first(steps: Sequence[StudyStep], shard: Shard | None) -> list[St
 
 def _try_step(
     step: StudyStep,
+    plan: StudyPlan,
     resources: StudyResources,
     locks: StepLocks,
     outcome: StudyOutcome,
@@ -104,7 +106,7 @@ def _try_step(
         # Another process may have finished it since the last look.
         if step.is_finished():
             return True
-        report(step.name)
+        report(_start_message(step, plan))
         try:
             step.run(resources, start_progress(step.name))
         except Interrupted:
@@ -115,6 +117,12 @@ def _try_step(
         else:
             outcome.finished.append(step.name)
         return True
+
+
+def _start_message(step: StudyStep, plan: StudyPlan) -> str:
+    finished = sum(other.is_finished() for other in plan.steps)
+    left = describe_remaining_time(plan.steps)
+    return f"step {finished + 1} of {len(plan.steps)}: {step.name}" + (f" ({left} left)" if left else "")
 
 
 def _fail_dependents(missing: Sequence[StudyStep], outcome: StudyOutcome) -> None:

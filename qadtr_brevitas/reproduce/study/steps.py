@@ -59,8 +59,12 @@ class StudyStep(ABC):
 
     def is_finished(self) -> bool:
         """Return whether the step is finished; with a damaged marker it runs again and reuses its files."""
+        return self.seconds_taken() is not None
+
+    def seconds_taken(self) -> float | None:
+        """Return the seconds that the step took; None if it is not finished."""
         found = _read_marker(self.marker)
-        return found is not None and found.key == self.key
+        return found.seconds if found is not None and found.key == self.key else None
 
     def run(self, resources: StudyResources, progress: Progress) -> None:
         """Run the step, or resume it, and mark it as finished."""

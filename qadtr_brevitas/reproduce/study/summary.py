@@ -9,7 +9,7 @@ from statistics import fmean, stdev
 
 from qadtr_brevitas.core.files import write_atomically, write_json
 from qadtr_brevitas.core.table import Cell, Table
-from qadtr_brevitas.evaluation.report import versions
+from qadtr_brevitas.evaluation.report import read_report, versions
 from qadtr_brevitas.evaluation.report.layout import EMPTY, bits
 from qadtr_brevitas.evaluation.report.views import FLOAT
 from qadtr_brevitas.pipeline.directories import (
@@ -48,6 +48,9 @@ _NOTE = (
 )
 
 
+_SMOKE = "smoke"
+
+
 def write_study(study: Study, plan: StudyPlan, folder: Path, *, scale: str, command: str) -> list[Path]:
     """Write study.json, study.yaml, study.md, figures.csv and the page of a study whose steps are finished.
 
@@ -65,10 +68,12 @@ def write_study(study: Study, plan: StudyPlan, folder: Path, *, scale: str, comm
         CheckpointError: a report cannot be read, or a file cannot be written.
     """
     scores = study_scores(plan)
+    settings = f"# As it was run, at scale {scale}.\n{dump_json(study)}"
+    study = _stamped(study, plan, scale)
     facts = _facts(study, plan, folder, scale=scale, command=command)
     write_json(folder / STUDY_FILE, facts.model_dump(mode="json"))
     texts = {
-        STUDY_SETTINGS_FILE: f"# As it was run, at scale {scale}.\n{dump_json(study)}",
+        STUDY_SETTINGS_FILE: settings,
         STUDY_TEXT_FILE: _markdown(study, scores, scale=scale, command=command),
         STUDY_VALUES_FILE: _csv(study, scores),
     }
@@ -78,9 +83,18 @@ def write_study(study: Study, plan: StudyPlan, folder: Path, *, scale: str, comm
     return [folder / STUDY_FILE, *(folder / name for name in texts), *write_page(page, folder / PAGE_FILE)]
 
 
-def summary_tables(study: Study, plan: StudyPlan) -> list[Table]:
+def summary_tables(study: Study, plan: StudyPlan, *, scale: str) -> list[Table]:
     """Return a table for each evaluation: clean accuracy and ASR of every model at every precision."""
-    return _tables(study, study_scores(plan))
+    return _tables(_stamped(study, plan, scale), study_scores(plan))
+
+
+def _stamped(study: Study, plan: StudyPlan, scale: str) -> Study:
+    """Return a study whose title says, at scale smoke, that its values are no results and which images they are of."""
+    if scale != _SMOKE:
+        return study
+    data = [read_report(evaluated.step.folder).data for evaluated in plan.evaluations]
+    images = " and ".join(dict.fromkeys(f"{part.images} images of {part.name}" for part in data))
+    return study.model_copy(update={"title": f"NOT A RESULT, smoke test{images and f' on {images}'}: {study.title}"})
 
 
 def _facts(study: Study, plan: StudyPlan, folder: Path, *, scale: str, command: str) -> StudyFacts:

@@ -21,6 +21,7 @@ from qadtr_brevitas.reproduce.study.plan import StudyPlan
 from qadtr_brevitas.reproduce.study.resources import StudyResources
 from qadtr_brevitas.reproduce.study.run import run_study
 from qadtr_brevitas.reproduce.study.steps import StudyStep
+from qadtr_brevitas.reproduce.study.times import describe_remaining_time
 from qadtr_brevitas.training.log import StepRecord
 from qadtr_brevitas.training.stop import Interrupted
 from tests.reproduce.study.support import plan_study, run, write_study_file
@@ -38,6 +39,10 @@ class LoggedStep(StudyStep):
             raise DataError("no images")
         self.log.append(self.name)
         progress(1, 1, "")
+
+
+class OtherStep(LoggedStep):
+    """A step of another kind."""
 
 
 @pytest.fixture
@@ -59,6 +64,26 @@ def finish(plan: StudyPlan, folder: Path, **options: object) -> list[str]:
 def test_steps_run_once_after_those_they_need(plan: StudyPlan, tmp_path: Path) -> None:
     assert finish(plan, tmp_path) == LoggedStep.log == ["first", "second", "third", "fourth"]
     assert finish(plan, tmp_path) == []
+
+
+def test_messages_say_which_step_it_is_and_how_long_the_rest_takes(plan: StudyPlan, tmp_path: Path) -> None:
+    messages: list[str] = []
+    finish(plan, tmp_path, report=messages.append)
+    assert [text.partition(" (")[0] for text in messages] == [
+        f"step {number} of 4: {name}" for number, name in enumerate(LoggedStep.log, start=1)
+    ]
+    assert "left" not in messages[0]
+    assert all("left" in text for text in messages[1:])
+
+
+def test_a_step_is_expected_to_take_as_long_as_others_of_its_kind(plan: StudyPlan, tmp_path: Path) -> None:
+    assert describe_remaining_time(plan.steps) == ""
+    for step, seconds in zip(plan.steps[:2], (3600, 7200), strict=True):
+        step.run(StudyResources(tmp_path, "cpu"), silent)
+        step.marker.write_text(json.dumps({**json.loads(step.marker.read_text()), "seconds": seconds}))
+    assert describe_remaining_time(plan.steps) == "about 3 h 0 min"
+    other = OtherStep("another kind", tmp_path / "other", [5], ())
+    assert describe_remaining_time([*plan.steps, other]) == "at least 3 h 0 min"
 
 
 def test_a_shard_begins_with_its_steps_and_still_runs_all(plan: StudyPlan, tmp_path: Path) -> None:

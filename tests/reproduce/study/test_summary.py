@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,11 @@ def test_a_whole_study_writes_its_scores(tmp_path: Path) -> None:
     assert float(attacked["value"]) <= float(clean["value"])
     assert float(clean["value"]) == int(clean["count"]) / 12
     assert run(file) == []
+    # The same values at scale smoke are marked as what they are: no results.
+    write_study(study, plan, tmp_path / "out", scale="smoke", command="")
+    title = (tmp_path / "out" / "study.md").read_text().partition("\n")[0]
+    assert re.match(r"# NOT A RESULT.* 12 images of shapes", title)
+    assert "NOT A RESULT" in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_the_mean_of_unseen_patches_is_of_all_kinds(tmp_path: Path) -> None:
