@@ -127,11 +127,11 @@ class PasteTransformed:
         half, patch = extents.new_tensor(image_size) / 2, extents.new_tensor(self.mask.shape) / 2
         # A patch that reaches beyond half the image, which only the corners of it can, stays in the middle.
         room = (half - extents).clamp(min=0)
+        first, last = (half - room - patch - _ROUNDING).ceil(), (half + room - patch + _ROUNDING).floor()
         place, keep_out = self.gap.place, self.gap.keep_out
         if place != "random":
-            corners = extents.new_tensor(place)
+            corners = extents.new_tensor(place).clamp(first, last)
         elif keep_out is None:
-            first, last = (half - room - patch - _ROUNDING).ceil(), (half + room - patch + _ROUNDING).floor()
             corners = first + ((last - first + 1) * (unit + 1) / 2).floor()
         else:
             # Beside a box, only windows as a whole are known to be free.

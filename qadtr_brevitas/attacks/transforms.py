@@ -1,18 +1,22 @@
 """Rotation, scaling and relighting of patches: for each image its own way, differentiable in the texture.
 
-A pixel of the result belongs to the patch if and only if its center comes from a pixel of the mask: masks stay exact.
-Inside, colors are interpolated between pixels of the mask alone, so that nothing from outside it bleeds in.
+Masks stay exact: a pixel of the result belongs to the patch or it does not. Inside, colors are interpolated between
+pixels of the mask alone, so that nothing from outside it bleeds in.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from qadtr_brevitas.attacks.shapes import bounding_box
+
+_EQUAL_WEIGHTS = 1e9
+"""Weights that differ by less than one in this many are equal."""
 
 
 def transform_patch(
@@ -31,42 +35,78 @@ def transform_patch(
     Returns:
         Textures (N, 3, H', W') in [0, 1] and boolean masks (N, H', W').
     """
-    grid = F.affine_grid(
-        _inverse_maps(_size(mask), size, degrees, scale, shift), [len(degrees), 1, *size], align_corners=False
-    )
-    weight = mask.to(texture.dtype)
-    weighted = torch.cat([texture * weight, weight[None]]).expand(len(degrees), -1, -1, -1)
-    drawn = F.grid_sample(weighted, grid, mode="bilinear", align_corners=False)
-    nearest = F.grid_sample(weighted[:, 3:], grid, mode="nearest", align_corners=False)
+    grid = _sampling_grid(mask, size, degrees, scale, shift)
+    weighted, weights = _interpolated(texture, mask, grid)
+    alone = mask.to(texture.dtype).expand(len(degrees), 1, -1, -1)
+    nearest = F.grid_sample(alone, grid, mode="nearest", align_corners=False)
     # A pixel whose center lies in the mask gets at least a quarter of its weight from there.
-    return drawn[:, :3] / drawn[:, 3:].clamp(min=0.25), nearest[:, 0] > 0
+    return weighted / weights[:, None].clamp(min=0.25), nearest[:, 0] > 0
 
 
-def rotate_patch(texture: Tensor, mask: Tensor, degrees: float) -> tuple[Tensor, Tensor]:
-    """Rotate a patch about its middle, and return it in the smallest box that holds it.
+@dataclass(frozen=True)
+class RotatedPatch:
+    """A rotated patch in the smallest box that holds it.
+
+    Args:
+        texture: (3, h, w) in [0, 1].
+        mask: boolean (h, w).
+        offset: rows and columns from the top left pixel of the patch as it was to that of this box.
+    """
+
+    texture: Tensor
+    mask: Tensor
+    offset: tuple[int, int]
+
+
+def rotate_patch(texture: Tensor, mask: Tensor, degrees: float) -> RotatedPatch:
+    """Rotate a patch about its middle, which stays where it is on the grid of pixels.
 
     Multiples of 90 degrees move pixels without a change. At other angles colors are interpolated and off the 8-bit
-    grid, and the number of pixels may differ by a few.
+    grid. The number of pixels never changes: those are covered whose centers lie deepest in the rotated mask.
+
+    A patch with an odd and an even side cannot lie on its side about its middle: it then lies half a pixel up and half
+    a pixel to the left.
 
     Args:
         texture: (3, h, w) in [0, 1].
         mask: boolean (h, w).
         degrees: counterclockwise as seen.
-
-    Returns:
-        Texture (3, h', w') and boolean mask (h', w').
     """
+    size = _rotation_window(_size(mask), degrees)
+    one = torch.ones(1, dtype=torch.float64, device=mask.device)
+    grid = _sampling_grid(mask, size, one * degrees, one, one.new_zeros(1, 2))
+    weighted, weights = (drawn[0] for drawn in _interpolated(texture.double(), mask, grid))
+    rotated = _deepest(weights, int(mask.sum()))
+    row, column, height, width = bounding_box(rotated)
+    box = slice(row, row + height), slice(column, column + width)
+    top, left = ((before - after) // 2 for before, after in zip(mask.shape, size, strict=True))
+    colors = weighted[:, *box] / weights[box].clamp(min=torch.finfo(weights.dtype).tiny)
+    return RotatedPatch(colors.clamp(0, 1).to(texture.dtype), rotated[box], (top + row, left + column))
+
+
+def _rotation_window(patch_size: tuple[int, int], degrees: float) -> tuple[int, int]:
+    """Return a window (height, width) that holds a patch rotated about the middle of the window.
+
+    Its sides are even or odd as those of the patch are, so that both have their middles on a pixel, or between two.
+    """
+    height, width = patch_size
     cosine, sine = abs(math.cos(math.radians(degrees))), abs(math.sin(math.radians(degrees)))
-    height, width = mask.shape
-    # Rounding errors must not make a box larger where the sides are whole numbers.
-    size = math.ceil(height * cosine + width * sine - 1e-6), math.ceil(width * cosine + height * sine - 1e-6)
-    one = texture.new_ones(1)
-    textures, masks = transform_patch(
-        texture, mask, size=size, degrees=one * degrees, scale=one, shift=texture.new_zeros(1, 2)
-    )
-    row, column, height, width = bounding_box(masks[0])
-    inside = slice(row, row + height), slice(column, column + width)
-    return textures[0][:, *inside], masks[0][inside]
+    # One pixel more on every side: a mask of the same number of pixels may reach over the turned border.
+    extents = math.ceil(height * cosine + width * sine) + 2, math.ceil(width * cosine + height * sine) + 2
+    own_sides = (height, width) if cosine >= sine else (width, height)
+    rows, columns = (extent + (extent - own) % 2 for extent, own in zip(extents, own_sides, strict=True))
+    return rows, columns
+
+
+def _deepest(weights: Tensor, pixels: int) -> Tensor:
+    """Return the mask of the `pixels` largest weights (h, w)."""
+    flat = weights.flatten()
+    numbers = torch.arange(len(flat), device=flat.device)
+    # Of equal weights, pixels that a half turn exchanges are taken together, or the mask would lose its symmetry.
+    order = torch.minimum(numbers, numbers.flip(0)).argsort(stable=True)
+    # Rounded, because weights that are equal on paper differ by a rounding error.
+    order = order[flat[order].mul(_EQUAL_WEIGHTS).round().argsort(descending=True, stable=True)]
+    return torch.zeros_like(flat, dtype=torch.bool).index_fill(0, order[:pixels], True).view_as(weights)
 
 
 def relight(textures: Tensor, *, contrast: Tensor, brightness: Tensor) -> Tensor:
@@ -94,6 +134,20 @@ def turning_reach(mask: Tensor, degrees: float) -> tuple[float, float]:
 
 def _size(mask: Tensor) -> tuple[int, int]:
     return mask.shape[0], mask.shape[1]
+
+
+def _interpolated(texture: Tensor, mask: Tensor, grid: Tensor) -> tuple[Tensor, Tensor]:
+    """Return sums (N, 3, H, W) of the colors of the mask's pixels, by bilinear weights, and of the weights alone."""
+    covered = mask.to(texture.dtype)
+    both = torch.cat([texture * covered, covered[None]]).expand(len(grid), -1, -1, -1)
+    drawn = F.grid_sample(both, grid, mode="bilinear", align_corners=False)
+    return drawn[:, :3], drawn[:, 3]
+
+
+def _sampling_grid(mask: Tensor, size: tuple[int, int], degrees: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """Return where in the patch (h, w) each pixel of a window (H, W) comes from, (N, H, W, 2), for `grid_sample`."""
+    maps = _inverse_maps(_size(mask), size, degrees, scale, shift)
+    return F.affine_grid(maps, [len(degrees), 1, *size], align_corners=False)
 
 
 def _inverse_maps(

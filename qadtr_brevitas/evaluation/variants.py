@@ -68,12 +68,12 @@ def _shifted(patch: Patch, shift: int, image_size: tuple[int, int], *, name: str
 
 def _rotated(patch: Patch, degrees: float, image_size: tuple[int, int]) -> Patch:
     """Return a patch turned about its middle, and moved into the image where its corners would stick out."""
-    texture, mask = rotate_patch(patch.texture, patch.mask, degrees)
+    rotated = rotate_patch(patch.texture, patch.mask, degrees)
     place = patch.place
     if place != "random":
         row, column = (
-            max(0, min(start + (before - after) // 2, side - after))
-            for start, before, after, side in zip(place, patch.size, mask.shape, image_size, strict=True)
+            max(0, min(start + offset, side - after))
+            for start, offset, after, side in zip(place, rotated.offset, rotated.mask.shape, image_size, strict=True)
         )
         place = row, column
-    return replace(patch, texture=fake_quantize(texture, PATCH_FILE_BITS), mask=mask, place=place)
+    return replace(patch, texture=fake_quantize(rotated.texture, PATCH_FILE_BITS), mask=rotated.mask, place=place)

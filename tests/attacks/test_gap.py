@@ -51,8 +51,8 @@ def test_an_untargeted_patch_lowers_accuracy(toy, shape):
 def test_the_patch_works_turned(toy):
     patch = fit(toy, shape="square", degrees=45, steps=120)
     for degrees in (-40, 40):
-        texture, mask = rotate_patch(patch.texture, patch.mask, degrees)
-        turned = Patch(texture=(texture * 255).round() / 255, mask=mask)
+        rotated = rotate_patch(patch.texture, patch.mask, degrees)
+        turned = Patch(texture=(rotated.texture * 255).round() / 255, mask=rotated.mask)
         assert toy.success_rate(turned, 0) > toy.success_rate(noise(toy, shape="square"), 0) + 0.3
 
 
@@ -123,6 +123,15 @@ def test_the_patch_is_shifted_by_whole_pixels():
     expected = paste(torch.zeros(400, 3, 16, 16), texture, torch.ones(6, 6).bool(), corners)
     torch.testing.assert_close(anywhere, expected)
     assert len(corners.unique(dim=0)) > 110
+
+
+def test_a_turned_patch_at_the_border_lies_on_whole_pixels():
+    """Its turned corners must not leave the image, so it is moved inside: by whole pixels."""
+    texture = torch.rand(3, 6, 6, generator=generator(0, "texture"))
+    still = {"texture": texture, "shape": "square", "scale": (1, 1), "degrees": 0.5}
+    in_corner = put(torch.zeros(50, 3, 16, 16), place=(0, 0), **still)
+    inside = put(torch.zeros(50, 3, 16, 16), place=(1, 1), **still)
+    torch.testing.assert_close(in_corner, inside)
 
 
 @pytest.mark.parametrize("shape", ["square", "disc"])

@@ -1,7 +1,9 @@
 import math
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from qadtr_brevitas.attacks.shapes import bounding_box, shape_mask
 from qadtr_brevitas.attacks.transforms import relight, rotate_patch, transform_patch, turning_reach
@@ -111,22 +113,80 @@ def test_gradient_in_the_texture_against_finite_differences():
 @pytest.mark.parametrize("size", [(8, 8), (7, 7), (6, 9)])
 def test_quarter_turns_move_pixels_unchanged(turns, size):
     texture, mask = example(*size)
-    turned, turned_mask = rotate_patch(texture, mask, 90 * turns)
+    rotated = rotate_patch(texture, mask, 90 * turns)
+    turned, turned_mask = rotated.texture, rotated.mask
     expected_mask = torch.rot90(mask, turns, (0, 1))
     assert torch.equal(turned_mask, expected_mask)
     expected = torch.rot90(texture, turns, (1, 2))
     torch.testing.assert_close(turned[:, expected_mask], expected[:, expected_mask], rtol=0, atol=1e-5)
 
 
+SMALL_TURNS = [0.01, -0.01, 89.99, 180.01, 270.01]
+
+
+@pytest.mark.parametrize("degrees", SMALL_TURNS)
+@pytest.mark.parametrize("size", [(8, 8), (7, 7), (6, 9), (8, 4)])
+def test_a_hundredth_of_a_degree_changes_nothing_but_roundings(size, degrees):
+    """A box of another parity than the patch's would blur it: its pixels would lie between those of the patch."""
+    texture, mask = example(*size)
+    near, exact = rotate_patch(texture, mask, degrees), rotate_patch(texture, mask, round(degrees))
+    assert near.offset == exact.offset
+    assert torch.equal(near.mask, exact.mask)
+    torch.testing.assert_close(near.texture[:, near.mask], exact.texture[:, near.mask], rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("degrees", [3, 5, 10, 22.5, -30, 45, 100, 200])
+@pytest.mark.parametrize("size", [(8, 8), (7, 7), (5, 9), (8, 4)])
+def test_rotation_about_the_middle_is_that_of_pillow(size, degrees):
+    texture, mask = example(*size, dtype=torch.float64)
+    rotated = rotate_patch(texture, mask, degrees)
+    sheets = torch.cat([texture * mask, mask[None].double()])
+    canvas = torch.nn.functional.pad(sheets, (8, 8, 8, 8))
+    turned = [Image.fromarray(sheet.float().numpy()).rotate(degrees, Image.Resampling.BILINEAR) for sheet in canvas]
+    expected = torch.stack([torch.from_numpy(np.array(sheet)) for sheet in turned])
+    top, left = rotated.offset
+    height, width = rotated.mask.shape
+    window = expected[:, 8 + top : 8 + top + height, 8 + left : 8 + left + width]
+    weights = window[3]
+    colors = (window[:3] / weights.clamp(min=1e-6))[:, rotated.mask]
+    torch.testing.assert_close(rotated.texture.float()[:, rotated.mask], colors, rtol=0, atol=1e-3)
+    beside = expected[3].clone()
+    beside[8 + top : 8 + top + height, 8 + left : 8 + left + width][rotated.mask] = 0
+    assert beside.max() <= weights[rotated.mask].min() + 1e-5
+
+
+@pytest.mark.parametrize("degrees", [0.01, 5, 22.5, 30, 45, -30, 60, 89, 100])
+@pytest.mark.parametrize(
+    "mask", [shape_mask("square", 8), shape_mask("disc", 12), shape_mask("rectangle", (1, 7)), example()[1]]
+)
+def test_a_turned_patch_keeps_its_number_of_pixels_and_has_no_empty_border(mask, degrees):
+    rotated = rotate_patch(torch.rand(3, *mask.shape, generator=generator(0)), mask, degrees)
+    assert rotated.mask.sum() == mask.sum()
+    assert bounding_box(rotated.mask) == (0, 0, *rotated.mask.shape)
+
+
 @pytest.mark.parametrize("degrees", [5, 22.5, 45, -30, 100])
-@pytest.mark.parametrize("shape", ["square", "disc"])
-def test_a_turned_patch_keeps_its_area_and_has_no_empty_border(degrees, shape):
-    mask = shape_mask(shape, 12)
-    _, turned = rotate_patch(torch.rand(3, 12, 12, generator=generator(0)), mask, degrees)
-    assert turned.sum().item() == pytest.approx(mask.sum().item(), rel=0.06)
-    assert bounding_box(turned) == (0, 0, *turned.shape)
-    # A square's half turn and a disc's any turn.
+@pytest.mark.parametrize("shape", [("square", 12), ("disc", 12), ("rectangle", (4, 9)), ("rectangle", (6, 2))])
+def test_a_turned_patch_keeps_its_symmetry(shape, degrees):
+    mask = shape_mask(*shape)
+    turned = rotate_patch(torch.rand(3, *mask.shape, generator=generator(0)), mask, degrees).mask
     assert torch.equal(turned, turned.flip((0, 1)))
+
+
+@pytest.mark.parametrize("degrees", [1, 4, 10, 90, 180])
+def test_a_patch_that_is_lighter_on_one_side_keeps_its_middle(degrees):
+    """The box around a mask without symmetry is cut on one side only."""
+    mask = torch.zeros(9, 9, dtype=torch.bool)
+    mask[0, 4] = mask[2:6, 3:7] = True
+    rotated = rotate_patch(torch.ones(3, 9, 9), mask, degrees)
+    before, after = (part.nonzero().double().mean(0) for part in (mask, rotated.mask))
+    turn = math.radians(degrees)
+    row, column = (before - 4).tolist()
+    expected = torch.tensor(
+        [row * math.cos(turn) - column * math.sin(turn), column * math.cos(turn) + row * math.sin(turn)]
+    )
+    # A mean over whole pixels.
+    torch.testing.assert_close((after + torch.tensor(rotated.offset) - 4).float(), expected, rtol=0, atol=0.25)
 
 
 def test_contrast_and_brightness():

@@ -7,6 +7,7 @@ import torch
 
 from qadtr_brevitas.attacks.patch import Patch
 from qadtr_brevitas.core.errors import UsageError
+from qadtr_brevitas.core.seeding import generator
 from qadtr_brevitas.core.table import Table
 from qadtr_brevitas.evaluation import evaluate
 from qadtr_brevitas.evaluation.entries import NamedPatch
@@ -60,10 +61,20 @@ def test_rotation_turns_about_the_middle_and_stays_on_the_grid_and_in_the_image(
     assert torch.equal(turned.texture, texture.rot90(1, (1, 2)))
     in_corner = moved(PatchVariants(at=(0, 0), degrees=[45]), white_patch(side=5))["at 0,0 rotated by 45 deg"].patch
     assert in_corner.place == (0, 0)
-    assert in_corner.size == (6, 6)
+    assert in_corner.size == (7, 7)
+    assert in_corner.pixels == 25
     assert torch.allclose(in_corner.texture * 255, (in_corner.texture * 255).round(), atol=1e-4)
     anywhere = moved(PatchVariants(degrees=[30.0]), white_patch(side=4))["rotated by 30 deg"].patch
     assert anywhere.place == "random"
+
+
+@pytest.mark.parametrize("side", [3, 4])
+def test_small_turn_leaves_a_textured_patch_where_and_as_it_is(side: int) -> None:
+    texture = torch.randint(256, (3, side, side), generator=generator(0)) / 255
+    patch = NamedPatch("textured", Patch(texture=texture, mask=torch.ones(side, side, dtype=torch.bool)))
+    turned = moved(PatchVariants(at=(2, 3), degrees=[0.01]), patch)["at 2,3 rotated by 0.01 deg"].patch
+    assert turned.place == (2, 3)
+    assert (turned.texture - texture).abs().max() <= 1.01 / 255
 
 
 def report_of(tmp_path: Path) -> EvaluationReport:
