@@ -12,13 +12,11 @@ from torch import nn
 
 from qadtr_brevitas.attacks.base import ImageAttack
 from qadtr_brevitas.attacks.patch import Patch
-from qadtr_brevitas.config.slots import slot_name
 from qadtr_brevitas.core.errors import UsageError
-from qadtr_brevitas.core.registry import ATTACKS
 from qadtr_brevitas.data.batches import Loader, read_split
 from qadtr_brevitas.data.split import Split
 from qadtr_brevitas.evaluation import NamedAttack
-from qadtr_brevitas.evaluation.entries import LoadedModel, NamedPatch, load_patches, load_subjects
+from qadtr_brevitas.evaluation.entries import LoadedModel, NamedPatch, load_models, load_patches
 from qadtr_brevitas.quant import SwitchableModel, get_precision, set_precision
 
 ModelLike: TypeAlias = "SwitchableModel | LoadedModel | str | Path"
@@ -43,7 +41,7 @@ def as_loaded(model: ModelLike, *, name: str = "model") -> LoadedModel:
         CheckpointError: the folder holds no model.
     """
     if isinstance(model, (str, Path)):
-        return load_subjects([Path(model)])[0]
+        return load_models([Path(model)])[0]
     return model if isinstance(model, LoadedModel) else _from_memory(model, name)
 
 
@@ -85,13 +83,9 @@ def as_named_patches(patches: Sequence[PatchLike] | Mapping[str, Patch]) -> list
         elif isinstance(patch, NamedPatch):
             found.append(patch)
         else:
-            found.append(NamedPatch(_unique(_patch_name(patch), [known.name for known in found]), patch))
+            name = _unique(NamedPatch.of(patch).name, [known.name for known in found])
+            found.append(NamedPatch.of(patch, name=name))
     return found
-
-
-def _patch_name(patch: Patch) -> str:
-    height, width = patch.size
-    return f"{patch.meta.get('attack', 'patch')}-{height}x{width}"
 
 
 def _unique(name: str, known: Sequence[str]) -> str:
@@ -108,8 +102,7 @@ def as_named_attacks(attacks: Sequence[AttackLike]) -> list[NamedAttack]:
     Raises:
         UsageError: an unknown name, or an attack that makes universal patches only.
     """
-    made = [ATTACKS.load(attack)() if isinstance(attack, str) else attack for attack in attacks]
-    return [NamedAttack(slot_name(attack), attack) for attack in made]
+    return [NamedAttack.of(attack) for attack in attacks]
 
 
 @contextmanager

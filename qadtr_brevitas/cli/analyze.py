@@ -68,7 +68,7 @@ def command(
 
     from qadtr_brevitas.config.plugins import make_plugin
     from qadtr_brevitas.core.device import resolve_device
-    from qadtr_brevitas.evaluation.entries import load_subjects
+    from qadtr_brevitas.evaluation.entries import load_models
     from qadtr_brevitas.pipeline.datasets import find_dataset
     from qadtr_brevitas.reproduce.analyses import run_analysis
     from qadtr_brevitas.reproduce.analyses.document import read_analysis
@@ -76,7 +76,7 @@ def command(
     plugin = make_plugin(ANALYSES, analysis, settings)
     dataset = find_dataset(paths, data)
     where = resolve_device(device)
-    models = load_subjects(paths, device=where)
+    models = load_models(paths, device=where)
     with progress(f"analyzing {analysis}") as report_progress:
         file = run_analysis(
             plugin,

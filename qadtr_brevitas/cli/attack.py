@@ -85,7 +85,7 @@ def command(
     from qadtr_brevitas.core.device import resolve_device
     from qadtr_brevitas.core.plugin import plugin_settings
     from qadtr_brevitas.evaluation.craft import DEFAULT_TARGETS, CraftSetup, craft, divide_for_crafting
-    from qadtr_brevitas.evaluation.entries import load_subjects
+    from qadtr_brevitas.evaluation.entries import load_models
     from qadtr_brevitas.evaluation.unseen import craft_unseen
     from qadtr_brevitas.pipeline.datasets import find_dataset
     from qadtr_brevitas.quant.inference import parse_modes
@@ -95,7 +95,7 @@ def command(
     default = patch_folder(model_dir) / protocol if protocol else patch_folder(model_dir)
     output = output or default
     where = resolve_device(device)
-    loaded = load_subjects([model_dir], device=where)[0]
+    loaded = load_models([model_dir], device=where)[0]
     train, judge = divide_for_crafting(load_split(dataset, "train"), train=train_images, held_out=held_out, seed=seed)
     aims = _read_targets(targets, train.classes)
     named = {"name": slot_name(dataset), "settings": plugin_settings(dataset)}

@@ -133,14 +133,14 @@ def _plan(
     from qadtr_brevitas.core.plugin import plugin_settings
     from qadtr_brevitas.evaluation import Grid, NamedAttack
     from qadtr_brevitas.evaluation.certification import Certification
-    from qadtr_brevitas.evaluation.entries import load_patches, load_subjects
+    from qadtr_brevitas.evaluation.entries import load_models, load_patches
     from qadtr_brevitas.evaluation.grid import read_means
     from qadtr_brevitas.evaluation.patch_cleanser import MASKS_PER_SIDE
     from qadtr_brevitas.evaluation.variants import PatchVariants
 
-    attacks = [NamedAttack(slot_name(plugin), plugin) for plugin in plugins]
+    attacks = [NamedAttack.of(plugin) for plugin in plugins]
     means = read_means(given.eot, attacks)
-    models = load_subjects([*given.model_dirs, *given.surrogates], device=device)
+    models = load_models([*given.model_dirs, *given.surrogates], device=device)
     patches = load_patches(_patch_places(given))
     split = load_split(dataset, "test", limit=given.images, seed=given.seed)
     if given.images is not None:

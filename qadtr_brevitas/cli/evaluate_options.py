@@ -251,11 +251,11 @@ def check_audit_options(given: EvaluateOptions) -> None:
 def run_audits(grid: Grid, given: EvaluateOptions, *, output: Path, device: torch.device) -> list[AuditReport]:
     """Audits each model of an evaluation at the precisions asked for; the other models lend it their gradients."""
     from qadtr_brevitas.auditing import audit
-    from qadtr_brevitas.evaluation.entries import load_subjects
+    from qadtr_brevitas.evaluation.entries import load_models
 
     precisions = _single(grid)
-    twin = load_subjects([given.twin], device=device)[0] if given.twin else None
-    ablations = load_subjects(given.ablations, device=device)
+    twin = load_models([given.twin], device=device)[0] if given.twin else None
+    ablations = load_models(given.ablations, device=device)
     audits: list[AuditReport] = []
     with progress("auditing") as report:
         for number, loaded in enumerate(grid.loaded_models):

@@ -124,13 +124,13 @@ def command(**options: Any) -> None:
     _check_unverified(given)
     outputs = _outputs(given)
 
-    from qadtr_brevitas.evaluation.entries import load_subjects
+    from qadtr_brevitas.evaluation.entries import load_models
     from qadtr_brevitas.exporting import BuildTarget, export, find_format
     from qadtr_brevitas.pipeline.datasets import find_dataset
     from qadtr_brevitas.quant import precisions_or_all
 
     dataset = find_dataset([given.model_dir], given.data) if given.verify else None
-    (loaded,) = load_subjects([given.model_dir])
+    (loaded,) = load_models([given.model_dir])
     # Before the first of several is made.
     precisions_or_all(loaded.model, list(outputs))
     split = None

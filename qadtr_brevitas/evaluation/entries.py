@@ -30,7 +30,7 @@ class LoadedModel:
     """A model under attack.
 
     Args:
-        name: how tables call it; unique among the subjects.
+        name: how tables call it; unique among the models.
         model: a switchable model.
         fingerprint: of its weights and of what gives them their meaning.
         info: the float model it was made from, its images and classes.
@@ -98,6 +98,12 @@ class NamedPatch:
     control: bool = False
     variant: VariantFacts | None = None
 
+    @classmethod
+    def of(cls, patch: Patch, *, name: str | None = None) -> NamedPatch:
+        """Return a patch from memory; without a name it is called by attack and size, for instance lavan-8x8."""
+        height, width = patch.size
+        return cls(name or f"{patch.meta.get('attack', 'patch')}-{height}x{width}", patch)
+
     @cached_property
     def facts(self) -> PatchFacts:
         """The patch's entry in the report."""
@@ -125,14 +131,14 @@ class NamedPatch:
         )
 
 
-def load_subjects(paths: Sequence[Path], *, device: torch.device | str = "cpu") -> list[LoadedModel]:
+def load_models(paths: Sequence[Path], *, device: torch.device | str = "cpu") -> list[LoadedModel]:
     """Load model or run directories, each named by its folder.
 
     Raises:
         UsageError: the same folder is given twice.
         CheckpointError: a folder holds no model that can be read.
     """
-    return [_load_subject(path, name, device) for path, name in zip(paths, unique_names(paths), strict=True)]
+    return [_load_entry(path, name, device) for path, name in zip(paths, unique_names(paths), strict=True)]
 
 
 def load_patches(places: Sequence[Path]) -> list[NamedPatch]:
@@ -161,7 +167,7 @@ def unique_names(paths: Sequence[Path]) -> list[str]:
     if not paths:
         return []
     repeated = next(path for path, part in zip(paths, parts, strict=True) if parts.count(part) > 1)
-    raise UsageError(f"{repeated} is given twice: name each one once")
+    raise UsageError(f"{repeated} is given twice: give each folder or file once")
 
 
 def _end(parts: tuple[str, ...], depth: int) -> tuple[str, ...]:
@@ -169,7 +175,7 @@ def _end(parts: tuple[str, ...], depth: int) -> tuple[str, ...]:
     return parts[-(depth + 1 if says_nothing else depth) :]
 
 
-def _load_subject(path: Path, name: str, device: torch.device | str) -> LoadedModel:
+def _load_entry(path: Path, name: str, device: torch.device | str) -> LoadedModel:
     folder = resolve_model_dir(path)
     model, info = load_model(folder, device=device)
     return LoadedModel(

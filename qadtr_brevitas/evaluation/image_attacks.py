@@ -1,4 +1,4 @@
-"""Attacks that make adversarial versions of the test images themselves, and the models they are made on."""
+"""Per-image attacks, which make an adversarial version of each test image, and the models that they search on."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from qadtr_brevitas.attacks.base import ImageAttack, PatchAttack, TargetedAttack
 from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.core.files import fingerprint_facts
 from qadtr_brevitas.core.plugin import plugin_settings
+from qadtr_brevitas.core.registry import ATTACKS
 from qadtr_brevitas.core.seeding import derive_seed, generator
 from qadtr_brevitas.core.version import __version__
 from qadtr_brevitas.evaluation.entries import LoadedModel
@@ -25,10 +26,14 @@ _TOLERANCE = 1e-5
 
 @dataclass(frozen=True)
 class NamedAttack:
-    """A per-image attack plug-in under its registered name.
+    """A per-image attack with its name.
+
+    Args:
+        name: the registered name.
+        plugin: the attack, an `ImageAttack`.
 
     Raises:
-        UsageError: the plug-in makes universal patches only, or what no evaluation can score.
+        UsageError: the attack makes universal patches only, or it does not allow to be scored (`not_scored`).
     """
 
     name: str
@@ -43,24 +48,37 @@ class NamedAttack:
         if self.plugin.not_scored is not None:
             raise UsageError(self.plugin.not_scored)
 
+    @classmethod
+    def of(cls, attack: ImageAttack | str) -> NamedAttack:
+        """Return an attack under its registered name, or under the name of its class if it is not registered.
+
+        Args:
+            attack: the attack, or a registered name, which stands for the attack with its default settings.
+
+        Raises:
+            UsageError: there is no attack of this name, or it cannot be scored.
+        """
+        plugin: ImageAttack = ATTACKS.load(attack)() if isinstance(attack, str) else attack
+        return cls(ATTACKS.name_of(type(plugin)) or type(plugin).__name__, plugin)
+
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """The plug-in's fields as JSON values."""
+        """The settings of the attack as JSON values."""
         return plugin_settings(self.plugin)
 
     @property
     def target(self) -> int | None:
-        """The class it aims at; None where any wrong class counts."""
+        """The target class; None for an untargeted attack."""
         return self.plugin.target if isinstance(self.plugin, TargetedAttack) else None
 
     @property
     def is_black_box(self) -> bool:
-        """Whether it sees nothing but the model's outputs."""
+        """Whether the attack sees the outputs of the model only."""
         return self.plugin.black_box
 
     @cached_property
     def family(self) -> str:
-        """Its name with the settings that are not the defaults, but for the target."""
+        """The name with all settings that are not the defaults, except the target: attacks to average over share it."""
         defaults = _default_settings(self.plugin)
         changed = {key: value for key, value in self.settings.items() if key not in defaults or defaults[key] != value}
         words = [f"{key}={value}" for key, value in changed.items() if key != "target"]
@@ -71,18 +89,21 @@ class NamedAttack:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of its name, its settings and the release whose code it is."""
+        """The fingerprint of the name, the settings and the release of this package."""
         return fingerprint_facts([self.name, self.settings, __version__])
 
 
 @dataclass(frozen=True)
 class SourcedAttack:
-    """A per-image attack and what it looks at.
+    """A per-image attack together with its source: the model and the inference mode that it searches on.
+
+    The images it makes are then shown to every victim, so that the source may be the victim itself (white-box) or not
+    (transfer).
 
     Args:
         attack: the attack.
-        loaded: the model it is made on.
-        mode: the precision it is made at, or those that it looks at together.
+        loaded: the source model.
+        mode: the precision of the source, or the precisions whose mean the attack follows.
     """
 
     attack: NamedAttack
@@ -91,7 +112,7 @@ class SourcedAttack:
 
     @cached_property
     def facts(self) -> ImageAttackFacts:
-        """The attack's entry in the report."""
+        """The entry of the attack in the report."""
         mode, target = str(self.mode), self.attack.target
         aim = "" if target is None else f" to class {target}"
         return ImageAttackFacts(
@@ -108,24 +129,23 @@ class SourcedAttack:
     def images(self, images: Tensor, labels: Tensor, *, seed: int, chunk: range) -> Tensor:
         """Adversarial versions of a chunk of images.
 
-        The random stream depends on the seed, the attack and the chunk only: neither on what was attacked before nor
-        on the model.
+        The random stream depends on the seed, the attack and the chunk only, not on the model or on earlier attacks.
 
         Args:
-            images: (n, 3, H, W) in [0, 1], on the model's device.
-            labels: (n,).
-            seed: of the evaluation.
-            chunk: which of the test images they are.
+            images: (n, 3, H, W) in [0, 1], on the device of the model.
+            labels: (n,), the true classes.
+            seed: seed of the evaluation.
+            chunk: indices of the images in the test split.
 
         Returns:
             (n, 3, H, W) in [0, 1].
 
         Raises:
-            UsageError: the attack gave something else.
+            UsageError: the attack returned images of another shape or range.
         """
         keys = ("image attack", self.attack.fingerprint, chunk.start, chunk.stop)
         precision = self.mode.precisions[0] if self.mode.is_single else None
-        # Attacks from libraries draw from the global generators, which no one else may notice.
+        # Attacks from libraries draw from the global generators, whose state must be the same afterwards.
         with torch.random.fork_rng(_cuda_devices(images)):
             torch.manual_seed(derive_seed(seed, *keys, "global"))
             found = self.attack.plugin.run(
@@ -141,7 +161,7 @@ class SourcedAttack:
 def _default_settings(plugin: Any) -> dict[str, Any]:
     try:
         return plugin_settings(type(plugin)())
-    # A plug-in with a field that has to be given has no defaults.
+    # A plug-in with a required field has no defaults.
     except (TypeError, ValueError):
         return {}
 
@@ -152,10 +172,10 @@ def _cuda_devices(images: Tensor) -> Sequence[torch.device]:
 
 def _checked(found: Tensor, images: Tensor, name: str) -> Tensor:
     inside = bool(((found >= -_TOLERANCE) & (found <= 1 + _TOLERANCE)).all())
-    # NaN is outside too.
+    # `inside` is False for NaN as well.
     if found.shape != images.shape or not inside:
         raise UsageError(
-            f"attack {name} gave images that are not of the given shape or not in [0, 1]: choose other settings, or "
-            "report it to whoever wrote the attack"
+            f"attack {name} returned images of another shape or with values outside [0, 1]: choose other settings, or "
+            "report it to the author of the attack"
         )
     return found.clamp(0, 1)

@@ -28,14 +28,14 @@ from typing import Annotated, Any
 
 from pydantic import TypeAdapter
 
-from qadtr_brevitas.config.slots import Slot, slot_name
+from qadtr_brevitas.config.slots import Slot
 from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.core.plugin import plugin_settings
 from qadtr_brevitas.core.precision import MAX_BITS, Precision, PrecisionLike
 from qadtr_brevitas.core.progress import part_of
 from qadtr_brevitas.core.registry import ATTACKS
 from qadtr_brevitas.evaluation.craft import CraftedPatch, CraftSetup, craft
-from qadtr_brevitas.evaluation.entries import LoadedModel, load_subjects
+from qadtr_brevitas.evaluation.entries import LoadedModel, load_models
 from qadtr_brevitas.pipeline.add_precision import add_precision
 from qadtr_brevitas.quant import allowed_precisions
 from qadtr_brevitas.quant.inference import InferenceMode
@@ -77,9 +77,10 @@ def unseen_patches(seen: Any, image_side: int) -> list[UnseenPatch]:
     Raises:
         UsageError: the attack makes no universal patches, or is one that the protocol knows no other family for.
     """
-    name = slot_name(seen)
+    name = ATTACKS.name_of(type(seen))
     if name not in _FAMILY:
-        raise UsageError(f"the unseen-patch protocol starts from one of {', '.join(_FAMILY)}, not from {name}")
+        given = name or type(seen).__name__
+        raise UsageError(f"the unseen-patch protocol starts from one of {', '.join(_FAMILY)}, not from {given}")
     budget = _changed_fields(seen)
 
     def attack(kind: str, **fields: Any) -> Any:
@@ -157,10 +158,15 @@ def craft_unseen(
         targets: classes that seen patches aim at; None among them for untargeted ones.
 
     Raises:
-        UsageError: as of `craft` and `unseen_patches`.
+        UsageError: as of `craft` and `unseen_patches`, or the model is in memory only.
         DataError: the model is for other images or another number of classes.
         CheckpointError: a file cannot be written, or one that is there cannot be read.
     """
+    if not loaded.path:
+        raise UsageError(
+            f"model {loaded.name} is in memory only, and the unseen-patch protocol converts it again with one more "
+            "bit-width: save it with qadtr_brevitas.save(model, DIR) and give DIR"
+        )
     made: list[CraftedPatch] = []
     kinds = unseen_patches(seen, setup.train.image_size[0])
     for number, kind in enumerate(kinds):
@@ -183,4 +189,4 @@ def _at_left_out_bits(loaded: LoadedModel, setup: CraftSetup) -> LoadedModel:
     if not folder.is_dir():
         images = setup.train.limited(512, seed=setup.seed)
         add_precision(Path(loaded.path), folder, precision, images, seed=setup.seed)
-    return load_subjects([folder], device=setup.device)[0]
+    return load_models([folder], device=setup.device)[0]

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 import qadtr_brevitas as qb
 from qadtr_brevitas.core.errors import DataError, UsageError
-from qadtr_brevitas.evaluation.entries import LoadedModel, load_subjects
+from qadtr_brevitas.evaluation.entries import LoadedModel, load_models
 from qadtr_brevitas.models.describe import describe_network
 from tests.api.conftest import CLASSES, TinyNet, loader, waves
 
@@ -161,7 +161,7 @@ def test_saved_models_compute_the_same(tmp_path: Path) -> None:
     qb.calibrate(model, loader(64, seed=2))
     qb.save(model, tmp_path / "model")
     loaded = qb.load(tmp_path / "model")
-    (from_disk,) = load_subjects([tmp_path / "model"])
+    (from_disk,) = load_models([tmp_path / "model"])
     assert LoadedModel.from_model(model).fingerprint == from_disk.fingerprint
     images, _ = waves(8, seed=3)
     for precision in (32, 4):

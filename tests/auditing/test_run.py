@@ -14,7 +14,7 @@ from qadtr_brevitas.auditing.finding import PrecisionAudit
 from qadtr_brevitas.auditing.tables import audit_tables, write_audits
 from qadtr_brevitas.core.errors import DataError, UsageError
 from qadtr_brevitas.core.files import read_json
-from qadtr_brevitas.evaluation.entries import load_subjects
+from qadtr_brevitas.evaluation.entries import load_models
 from qadtr_brevitas.evaluation.metrics import Proportion
 from qadtr_brevitas.evaluation.report import Rate
 from qadtr_brevitas.pipeline.directories import AUDIT_FILE
@@ -144,7 +144,7 @@ def test_finished_precisions_are_kept(tmp_path: Path, monkeypatch: pytest.Monkey
         return PrecisionAudit(precision=calls[-1], side=4, findings=(), **facts)
 
     monkeypatch.setattr("qadtr_brevitas.auditing.run._audit_precision", counted)
-    loaded = load_subjects([make_model_dir(tmp_path / "net")])[0]
+    loaded = load_models([make_model_dir(tmp_path / "net")])[0]
 
     def again(folder: Path | None, **settings: Any) -> AuditReport:
         return audit(loaded, train_split(), images=30, folder=folder, **settings)

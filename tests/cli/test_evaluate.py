@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 from qadtr_brevitas.attacks.lavan import Lavan
 from qadtr_brevitas.cli.main import cli
 from qadtr_brevitas.evaluation.craft import CraftSetup, craft
-from qadtr_brevitas.evaluation.entries import load_subjects
+from qadtr_brevitas.evaluation.entries import load_models
 from qadtr_brevitas.evaluation.report import EvaluationReport
 from tests.evaluation.models import make_model_dir, train_split
 
@@ -25,7 +25,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     folder = tmp_path_factory.mktemp("runs")
     paths = [make_model_dir(folder / name, name=seed) for seed, name in enumerate(("first", "second"))]
     judge, rest = train_split().divide(30, seed=0)
-    for subject, path in zip(load_subjects(paths), paths, strict=True):
+    for subject, path in zip(load_models(paths), paths, strict=True):
         search = Lavan(size=4, steps=1, batch_size=16)
         setup = CraftSetup(train=rest, held_out=judge, output=path / "patches")
         craft(subject, search, setup, name="lavan", targets=[0, 1])

@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 from qadtr_brevitas.attacks.lavan import Lavan
 from qadtr_brevitas.cli.main import cli
 from qadtr_brevitas.evaluation.craft import CraftSetup, craft
-from qadtr_brevitas.evaluation.entries import load_subjects
+from qadtr_brevitas.evaluation.entries import load_models
 from tests.evaluation.models import make_model_dir, train_split
 
 
@@ -21,7 +21,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = make_model_dir(tmp_path_factory.mktemp("runs") / "net")
     judge, rest = train_split().divide(30, seed=0)
     search = Lavan(size=4, steps=1, batch_size=16)
-    (subject,) = load_subjects([path])
+    (subject,) = load_models([path])
     setup = CraftSetup(train=rest, held_out=judge, output=path / "patches")
     craft(subject, search, setup, name="lavan", targets=[0])
     return path

@@ -14,7 +14,7 @@ from qadtr_brevitas.attacks.patch import Patch
 from qadtr_brevitas.attacks.random_patch import RandomPatch
 from qadtr_brevitas.core.errors import CheckpointError, DataError, UsageError
 from qadtr_brevitas.data.split import Split
-from qadtr_brevitas.evaluation.craft import CraftedPatch, CraftSetup, craft
+from qadtr_brevitas.evaluation.craft import CraftedPatch, CraftSetup, craft, divide_for_crafting
 from qadtr_brevitas.evaluation.entries import LoadedModel, NamedPatch
 from qadtr_brevitas.quant.inference import mode_name
 from qadtr_brevitas.quant.switch import switch_of
@@ -206,3 +206,29 @@ class Hopeless(White):
 def test_failed_patch_is_named_by_precision_and_target(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"^white at 4 bit, target2: the model classifies no"):
         make(tmp_path, Hopeless(), precisions=[4], targets=[2])
+
+
+def test_images_are_divided_into_those_to_make_and_those_to_choose_patches_on() -> None:
+    split = coded_split(40)
+    train, held_out = divide_for_crafting(split, seed=3)
+    assert (len(train), len(held_out)) == (32, 8)
+    again = divide_for_crafting(split, seed=3)
+    assert torch.equal(train.labels, again[0].labels)
+    assert torch.equal(held_out.labels.bincount(), torch.tensor([2, 2, 2, 2]))
+
+
+def test_division_has_limits_and_takes_numbers() -> None:
+    split = coded_split(40)
+    assert [len(part) for part in divide_for_crafting(split, seed=0, max_train=12, max_held_out=4)] == [12, 4]
+    assert [len(part) for part in divide_for_crafting(split, seed=0, train=20, held_out=20)] == [20, 20]
+    with pytest.raises(UsageError, match=r"30 training.*20 held-out.*40.*--train-images"):
+        divide_for_crafting(split, seed=0, train=30, held_out=20)
+
+
+def test_parts_have_no_image_in_common() -> None:
+    images = torch.arange(40, dtype=torch.uint8)[:, None, None, None].expand(40, 3, 2, 2).contiguous()
+    split = Split(images, torch.arange(40) % 4, tuple("abcd"))
+    train, held_out = divide_for_crafting(split, seed=0)
+    parts = [set(part.images[:, 0, 0, 0].tolist()) for part in (train, held_out)]
+    assert not parts[0] & parts[1]
+    assert parts[0] | parts[1] == set(range(40))

@@ -6,9 +6,12 @@ from pathlib import Path
 import pytest
 
 from qadtr_brevitas.core.errors import CheckpointError, DataError, UsageError
-from qadtr_brevitas.evaluation.entries import load_patches, unique_names
+from qadtr_brevitas.evaluation.entries import LoadedModel, load_models, load_patches, unique_names
+from qadtr_brevitas.pipeline.checkpoint import load_model
 from qadtr_brevitas.pipeline.directories import patch_folder
+from qadtr_brevitas.quant.switch import set_precision
 from tests.evaluation.fakes import coded_split, reader, white_patch
+from tests.evaluation.models import make_model_dir
 
 
 @pytest.mark.parametrize(
@@ -81,3 +84,15 @@ def test_patches_of_a_run_are_those_of_its_last_model(tmp_path: Path) -> None:
     assert patch_folder(tmp_path / "run" / "best") == tmp_path / "run" / "best" / "patches"
     (tmp_path / "run" / "last" / "patches").mkdir()
     assert patch_folder(tmp_path / "run" / "last") == tmp_path / "run" / "last" / "patches"
+
+
+def test_model_in_memory_has_the_fingerprint_of_its_directory(tmp_path: Path) -> None:
+    (saved,) = load_models([make_model_dir(tmp_path / "net")])
+    model, info = load_model(tmp_path / "net" / "last")
+    assert LoadedModel.from_model(model, info=info).fingerprint == saved.fingerprint
+    set_precision(model, 4)
+    assert LoadedModel.from_model(model, info=info).fingerprint == saved.fingerprint
+    other = replace(info, mean=(0.4, 0.5, 0.5))
+    assert LoadedModel.from_model(model, info=other).fingerprint != saved.fingerprint
+    next(model.parameters()).data.add_(1e-3)
+    assert LoadedModel.from_model(model, info=info).fingerprint != saved.fingerprint

@@ -318,10 +318,15 @@ def test_streams_depend_on_seed_attack_and_chunk_only() -> None:
 
 @pytest.mark.parametrize("add", [0.6, -0.6, float("nan")])
 def test_attack_that_leaves_the_pixels_range_is_refused(add: float) -> None:
-    with pytest.raises(
-        UsageError, match=r"attack noise gave images that are not of the given shape or not in \[0, 1\]"
-    ):
+    with pytest.raises(UsageError, match=r"noise.*\[0, 1\]"):
         drawn(add=add)
+
+
+def test_attack_without_a_registered_name_is_called_by_its_class() -> None:
+    assert NamedAttack.of("lavan").name == NamedAttack.of(Lavan()).name == "lavan"
+    assert NamedAttack.of(Noise()).name == "Noise"
+    with pytest.raises(UsageError, match=r"pgdd.*pgd"):
+        NamedAttack.of("pgdd")
 
 
 def test_attacks_without_gradients_are_black_box() -> None:

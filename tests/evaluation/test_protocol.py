@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 
 from qadtr_brevitas.attacks.a_qapa import AQapa
@@ -9,8 +12,11 @@ from qadtr_brevitas.attacks.dpr import Dpr
 from qadtr_brevitas.attacks.gap import Gap
 from qadtr_brevitas.attacks.lavan import Lavan
 from qadtr_brevitas.core.errors import UsageError
+from qadtr_brevitas.core.plugin import plugin
 from qadtr_brevitas.core.precision import Precision, parse_precisions
-from qadtr_brevitas.evaluation.unseen import left_out_bits, other_targets, unseen_patches
+from qadtr_brevitas.evaluation.craft import CraftSetup
+from qadtr_brevitas.evaluation.unseen import craft_unseen, left_out_bits, other_targets, unseen_patches
+from tests.evaluation.fakes import coded_split, reader
 
 
 def test_the_kinds_and_their_sizes() -> None:
@@ -44,6 +50,24 @@ def test_the_other_family_of_gap_is_lavan() -> None:
     assert type(unseen_patches(Gap(size=8), 32)[6].attack) is Lavan
     with pytest.raises(UsageError, match=r"protocol starts from one of lavan, gap, dpr, not from a-qapa"):
         unseen_patches(AQapa(), 32)
+
+
+@plugin
+class Unregistered(Lavan):
+    pass
+
+
+def test_attack_that_is_not_registered_is_refused_by_its_class() -> None:
+    with pytest.raises(UsageError, match=r"lavan, gap, dpr.*Unregistered"):
+        unseen_patches(Unregistered(size=8), 32)
+
+
+def test_model_in_memory_is_refused_because_it_cannot_be_converted_again(tmp_path: Path) -> None:
+    split = coded_split()
+    setup = CraftSetup(train=split, held_out=split, output=tmp_path, data={"name": "coded"})
+    with pytest.raises(UsageError, match=r"reader.*memory.*save"):
+        craft_unseen(replace(reader(), path=""), Lavan(size=2), setup, targets=[0])
+    assert not list(tmp_path.iterdir())
 
 
 def test_other_targets_are_none_of_those_seen() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from qadtr_brevitas.attacks.lavan import Lavan
 from qadtr_brevitas.attacks.pixel import Pgd
-from qadtr_brevitas.config.slots import Slot, slot_name
+from qadtr_brevitas.config.slots import Slot
 from qadtr_brevitas.core.plugin import Field, plugin
 from qadtr_brevitas.core.precision import Precision
 from qadtr_brevitas.core.registry import ATTACKS
@@ -117,7 +117,7 @@ class Gradients(Analysis):
         whole = torch.ones_like(covered)
         name = ", ".join(dict.fromkeys(patch.facts.family for patch in patches))
         yield _AttackedImages(name, "patch", patched, {_PATCH: covered, _IMAGE: whole, _ZEROS: covered})
-        pixel = NamedAttack(slot_name(self.pixel), self.pixel)
+        pixel = NamedAttack.of(self.pixel)
         source = SourcedAttack(pixel, loaded, parse_mode(context.precisions(loaded)[0]))
         made = [
             source.images(images[part], labels[part], seed=context.seed, chunk=range(int(part[0]), int(part[-1]) + 1))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from qadtr_brevitas.attacks.base import PixelAttack
 from qadtr_brevitas.attacks.pixel import Fgsm, MiFgsm, Pgd
-from qadtr_brevitas.config.slots import Slot, slot_name
+from qadtr_brevitas.config.slots import Slot
 from qadtr_brevitas.core.plugin import Field, plugin
 from qadtr_brevitas.core.registry import ATTACKS
 from qadtr_brevitas.evaluation import NamedAttack
@@ -93,12 +93,12 @@ class Pixel(Analysis):
 
 
 def _with_eps(attack: PixelAttack, eps: float) -> NamedAttack:
-    return NamedAttack(slot_name(attack), attack.with_settings(eps=eps))
+    return NamedAttack.of(attack.with_settings(eps=eps))
 
 
 def _labels(attacks: Sequence[PixelAttack]) -> dict[str, str]:
     """Return how tables call the attacks, by family without eps: the name, with settings if two share it."""
-    named = [NamedAttack(slot_name(attack), attack) for attack in attacks]
+    named = [NamedAttack.of(attack) for attack in attacks]
     names_by_family = {_without_eps(attack.family): attack.name for attack in named}
     names = list(names_by_family.values())
     return {family: name if names.count(name) == 1 else family for family, name in names_by_family.items()}

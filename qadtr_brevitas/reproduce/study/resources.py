@@ -17,7 +17,7 @@ from qadtr_brevitas.core.plugin import plugin_settings
 from qadtr_brevitas.data.base import Dataset
 from qadtr_brevitas.data.split import Split
 from qadtr_brevitas.evaluation.craft import divide_for_crafting
-from qadtr_brevitas.evaluation.entries import LoadedModel, load_subjects
+from qadtr_brevitas.evaluation.entries import LoadedModel, load_models
 from qadtr_brevitas.pipeline.datasets import recorded_dataset
 from qadtr_brevitas.reproduce.study.sections import Budget
 
@@ -71,7 +71,7 @@ class StudyResources:
 
     def load_model(self, folder: Path, name: str) -> LoadedModel:
         """Return the model of a run or model directory, under the name it has in the study."""
-        return replace(self._models.get(folder, lambda: load_subjects([folder], device=self.device)[0]), name=name)
+        return replace(self._models.get(folder, lambda: load_models([folder], device=self.device)[0]), name=name)
 
     def dataset(self, folder: Path) -> Dataset:
         """Return the data set that a model was made on.

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from qadtr_brevitas.attacks.lavan import Lavan
 from qadtr_brevitas.data.shapes import Shapes
-from qadtr_brevitas.evaluation.entries import LoadedModel, load_subjects
+from qadtr_brevitas.evaluation.entries import LoadedModel, load_models
 from qadtr_brevitas.reproduce.analyses import Analysis, AnalysisData, Record, run_analysis
 from qadtr_brevitas.reproduce.analyses.document import AnalysisReport, FacetValue, read_analysis
 from tests.evaluation.models import CLASSES, SIDE, make_model_dir, train_split
@@ -16,7 +16,7 @@ LAVAN = Lavan(size=4, steps=2, batch_size=16)
 
 def make_models(folder: Path, *, precisions: tuple[int, ...] = (32, 4), count: int = 1) -> list[LoadedModel]:
     """Return networks that classify some of the shapes correctly."""
-    return load_subjects([make_model_dir(folder / f"net{n}", precisions=precisions, name=n) for n in range(count)])
+    return load_models([make_model_dir(folder / f"net{n}", precisions=precisions, name=n) for n in range(count)])
 
 
 def shapes(images: int = 12) -> AnalysisData:
