@@ -17,7 +17,8 @@ from PIL import Image
 from qadtr_brevitas.core.errors import DataError, QadtrError
 from qadtr_brevitas.core.files import write_atomically
 from qadtr_brevitas.core.progress import Progress
-from qadtr_brevitas.data.listing import Listing, cache_folder
+from qadtr_brevitas.data.archives import cache_folder
+from qadtr_brevitas.data.listing import Listing, printable
 
 Pixels: TypeAlias = "numpy.ndarray[tuple[int, ...], numpy.dtype[numpy.uint8]]"
 
@@ -25,6 +26,8 @@ CHUNK = 128
 THREADS = 8
 # Pillow reads grays of 16 bit in these formats as 32 bit, some of them in earlier versions only.
 _GRAYS_OF_16_BIT = ("PNG", "PPM")
+# Pixels of a resized image: 0.6 GB on 8 threads.
+LARGEST_RESIZED = 25_000_000
 # Decoding that takes less time is not worth a file.
 CACHE_FROM_SECONDS = 2.0
 
@@ -90,14 +93,18 @@ def _decode(path: str, size: tuple[int, ...], shorter: int | None) -> Pixels:
     try:
         with Image.open(path) as file:
             image = _eight_bit(path, file).convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except QadtrError:
+        raise
+    # Decoders raise whatever the libraries below them do, RuntimeError and struct.error among it.
+    except Exception as error:
         raise _unreadable(path, error) from error
     height, width = size
     if shorter is not None:
+        _check_shape(path, image, shorter)
         image = _center(_resize(image, shorter), height)
     if image.size != (width, height):
         raise DataError(
-            f"{path} is {image.height}x{image.width}, but the first image is {height}x{width}: "
+            f"{printable(path)} is {image.height}x{image.width}, but the first image is {height}x{width}: "
             "set data.dataset.image_size to resize all images to one size"
         )
     return numpy.asarray(image).transpose(2, 0, 1)
@@ -108,8 +115,20 @@ def _eight_bit(path: str, image: Image.Image) -> Image.Image:
     if image.mode not in ("F", "I") and not image.mode.startswith("I;16"):
         return image
     if image.mode == "F" or (image.mode == "I" and image.format not in _GRAYS_OF_16_BIT):
-        raise DataError(f"{path} has grays of 32 bit, whose black and white are not known: save it with 8 or 16 bit")
+        raise DataError(
+            f"{printable(path)} has grays of 32 bit, whose black and white are not known: save it with 8 or 16 bit"
+        )
     return Image.fromarray((numpy.asarray(image) >> 8).astype(numpy.uint8))
+
+
+def _check_shape(path: str, image: Image.Image, shorter: int) -> None:
+    """Refuse a picture that is all but a line: with its shorter side resized it would fill the memory."""
+    longer = max(image.size) * shorter // min(image.size)
+    if longer * shorter > LARGEST_RESIZED:
+        raise DataError(
+            f"{printable(path)} is {image.height}x{image.width}, and resized would be {longer} pixels long: crop it or "
+            "delete it"
+        )
 
 
 def _resize(image: Image.Image, shorter: int) -> Image.Image:
@@ -136,12 +155,12 @@ def size_of(path: str) -> tuple[int, int]:
     try:
         with Image.open(path) as image:
             return image.height, image.width
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:
         raise _unreadable(path, error) from error
 
 
 def _unreadable(path: str, error: Exception) -> DataError:
-    return DataError(f"cannot read the image {path} ({error}): replace it or delete it")
+    return DataError(f"cannot read the image {printable(path)} ({error}): replace it or delete it")
 
 
 def _check_memory(shape: tuple[int, ...], max_gb: float) -> None:
@@ -157,7 +176,7 @@ def _check_memory(shape: tuple[int, ...], max_gb: float) -> None:
 def _cache_file(listing: Listing, image_size: int | None, crop: float) -> Path:
     # One file for each way to read the folder; changes of its files change the digest alone.
     way = f"{listing.folder.resolve()}/{listing.part}/{image_size}/{crop}"
-    place = blake2b(way.encode(), digest_size=6).hexdigest()
+    place = blake2b(os.fsencode(way), digest_size=6).hexdigest()
     return cache_folder() / "decoded" / f"{place}-{listing.digest}.npy"
 
 

@@ -12,7 +12,7 @@ from qadtr_brevitas.core.plugin import Field, plugin
 from qadtr_brevitas.core.progress import Progress
 from qadtr_brevitas.data.base import Dataset
 from qadtr_brevitas.data.decode import read_images, size_of
-from qadtr_brevitas.data.listing import Listing, find_root, list_images
+from qadtr_brevitas.data.listing import ClassOrder, Listing, find_root, list_images
 from qadtr_brevitas.data.split import Split, balanced_indices
 
 SIZES_SAMPLED = 64
@@ -20,15 +20,18 @@ SIZES_SAMPLED = 64
 
 @plugin
 class ImageFolder(Dataset):
-    """Any images (png, jpg, jpeg, webp, bmp) laid out as ROOT/{train,test}/<class>/<image>; `val` also serves as test.
+    """Any images (png, jpg, webp, tiff, ...) laid out as ROOT/{train,test}/<class>/<image>; `val` also serves as test.
 
-    If ROOT has only one of these folders, or the class folders themselves, `holdout` divides the images. Classes are
-    numbered in the order of their names. The images of a split are held in memory, one byte per value.
+    If ROOT has only one of these folders, or the class folders themselves, `holdout` divides the images. Folders
+    inside class folders belong to the class. Classes are numbered in the order of their names; where numbers or capital
+    letters in them make torchvision's order differ from timm's, `class_order` is required.
+
+    The images of a split are held in memory, one byte per value.
     """
 
-    root: Annotated[str | None, Field(description="folder or tar; null: the folder that QADTR_BREVITAS_DATA names")] = (
-        None
-    )
+    root: Annotated[
+        str | None, Field(description="folder, tar or zip; null: the folder that QADTR_BREVITAS_DATA names")
+    ] = None
     image_size: Annotated[
         int | None,
         Field(
@@ -41,6 +44,10 @@ class ImageFolder(Dataset):
     ] = None
     holdout: Annotated[
         int | None, Field(ge=2, description="test on the first of every so many images, where there is one folder")
+    ] = None
+    class_order: Annotated[
+        ClassOrder | None,
+        Field(description="order of the classes: name (10 before 2) or natural (2 before 10); null: if they agree"),
     ] = None
     max_gb: Annotated[float, Field(gt=0, description="refuse to hold more than this in memory, in GB")] = 8.0
 
@@ -95,7 +102,8 @@ class ImageFolder(Dataset):
         return replace(self, image_size=image_size, crop=crop if self.crop is None else self.crop)
 
     def _list(self, split: str) -> Listing:
-        listing = list_images(find_root(self.root, name=self.folder_name), split, holdout=self.holdout)
+        root = find_root(self.root, name=self.folder_name)
+        listing = list_images(root, split, holdout=self.holdout, order=self.class_order)
         self.check(listing, split)
         return listing
 

@@ -1,94 +1,36 @@
-"""Find the images of a data set: in a folder ROOT/<split>/<class>/ or ROOT/<class>/, or in a tar of such a folder.
-
-A tar is unpacked once, into the cache folder.
-"""
+"""Which images lie in a folder ROOT/<split>/<class>/ or ROOT/<class>/, and how their classes are numbered."""
 
 from __future__ import annotations
 
 import os
-import shutil
-import tarfile
-import zlib
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
-from tempfile import mkdtemp
+from typing import Literal, TypeAlias
+from unicodedata import normalize
 
 from qadtr_brevitas.core.errors import DataError
+from qadtr_brevitas.data.archives import ARCHIVE_SUFFIXES, DATA_VARIABLE, data_folder, unpack
 from qadtr_brevitas.data.split import check_split
 
-DATA_VARIABLE = "QADTR_BREVITAS_DATA"
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-FOLDERS = {"train": ("train",), "test": ("test", "val")}
+IMAGE_SUFFIXES = (
+    *(".png", ".jpg", ".jpeg", ".webp", ".bmp"),
+    *(".avif", ".gif", ".jfif", ".jpe", ".pgm", ".pnm", ".ppm", ".tif", ".tiff"),
+)
+OTHER_PICTURES = (
+    *(".cr2", ".dds", ".dng", ".exr", ".hdr", ".heic", ".heif", ".j2k", ".jp2", ".jxl", ".nef", ".psd", ".tga"),
+)
+"""Pictures that are not read. They are no reason to read the others without a word."""
+FOLDERS = {"train": ("train", "training"), "test": ("test", "val", "valid", "validation")}
+_ONE_FOLDER_FOR_ALL = {"images"}
 # macOS adds this folder to archives.
 _NO_CLASSES = ("__MACOSX",)
 LAYOUT = "ROOT/{train,test}/<class>/<image>"
 
-
-def data_folder() -> Path | None:
-    """Return the folder that the environment variable QADTR_BREVITAS_DATA names, or None if it is not set."""
-    value = os.environ.get(DATA_VARIABLE)
-    return Path(value).expanduser() if value else None
-
-
-def cache_folder() -> Path:
-    """Return the folder for files that can be recreated: $XDG_CACHE_HOME (or ~/.cache) + /qadtr_brevitas."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base).expanduser() if base else Path.home() / ".cache") / "qadtr_brevitas"
-
-
-def unpack(archive: Path) -> Path:
-    """Unpack a tar into the cache folder, unless it is there already, and return the folder of its contents.
-
-    Two processes may unpack at once: each writes to a temporary folder, and the first to finish renames it.
-
-    Raises:
-        DataError: the file is not a tar, is damaged or holds paths that lead outside, or there is no space for it.
-    """
-    stat = archive.stat()
-    key = blake2b(f"{archive.resolve()}/{stat.st_size}/{stat.st_mtime_ns}".encode(), digest_size=6).hexdigest()
-    target = cache_folder() / "unpacked" / f"{archive.stem}-{key}"
-    if target.is_dir():
-        return target
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(mkdtemp(prefix=f".{archive.stem}-", dir=target.parent))
-        try:
-            with tarfile.open(archive) as tar:
-                tar.extractall(temporary, filter="data")
-                _check_end(tar)
-            _rename(temporary, target)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-    except (tarfile.TarError, EOFError, zlib.error) as error:
-        raise DataError(f"{archive} is not a tar or is damaged ({_first_line(error)}): fetch it again") from error
-    except OSError as error:
-        reason = error.strerror or error
-        raise DataError(
-            f"cannot unpack {archive} into {target.parent}: {reason}; free some space, or set XDG_CACHE_HOME"
-        ) from error
-    return target
-
-
-def _check_end(tar: tarfile.TarFile) -> None:
-    """Raise if a tar is cut off: extraction stops silently at a damaged header, and a whole tar ends with zeros."""
-    assert tar.fileobj is not None
-    tar.fileobj.seek(tar.offset)
-    if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-        raise tarfile.ReadError("it ends too early")
-
-
-def _rename(temporary: Path, target: Path) -> None:
-    try:
-        os.rename(temporary, target)
-    except OSError:
-        if not target.is_dir():
-            raise
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
+ClassOrder: TypeAlias = Literal["name", "natural"]
+"""How class folders are numbered: by name (torchvision), or with numbers by their value (timm)."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +39,7 @@ class Listing:
 
     Args:
         folder: the folder that holds the class folders.
-        classes: names of the class folders, sorted.
+        classes: names of the class folders in the order of the labels, in Unicode's composed form (NFC).
         paths: image files.
         labels: index of each file's class.
         digest: changes whenever a file is added, removed, renamed or rewritten.
@@ -125,7 +67,7 @@ def find_root(root: str | None, *, name: str | None = None) -> Path:
     """Return the folder that holds the splits.
 
     Args:
-        root: a folder or a tar; None for the folder that QADTR_BREVITAS_DATA names.
+        root: a folder, or a tar or zip; None for the folder that QADTR_BREVITAS_DATA names.
         name: also accepts a folder that holds a folder `name` or a file `name.tar`.
 
     Raises:
@@ -138,12 +80,13 @@ def find_root(root: str | None, *, name: str | None = None) -> Path:
     if not base.exists():
         given = "data.dataset.root" if root else DATA_VARIABLE
         raise DataError(f"there is no folder {base}: set {given} to {what}")
-    inner = [base / name, base / f"{name}.tar"] if name and base.is_dir() and _split_folder(base) is None else []
-    found = next((path for path in inner if path.exists()), base)
+    inner = [base / f"{name}{suffix}" for suffix in ("", *ARCHIVE_SUFFIXES)] if name else []
+    is_outer = base.is_dir() and _split_folder(base) is None
+    found = next((path for path in inner if is_outer and path.exists()), base)
     return found if found.is_dir() else _content_folder(unpack(found))
 
 
-def list_images(root: Path, split: str, *, holdout: int | None = None) -> Listing:
+def list_images(root: Path, split: str, *, holdout: int | None = None, order: ClassOrder | None = None) -> Listing:
     """List the images of one split.
 
     Args:
@@ -151,11 +94,13 @@ def list_images(root: Path, split: str, *, holdout: int | None = None) -> Listin
         split: "train" or "test".
         holdout: where all images are in one place, the first of every so many is for testing and the others are for
             training. None where there is a folder for each.
+        order: how classes are numbered; None where both orders are the same.
 
     Raises:
         UsageError: a split other than "train" and "test".
-        DataError: no such split, no class folders, a class without images, splits whose classes differ, or a holdout
-            where there are two splits or none where it is needed.
+        DataError: no such split, no class folders, a class without images, pictures that are not read, splits whose
+            classes differ, a holdout where there are two splits or none where it is needed, or no order where it
+            matters.
     """
     check_split(split)
     folder = _split_folder(root, split)
@@ -163,22 +108,22 @@ def list_images(root: Path, split: str, *, holdout: int | None = None) -> Listin
         if folder is None:
             raise _no_split(root, split)
         _check_same_classes(root, split)
-        return _list_folder(folder)
+        return _list_folder(folder, order)
     folders = [found for name in FOLDERS if (found := _split_folder(root, name))]
     if len(folders) == 2:
         both = " and ".join(path.name for path in folders)
         raise DataError(
             f"{root} has {both} folders, so data.dataset.holdout={holdout} would leave images out: set it to null"
         )
-    listing = _list_folder(folders[0] if folders else root)
+    listing = _list_folder(folders[0] if folders else root, order)
     indices = [index for index in range(len(listing.paths)) if (index % holdout == 0) == (split == "test")]
     return listing.pick(indices, part=f"{split} of holdout {holdout}")
 
 
 def _no_split(root: Path, split: str) -> DataError:
-    wanted = " or ".join(FOLDERS[split])
+    wanted = {"train": "train", "test": "test or val"}[split]
     other = _split_folder(root)
-    if other is None and not any(_has_images(root / name) for name in _class_names(root)):
+    if other is None and not any(map(_has_images, _class_folders(root).values())):
         return DataError(f"{root} has no folder {wanted}: images must lie in {LAYOUT}")
     there = f"only {other.name}" if other else "class folders at once"
     return DataError(
@@ -187,63 +132,143 @@ def _no_split(root: Path, split: str) -> DataError:
     )
 
 
-def _list_folder(folder: Path) -> Listing:
+def _list_folder(folder: Path, order: ClassOrder | None) -> Listing:
     """All images below class folders."""
-    classes = _class_names(folder)
-    if not classes:
+    folders = _class_folders(folder)
+    if not folders:
         raise DataError(f"{folder} is empty: images must lie in {LAYOUT}")
+    classes = _ordered(folder, list(folders), order)
     paths: list[str] = []
     labels: list[int] = []
     digest = blake2b(digest_size=8)
     for label, name in enumerate(classes):
-        entries = sorted(
-            (entry for entry in os.scandir(folder / name) if _is_image(entry)), key=lambda entry: entry.name
-        )
+        entries = list(_images_below(folders[name]))
         if not entries:
-            raise DataError(
-                f"{folder / name} has no images ({', '.join(IMAGE_SUFFIXES)}): add some or delete the folder"
-            )
+            kinds = ", ".join(IMAGE_SUFFIXES)
+            raise DataError(f"{folders[name]} has no images ({kinds}): add some or delete the folder")
         for entry in entries:
             stat = entry.stat()
-            digest.update(f"{name}/{entry.name}/{stat.st_size}/{stat.st_mtime_ns}\n".encode())
+            place = entry.path[len(os.fspath(folders[name])) :]
+            digest.update(os.fsencode(f"{name}{place}/{stat.st_size}/{stat.st_mtime_ns}\n"))
         paths += [entry.path for entry in entries]
         labels += [label] * len(entries)
     return Listing(folder, classes, tuple(paths), tuple(labels), digest.hexdigest())
 
 
+def _ordered(folder: Path, classes: Sequence[str], order: ClassOrder | None) -> tuple[str, ...]:
+    """Sort class names.
+
+    Raises:
+        DataError: no order is given where the two differ.
+    """
+    by_name, by_number = sorted(classes), sorted(sorted(classes), key=_natural_key)
+    if order is None and by_name != by_number:
+        first = next(label for label, pair in enumerate(zip(by_name, by_number, strict=True)) if len(set(pair)) > 1)
+        raise DataError(
+            f"class {first} of {folder} is {by_name[first]!r} in the order of names, as torchvision numbers classes, "
+            f"and {by_number[first]!r} in natural order, as timm does: set data.dataset.class_order=name or "
+            "data.dataset.class_order=natural, as the model was trained"
+        )
+    return tuple(by_number if order == "natural" else by_name)
+
+
+def _natural_key(name: str) -> list[int | str]:
+    """Return the key of timm's order: numbers by their value, letters without their case."""
+    # Digits are at the odd places.
+    parts = re.split(r"([0-9]+)", name.lower())
+    return [int(part) if place % 2 else part for place, part in enumerate(parts)]
+
+
 def _content_folder(unpacked: Path) -> Path:
-    """Return the one folder that holds everything in an unpacked tar, or the top."""
-    entries = list(unpacked.iterdir())
+    """Return the one folder that holds everything in an unpacked archive, or the top."""
+    entries = [entry for entry in unpacked.iterdir() if entry.name not in _NO_CLASSES]
     return entries[0] if _split_folder(unpacked) is None and len(entries) == 1 and entries[0].is_dir() else unpacked
 
 
 def _split_folder(root: Path, *splits: str) -> Path | None:
+    """Return the folder of a split, or of any; capital letters do not matter."""
+    with os.scandir(root) as entries:
+        # Names in small letters come last, and win.
+        there = {entry.name.lower(): entry.name for entry in sorted(entries, key=lambda e: e.name) if entry.is_dir()}
     names = [name for split in splits or tuple(FOLDERS) for name in FOLDERS[split]]
-    return next((root / name for name in names if (root / name).is_dir()), None)
+    return next((root / there[name] for name in names if name in there), None)
 
 
-def _class_names(folder: Path) -> tuple[str, ...]:
-    names = (entry.name for entry in os.scandir(folder) if entry.is_dir())
-    return tuple(sorted(name for name in names if name[0] != "." and name not in _NO_CLASSES))
+def _class_folders(folder: Path) -> dict[str, Path]:
+    """Return class folders by the names of the classes.
+
+    Raises:
+        DataError: two names that differ in their Unicode form only, or one that is not UTF-8.
+    """
+    with os.scandir(folder) as entries:
+        names = [entry.name for entry in entries if entry.is_dir() and _is_shown(entry.name)]
+    found: dict[str, Path] = {}
+    for name in sorted(names):
+        if (composed := normalize("NFC", name)) in found:
+            raise DataError(
+                f"{folder} has two folders {composed!r}, whose names differ in their Unicode form only: join them"
+            )
+        if not _is_utf8(name):
+            raise DataError(f"{folder} has a class folder whose name is not UTF-8, {name!a}: rename it")
+        found[composed] = folder / name
+    return found
+
+
+def _is_utf8(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _check_same_classes(root: Path, split: str) -> None:
     """Labels are ranks of class names, so one missing class would shift the labels of one split silently."""
     folders = {name: folder for name in FOLDERS if (folder := _split_folder(root, name))}
-    classes = {name: set(_class_names(folder)) for name, folder in folders.items()}
-    for other in classes:
+    classes = {name: set(_class_folders(folder)) for name, folder in folders.items()}
+    for other, folder in folders.items():
         # An empty folder has an error of its own, which is raised when it is read.
-        if classes[split] and (differing := sorted(classes[split] ^ classes[other])):
+        if not classes[split] or not (differing := sorted(classes[split] ^ classes[other])):
+            continue
+        if _ONE_FOLDER_FOR_ALL in (classes[split], classes[other]):
+            where = folder if classes[other] == _ONE_FOLDER_FOR_ALL else folders[split]
             raise DataError(
-                f"{root} has other classes for {split} than for {other} ({', '.join(differing[:3])}): "
-                "give both the same class folders"
+                f"{where} has all images in one folder, images, as Tiny-ImageNet has: give each class a folder there, "
+                "as in train (val_annotations.txt tells the classes); its folder test has no classes, move it away"
             )
+        raise DataError(
+            f"{root} has other classes for {split} than for {other} ({', '.join(differing[:3])}): "
+            "give both the same class folders"
+        )
 
 
 def _has_images(folder: Path) -> bool:
+    return next(_images_below(folder), None) is not None
+
+
+def _images_below(folder: str | Path) -> Iterator[os.DirEntry[str]]:
+    """Yield the images in a folder and in folders inside it, by name.
+
+    Raises:
+        DataError: there are pictures that are not read.
+    """
     with os.scandir(folder) as entries:
-        return any(map(_is_image, entries))
+        shown = sorted((entry for entry in entries if _is_shown(entry.name)), key=lambda entry: entry.name)
+    for entry in shown:
+        name = entry.name.lower()
+        if name.endswith(IMAGE_SUFFIXES) and entry.is_file():
+            yield entry
+        elif name.endswith(OTHER_PICTURES) and entry.is_file():
+            kinds = ", ".join(IMAGE_SUFFIXES)
+            raise DataError(f"{printable(entry.path)} is not read: save it as one of {kinds}, or move it away")
+        elif entry.is_dir(follow_symlinks=False):
+            yield from _images_below(entry.path)
 
 
-def _is_image(entry: os.DirEntry[str]) -> bool:
-    return entry.name.lower().endswith(IMAGE_SUFFIXES) and entry.name[0] != "." and entry.is_file()
+def _is_shown(name: str) -> bool:
+    return name[0] != "." and name not in _NO_CLASSES
+
+
+def printable(path: str) -> str:
+    """Return a path for messages, which may not be UTF-8."""
+    return os.fsencode(path).decode(errors="backslashreplace")

@@ -75,8 +75,8 @@ class LoadedModel:
         if (label := differing_class(self.info.classes, split.classes)) is not None:
             raise DataError(
                 f"class {label} of data set {data} is {split.classes[label]!r}, that of model {self.name} is "
-                f"{self.info.classes[label]!r}: give data with the same classes in the same order (class folders are "
-                "sorted by name)"
+                f"{self.info.classes[label]!r}: give data with the same classes in the same order "
+                "(data.dataset.class_order sets how class folders are numbered)"
             )
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from qadtr_brevitas.core.errors import CheckpointError
-from qadtr_brevitas.data.listing import DATA_VARIABLE, data_folder
+from qadtr_brevitas.data.archives import DATA_VARIABLE, data_folder
 
 WRAPPERS = ("state_dict", "model")
 PREFIXES = ("module.", "_orig_mod.")

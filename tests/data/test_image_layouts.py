@@ -9,8 +9,8 @@ from PIL import Image
 from timm.data import create_transform
 
 from qadtr_brevitas.core.errors import DataError, UsageError
+from qadtr_brevitas.data.archives import unpack
 from qadtr_brevitas.data.image_folder import ImageFolder
-from qadtr_brevitas.data.listing import unpack
 from tests.data.support import picture, tar_of
 
 
