@@ -13,7 +13,7 @@ from qadtr_brevitas.data.batches import Loader
 from qadtr_brevitas.evaluation import Grid
 from qadtr_brevitas.evaluation import evaluate as evaluate_grid
 from qadtr_brevitas.evaluation.certification import Certification
-from qadtr_brevitas.evaluation.patch_cleanser import MASKS_PER_SIDE
+from qadtr_brevitas.evaluation.masks import MASKS_PER_SIDE
 from qadtr_brevitas.evaluation.report import EvaluationReport, Rate
 
 

@@ -135,7 +135,7 @@ def _plan(
     from qadtr_brevitas.evaluation.certification import Certification
     from qadtr_brevitas.evaluation.entries import load_models, load_patches
     from qadtr_brevitas.evaluation.grid import read_means
-    from qadtr_brevitas.evaluation.patch_cleanser import MASKS_PER_SIDE
+    from qadtr_brevitas.evaluation.masks import MASKS_PER_SIDE
     from qadtr_brevitas.evaluation.variants import PatchVariants
 
     attacks = [NamedAttack.of(plugin) for plugin in plugins]

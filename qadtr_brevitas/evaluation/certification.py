@@ -11,7 +11,8 @@ from torch import Tensor
 from qadtr_brevitas.evaluation.cells import CellStore, CertifyKey
 from qadtr_brevitas.evaluation.entries import LoadedModel
 from qadtr_brevitas.evaluation.jobs import EvaluationInputs, Victim
-from qadtr_brevitas.evaluation.patch_cleanser import Certified, covering_masks, double_masking
+from qadtr_brevitas.evaluation.masks import covering_masks, mean_color
+from qadtr_brevitas.evaluation.patch_cleanser import Certified, double_masking
 
 PORTION = 32
 """Images in one cell: each is looked at hundreds of times, and a stopped evaluation loses no more than these."""
@@ -79,8 +80,7 @@ class CertifyJob:
     def compute(self, store: CellStore, device: torch.device) -> None:
         """Look at the images under all masks and keep the outcomes."""
         images, _ = self.inputs.split.batch(torch.tensor(self.chunk), device=device)
-        # The color that is zero after normalization tells a network least.
-        fill = torch.tensor(self.victim.loaded.info.mean).view(-1, 1, 1)
+        fill = mean_color(self.victim.loaded.info.mean)
         masks = self.certification.covering(self.inputs.split.image_size)
         # Not inference_mode: Brevitas's quantizers fail on its tensors.
         with torch.no_grad():

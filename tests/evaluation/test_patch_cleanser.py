@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from qadtr_brevitas.core.errors import UsageError
-from qadtr_brevitas.evaluation.patch_cleanser import covering_masks, double_masking
+from qadtr_brevitas.evaluation.masks import covering_masks
+from qadtr_brevitas.evaluation.patch_cleanser import double_masking
 
 SIDE, PATCH, CLASSES = 5, 2, 3
 FILL = torch.full((1, 1, 1), 0.5)
@@ -113,31 +113,3 @@ def test_images_that_failed_are_not_looked_at_again() -> None:
     found = double_masking(model, torch.ones(3, 1, SIDE, SIDE), masks, fill=FILL, batch_size=3)
     assert found.proved.tolist() == [-1, -1, -1]
     assert looked < 3 * (4 + 6)
-
-
-@pytest.mark.parametrize("side", [5, 8, 32])
-@pytest.mark.parametrize("patch", [1, 2, 5])
-@pytest.mark.parametrize("per_side", [1, 2, 3, 6])
-def test_one_mask_covers_every_patch(side: int, patch: int, per_side: int) -> None:
-    masks = covering_masks((side, side), patch, per_side=per_side)
-    assert 1 <= len(masks) <= per_side**2
-    for row, column in product(range(side - patch + 1), repeat=2):
-        assert bool(masks[:, row : row + patch, column : column + patch].flatten(1).all(dim=1).any())
-
-
-def test_masks_of_images_that_are_not_square_and_their_size() -> None:
-    masks = covering_masks((8, 32), 4, per_side=3)
-    assert masks.shape[1:] == (8, 32)
-    # Strides of ceil(5 / 3) = 2 and ceil(29 / 3) = 10 pixels: masks of 5 by 13.
-    assert set(masks.flatten(1).sum(dim=1).tolist()) == {5 * 13}
-    # Of strides of 5 pixels five reach the end of 32, so that fewer masks do than were allowed.
-    assert len(covering_masks((32, 32), 8, per_side=6)) == 25
-    assert len(covering_masks((224, 224), 32)) == 36
-
-
-@pytest.mark.parametrize("patch", [0, 9])
-def test_a_patch_that_does_not_fit_is_refused(patch: int) -> None:
-    with pytest.raises(
-        UsageError, match=rf"a patch of {patch}x{patch} pixels does not fit on images of 8x32: .* 1 to 8"
-    ):
-        covering_masks((8, 32), patch)

@@ -1,0 +1,49 @@
+"""Covering sets by brute force: wherever a patch of the size lies, one of the masks covers all of it."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+import torch
+
+from qadtr_brevitas.core.errors import UsageError
+from qadtr_brevitas.evaluation.masks import covering_masks, covering_set, mean_color
+
+
+@pytest.mark.parametrize("image_size", [(5, 5), (8, 8), (6, 9), (32, 32)])
+@pytest.mark.parametrize("patch", [(1, 1), (2, 2), (5, 5), (1, 4), (3, 2)])
+@pytest.mark.parametrize("per_side", [1, 2, 3, 6])
+def test_one_mask_covers_every_patch(image_size: tuple[int, int], patch: tuple[int, int], per_side: int) -> None:
+    masks = covering_masks(image_size, patch, per_side=per_side)
+    assert 1 <= len(masks) <= per_side**2
+    height, width = patch
+    for row, column in product(range(image_size[0] - height + 1), range(image_size[1] - width + 1)):
+        assert bool(masks[:, row : row + height, column : column + width].flatten(1).all(dim=1).any())
+
+
+def test_masks_of_images_that_are_not_square_and_their_size() -> None:
+    masks = covering_masks((8, 32), 4, per_side=3)
+    assert masks.shape[1:] == (8, 32)
+    # Strides of ceil(5 / 3) = 2 and ceil(29 / 3) = 10 pixels: masks of 5 by 13.
+    assert set(masks.flatten(1).sum(dim=1).tolist()) == {5 * 13}
+    # Of strides of 5 pixels five reach the end of 32, so that fewer masks do than were allowed.
+    assert len(covering_masks((32, 32), 8, per_side=6)) == 25
+    assert len(covering_masks((224, 224), 32)) == 36
+
+
+def test_every_pair_of_rows_and_columns_is_a_mask() -> None:
+    found = covering_set((6, 9), "1x4", per_side=3)
+    whole = {tuple(mask.flatten().tolist()) for mask in found.masks}
+    pairs = {tuple((row[:, None] & column).flatten().tolist()) for row in found.rows for column in found.columns}
+    assert whole == pairs
+
+
+@pytest.mark.parametrize(("patch", "name"), [(9, "9x9"), ((9, 2), "9x2"), ((2, 33), "2x33")])
+def test_a_patch_that_does_not_fit_is_refused(patch: int | tuple[int, int], name: str) -> None:
+    with pytest.raises(UsageError, match=rf"{name} pixels does not fit .* 8x32.* 1 to 8"):
+        covering_masks((8, 32), patch)
+
+
+def test_the_color_of_masks_is_the_mean() -> None:
+    assert torch.equal(mean_color((0.1, 0.2, 0.3)).flatten(), torch.tensor([0.1, 0.2, 0.3]))
