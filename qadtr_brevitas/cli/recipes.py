@@ -86,9 +86,11 @@ def validate(recipe: str, overrides: tuple[str, ...]) -> None:
     """Check a recipe, with overrides as `train` takes them; every mistake is listed at once, with its line."""
     from qadtr_brevitas.config import load_recipe
 
-    load_recipe(recipe, overrides)
+    cost = load_recipe(recipe, overrides).train.mask_search_cost
     # Of several parts together there is no single file.
     parts = shipped.split_name(recipe)
     path = str(shipped.find_recipe(recipe)) if len(parts) == 1 else recipe
     emit({"recipe": path, "valid": True})
+    if cost:
+        say(cost)
     say(f"{path} is valid; next: qadtr-brevitas train {' '.join((recipe, *overrides))} -o DIR")

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from qadtr_brevitas.config.load import make_recipe as make_recipe
     from qadtr_brevitas.config.sections import CalibrationSection as CalibrationSection
     from qadtr_brevitas.config.sections import DataSection as DataSection
+    from qadtr_brevitas.config.sections import MasksSection as MasksSection
     from qadtr_brevitas.config.sections import ModelSection as ModelSection
     from qadtr_brevitas.config.sections import OptimizerSection as OptimizerSection
     from qadtr_brevitas.config.sections import QuantSection as QuantSection
@@ -26,6 +27,7 @@ _HOMES = {
     "make_recipe": "load",
     "CalibrationSection": "sections",
     "DataSection": "sections",
+    "MasksSection": "sections",
     "ModelSection": "sections",
     "OptimizerSection": "sections",
     "QuantSection": "sections",

@@ -14,7 +14,8 @@ from ruamel.yaml.scalarstring import SingleQuotedScalarString
 from qadtr_brevitas.config.problems import fields_of, located_error
 from qadtr_brevitas.config.slots import Slot
 from qadtr_brevitas.core.errors import QadtrError
-from qadtr_brevitas.core.plugin import PrecisionField
+from qadtr_brevitas.core.patch_size import PatchSize
+from qadtr_brevitas.core.plugin import PatchSizeField, PrecisionField
 from qadtr_brevitas.core.precision import DEFAULT_BITS, parse_precisions
 from qadtr_brevitas.core.registry import (
     ATTACKS,
@@ -174,8 +175,55 @@ class SchedulerSection(RecipeSection):
     decay_rate: float = Field(default=0.1, gt=0, le=1, description="step only: factor at each drop")
 
 
+class MasksSection(RecipeSection):
+    """Masks over training images, drawn from the sets that certification covers patches with.
+
+    `random` draws masks evenly. `greedy` searches the mask of highest loss, then the second mask that makes it worst
+    beside the first (Greedy Cutout, Saha et al. 2023), by forward passes at the precision of the step. One candidate is
+    drawn for each image from each of `grid` x `grid` blocks of neighboring masks.
+    """
+
+    mode: Literal["random", "greedy"] = Field(default="random", description="how masks are chosen from their set")
+    patches: tuple[PatchSizeField, ...] = Field(
+        default=(PatchSize(5, 5),),
+        min_length=1,
+        description="sizes of patches to certify against, as 5 or 3x10; the masks of an image are for one of them",
+    )
+    per_side: int = Field(default=6, ge=2, description="masks along each side of an image, as in certification")
+    one: float = Field(default=0.3, ge=0, le=1, description="share of the images under one mask")
+    two: float = Field(default=0.7, ge=0, le=1, description="share of the images under two masks")
+    attacked: float = Field(
+        default=1.0, ge=0, le=1, description="factor on both shares among attacked images; 0: these are never masked"
+    )
+    searched: float = Field(
+        default=1.0, gt=0, le=1, description="greedy only: share of the masked images whose worst masks are searched"
+    )
+    grid: int = Field(default=3, ge=1, description="greedy only: candidates along each side of an image")
+
+    @model_validator(mode="after")
+    def _shares_leave_room(self) -> MasksSection:
+        both = self.one + self.two
+        # 0.1 + 0.2 + 0.7 is more than 1 in floating point.
+        if both > 1 + 1e-9:
+            rule = f"one and two must be at most 1 together, got {self.one:g} + {self.two:g} = {both:g}"
+            raise located_error([((), rule)])
+        if both == 0:
+            raise located_error([((), "one and two must not both be 0: to train without masks give train.masks=null")])
+        return self
+
+    def search_passes(self, attacked: float) -> float:
+        """Return the forward passes, without gradients, that the search takes for each image of a batch.
+
+        Args:
+            attacked: share of the batch that is attacked.
+        """
+        if self.mode == "random":
+            return 0.0
+        return (1 - attacked + attacked * self.attacked) * self.searched * self.grid**2 * (self.one + 2 * self.two)
+
+
 class TrainSection(RecipeSection):
-    """The training run. Precision schedule, attack, objective, regularizers and gradient rule are independent."""
+    """The training run. Precision schedule, attack, masks, objective, regularizers, gradient rule are independent."""
 
     epochs: int = Field(default=15, ge=1, description="epochs of quantized training")
     batch_size: int = Field(default=128, ge=1, description="images per step, over all processes")
@@ -184,6 +232,7 @@ class TrainSection(RecipeSection):
     scheduler: SchedulerSection = Field(default_factory=SchedulerSection, description="the learning rate over time")
     precision: ScheduleSlot = Field(default=_plugin("uniform"), description="which precision each step trains")
     attack: TrainingAttackSlot | None = Field(default=None, description="adversarial images in the batches")
+    masks: MasksSection | None = Field(default=None, description="masks over the images of quantized epochs")
     objective: ObjectiveSlot = Field(default=_plugin("cross-entropy"), description="what a quantized step minimizes")
     regularizers: tuple[RegularizerSlot, ...] = Field(default=(), description="losses added to the cross entropy")
     gradient: GradientSlot | None = Field(default=None, description="how gradients are changed before a step")
@@ -193,6 +242,17 @@ class TrainSection(RecipeSection):
     validate_every: int = Field(default=1, ge=1, description="epochs between two validations")
     checkpoint_every: int = Field(default=200, ge=1, description="steps between two states to resume from")
     norm_batches: int = Field(default=0, ge=0, description="batches that recalibrate norms at the end; 0: keep them")
+
+    @property
+    def mask_search_cost(self) -> str | None:
+        """What the search for worst masks costs, in words; None where there is none."""
+        passes = self.masks.search_passes(self.attack.share if self.attack else 0.0) if self.masks else 0.0
+        if not passes:
+            return None
+        return (
+            f"the search for worst masks takes {passes:.1f} forward passes without gradients per training image "
+            "(train.masks.searched and train.masks.grid change that)"
+        )
 
 
 class Recipe(RecipeSection):

@@ -16,9 +16,10 @@ from pydantic import BeforeValidator, ConfigDict, Field, JsonValue, PlainSeriali
 from pydantic.dataclasses import dataclass
 
 from qadtr_brevitas.core.errors import UsageError
+from qadtr_brevitas.core.patch_size import PatchSize, PatchSizeLike
 from qadtr_brevitas.core.precision import Precision, PrecisionLike
 
-__all__ = ["Field", "PrecisionField", "plugin", "plugin_settings"]
+__all__ = ["Field", "PatchSizeField", "PrecisionField", "plugin", "plugin_settings"]
 
 _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False, validate_default=True)
 
@@ -49,3 +50,18 @@ def _write_precision(precision: Precision) -> int | str:
 
 PrecisionField: TypeAlias = Annotated[Precision, BeforeValidator(_read_precision), PlainSerializer(_write_precision)]
 """Type of a field that holds a precision: reads 4, "4", "w4a8"; several are a `tuple[PrecisionField, ...]`."""
+
+
+def _read_patch_size(value: PatchSizeLike) -> PatchSize:
+    try:
+        return PatchSize.parse(value)
+    except UsageError as error:
+        raise ValueError(str(error)) from error
+
+
+def _write_patch_size(size: PatchSize) -> int | str:
+    return size.height if size.is_square else str(size)
+
+
+PatchSizeField: TypeAlias = Annotated[PatchSize, BeforeValidator(_read_patch_size), PlainSerializer(_write_patch_size)]
+"""Type of a field that holds the size of a patch: reads 5, "5", "3x10"."""

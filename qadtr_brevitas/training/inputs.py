@@ -1,4 +1,4 @@
-"""The images of a training step: which ones, how they are augmented, and how attacked, from (seed, step, rank)."""
+"""The images of a training step: which ones, how augmented, attacked and masked, from (seed, step, rank)."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from qadtr_brevitas.core.seeding import generator
 from qadtr_brevitas.data.augment import crop_and_flip
 from qadtr_brevitas.data.split import Split, epoch_order
 from qadtr_brevitas.quant import SwitchableModel, frozen_weights
+from qadtr_brevitas.training.masks import TrainingMasks
 from qadtr_brevitas.training.objectives import ordinary_loss
 from qadtr_brevitas.training.step import AdversarialBatch, ForwardOutput, StepLoss, TrainingStep
 
@@ -30,11 +31,12 @@ class TrainingInputs:
     """The source of one process's share of each global batch.
 
     Args:
-        recipe: seed, batch size, augmentation and attack.
+        recipe: seed, batch size, augmentation, attack and masks.
         split: training images.
         rank: number of this process.
         processes: how many there are.
         device: where batches go.
+        masks: lays the recipe's masks over images; None where it has none.
         memory: what the attack keeps from step to step.
     """
 
@@ -43,6 +45,7 @@ class TrainingInputs:
     rank: int
     processes: int
     device: torch.device
+    masks: TrainingMasks | None = None
     memory: Memory = field(default_factory=dict)
 
     def batch(self, step: int, *, steps_per_epoch: int) -> tuple[Tensor, Tensor]:
@@ -84,11 +87,39 @@ class TrainingInputs:
         model.train()
         return AdversarialBatch(torch.cat([adversarial.detach(), images[count:]]), count)
 
+    def mask(
+        self, model: SwitchableModel, batch: AdversarialBatch, labels: Tensor, *, step: int, precision: Precision
+    ) -> AdversarialBatch:
+        """Lay masks over shares of the images, chosen on the model at the step's precision.
+
+        Args:
+            model: at `precision`; afterwards it is in training mode.
+            batch: attacked and other images, n of them.
+            labels: (n,).
+            step: 0-based.
+            precision: the precision that the model runs at.
+        """
+        if self.masks is None:
+            return batch
+        train, seed = self.recipe.train, self.recipe.seed
+        # Drawn for the whole batch, so that shares do not differ with the number of processes.
+        shared = generator(seed, "masks", step, str(precision))
+        attacked = 0 if train.attack is None else self._attacked_everywhere(train.attack)
+        plan = self.masks.plan(train.batch_size, attacked, generator=shared).share(self.rank, self.processes)
+        own = generator(seed, "masks", step, str(precision), self.rank)
+        model.eval()
+        with frozen_weights(model):
+            images = self.masks.apply(model, batch.images, labels, plan, generator=own)
+        model.train()
+        return AdversarialBatch(images, batch.attacked, (plan.counts > 0).to(images.device))
+
     def _attacked_images(self, attack: TrainingAttack) -> int:
         """Return how many images of this process's share of a global batch are attacked."""
+        return len(range(self.rank, self._attacked_everywhere(attack), self.processes))
+
+    def _attacked_everywhere(self, attack: TrainingAttack) -> int:
         # Rounded once for all processes, or shares of small batches would differ with their number.
-        everywhere = round(self.recipe.train.batch_size * attack.share)
-        return len(range(self.rank, everywhere, self.processes))
+        return round(self.recipe.train.batch_size * attack.share)
 
     def _run(
         self,
@@ -118,14 +149,14 @@ def make_step(
     """Return what an objective sees of one batch at one precision.
 
     Args:
-        inputs: make the adversarial images, with the recipe's attack.
+        inputs: attack and mask the images, as the recipe says.
         accelerator: of this process.
         model: in training mode and at `precision`.
         images: (n, 3, H, W) in [0, 1], augmented.
         labels: (n,).
         number: optimizer steps done.
         precision: the precision of the loss.
-        attacked: whether there are adversarial images.
+        attacked: whether images are attacked and masked.
     """
     train = inputs.recipe.train
 
@@ -133,7 +164,8 @@ def make_step(
         if not attacked:
             return AdversarialBatch(images, 0)
         with attack_autocast(accelerator):
-            return inputs.attack(model, images, labels, step=number, precision=precision)
+            batch = inputs.attack(model, images, labels, step=number, precision=precision)
+            return inputs.mask(model, batch, labels, step=number, precision=precision)
 
     def default_loss(step: TrainingStep, output: ForwardOutput) -> StepLoss:
         return ordinary_loss(step, output, label_smoothing=train.label_smoothing, regularizers=train.regularizers)

@@ -33,8 +33,9 @@ class StepRecord:
         images_per_s: over all processes.
         metrics: figures that the objective, its regularizers and the gradient rule name; of several processes, those of
             the first, and of several precisions, those of the last. The ordinary loss names `accuracy`, the share of
-            images without an attack that are classified correctly, and `adversarial_accuracy`, that of attacked
-            images, both in training mode. GIR names `gir_cosine` on steps that it perturbs.
+            images without attack or masks that are classified correctly, `adversarial_accuracy`, that of attacked
+            images without masks, and `masked_accuracy`, that of images under masks, all in training mode. GIR names
+            `gir_cosine` on steps that it perturbs.
     """
 
     step: int

@@ -1,6 +1,7 @@
 """The training loop: sample precisions, make inputs, objective, backward, gradient rule, optimizer step, log.
 
-Independent choices of the recipe make a defense: precision schedule, attack, objective, regularizers, gradient rule.
+Independent choices of the recipe make a defense: precision schedule, attack, masks, objective, regularizers, gradient
+rule.
 The same command resumes a run that was interrupted at any moment, and ends with the same weights, bit for bit on the
 same CPU, because everything random derives from (seed, step, rank); GPUs add some gradients in an order of their own.
 """
@@ -26,6 +27,7 @@ from qadtr_brevitas.quant import SwitchableModel, set_precision
 from qadtr_brevitas.training.gradient_rules import GradientRuleOptimizer
 from qadtr_brevitas.training.inputs import NormBatches, TrainingInputs, make_step
 from qadtr_brevitas.training.log import StepRecord, TrainingObserver, as_figures
+from qadtr_brevitas.training.masks import TrainingMasks
 from qadtr_brevitas.training.objectives import CrossEntropy
 from qadtr_brevitas.training.phases import TrainingPhase, plan_phases
 from qadtr_brevitas.training.processes import (
@@ -137,7 +139,8 @@ class _Trainer:
         # Convolutions of small images are about a fifth faster in this layout, on CPUs and on GPUs.
         self.model: SwitchableModel = model.to(self.device).to(memory_format=torch.channels_last)
         memory = memory_of_rank(saved.memory, self.rank, self.device) if saved else {}
-        self.inputs = TrainingInputs(recipe, self.train_split, self.rank, self.processes, self.device, memory)
+        masks = TrainingMasks.of(recipe, self.train_split.image_size, mean=self.info.mean, device=self.device)
+        self.inputs = TrainingInputs(recipe, self.train_split, self.rank, self.processes, self.device, masks, memory)
         self.loss_forward = LossForward(self.model)
         self.writer = RunWriter(run, self.counters, self.info, observer, is_main=accelerator.is_main_process)
         self.validation = Validation(self.model, val, test, recipe.train.validate_every, self.writer, accelerator)
@@ -295,6 +298,8 @@ class _Trainer:
     def _report_start(self) -> None:
         """Tell the user what the run starts from, where that is not obvious."""
         if self.saved is None:
+            if cost := self.recipe.train.mask_search_cost:
+                self.writer.message(cost)
             weights, count = own_classes(self.recipe.model), self.info.num_classes
             if self.recipe.model.pretrained and weights != count:
                 self.writer.message(

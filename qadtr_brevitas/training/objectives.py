@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -50,7 +51,7 @@ class CrossEntropy(Objective):
 def ordinary_loss(
     step: TrainingStep, output: ForwardOutput, *, label_smoothing: float, regularizers: Sequence[Regularizer]
 ) -> StepLoss:
-    """Return cross-entropy plus regularizers, the accuracy on clean images, and that on attacked ones.
+    """Return cross-entropy plus regularizers, and accuracies on images as they are, attacked, and under masks.
 
     Args:
         step: the batch.
@@ -71,6 +72,13 @@ def ordinary_loss(
 def _accuracies(step: TrainingStep, logits: Tensor) -> dict[str, float | Tensor]:
     """Return the shares of correctly classified images, in training mode, as far as there are such images."""
     correct = (logits.detach().argmax(dim=1) == step.labels).float()
-    attacked = step.adversarial.attacked
-    parts = {"accuracy": correct[attacked:], "adversarial_accuracy": correct[:attacked]}
+    attacked = torch.arange(len(correct), device=correct.device) < step.adversarial.attacked
+    masked = step.adversarial.masked
+    if masked is None:
+        masked = torch.zeros_like(attacked)
+    parts = {
+        "accuracy": correct[~attacked & ~masked],
+        "adversarial_accuracy": correct[attacked & ~masked],
+        "masked_accuracy": correct[masked],
+    }
     return {name: part.mean() for name, part in parts.items() if len(part)}

@@ -48,10 +48,14 @@ class ForwardOutput(NamedTuple):
 
 
 class AdversarialBatch(NamedTuple):
-    """Images (N, 3, H, W) of which the first `attacked` are adversarial, and the others clean."""
+    """Images (N, 3, H, W) of which the first `attacked` are adversarial, and those of `masked` (N,) under masks.
+
+    Without `masked` no image is under a mask.
+    """
 
     images: Tensor
     attacked: int
+    masked: Tensor | None = None
 
 
 class TrainingStep:
@@ -65,7 +69,7 @@ class TrainingStep:
         number: optimizer steps done before this one.
         seed: the recipe's seed.
         rank: number of this process.
-        attack: makes the adversarial batch; called at most once.
+        attack: makes the batch that is attacked and masked; called at most once.
         default_loss: computes the ordinary loss of a forward pass on the adversarial batch.
         default_features: patterns of the features that `default_loss` needs.
     """
@@ -97,7 +101,7 @@ class TrainingStep:
 
     @cached_property
     def adversarial(self) -> AdversarialBatch:
-        """The batch with its adversarial images, made by the recipe's attack when this is first read."""
+        """The batch as the recipe's attack and masks make it, when this is first read."""
         return self._attack()
 
     def generator(self, purpose: str) -> torch.Generator:

@@ -51,6 +51,14 @@ def test_copy_then_validate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert json.loads(capsys.readouterr().out) == {"written": str(target)}
 
 
+def test_validate_says_what_the_search_for_masks_costs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipes", "validate", "digits_masked", "train.masks.grid=2"]) == 0
+    # 0.3 * 4 + 0.7 * 8
+    assert "6.8 forward passes" in capsys.readouterr().err
+    assert main(["recipes", "validate", "digits_qat"]) == 0
+    assert "forward passes" not in capsys.readouterr().err
+
+
 def test_validate_lists_every_mistake(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "bad.yaml"
     file.write_text("sed: 1\ntrain:\n  epochs: 0\n")
