@@ -46,7 +46,7 @@ def convert(
             "package.module:function". None for the name that timm's own networks carry.
         args: further keyword arguments of what makes the network.
         settings: as of `qadtr_brevitas.quant.convert`: mean, std, first_last, residual, norm, narrow_range,
-            per_channel, activations, target, bias_correction.
+            per_channel, activations, target, weight_quantizer, act_quantizer, ptq.
 
     Raises:
         UsageError: the network returns something else than logits, has no parameters, has nothing to quantize or
@@ -57,7 +57,7 @@ def convert(
     if classes is not None and len(classes) != outputs:
         raise UsageError(f"{len(classes)} names of classes for a network of {outputs} outputs: give one for each")
     name, found_args = describe_network(model, architecture, args, num_classes=outputs)
-    quant = {key: _as_json(value) for key, value in settings.items() if key not in ("mean", "std", "in_place")}
+    quant = {key: _as_json(value) for key, value in settings.items() if key not in ("mean", "std", "in_place", "ptq")}
     converted.info = ModelInfo(
         name=name,
         args=found_args,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -20,7 +20,7 @@ from qadtr_brevitas.cli.common import (
 )
 from qadtr_brevitas.cli.conversion_table import conversion_table
 from qadtr_brevitas.core.errors import UsageError
-from qadtr_brevitas.core.registry import TARGETS
+from qadtr_brevitas.core.registry import RANGE_METHODS, TARGETS
 from qadtr_brevitas.pipeline.directories import name_of_model
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class _ConvertOptions:
     checkpoint: str | None
     pretrained: bool
     data: str | None
-    method: Literal["minmax", "percentile", "mse"] | None
+    method: str | None
     percentile: float | None
     samples: int | None
     bias_correction: bool
@@ -60,14 +60,20 @@ class _ConvertOptions:
             "model.checkpoint": self.checkpoint,
             "model.pretrained": self.pretrained or None,
             "data.dataset": None if self.data is None else parse_dataset_choice(self.data),
-            f"{calibration}.method": self.method,
-            f"{calibration}.percentile": self.percentile,
+            f"{calibration}.method": self._method(),
             f"{calibration}.samples": self.samples,
-            f"{calibration}.bias_correction": self.bias_correction or None,
+            f"{calibration}.weights": ["bias-correction"] if self.bias_correction else None,
             "quant.activations": "dynamic" if self.dynamic else None,
             "quant.target": self.target,
         }
         return {path: value for path, value in options.items() if value is not None}
+
+    def _method(self) -> str | dict[str, Any] | None:
+        if self.percentile is None:
+            return self.method
+        if self.method != "percentile":
+            raise UsageError(f"--percentile {self.percentile:g} is for one method only: add --method percentile")
+        return {"name": "percentile", "percentile": self.percentile}
 
 
 _calibration_options = option_block(
@@ -79,9 +85,7 @@ _calibration_options = option_block(
         metavar="NAME[:ROOT]",
         help="Data set to calibrate on.  [default: the one that a MODEL directory was made on]",
     ),
-    click.option(
-        "--method", type=click.Choice(["minmax", "percentile", "mse"]), help="How a range is chosen.  [default: mse]"
-    ),
+    click.option("--method", type=click.Choice(RANGE_METHODS.names()), help="How a range is chosen.  [default: mse]"),
     click.option("--percentile", type=float, help="Percent of the magnitudes not to clip.  [default: 99.99]"),
     click.option("--samples", type=int, help="Training images to look at.  [default: 512, or all of fewer]"),
     click.option("--bias-correction", is_flag=True, help="Keep mean outputs of layers at those of the float network."),
@@ -156,10 +160,7 @@ def _make_recipe(given: _ConvertOptions) -> tuple[Recipe, bool]:
             "convert needs images to calibrate on: give --calibrate NAME[:ROOT], see `qadtr-brevitas list datasets`, "
             "or --dry-run, which only shows what would be done"
         )
-    recipe = make_recipe(fields, given.overrides, source="convert")
-    if given.percentile is not None and recipe.quant.calibration.method != "percentile":
-        raise UsageError(f"--percentile {given.percentile:g} needs --method percentile")
-    return recipe, has_data
+    return make_recipe(fields, given.overrides, source="convert"), has_data
 
 
 def _check_overrides(overrides: tuple[str, ...], keys: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from qadtr_brevitas.config.problems import fields_of, section_in
-from qadtr_brevitas.config.renamed import renamed_key
+from qadtr_brevitas.config.renamed import moved_key, renamed_key
 from qadtr_brevitas.config.sections import Recipe
 from qadtr_brevitas.config.slots import Slot, slot_in
 from qadtr_brevitas.config.source import YamlError, YamlNode, parse
@@ -44,7 +44,7 @@ def _put(root: YamlNode, parts: list[str], value: YamlNode) -> None:
     node = root
     for index, part in enumerate(parts):
         fields = fields_of(owner)
-        if new := renamed_key(part, fields):
+        if new := renamed_key(part, fields) or moved_key(part, fields):
             raise _OverrideError(f"is called {'.'.join((*parts[:index], new, *parts[index + 1 :]))}")
         if fields and part not in fields:
             raise _OverrideError(f"unknown key: {_suggest_path('.'.join(parts), owner)}")

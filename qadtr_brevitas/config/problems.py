@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-from qadtr_brevitas.config.renamed import renamed_key
+from qadtr_brevitas.config.renamed import moved_key, renamed_key
 from qadtr_brevitas.core.errors import suggest
 
 KeyPath: TypeAlias = tuple[int | str, ...]
@@ -86,7 +86,7 @@ def _sentence(items: list[ErrorDetails], owner: type, place: KeyPath) -> str:
     first = items[0]
     if first["type"] in _UNKNOWN:
         key, fields = str(place[-1]), fields_of(_owner_of(owner, place[:-1]))
-        if new := renamed_key(key, fields):
+        if new := renamed_key(key, fields) or moved_key(key, fields):
             return f"is called {dotted((*place[:-1], new))}"
         return f"unknown key {key!r}: {suggest(key, fields)}"
     if first["type"] == "missing":

@@ -6,13 +6,14 @@ from pydantic.fields import FieldInfo
 
 from qadtr_brevitas.config.problems import fields_of, section_in
 from qadtr_brevitas.config.renamed import renamed_key
+from qadtr_brevitas.config.sections import CalibrationSection
 from qadtr_brevitas.config.slots import Slot, slot_in
 from qadtr_brevitas.config.source import YamlNode
 from qadtr_brevitas.core.errors import QadtrError
 
 
 def rename_old_keys(node: YamlNode, owner: object) -> None:
-    """Give every renamed key below a node its new name, in place.
+    """Give every renamed or moved key below a node its new name, in place.
 
     Args:
         node: a mapping; anything else stays as it is.
@@ -21,11 +22,25 @@ def rename_old_keys(node: YamlNode, owner: object) -> None:
     fields = fields_of(owner)
     if node.children is None or node.is_list:
         return
+    if owner is CalibrationSection:
+        _move_calibration_keys(node.children)
     node.children = {renamed_key(str(key), fields) or key: child for key, child in node.children.items()}
     for key, child in node.children.items():
         if field := fields.get(str(key)):
             for member in _members(child):
                 rename_old_keys(member, _owner(field, member))
+
+
+def _move_calibration_keys(children: dict[int | str, YamlNode]) -> None:
+    """Put the percentile into the method, and bias correction into the list of PTQ methods."""
+    percentile, corrects = children.pop("percentile", None), children.pop("bias_correction", None)
+    method = children.get("method")
+    if percentile is not None and method is not None and method.scalar == "percentile":
+        name = YamlNode(method.line, scalar=method.scalar)
+        children["method"] = YamlNode(method.line, children={"name": name, "percentile": percentile})
+    if corrects is not None and corrects.scalar is True:
+        item = YamlNode(corrects.line, scalar="bias-correction")
+        children["weights"] = YamlNode(corrects.line, children={0: item}, is_list=True)
 
 
 def _members(node: YamlNode) -> list[YamlNode]:

@@ -11,6 +11,23 @@ RENAMED_KEYS: Mapping[str, str] = {
 }
 """Old to new name of each renamed key of a recipe section or plug-in."""
 
+MOVED_KEYS: Mapping[tuple[str, str], str] = {
+    ("percentile", "method"): "method.percentile",
+    ("bias_correction", "weights"): "weights=[bias-correction]",
+}
+"""Old key, and the key of the same section that has its meaning, to how that is written."""
+
+
+def moved_key(key: str, fields: Container[str]) -> str | None:
+    """Return how a key that moved into another key of its section is written, or None if it did not move.
+
+    Args:
+        key: a key that may be an old one.
+        fields: the keys of the section or plug-in it was given to.
+    """
+    found = (new for (old, home), new in MOVED_KEYS.items() if old == key and home in fields and old not in fields)
+    return next(found, None)
+
 
 def renamed_key(key: str, fields: Container[str]) -> str | None:
     """Return the new name of a key, or None if it was not renamed.

@@ -22,7 +22,9 @@ from qadtr_brevitas.core.registry import (
     DATASETS,
     GRADIENT_RULES,
     OBJECTIVES,
+    PTQ_METHODS,
     QUANTIZERS,
+    RANGE_METHODS,
     REGULARIZERS,
     SCHEDULES,
     TARGETS,
@@ -31,7 +33,9 @@ from qadtr_brevitas.core.registry import (
 if TYPE_CHECKING:
     from qadtr_brevitas.attacks.base import Attack, TrainingAttack
     from qadtr_brevitas.data.base import Dataset
+    from qadtr_brevitas.quant.ptq import PtqMethod
     from qadtr_brevitas.quant.quantizer import Quantizer
+    from qadtr_brevitas.quant.range_methods import RangeMethod
     from qadtr_brevitas.training.gradient_rules import GradientRule
     from qadtr_brevitas.training.objectives import Objective
     from qadtr_brevitas.training.regularizers import Regularizer
@@ -41,7 +45,9 @@ if TYPE_CHECKING:
     DatasetSlot: TypeAlias = Dataset
     GradientSlot: TypeAlias = GradientRule
     ObjectiveSlot: TypeAlias = Objective
+    PtqMethodSlot: TypeAlias = PtqMethod
     QuantizerSlot: TypeAlias = Quantizer
+    RangeMethodSlot: TypeAlias = RangeMethod
     RegularizerSlot: TypeAlias = Regularizer
     ScheduleSlot: TypeAlias = Schedule
     TrainingAttackSlot: TypeAlias = TrainingAttack
@@ -50,7 +56,9 @@ else:
     DatasetSlot = Annotated[Any, Slot(DATASETS)]
     GradientSlot = Annotated[Any, Slot(GRADIENT_RULES)]
     ObjectiveSlot = Annotated[Any, Slot(OBJECTIVES)]
+    PtqMethodSlot = Annotated[Any, Slot(PTQ_METHODS)]
     QuantizerSlot = Annotated[Any, Slot(QUANTIZERS)]
+    RangeMethodSlot = Annotated[Any, Slot(RANGE_METHODS)]
     RegularizerSlot = Annotated[Any, Slot(REGULARIZERS)]
     ScheduleSlot = Annotated[Any, Slot(SCHEDULES, key="schedule")]
     TrainingAttackSlot = Annotated[
@@ -110,16 +118,11 @@ class DataSection(RecipeSection):
 class CalibrationSection(RecipeSection):
     """How quantizer ranges are first set."""
 
-    method: Literal["mse", "minmax", "percentile"] = Field(default="mse", description="how a range is chosen")
-    percentile: float = Field(
-        default=99.99, gt=0, le=100, description="percentile only: percent of the magnitudes that are not clipped"
-    )
+    method: RangeMethodSlot = Field(default=_plugin("mse"), description="how a range is chosen")
     samples: int | None = Field(
         default=None, ge=16, description="training images looked at; null: 512, or all where there are fewer"
     )
-    bias_correction: bool = Field(
-        default=False, description="per precision, keep the mean output of every layer at that of the float network"
-    )
+    weights: tuple[PtqMethodSlot, ...] = Field(default=(), description="PTQ methods that run afterwards, in order")
 
 
 class QuantSection(RecipeSection):

@@ -18,7 +18,8 @@ ENTRY_POINT_PREFIX = "qadtr_brevitas."
 class Registry:
     """Plug-ins of one kind: name -> ("package.module:Class", one-line description).
 
-    Third-party packages add theirs through an entry point in the group `qadtr_brevitas.<kind>`, with `_` for a space.
+    Third-party packages add theirs through an entry point in the group `qadtr_brevitas.<kind>`: in lower case, with `_`
+    for a space.
 
     Args:
         kind: what one of them is called.
@@ -66,6 +67,25 @@ class Registry:
             with suppress(PluginError):
                 found[name] = self.load(name)
         return found
+
+    def make(self, value: object) -> Any:
+        """Return a plug-in from itself, its name, or its name and keys as in a recipe.
+
+        Raises:
+            UsageError: the name is unknown, a key or value is not possible, or an object is of another kind.
+            PluginError: as in `load`.
+        """
+        if isinstance(value, resolve(self.contract)):
+            return value
+        fields = {"name": value} if isinstance(value, str) else dict(value) if isinstance(value, Mapping) else {}
+        name = fields.pop("name", None)
+        if not isinstance(name, str):
+            raise UsageError(f"{self.kind} {value!r} has no name: choose from {', '.join(self.names())}")
+        plugin = self.load(name)
+        try:
+            return plugin(**fields)
+        except (TypeError, ValueError) as error:
+            raise UsageError(f"{self.kind} {name!r} cannot be made of {fields}: {error}") from error
 
     def name_of(self, plugin: type) -> str | None:
         """Return the name that a plug-in class is registered under, or None."""
@@ -123,7 +143,7 @@ def resolve(target: str) -> Any:
 
 @cache
 def _external(kind: str) -> dict[str, tuple[str, str]]:
-    found = entry_points(group=ENTRY_POINT_PREFIX + kind.replace(" ", "_"))
+    found = entry_points(group=ENTRY_POINT_PREFIX + kind.lower().replace(" ", "_"))
     return {point.name: (point.value, f"from {point.dist.name if point.dist else 'a plug-in'}") for point in found}
 
 
@@ -253,6 +273,27 @@ TARGETS = Registry(
     },
 )
 
+RANGE_METHODS = Registry(
+    "range method",
+    "qadtr_brevitas.quant.range_methods:RangeMethod",
+    {
+        "minmax": ("qadtr_brevitas.quant.range_methods:MinMax", "the largest magnitude: clips nothing"),
+        "mse": ("qadtr_brevitas.quant.range_methods:Mse", "the least squared quantization error per bit-width"),
+        "percentile": ("qadtr_brevitas.quant.range_methods:Percentile", "a percentile of the magnitudes"),
+    },
+)
+
+PTQ_METHODS = Registry(
+    "PTQ method",
+    "qadtr_brevitas.quant.ptq:PtqMethod",
+    {
+        "bias-correction": (
+            "qadtr_brevitas.quant.bias_correction:BiasCorrection",
+            "mean outputs of layers as in the float network (Nagel et al. 2019)",
+        ),
+    },
+)
+
 REGISTRIES = {
     "analyses": ANALYSES,
     "attacks": ATTACKS,
@@ -261,7 +302,9 @@ REGISTRIES = {
     "objectives": OBJECTIVES,
     "gradient-rules": GRADIENT_RULES,
     "formats": FORMATS,
+    "ptq-methods": PTQ_METHODS,
     "quantizers": QUANTIZERS,
+    "range-methods": RANGE_METHODS,
     "regularizers": REGULARIZERS,
     "targets": TARGETS,
 }

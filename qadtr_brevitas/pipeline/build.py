@@ -157,10 +157,9 @@ def build_switchable(recipe: Recipe, train: Split, *, only_ranges: bool = False)
     net = build_model(recipe.model, num_classes=len(classes), image_size=train.image_size)
     mean, std = _pixel_statistics(recipe.model, net)
     quant = recipe.quant.model_dump(mode="json", exclude={"calibration"})
-    if recipe.quant.calibration.bias_correction:
-        quant["bias_correction"] = True
     name, args = _architecture(recipe.model, net, train.image_size)
-    model = convert(net, mean=mean, std=std, image_size=train.image_size, in_place=True, **quant)
+    ptq = recipe.quant.calibration.weights
+    model = convert(net, mean=mean, std=std, image_size=train.image_size, ptq=ptq, in_place=True, **quant)
     classes = _checked_classes(model, classes, recipe.model.name, len(train))
     info = model.info = ModelInfo(
         name=name,

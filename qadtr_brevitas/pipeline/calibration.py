@@ -32,7 +32,7 @@ def calibrate_on(
     Args:
         model: a switchable model; with 32 bit as its only precision there is nothing to set.
         images: training images.
-        section: how many of them to use, and the method.
+        section: how many of them to use, and the methods.
         seed: seed of the choice of images.
         progress: called with the batches done and the batches in all, over all passes of calibration.
 
@@ -46,8 +46,7 @@ def calibrate_on(
         model,
         CalibrationBatches(chosen, next(model.parameters()).device),
         method=section.method,
-        percentile=section.percentile,
-        bias_correction=section.bias_correction,
+        weights=section.weights,
         progress=progress,
     )
 

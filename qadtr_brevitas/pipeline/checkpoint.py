@@ -14,14 +14,17 @@ from safetensors.torch import save, save_file
 from torch import Tensor
 
 from qadtr_brevitas.config.renamed import with_present_names
+from qadtr_brevitas.config.slots import slot_name
 from qadtr_brevitas.core.errors import CheckpointError, UsageError
 from qadtr_brevitas.core.files import fingerprint_bytes, fingerprint_file, read_json, replace_directory, write_json
+from qadtr_brevitas.core.plugin import plugin_settings
 from qadtr_brevitas.core.precision import parse_precisions
 from qadtr_brevitas.models.create import create_float_model
 from qadtr_brevitas.models.weights import load_weights
 from qadtr_brevitas.pipeline.directories import CONFIG_FILE, WEIGHTS_FILE, resolve_model_dir
 from qadtr_brevitas.quant import SwitchableModel, allowed_precisions, convert
 from qadtr_brevitas.quant.model_info import ModelInfo
+from qadtr_brevitas.quant.ptq import ptq_methods
 
 FORMAT = 1
 _NET = "net."
@@ -57,9 +60,12 @@ def stored_tensors(model: SwitchableModel) -> dict[str, Tensor]:
 
 
 def stored_info(model: SwitchableModel, info: ModelInfo) -> ModelInfo:
-    """Return what a model was made of as its directory holds it: with the precisions that the model has."""
+    """Return what a model was made of as its directory holds it: with the precisions and PTQ methods it has."""
     precisions = [p.weight if p.is_tied else str(p) for p in allowed_precisions(model)]
-    return replace(info, quant={**info.quant, "precisions": precisions})
+    settings = {key: value for key, value in info.quant.items() if key != "ptq"}
+    methods = [{"name": slot_name(method), **plugin_settings(method)} for method in ptq_methods(model)]
+    added = {"ptq": methods} if methods else {}
+    return replace(info, quant={**settings, **added, "precisions": precisions})
 
 
 def fingerprint_model(model: SwitchableModel, info: ModelInfo) -> str:
@@ -144,7 +150,10 @@ def read_info(path: str | Path) -> ModelInfo:
     known = {field.name for field in fields(ModelInfo)}
     try:
         info = ModelInfo(**{key: value for key, value in config.items() if key in known})
-        info = replace(info, quant=with_present_names(info.quant))
+        quant = with_present_names(info.quant)
+        if quant.pop("bias_correction", False):
+            quant["ptq"] = [{"name": "bias-correction"}]
+        info = replace(info, quant=quant)
         height, width = info.image_size
         parse_precisions(info.quant["precisions"])
         return replace(

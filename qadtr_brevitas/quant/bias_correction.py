@@ -7,99 +7,88 @@ convolution and linear layer therefore adds a constant per channel that is measu
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor, nn
 
+from qadtr_brevitas.core.plugin import plugin
 from qadtr_brevitas.core.precision import Precision
-from qadtr_brevitas.quant.layers import BiasCorrection, SwitchableConv2d, SwitchableLinear
+from qadtr_brevitas.quant.layers import BiasOffsets, SwitchableConv2d, SwitchableLinear
 from qadtr_brevitas.quant.products import products_not_intercepted
-from qadtr_brevitas.quant.switch import (
-    allowed_precisions,
-    at_precision,
-    evaluating,
-    frozen_weights,
-    switch_of,
-)
+from qadtr_brevitas.quant.ptq import PtqMethod, PtqRun, quantized_precisions
+from qadtr_brevitas.quant.switch import at_precision, evaluating, frozen_weights, switch_of
 
 Layer = SwitchableConv2d | SwitchableLinear
-# By layer, in the order of its calls: the mean output per channel, (out,), and the number of images it was taken over.
-OutputMeans = dict[Layer, list[tuple[Tensor, int]]]
 
 
-def add_bias_correction(model: nn.Module) -> None:
-    """Add a bias correction of 0 to every convolution and linear layer that has none, in place."""
-    for layer in _layers(model):
-        if layer.bias_correction is None:
-            layer.bias_correction = BiasCorrection(switch_of(model), layer.weight.detach().flatten(1)[:, 0])
+@plugin
+class BiasCorrection(PtqMethod):
+    """Shift the outputs of layers so that their means per channel are those of the float network.
+
+    Each precision takes one more pass over the images (Nagel et al. 2019, section 4.2, on images).
+    """
+
+    def prepare(self, model: nn.Module) -> None:
+        for layer in _layers(model):
+            if layer.bias_correction is None:
+                layer.bias_correction = BiasOffsets(self, switch_of(model), layer.weight.detach().flatten(1)[:, 0])
+
+    def start(self, model: nn.Module) -> PtqRun:
+        return _BiasCorrectionRun(model)
 
 
-def reset_bias_correction(model: nn.Module) -> None:
-    """Set every bias correction to 0, in place."""
-    for module in model.modules():
-        if isinstance(module, BiasCorrection):
-            for offset in module.buffers():
-                offset.zero_()
-
-
-def corrected_precisions(model: nn.Module) -> list[Precision]:
-    """Return the precisions that biases are corrected for: all below 32."""
-    return [precision for precision in allowed_precisions(model) if not precision.is_float]
-
-
-@contextmanager
-def output_means(model: nn.Module, *, enabled: bool = True) -> Generator[OutputMeans]:
-    """Collect the mean outputs of all layers for the duration of a block, unless disabled."""
-    means: OutputMeans = {layer: [] for layer in _layers(model)} if enabled else {}
-
-    def note(layer: Layer, _: object, y: Tensor) -> None:
-        means[layer].append((_channel_means(layer, y), len(y)))
-
-    with _hooked(means, note):
-        yield means
-
-
-def correct_biases(
-    model: nn.Module, batches: Iterable[Tensor], means: OutputMeans, count_batch: Callable[[], object]
-) -> None:
-    """Measure the bias corrections of every precision, in place.
+class _BiasCorrectionRun(PtqRun):
+    """Measures the offsets of one model.
 
     Within each batch the output of each layer is shifted at once, so that later layers see corrected inputs. A
     correction is the mean of these shifts over all images: exact on one batch, close on many.
-
-    Args:
-        model: a calibrated switchable model whose bias corrections are 0.
-        batches: the images that `means` were taken on, in the same order.
-        means: mean outputs of the float network.
-        count_batch: called after each batch.
     """
-    add_bias_correction(model)
-    for precision in corrected_precisions(model):
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self.passes = len(quantized_precisions(model))
+        # By layer, in the order of its calls: the mean output per channel, (out,), and the number of images it is of.
+        self._means: dict[Layer, list[tuple[Tensor, int]]] = {layer: [] for layer in _layers(model)}
+
+    def watching_float(self) -> AbstractContextManager[None]:
+        def note(layer: Layer, _: object, y: Tensor) -> None:
+            self._means[layer].append((_channel_means(layer, y), len(y)))
+
+        return _hooked(self._means, note)
+
+    def improve(self, batches: Iterable[Tensor], count_batch: Callable[[], object]) -> None:
+        for precision in quantized_precisions(self._model):
+            for layer, shifts in self._measure(precision, batches, count_batch).items():
+                assert layer.bias_correction is not None
+                offset = layer.bias_correction.offset(precision)
+                images = torch.tensor([n for _, n in self._means[layer]], dtype=offset.dtype, device=offset.device)
+                offset.copy_(torch.stack(shifts, dim=1) @ images / images.sum())
+
+    def _measure(
+        self, precision: Precision, batches: Iterable[Tensor], count_batch: Callable[[], object]
+    ) -> dict[Layer, list[Tensor]]:
+        """Return the shift of each layer in each of its calls, (out,) each."""
+        model = self._model
         # One block per precision, so that quantized weights of one precision only are in memory.
-        with evaluating(model), at_precision(model, precision), frozen_weights(model), _shifting(means) as shifts:
+        with evaluating(model), at_precision(model, precision), frozen_weights(model), self._shifting() as shifts:
             for images in batches:
                 model(images)
                 count_batch()
-        for layer, found in shifts.items():
-            assert layer.bias_correction is not None
-            offset = layer.bias_correction.offset(precision)
-            images = torch.tensor([count for _, count in means[layer]], dtype=offset.dtype, device=offset.device)
-            offset.copy_(torch.stack(found, dim=1) @ images / images.sum())
+        return shifts
 
+    @contextmanager
+    def _shifting(self) -> Generator[dict[Layer, list[Tensor]]]:
+        """Shift every output to its mean in the float network, and collect the shifts, (out,) each."""
+        shifts: dict[Layer, list[Tensor]] = {layer: [] for layer, found in self._means.items() if found}
 
-@contextmanager
-def _shifting(means: OutputMeans) -> Generator[dict[Layer, list[Tensor]]]:
-    """Shift every output to its mean in the float network, and collect the shifts, (out,) each."""
-    shifts: dict[Layer, list[Tensor]] = {layer: [] for layer, found in means.items() if found}
+        def shift(layer: Layer, _: object, y: Tensor) -> Tensor:
+            mean, _ = self._means[layer][len(shifts[layer])]
+            shifts[layer].append(mean - _channel_means(layer, y))
+            return y + shifts[layer][-1].view(-1, *(1,) * (y.dim() - 2 if isinstance(layer, SwitchableConv2d) else 0))
 
-    def shift(layer: Layer, _: object, y: Tensor) -> Tensor:
-        mean, _ = means[layer][len(shifts[layer])]
-        shifts[layer].append(mean - _channel_means(layer, y))
-        return y + shifts[layer][-1].view(-1, *(1,) * (y.dim() - 2 if isinstance(layer, SwitchableConv2d) else 0))
-
-    with _hooked(shifts, shift):
-        yield shifts
+        with _hooked(shifts, shift):
+            yield shifts
 
 
 @contextmanager

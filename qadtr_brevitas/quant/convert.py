@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.core.precision import DEFAULT_BITS, FLOAT_BITS, PrecisionLike, parse_precisions
-from qadtr_brevitas.quant.bias_correction import add_bias_correction
+from qadtr_brevitas.core.registry import PTQ_METHODS
 from qadtr_brevitas.quant.conversion_report import ConversionReport, LayerReport
 from qadtr_brevitas.quant.model import SwitchableModel
 from qadtr_brevitas.quant.norm import BATCH_NORMS
 from qadtr_brevitas.quant.plan import Activations, ConversionPlan, FirstLast, Norm, Residual, mark_first_and_last
 from qadtr_brevitas.quant.probe import Call, Probe, probe
+from qadtr_brevitas.quant.ptq import PtqMethod
 from qadtr_brevitas.quant.quantizer import Quantizer, make_quantizer
 from qadtr_brevitas.quant.rules import converted
 from qadtr_brevitas.quant.switch import Switch
@@ -40,7 +41,7 @@ def convert(
     target: str | None = None,
     weight_quantizer: Quantizer | str | Mapping[str, Any] | None = None,
     act_quantizer: Quantizer | str | Mapping[str, Any] | None = None,
-    bias_correction: bool = False,
+    ptq: Sequence[PtqMethod | str | Mapping[str, Any]] = (),
     in_place: bool = False,
 ) -> SwitchableModel:
     """Convert a float network to a switchable model.
@@ -78,7 +79,8 @@ def convert(
         weight_quantizer: the quantizer of weights: an object, its name, or its name and keys; None for the target's
             default, or `uniform`.
         act_quantizer: the quantizer of activations, which have one threshold per tensor; likewise.
-        bias_correction: add to each layer a bias correction per precision, which is 0 until `calibrate()` sets it.
+        ptq: PTQ methods whose states are added, as objects or by name; they change nothing until `calibrate()` sets
+            them.
         in_place: use the modules of the float network instead of copies, which saves the memory of its weights. The
             float network cannot be used afterwards.
 
@@ -87,13 +89,14 @@ def convert(
 
     Raises:
         UsageError: a precision is not possible; the network has no parameters or products to quantize, does not run on
-            such images, does not return logits, or computes products in a way that cannot be followed; the quantizers
-            are unknown or not possible; or the target does not support a product or setting.
+            such images, does not return logits, or computes products in a way that cannot be followed; a quantizer
+            or PTQ method is unknown or not possible; or the target does not support a product or setting.
     """
     if next(model.parameters(), None) is None:
         raise UsageError(f"{type(model).__name__} has no parameters: there is nothing to quantize")
     compiler = find_target(target)
     quantizers = [_quantizer(given, compiler) for given in (weight_quantizer, act_quantizer)]
+    methods: list[PtqMethod] = [PTQ_METHODS.make(value) for value in ptq]
     if quantizers[1].granularity not in (None, "tensor"):
         raise UsageError("activations have one threshold per tensor: leave granularity out of act_quantizer")
     net = model if in_place else copy.deepcopy(model)
@@ -124,8 +127,8 @@ def convert(
     reports = [*_convert_called(net, modules, plan), *_uncalled(modules, found)]
     switchable = SwitchableModel(net, switch, mean=config["mean"], std=config["std"]).to(device)
     switchable.train(training)
-    if bias_correction:
-        add_bias_correction(switchable)
+    for method in methods:
+        method.prepare(switchable)
     switchable.image_size, switchable.num_classes = config["size"][1:], found.outputs
     switchable.report = ConversionReport(tuple(reports), sizes)
     return switchable

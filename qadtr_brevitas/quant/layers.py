@@ -17,23 +17,29 @@ from torch import Tensor, nn
 from qadtr_brevitas.core.precision import Precision
 from qadtr_brevitas.quant.products import products_not_intercepted
 from qadtr_brevitas.quant.proxies import SwitchableActProxy, SwitchableWeightProxy
+from qadtr_brevitas.quant.ptq import PtqMethod, PtqState
 from qadtr_brevitas.quant.switch import Switch
 
 
-class BiasCorrection(nn.Module):
+class BiasOffsets(PtqState):
     """The offset per output channel that a layer adds to its bias at each precision below 32.
 
     Args:
+        method: the method that measures them.
         switch: the model's switch.
         like: a tensor with one value per output channel, of the device and type of the offsets.
     """
 
-    def __init__(self, switch: Switch, like: Tensor) -> None:
-        super().__init__()
+    def __init__(self, method: PtqMethod, switch: Switch, like: Tensor) -> None:
+        super().__init__(method)
         self.switch = switch
         for precision in switch.allowed:
             if not precision.is_float:
                 self.register_buffer(str(precision), torch.zeros_like(like))
+
+    def reset(self) -> None:
+        for offset in self.buffers():
+            offset.zero_()
 
     def offset(self, precision: Precision) -> Tensor:
         """Return the offset at a precision below 32, (out,)."""
@@ -55,7 +61,7 @@ class _FastPath:
     bias: Any
     input_quant: ActQuantProxyFromInjector
     weight_quant: SwitchableWeightProxy
-    bias_correction: BiasCorrection | None
+    bias_correction: BiasOffsets | None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

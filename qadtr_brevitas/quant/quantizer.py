@@ -13,7 +13,6 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from torch import Tensor
 
-from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.core.plugin import Field, plugin
 from qadtr_brevitas.core.registry import QUANTIZERS
 from qadtr_brevitas.quant.fake_quantize import quantize_by, quantize_images_by
@@ -22,6 +21,9 @@ Levels = tuple[int, int]
 """Lowest and highest integer level."""
 
 Granularity = Literal["tensor", "channel", "group"]
+
+# Training may drive a threshold to zero, but a step must stay positive (as with Brevitas's scaling_min_val).
+SMALLEST_THRESHOLD = 1e-6
 
 
 @plugin
@@ -130,13 +132,4 @@ def make_quantizer(value: Quantizer | str | Mapping[str, Any]) -> Quantizer:
     Raises:
         UsageError: the name is unknown, or a key or value is not possible.
     """
-    if isinstance(value, Quantizer):
-        return value
-    fields = {"name": value} if isinstance(value, str) else dict(value)
-    name = fields.pop("name", None)
-    if not isinstance(name, str):
-        raise UsageError(f"quantizer {value!r} has no name: choose from {', '.join(QUANTIZERS.names())}")
-    try:
-        return QUANTIZERS.load(name)(**fields)
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"quantizer {name!r} cannot be made of {fields}: {error}") from error
+    return QUANTIZERS.make(value)

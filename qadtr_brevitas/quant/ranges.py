@@ -1,18 +1,16 @@
-"""Range search: thresholds from samples of values, by largest magnitude, percentile or least squared error."""
+"""Range search: samples of values, their percentiles, and the thresholds of least squared error."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from qadtr_brevitas.core.seeding import generator
 from qadtr_brevitas.quant.quantizer import Levels
-
-Method = Literal["mse", "minmax", "percentile"]
 
 # The search for the least error: thresholds a factor of sqrt(2) apart, then ever closer ones around the best of them.
 _COARSE = [2 ** (-step / 2) for step in range(10)]

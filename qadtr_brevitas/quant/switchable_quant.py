@@ -12,14 +12,11 @@ from torch import Tensor, nn
 
 from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.core.precision import FLOAT_BITS
-from qadtr_brevitas.quant.quantizer import Levels, Quantizer
+from qadtr_brevitas.quant.quantizer import SMALLEST_THRESHOLD, Levels, Quantizer
 from qadtr_brevitas.quant.switch import Switch
 
 # First and last layers and residual streams keep at least this many bits by default.
 WIDE_BITS = 8
-
-# Training may drive a threshold to zero, but a step must stay positive (as with Brevitas's scaling_min_val).
-_SMALLEST_THRESHOLD = 1e-6
 
 
 class SwitchableQuant(nn.Module):
@@ -93,27 +90,12 @@ class SwitchableQuant(nn.Module):
         """Return the magnitude, in steps, up to which values are not clipped."""
         return self.scheme.reach(self.levels(bits))
 
-    def headroom(self, bits: int) -> float:
-        """Return the least ratio of threshold to largest magnitude at which nothing is clipped."""
-        return self.steps_per_threshold(bits) / self.reach(bits)
-
     def threshold(self, bits: int) -> Tensor:
         """Return the threshold at a bit-width, positive."""
-        threshold = self.thresholds[str(bits)].abs().clamp(_SMALLEST_THRESHOLD, self.max_threshold)
+        threshold = self.thresholds[str(bits)].abs().clamp(SMALLEST_THRESHOLD, self.max_threshold)
         nearest = self._nearest(threshold, bits, above=False)
         # A threshold that is moved to the nearest possible one learns as a factor of it.
         return threshold if nearest is threshold else nearest * (threshold / threshold.detach())
-
-    def threshold_above(self, threshold: Tensor, bits: int) -> Tensor:
-        """Return the lowest possible threshold that clips no more than this one, or else the highest possible one.
-
-        Once it is stored, `threshold()` returns it unchanged.
-
-        Args:
-            threshold: of any shape.
-            bits: the bit-width.
-        """
-        return self._nearest(threshold.detach().clamp(_SMALLEST_THRESHOLD, self.max_threshold), bits, above=True)
 
     def _nearest(self, threshold: Tensor, bits: int, *, above: bool) -> Tensor:
         return self.scheme.nearest_threshold(threshold, self.levels(bits), limit=self.max_threshold, above=above)
@@ -172,7 +154,7 @@ class SwitchableDynamicQuant(SwitchableActQuant):
         largest = values.amax(others)
         if self.signed:
             largest = torch.maximum(largest, -values.amin(others))
-        scale = largest.float().clamp(_SMALLEST_THRESHOLD, self.max_threshold) / self.reach(bits)
+        scale = largest.float().clamp(SMALLEST_THRESHOLD, self.max_threshold) / self.reach(bits)
         threshold = scale * self.steps_per_threshold(bits)
         nearest = self._nearest(threshold, bits, above=True)
         return scale if nearest is threshold else nearest / self.steps_per_threshold(bits)

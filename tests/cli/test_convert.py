@@ -108,9 +108,9 @@ def test_options_are_short_for_keys_of_the_recipe() -> None:
     calibration = "quant.calibration"
     keys = [
         f"{calibration}.method=percentile",
-        f"{calibration}.percentile=99.5",
+        f"{calibration}.method.percentile=99.5",
         f"{calibration}.samples=64",
-        f"{calibration}.bias_correction=true",
+        f"{calibration}.weights=[bias-correction]",
         "quant.activations=dynamic",
     ]
     assert recipe_of(*options) == recipe_of(*keys) != recipe_of()

@@ -75,7 +75,10 @@ def test_all_problems_are_reported_at_once(write) -> None:
         "train.optimizer.momentum": (8, "must be a finite number, got nan"),
         "train.attack.steps": (11, "must be a whole number, got 'many'"),
         "train.attack.stepz": (12, "unknown key 'stepz': did you mean 'steps'?"),
-        "quant.calibration.method": (14, "must be one of mse, minmax, percentile, got 'guess'"),
+        "quant.calibration.method.name": (
+            14,
+            "unknown range method 'guess': choose from minmax, mse, percentile",
+        ),
         "wings": (15, "unknown key 'wings': choose from data, model, quant, seed, train"),
     }
 
@@ -104,8 +107,8 @@ def test_the_message_starts_with_file_and_line(write) -> None:
         ("quant: {precisions: [3.5]}", "quant.precisions.0", "3.5 is not a precision"),
         ("data: {val_share: 1}", "data.val_share", "must be at least 0 and less than 1, got 1"),
         (
-            "quant: {calibration: {percentile: 0}}",
-            "quant.calibration.percentile",
+            "quant: {calibration: {method: {name: percentile, percentile: 0}}}",
+            "quant.calibration.method.percentile",
             "must be greater than 0 and at most 100",
         ),
         ("quant: {calibration: {samples: 8}}", "quant.calibration.samples", "must be at least 16, got 8"),

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from qadtr_brevitas.config import load_recipe, load_recorded_recipe
-from qadtr_brevitas.config.renamed import RENAMED_KEYS, renamed_key
+from qadtr_brevitas.config.renamed import MOVED_KEYS, RENAMED_KEYS, moved_key, renamed_key
 from qadtr_brevitas.core.errors import RecipeError
 
 OLD = "seed: 1\ntrain:\n  optimizer:\n    name: adamw\n    threshold_lr: 0.5\n"
@@ -59,3 +59,42 @@ def test_an_old_name_counts_only_where_the_new_one_exists() -> None:
         assert renamed_key(old, {new}) == new
         assert renamed_key(old, {"other"}) is None
         assert renamed_key(new, {new}) is None
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("percentile: 99.5", "method.percentile"), ("bias_correction: true", "weights=[bias-correction]")],
+)
+def test_a_key_that_moved_is_refused_with_what_to_write(tmp_path: Path, old: str, new: str) -> None:
+    (tmp_path / "recipe.yaml").write_text(f"quant:\n  calibration:\n    {old}\n")
+    key = old.partition(":")[0]
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(tmp_path / "recipe.yaml")
+    assert f":3: quant.calibration.{key}: " in str(caught.value)
+    assert f"quant.calibration.{new}" in str(caught.value)
+    with pytest.raises(RecipeError) as caught:
+        load_recipe("digits_smoke", [f"quant.calibration.{old.replace(': ', '=')}"])
+    assert f"quant.calibration.{new}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("recorded", "present"),
+    [
+        ("{method: mse, percentile: 99.5, bias_correction: false}", "{method: mse}"),
+        (
+            "{method: percentile, percentile: 99.5, samples: 32, bias_correction: true}",
+            "{method: {name: percentile, percentile: 99.5}, samples: 32, weights: [bias-correction]}",
+        ),
+    ],
+)
+def test_moved_keys_in_the_record_of_a_run_are_translated(tmp_path: Path, recorded: str, present: str) -> None:
+    for name, text in (("old", recorded), ("new", present)):
+        (tmp_path / f"{name}.yaml").write_text(f"quant:\n  calibration: {text}\n")
+    assert load_recorded_recipe(tmp_path / "old.yaml") == load_recipe(tmp_path / "new.yaml")
+
+
+def test_a_moved_key_counts_only_where_its_new_place_exists() -> None:
+    for (old, home), new in MOVED_KEYS.items():
+        assert moved_key(old, {home}) == new
+        assert moved_key(old, {"other"}) is None
+        assert moved_key(old, {home, old}) is None

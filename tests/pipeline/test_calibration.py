@@ -13,6 +13,8 @@ from qadtr_brevitas.data.shapes import Shapes
 from qadtr_brevitas.data.split import Split
 from qadtr_brevitas.pipeline import calibration
 from qadtr_brevitas.pipeline.calibration import CalibrationBatches, calibrate_on, calibration_count
+from qadtr_brevitas.quant.bias_correction import BiasCorrection
+from qadtr_brevitas.quant.range_methods import Percentile
 from tests.evaluation.models import make_switchable, train_split
 
 
@@ -62,12 +64,12 @@ def test_settings_reach_the_calibration(monkeypatch: pytest.MonkeyPatch) -> None
         asked.update(settings, images=sum(map(len, batches)))
 
     monkeypatch.setattr(calibration, "calibrate", calibrate)
-    section = CalibrationSection(method="percentile", percentile=99.5, samples=20, bias_correction=True)
+    method = {"name": "percentile", "percentile": 99.5}
+    section = CalibrationSection(method=method, samples=20, weights=["bias-correction"])
     calibrate_on(make_switchable(), train_split(), section, seed=0, progress=print)
     assert asked == {
-        "method": "percentile",
-        "percentile": 99.5,
-        "bias_correction": True,
+        "method": Percentile(percentile=99.5),
+        "weights": (BiasCorrection(),),
         "progress": print,
         "images": 20,
     }

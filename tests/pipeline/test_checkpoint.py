@@ -52,6 +52,25 @@ def logits(model: SwitchableModel) -> list[torch.Tensor]:
     return outputs
 
 
+def test_what_ptq_methods_found_is_saved_and_loaded(tmp_path: Path) -> None:
+    net = create_float_model(INFO.name, num_classes=INFO.num_classes)
+    corrected = convert(net, image_size=INFO.image_size, **INFO.quant).eval()
+    calibrate(corrected, [IMAGES], weights=["bias-correction"])
+    save_model(tmp_path / "model", corrected, INFO)
+    loaded, info = load_model(tmp_path / "model")
+    assert info.quant["ptq"] == [{"name": "bias-correction"}]
+    assert all(map(torch.equal, logits(loaded), logits(corrected)))
+    # An older version wrote the key of the one method that there was.
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    del config["quant"]["ptq"]
+    (tmp_path / "model/config.json").write_text(
+        json.dumps(config | {"quant": config["quant"] | {"bias_correction": True}})
+    )
+    older, info = load_model(tmp_path / "model")
+    assert info == loaded.info
+    assert all(map(torch.equal, logits(older), logits(corrected)))
+
+
 def test_round_trip_is_exact_at_every_precision(model: SwitchableModel, tmp_path: Path) -> None:
     save_model(tmp_path / "model", model, INFO)
     assert sorted(file.name for file in (tmp_path / "model").iterdir()) == ["config.json", "model.safetensors"]

@@ -72,7 +72,7 @@ def shifts(model: SwitchableModel, images: Tensor, bits: int) -> dict[str, float
 def test_means_are_those_of_the_float_network(model: SwitchableModel, images: Tensor, bits: int) -> None:
     calibrate(model, [images])
     before = shifts(model, images, bits)
-    calibrate(model, [images], bias_correction=True)
+    calibrate(model, [images], weights=["bias-correction"])
     after = shifts(model, images, bits)
     assert min(before.values()) > 0
     assert all(after[name] < 1e-3 * before[name] + 1e-5 for name in before)
@@ -83,7 +83,7 @@ def test_means_are_right_in_blocks_that_quantize_sums(float_net: nn.Module, imag
     model = convert(float_net, [32, *BITS], image_size=SIZE, target=target)
     calibrate(model, [images])
     before = {bits: shifts(model, images, bits) for bits in BITS}
-    calibrate(model, [images], bias_correction=True)
+    calibrate(model, [images], weights=["bias-correction"])
     for bits in BITS:
         after = shifts(model, images, bits)
         assert min(before[bits].values()) > 0
@@ -96,7 +96,7 @@ def test_layers_of_every_kind_are_corrected(net: nn.Module, images: Tensor) -> N
     model = convert(net, [32, 4], image_size=SIZE)
     calibrate(model, [images])
     before = shifts(model, images, 4)
-    calibrate(model, [images], bias_correction=True)
+    calibrate(model, [images], weights=["bias-correction"])
     after = shifts(model, images, 4)
     assert before.keys() == {"net.stem", "net.twice", "net.tokens", "net.head"}
     # A layer that is used twice can only be right on the whole, and so what follows it.
@@ -108,7 +108,7 @@ def test_corrections_over_several_batches_are_close(model: SwitchableModel) -> N
     images = torch.rand(24, 3, *SIZE, generator=torch.Generator().manual_seed(3))
     calibrate(model, images.split(8))
     before = shifts(model, images, 4)
-    calibrate(model, images.split(8), bias_correction=True)
+    calibrate(model, images.split(8), weights=["bias-correction"])
     after = shifts(model, images, 4)
     assert after["net.conv1"] < 1e-4
     assert sum(after.values()) < 0.2 * sum(before.values())
@@ -117,14 +117,14 @@ def test_corrections_over_several_batches_are_close(model: SwitchableModel) -> N
 def test_a_small_last_batch_counts_by_its_images(net: nn.Module) -> None:
     model = convert(net, [32, 4], image_size=SIZE)
     images = torch.rand(9, 3, *SIZE, generator=torch.Generator().manual_seed(3))
-    calibrate(model, images.split(8), bias_correction=True)
+    calibrate(model, images.split(8), weights=["bias-correction"])
     assert shifts(model, images, 4)["net.stem"] < 1e-5
 
 
 def test_float_stays_exact_and_other_precisions_are_untouched(
     model: SwitchableModel, float_net: nn.Module, images: Tensor
 ) -> None:
-    calibrate(model, [images], bias_correction=True)
+    calibrate(model, [images], weights=["bias-correction"])
     with torch.no_grad():
         assert torch.equal(model(images), float_net((images - model.mean) / model.std))
     correction = model.net.layer1[0].conv1.bias_correction
@@ -141,8 +141,8 @@ def test_without_bias_correction_the_state_dict_has_no_offsets(model: Switchable
 def test_saved_corrections_load_into_a_converted_model(
     model: SwitchableModel, float_net: nn.Module, images: Tensor
 ) -> None:
-    calibrate(model, [images], bias_correction=True)
-    other = convert(float_net, image_size=SIZE, bias_correction=True)
+    calibrate(model, [images], weights=["bias-correction"])
+    other = convert(float_net, image_size=SIZE, ptq=["bias-correction"])
     other.load_state_dict(model.state_dict())
     for bits in BITS:
         with at_precision(model, bits), at_precision(other, bits), torch.no_grad():
@@ -153,7 +153,7 @@ def test_calibrating_again_without_it_removes_it(model: SwitchableModel, images:
     with at_precision(model, 4), torch.no_grad():
         calibrate(model, [images])
         expected = model(images)
-        calibrate(model, [images], bias_correction=True)
+        calibrate(model, [images], weights=["bias-correction"])
         assert not torch.equal(model(images), expected)
         calibrate(model, [images])
         assert torch.equal(model(images), expected)
@@ -162,7 +162,7 @@ def test_calibrating_again_without_it_removes_it(model: SwitchableModel, images:
 @pytest.mark.parametrize("bits", [32, *BITS])
 def test_freezing_makes_it_part_of_the_bias(net: nn.Module, images: Tensor, bits: int) -> None:
     model = convert(net, [32, *BITS], image_size=SIZE)
-    calibrate(model, [images], bias_correction=True)
+    calibrate(model, [images], weights=["bias-correction"])
     frozen = freeze(model, bits)
     with at_precision(model, bits), torch.no_grad():
         assert torch.equal(frozen(images), model(images))
@@ -171,7 +171,7 @@ def test_freezing_makes_it_part_of_the_bias(net: nn.Module, images: Tensor, bits
 
 
 def test_norms_can_be_recalibrated_on_top(model: SwitchableModel, images: Tensor) -> None:
-    calibrate(model, [images], bias_correction=True)
+    calibrate(model, [images], weights=["bias-correction"])
     recalibrate_norms(model, [images], precisions=[2])
     with at_precision(model, 2), torch.no_grad():
         assert model(images).isfinite().all()

@@ -22,6 +22,7 @@ from qadtr_brevitas.quant import (
     recalibrate_norms,
     set_precision,
 )
+from qadtr_brevitas.quant.bias_correction import BiasCorrection
 from qadtr_brevitas.quant.fake_quantize import quantize_weight
 from qadtr_brevitas.quant.proxies import SwitchableActProxy
 from qadtr_brevitas.quant.switch import observing
@@ -94,7 +95,7 @@ def test_fewer_bits_clip_more(model: SwitchableModel) -> None:
 
 
 def test_percentile_lies_below_the_maximum(model: SwitchableModel, images: Tensor) -> None:
-    calibrate(model, [images], method="percentile", percentile=90)
+    calibrate(model, [images], method={"name": "percentile", "percentile": 90})
     clipped = act_thresholds(model, "4")
     calibrate(model, [images], method="minmax")
     assert all(low < high for low, high in zip(clipped, act_thresholds(model, "4"), strict=True))
@@ -124,7 +125,7 @@ def test_any_loader_of_the_same_images_gives_the_same_thresholds(float_net: nn.M
     thresholds = {}
     for name, loader in loaders.items():
         model = convert(float_net, [32, 4], image_size=SIZE)
-        calibrate(model, loader, bias_correction=True)
+        calibrate(model, loader, weights=["bias-correction"])
         recalibrate_norms(model, loader if name != "generator" else images.split(2), precisions=[4])
         thresholds[name] = act_thresholds(model, "4"), model.net.bn1.branch(Precision(4, 4)).running_mean.tolist()
     assert all(found == thresholds["list"] for found in thresholds.values()), thresholds
@@ -158,21 +159,19 @@ def test_one_batch_of_a_sequence_is_in_memory_at_a_time(model: SwitchableModel, 
     assert len(Lazy.made) == 5
 
 
-@pytest.mark.parametrize(("bias_correction", "passes"), [(False, 1), (True, 5)])
+@pytest.mark.parametrize(("weights", "passes"), [([], 1), (["bias-correction"], 5)])
 def test_progress_counts_the_batches_of_all_passes(
-    model: SwitchableModel, images: Tensor, bias_correction: bool, passes: int
+    model: SwitchableModel, images: Tensor, weights: list[str], passes: int
 ) -> None:
     told: list[tuple[int, int]] = []
-    calibrate(
-        model, images.split(2), bias_correction=bias_correction, progress=lambda done, of: told.append((done, of))
-    )
+    calibrate(model, images.split(2), weights=weights, progress=lambda done, of: told.append((done, of)))
     assert told == [(done, 2 * passes) for done in range(1, 2 * passes + 1)]
 
 
 @pytest.mark.parametrize("method", ["minmax", "percentile", "mse"])
 def test_a_float_model_has_nothing_to_calibrate_and_trains(float_net: nn.Module, images: Tensor, method: str) -> None:
     model = convert(float_net, [32], image_size=SIZE)
-    calibrate(model, [images], method=method, bias_correction=True)
+    calibrate(model, [images], method=method, weights=["bias-correction"])
     assert model.net.conv1.weight_quant.per_channel
     model.train()(images).sum().backward()
     assert model.net.conv1.weight.grad.any()
@@ -206,7 +205,7 @@ def test_precision_and_mode_are_as_before(model: SwitchableModel, images: Tensor
     set_precision(model, 4)
     model.train()
     model.net.bn1.eval()
-    calibrate(model, [images], bias_correction=True)
+    calibrate(model, [images], weights=["bias-correction"])
     recalibrate_norms(model, [images])
     assert get_precision(model) == Precision(4, 4)
     assert [m for m in model.modules() if not m.training] == list(model.net.bn1.modules())
@@ -232,8 +231,12 @@ def test_a_dead_channel_gets_a_positive_threshold(float_net: nn.Module, images: 
         ({"loader": []}, "no images.*one batch"),
         ({"loader": [torch.randn(2, 3, 16, 16)]}, r"pixels.*\[0, 1\]"),
         ({"loader": [{"pixels": None}]}, "batch.*dict.*tensors"),
-        ({"method": "kl"}, "'kl'.*mse, minmax or percentile"),
-        ({"percentile": 0.0}, "0.0.*above 0 and at most 100"),
+        ({"method": "kl"}, "range method 'kl'.*minmax, mse, percentile"),
+        ({"method": {"name": "percentile", "percentile": 0.0}}, "range method 'percentile'.*0.0"),
+        ({"method": {"percentile": 99}}, "range method.*minmax, mse, percentile"),
+        ({"method": BiasCorrection()}, "range method.*BiasCorrection"),
+        ({"weights": ["bias-corection"]}, "PTQ method 'bias-corection'.*'bias-correction'"),
+        ({"weights": [{"name": "bias-correction", "passes": 3}]}, "PTQ method 'bias-correction'.*passes"),
     ],
 )
 def test_bad_input(model: SwitchableModel, images: Tensor, arguments: dict[str, object], message: str) -> None:

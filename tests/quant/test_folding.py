@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -17,11 +18,11 @@ from qadtr_brevitas.quant.switch import switch_of
 PRECISIONS = (32, 8, 4, 2)
 
 
-def switchable(net: nn.Module, **calibration: bool) -> nn.Module:
+def switchable(net: nn.Module, weights: Sequence[str] = ()) -> nn.Module:
     """Return a converted network in double precision, whose norms differ from each other and between precisions."""
     torch.manual_seed(0)
     model = convert(net.eval(), PRECISIONS)
-    calibrate(model, [torch.rand(8, 3, 32, 32)], **calibration)
+    calibrate(model, [torch.rand(8, 3, 32, 32)], weights=weights)
     for norm in norms(model):
         for branch in (norm, *norm.branches.values()):
             branch.running_mean.normal_(0, 0.2)
@@ -96,7 +97,7 @@ def test_every_norm_after_a_convolution_is_folded() -> None:
 
 
 def test_corrected_biases_are_folded_too() -> None:
-    model = switchable(create_float_model("cifar_resnet20", num_classes=10), bias_correction=True)
+    model = switchable(create_float_model("cifar_resnet20", num_classes=10), weights=["bias-correction"])
     images = torch.rand(4, 3, 32, 32, dtype=torch.float64)
     with at_precision(model, 4), frozen_weights(model):
         expected = model(images)
