@@ -10,6 +10,7 @@ import click
 from qadtr_brevitas.cli.common import (
     RecordedCommand,
     command_line,
+    command_of,
     emit,
     examples,
     load_split,
@@ -93,7 +94,7 @@ def command(
     _print(report)
     written = [file.name, RECORDS_FILE, *(picture.file for picture in report.pictures)]
     say(f"wrote {', '.join(written)} to {output}")
-    say(f"next: qadtr-brevitas report {output} -o report.html")
+    say(f"next: {command_of('report', output, '-o', 'report.html')}")
 
 
 def _divide(arguments: Sequence[str]) -> tuple[list[Path], list[str]]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qadtr_brevitas.cli.common import emit, examples, load_split, progress, say, work_options
+from qadtr_brevitas.cli.common import command_of, emit, examples, load_split, progress, say, work_options
 from qadtr_brevitas.core.errors import UsageError, suggest
 from qadtr_brevitas.core.registry import ATTACKS
 from qadtr_brevitas.core.table import Table
@@ -117,9 +117,9 @@ def command(
             crafted = craft(loaded, plugin, setup, name=attack, precisions=wanted, targets=aims)
     _print(crafted, train.classes)
     kept = sum(patch.kept for patch in crafted)
-    chosen = "" if output == default else f" --patches {output}"
+    chosen = [] if output == default else ["--patches", output]
     say(f"wrote {len(crafted) - kept} patches to {output}" + (f", {kept} were there already" if kept else ""))
-    say(f"next: qadtr-brevitas evaluate {model_dir}{chosen}")
+    say(f"next: {command_of('evaluate', model_dir, *chosen)}")
 
 
 def _make_attack(name: str, overrides: tuple[str, ...]) -> Any:

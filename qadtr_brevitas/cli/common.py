@@ -152,13 +152,19 @@ def say(message: str) -> None:
         stderr().print(message, markup=False)
 
 
+def command_of(*words: object) -> str:
+    """Return a command of this package to type next, in which paths with spaces and signs are quoted."""
+    return shlex.join(["qadtr-brevitas", *map(str, words)])
+
+
 def emit(data: Any, text: RenderableType | None = None) -> None:
     """Print a command's result on stdout: `data` as one JSON document under --json, else `text` for people.
 
     A `text` of None prints nothing; a plain string is printed as it is.
     """
     if wants_json():
-        click.echo(json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False))
+        is_utf8 = "utf" in (getattr(sys.stdout, "encoding", None) or "").lower()
+        click.echo(json.dumps(data, indent=2, ensure_ascii=not is_utf8, allow_nan=False))
     elif isinstance(text, str):
         click.echo(text)
     elif text is not None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qadtr_brevitas.cli.common import (
+    command_of,
     emit,
     examples,
     option_block,
@@ -72,7 +73,7 @@ class _ConvertOptions:
         if self.percentile is None:
             return self.method
         if self.method != "percentile":
-            raise UsageError(f"--percentile {self.percentile:g} is for one method only: add --method percentile")
+            raise UsageError(f"--percentile {self.percentile:g} needs --method percentile")
         return {"name": "percentile", "percentile": self.percentile}
 
 
@@ -141,7 +142,7 @@ def command(**options: Any) -> None:
         from qadtr_brevitas.pipeline.checkpoint import read_info
 
         data = "" if read_info(output).data else " --data NAME[:ROOT]"
-        say(f"wrote {output}; next: qadtr-brevitas attack {output}{data}")
+        say(f"wrote {output}; next: {command_of('attack', output)}{data}")
 
 
 def _make_recipe(given: _ConvertOptions) -> tuple[Recipe, bool]:

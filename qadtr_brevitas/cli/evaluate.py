@@ -11,6 +11,7 @@ from qadtr_brevitas.cli.common import (
     RecordedCommand,
     be_quiet,
     command_line,
+    command_of,
     emit,
     examples,
     load_split,
@@ -234,11 +235,11 @@ def _report(
     say(f"wrote {', '.join(path.name for path in [*written, *pictures])} to {output}")
     first = grid.loaded_models[0].path
     more = (
-        f"evaluate {first} OTHER_MODEL_DIR -o FOLDER"
+        command_of("evaluate", first, "OTHER_MODEL_DIR", "-o", "FOLDER")
         if len(grid.loaded_models) == 1
-        else f"attack {first} --target all"
+        else command_of("attack", first, "--target", "all")
     )
-    say(f"read {output / 'report.md'}; next: qadtr-brevitas {more}")
+    say(f"read {output / 'report.md'}; next: {more}")
 
 
 def _terminal(report: EvaluationReport, audits: Sequence[AuditReport]) -> RenderableType:

@@ -7,6 +7,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from importlib import import_module
+from io import TextIOWrapper
 
 import click
 
@@ -116,6 +117,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     keep_freed_memory()
     # Brevitas looks for a compiler, and PyTorch says that there is no GPU for it.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    for stream in (sys.stdout, sys.stderr):
+        # A name that a terminal cannot show must not cost the results that stand beside it.
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         result = cli.main(arguments, prog_name="qadtr-brevitas", standalone_mode=False)
     except click.ClickException as error:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from qadtr_brevitas.cli.common import emit, examples, output_options, say
+from qadtr_brevitas.cli.common import command_of, emit, examples, output_options, say
 from qadtr_brevitas.config import shipped
 from qadtr_brevitas.core.table import Table
 
@@ -75,7 +75,7 @@ def copy(recipe: str, target: Path, force: bool) -> None:
     """Copy a recipe to TARGET, a file or a folder (here, if left out), to change it."""
     written = shipped.copy_recipe(recipe, target, force=force)
     emit({"written": str(written)})
-    say(f"wrote {written}; next: qadtr-brevitas train {written} -o DIR")
+    say(f"wrote {written}; next: {command_of('train', written, '-o', 'DIR')}")
 
 
 @command.command(epilog=examples("qadtr-brevitas recipes validate my_recipe.yaml train.epochs=3"))
@@ -93,4 +93,4 @@ def validate(recipe: str, overrides: tuple[str, ...]) -> None:
     emit({"recipe": path, "valid": True})
     if cost:
         say(cost)
-    say(f"{path} is valid; next: qadtr-brevitas train {' '.join((recipe, *overrides))} -o DIR")
+    say(f"{path} is valid; next: {command_of('train', recipe, *overrides, '-o', 'DIR')}")

@@ -12,6 +12,7 @@ import click
 from qadtr_brevitas.cli.common import (
     RecordedCommand,
     command_line,
+    command_of,
     device_option,
     emit,
     examples,
@@ -144,4 +145,5 @@ def _report(study: Study, plan: StudyPlan, output: Path, *, scale: str) -> None:
     tables = [table.rich() for table in summary_tables(study, plan, scale=scale)]
     emit({"output": str(output), "study": str(output / STUDY_FILE)}, Group(*tables))
     say(f"wrote {', '.join(path.name for path in written)} to {output}, and a report for each network to reports/")
-    say(f"open {output / PAGE_FILE} in a browser; next: qadtr-brevitas report {output} OTHER_STUDY -o report.html")
+    more = command_of("report", output, "OTHER_STUDY", "-o", "report.html")
+    say(f"open {output / PAGE_FILE} in a browser; next: {more}")

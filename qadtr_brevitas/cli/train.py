@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from qadtr_brevitas.cli.common import (
+    command_of,
     device_option,
     emit,
     examples,
@@ -162,4 +163,4 @@ def _tell(run: Path) -> None:
     models = [str(run / name) for name in MODEL_FOLDERS if (run / name).is_dir()]
     data = {"run": str(run), "models": models, "record": vars(record) if record else None}
     emit(data, _table(record) if record else None)
-    say(f"wrote {', '.join(models)} and {run / METRICS_FILE}; next: qadtr-brevitas attack {run}")
+    say(f"wrote {', '.join(models)} and {run / METRICS_FILE}; next: {command_of('attack', run)}")

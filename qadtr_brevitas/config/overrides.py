@@ -10,7 +10,7 @@ from qadtr_brevitas.config.problems import fields_of, section_in
 from qadtr_brevitas.config.renamed import moved_key, renamed_key
 from qadtr_brevitas.config.sections import Recipe
 from qadtr_brevitas.config.slots import Slot, slot_in
-from qadtr_brevitas.config.source import YamlError, YamlNode, parse
+from qadtr_brevitas.config.source import YamlError, YamlNode, parse_value
 from qadtr_brevitas.core.errors import Problem, suggest
 
 
@@ -29,7 +29,7 @@ def apply_override(root: YamlNode, text: str) -> Problem | None:
     if not equals or not path:
         return Problem(text, "is not an override: write key=value, for instance train.epochs=3")
     try:
-        _put(root, path.split("."), parse(value, line=None))
+        _put(root, path.split("."), parse_value(value))
     except YamlError as error:
         return Problem(path, f"the value {value!r} is not YAML: {error.reason}")
     except _OverrideError as error:

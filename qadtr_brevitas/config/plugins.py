@@ -9,7 +9,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from qadtr_brevitas.config.problems import dotted, explain
 from qadtr_brevitas.config.slots import Slot
-from qadtr_brevitas.config.source import YamlError, parse
+from qadtr_brevitas.config.source import YamlError, parse, parse_value
 from qadtr_brevitas.core.errors import Problem, RecipeError
 from qadtr_brevitas.core.registry import Registry
 
@@ -30,7 +30,7 @@ def make_plugin(registry: Registry, name: str, options: Sequence[str]) -> Any:
             problems.append(Problem(text, "is no setting: write key=value, for instance size=8"))
             continue
         try:
-            fields[key] = parse(value, line=None).plain()
+            fields[key] = parse_value(value).plain()
         except YamlError as error:
             problems.append(Problem(key, f"the value {value!r} is not YAML: {error.reason}"))
     try:

@@ -82,6 +82,18 @@ def read_source(path: Path) -> YamlNode:
     return node
 
 
+def parse_value(text: str) -> YamlNode:
+    """Parse the value of a key=value: YAML, but paths and texts with a ` #` are taken whole, as they were typed.
+
+    Raises:
+        YamlError: the text is not YAML, or has a key twice.
+    """
+    is_path = text.startswith(("/", "./", "../", "~/"))
+    # In a file, a `#` after a space begins a comment; nobody comments on the command line.
+    has_mark = " #" in text and text.lstrip()[0] not in "\"'[{&*!|>"
+    return YamlNode(None, scalar=text) if is_path or has_mark else parse(text, line=None)
+
+
 def parse(text: str, *, line: int | None = 1) -> YamlNode:
     """Parse YAML 1.2; the lines of the tree are all None if `line` is None.
 
