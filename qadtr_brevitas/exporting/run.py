@@ -26,11 +26,13 @@ from qadtr_brevitas.exporting.estimate import Estimate, compiler_python, estimat
 from qadtr_brevitas.exporting.formats import Format, blockers, check_bits
 from qadtr_brevitas.exporting.graph import library
 from qadtr_brevitas.exporting.rewrite import PIXELS
-from qadtr_brevitas.exporting.ties import Ties, check_ties, count_ties
+from qadtr_brevitas.exporting.ties import Ties, break_ties, check_ties, count_ties
 from qadtr_brevitas.exporting.verify import TOLERANCE, Agreement, check, compare
 from qadtr_brevitas.pipeline.directories import EXPORT_REPORT_FILE, ONNX_FILE
 from qadtr_brevitas.quant import at_precision, freeze
 
+# Images that ties are looked for on.
+_TRIED = 8
 _PACKAGES = ("qadtr-brevitas", "brevitas", "torch", "timm", "onnx", "onnxruntime", "qonnx")
 
 
@@ -110,24 +112,26 @@ def export(
     """
     _check(loaded, precision, form, with_estimate=with_estimate)
     frozen = freeze(loaded.model, precision)  # pyright: ignore[reportArgumentType]
+    has_ties = form.compiler is not None and form.compiler.rounds_ties_up
+    written = break_ties(frozen, _images(loaded, split, _TRIED)) if has_ties else frozen
     reports: list[ExportReport] = []
 
     def fill(folder: Path) -> None:
-        image = _image(loaded, split)
+        image = _images(loaded, split, 1)
         file = folder / ONNX_FILE
-        form.write(frozen, image, file)
+        form.write(written, image, file)
         agreement = ties = None
         if split is not None:
             agreement = compare(
                 frozen, form.load(file), split, patches, as_bytes=form.takes_bytes, seed=seed, progress=progress
             )
             check(agreement, tolerance=tolerance, remedy=form.remedy)
-            if form.compiler is not None and form.compiler.rounds_ties_up:
-                ties = count_ties(frozen, split)
+            if has_ties:
+                ties = count_ties(frozen, written, split)
                 check_ties(ties)
         if form.compiler is not None:
             write_build_files(
-                folder, form.compiler, frozen, image, build or BuildTarget(), takes_bytes=form.takes_bytes
+                folder, form.compiler, written, image, build or BuildTarget(), takes_bytes=form.takes_bytes
             )
         report = ExportReport(
             model=loaded.path or loaded.name,
@@ -163,10 +167,10 @@ def _check(loaded: LoadedModel, precision: Precision, form: Format, *, with_esti
             raise ExportError(f"{loaded.name} cannot be exported to {form.name}: {'; '.join(found)}")
 
 
-def _image(loaded: LoadedModel, split: Split | None) -> Tensor:
-    """Return the first image, (1, C, H, W), or noise of whole bytes where there are none."""
+def _images(loaded: LoadedModel, split: Split | None, count: int) -> Tensor:
+    """Return the first images, (N, C, H, W), or one of noise in whole bytes where there are none."""
     if split is not None:
-        return split.batch(torch.arange(1))[0]
+        return split.batch(torch.arange(min(count, len(split))))[0]
     shape = (1, len(loaded.info.mean), *loaded.info.image_size)
     return torch.randint(256, shape, generator=generator(0, "export")) / PIXELS
 
