@@ -99,6 +99,39 @@ def test_portions_make_no_difference() -> None:
         assert parts.proved.equal(whole.proved)
 
 
+def test_passes_of_the_proof_are_counted_and_the_test_stops_at_the_first_failure() -> None:
+    masks = covering_masks((SIDE, SIDE), PATCH, per_side=3)
+    pairs = len(masks) * (len(masks) - 1) // 2
+    shown = 0
+    for seed in range(4):
+        model, images = random_model(seed), binary_images(25, seed)
+        asked: list[int] = []
+
+        def counted(images: Tensor, model: Callable[[Tensor], Tensor] = model, asked: list[int] = asked) -> Tensor:
+            asked.append(len(images))
+            return model(images)
+
+        found = double_masking(counted, images, masks, fill=FILL, batch_size=10)
+        assert found.passes is not None
+        assert int(found.passes.sum()) == sum(asked)
+        assert set(found.passes[found.proved >= 0].tolist()) <= {len(masks) + pairs}
+        shown += int(found.passes.sum())
+    # The naive test shows every image under all ordered pairs.
+    assert shown < 4 * 25 * len(masks) ** 2 / 2
+
+
+def test_without_a_proof_the_predictions_are_the_same_and_cost_less() -> None:
+    model, images = random_model(1), binary_images(20)
+    masks = covering_masks((SIDE, SIDE), PATCH, per_side=3)
+    whole = double_masking(model, images, masks, fill=FILL)
+    quick = double_masking(model, images, masks, fill=FILL, prove=False)
+    assert quick.defended.equal(whole.defended)
+    assert (quick.proved == -1).all()
+    assert quick.passes is not None
+    assert whole.passes is not None
+    assert int(quick.passes.sum()) < int(whole.passes.sum())
+
+
 def test_images_that_failed_are_not_looked_at_again() -> None:
     looked = 0
 

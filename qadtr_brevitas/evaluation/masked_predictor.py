@@ -1,0 +1,83 @@
+"""What a model says of images under masks, and how many forward passes each image took."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Certified:
+    """What is known of a batch of images.
+
+    Args:
+        defended: (N,) int64, class that the defense predicts.
+        proved: (N,) int64, class that the defense predicts whatever one patch of the size shows and wherever it lies;
+            -1 where nothing is proved.
+        passes: (N,) int64, forward passes that each image took; None where they were not counted.
+    """
+
+    defended: Tensor
+    proved: Tensor
+    passes: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class MaskedPredictor:
+    """Shows masked images to a model, several images at once.
+
+    Args:
+        model: images (n, 3, H, W) in [0, 1] -> logits (n, classes), the same whenever it is asked; in eval mode.
+        images: (N, 3, H, W) in [0, 1].
+        masks: boolean (M, H, W), on the device of the images.
+        fill: (3, 1, 1), color of what is covered.
+        batch_size: masked images in one forward pass.
+        passes: (N,) int64, passes of each image so far; changed in place.
+    """
+
+    model: Callable[[Tensor], Tensor]
+    images: Tensor
+    masks: Tensor
+    fill: Tensor
+    batch_size: int
+    passes: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        zeros = torch.zeros(len(self.images), dtype=torch.int64, device=self.images.device)
+        object.__setattr__(self, "passes", zeros)
+
+    def under_each(self) -> tuple[Tensor, Tensor]:
+        """(N, M) classes under each mask alone, and their margins: highest logit minus the second highest."""
+        count, masks = len(self.images), len(self.masks)
+        images = torch.arange(count, device=self.images.device).repeat_interleave(masks)
+        first = torch.arange(masks, device=self.images.device).repeat(count)
+        classes, margins = self._under(images, first, first)
+        return classes.view(count, masks), margins.view(count, masks)
+
+    def under(self, images: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        """(n,) classes of images, given by their index, under two masks, given by theirs."""
+        return self._under(images, first, second)[0]
+
+    def _under(self, images: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+        self.passes.index_add_(0, images, torch.ones_like(images))
+        classes: list[Tensor] = [images.new_empty(0)]
+        margins: list[Tensor] = [self.images.new_empty(0)]
+        portions = (part.split(self.batch_size) for part in (images, first, second))
+        for image, one, two in zip(*portions, strict=True) if len(images) else ():
+            covered = (self.masks[one] | self.masks[two])[:, None]
+            logits = self.model(torch.where(covered, self.fill, self.images[image]))
+            # A model of one class has no second.
+            highest = logits.topk(min(2, logits.shape[1]), dim=1).values
+            classes.append(logits.argmax(dim=1))
+            margins.append(highest[:, 0] - highest[:, -1])
+        return torch.cat(classes), torch.cat(margins)
+
+
+def plurality(classes: Tensor) -> Tensor:
+    """(N,) most frequent class of each row of (N, M); of equally frequent ones the smallest."""
+    votes = (classes[:, :, None] == classes[:, None, :]).sum(dim=2)
+    most = votes.max(dim=1, keepdim=True).values
+    return torch.where(votes == most, classes, classes.max() + 1).min(dim=1).values
