@@ -4,63 +4,85 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from qadtr_brevitas.api.inputs import ModelLike, as_loaded, as_split, prepared
 from qadtr_brevitas.core.device import resolve_device
+from qadtr_brevitas.core.patch_size import PatchSizeLike
 from qadtr_brevitas.core.precision import PrecisionLike
 from qadtr_brevitas.core.progress import Progress
 from qadtr_brevitas.data.batches import Loader
 from qadtr_brevitas.evaluation import Grid
 from qadtr_brevitas.evaluation import evaluate as evaluate_grid
-from qadtr_brevitas.evaluation.certification import Certification
-from qadtr_brevitas.evaluation.masks import MASKS_PER_SIDE
-from qadtr_brevitas.evaluation.report import EvaluationReport, Rate
+from qadtr_brevitas.evaluation.certification import Certification, CertifyMethod
+from qadtr_brevitas.evaluation.report import CertifiedCell, EvaluationReport, Rate
 
 
 @dataclass(frozen=True)
 class CertificationResult:
-    """Accuracies of PatchCleanser's double masking by precision.
+    """Accuracies of a defense by masks, by precision (`4, 5x5` where there are several sizes of patches).
 
     Args:
-        patch: side of the patch in pixels.
-        clean_accuracy: of the undefended prediction.
-        defended_accuracy: of the defended prediction on clean images.
-        certified_accuracy: images whose defended prediction is right whatever one such patch shows and wherever it is.
-        report: the same with everything that is needed to redo it.
+        report: the certificates, and everything that is needed to redo them.
     """
 
-    patch: int
-    clean_accuracy: dict[str, Rate]
-    defended_accuracy: dict[str, Rate]
-    certified_accuracy: dict[str, Rate]
     report: EvaluationReport
+
+    @property
+    def certificates(self) -> tuple[CertifiedCell, ...]:
+        """What is proved, for which patch, precision, weights, masks and images."""
+        return self.report.certified
+
+    @property
+    def clean_accuracy(self) -> dict[str, Rate]:
+        """Accuracy of the undefended prediction, by precision."""
+        return {cell.precision: cell.accuracy for cell in self.report.clean}
+
+    @property
+    def defended_accuracy(self) -> dict[str, Rate]:
+        """Accuracy of the defended prediction on clean images."""
+        return {self._key(cell): cell.clean_accuracy for cell in self.report.certified}
+
+    @property
+    def certified_accuracy(self) -> dict[str, Rate]:
+        """Images whose defended prediction is right whatever one such patch shows and wherever it is."""
+        return {self._key(cell): cell.certified_accuracy for cell in self.report.certified}
+
+    def _key(self, cell: CertifiedCell) -> str:
+        several = len({other.size for other in self.report.certified}) > 1
+        return f"{cell.precision}, {cell.label.partition(',')[0]}" if several else cell.precision
 
 
 def certify(
     model: ModelLike,
     loader: Loader,
     *,
-    patch: int,
+    patch: PatchSizeLike | Sequence[PatchSizeLike],
     precisions: Sequence[PrecisionLike] | None = None,
-    masks: int = MASKS_PER_SIDE,
+    masks: int | None = None,
+    method: CertifyMethod = "double masking",
     images: int | None = None,
     seed: int = 0,
     batch_size: int = 256,
     device: str = "auto",
+    cells: str | Path | None = None,
     progress: Progress | None = None,
 ) -> CertificationResult:
-    """Certify a model against square patches with PatchCleanser (Xiang et al. 2022, double masking).
+    """Certify a model against rectangular patches (PatchCleanser, Xiang et al. 2022, or in one round).
 
     Args:
         model: a switchable model, or the folder of one; left as it was.
         loader: labeled test images; pixels in [0, 1] or uint8.
-        patch: side of the patch in pixels.
+        patch: size of the patch, as 5, "3x10" or the tuple (3, 10); a list for several, each by itself.
         precisions: precisions to certify; None for all of the model.
-        masks: masks along each side of an image; more certify more and take longer, with the fourth power.
+        masks: masks along each side of an image; more certify more and take longer, with the fourth power. None for 6,
+            or 5 in one round, where it has to be a prime number.
+        method: `double masking`, or `one round`, of far fewer passes under larger masks (see evaluation/one_round.py).
         images: at most this many images, drawn class-balanced; None for all.
         seed: of the draw of images.
         batch_size: images in one forward pass.
         device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
+        cells: folder that keeps finished parts, so that an interrupted certification resumes; None to keep nothing.
         progress: called after each part.
 
     Raises:
@@ -70,6 +92,7 @@ def certify(
     """
     where = resolve_device(device)
     loaded = as_loaded(model)
+    sizes = patch if isinstance(patch, list) else [patch]
     with prepared([loaded], device=where):
         grid = Grid(
             loaded_models=[loaded],
@@ -77,15 +100,9 @@ def certify(
             split=as_split(loader, loaded, images=images, seed=seed),
             data_name="loader",
             precisions=precisions,
-            certifications=[Certification(patch, masks)],
+            certifications=[Certification(size, masks, method) for size in sizes],  # pyright: ignore[reportArgumentType]
             seed=seed,
             batch_size=batch_size,
         )
-        report = evaluate_grid(grid, output=None, device=where, progress=progress)
-    return CertificationResult(
-        patch=patch,
-        clean_accuracy={cell.precision: cell.accuracy for cell in report.clean},
-        defended_accuracy={cell.precision: cell.clean_accuracy for cell in report.certified},
-        certified_accuracy={cell.precision: cell.certified_accuracy for cell in report.certified},
-        report=report,
-    )
+        output = None if cells is None else Path(cells)
+        return CertificationResult(evaluate_grid(grid, output=output, device=where, progress=progress))

@@ -136,7 +136,6 @@ def _plan(
     from qadtr_brevitas.evaluation.certification import Certification
     from qadtr_brevitas.evaluation.entries import load_models, load_patches
     from qadtr_brevitas.evaluation.grid import read_means
-    from qadtr_brevitas.evaluation.masks import MASKS_PER_SIDE
     from qadtr_brevitas.evaluation.variants import PatchVariants
 
     attacks = [NamedAttack.of(plugin) for plugin in plugins]
@@ -147,6 +146,7 @@ def _plan(
     if given.images is not None:
         # Refuses more images than there are.
         split = split.balanced(given.images, seed=given.seed)
+    method = "one round" if given.certify_method == "one-round" else "double masking"
     moves = PatchVariants(at=given.at, shifts=given.shifts or (), degrees=given.degrees or ())
     grid = Grid(
         loaded_models=models[: len(given.model_dirs)],
@@ -160,12 +160,20 @@ def _plan(
         eot=means,
         precisions=wanted,
         transfer=given.transfer,
-        certifications=[Certification(size, given.certify_masks or MASKS_PER_SIDE) for size in given.certify or ()],
+        certifications=[Certification(size, given.certify_masks, method) for size in given.certify or ()],
+        certify_images=given.certify_images,
         seed=given.seed,
         batch_size=given.batch_size,
     )
+    _tell_certification_cost(grid)
     _tell_left_out(patches, grid, alone=not (attacks or given.certify or given.audit))
     return grid, patches
+
+
+def _tell_certification_cost(grid: Grid) -> None:
+    for certification in grid.certifications:
+        count, passes = grid.certified_count, certification.passes_to_prove(grid.split.image_size)
+        say(f"certifying {count} images against {certification}, at each precision: {passes} passes for a proved image")
 
 
 def _tell_left_out(patches: Sequence[NamedPatch], grid: Grid, *, alone: bool) -> None:

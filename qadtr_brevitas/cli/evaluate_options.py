@@ -11,6 +11,7 @@ import click
 
 from qadtr_brevitas.cli.common import option_block, progress, was_given
 from qadtr_brevitas.core.errors import UsageError
+from qadtr_brevitas.core.patch_size import PatchSize
 from qadtr_brevitas.core.progress import part_of
 
 if TYPE_CHECKING:
@@ -39,8 +40,10 @@ class EvaluateOptions:
     at: tuple[int, int] | None
     shifts: tuple[int, ...] | None
     degrees: tuple[float, ...] | None
-    certify: tuple[int, ...] | None
+    certify: tuple[PatchSize, ...] | None
     certify_masks: int | None
+    certify_method: Literal["double-masking", "one-round"]
+    certify_images: int | None
     images: int | None
     batch_size: int
     shard: str | None
@@ -68,13 +71,14 @@ def check_clean(given: EvaluateOptions) -> None:
 
 
 def check_certify(given: EvaluateOptions) -> None:
-    """Refuses a number of masks where nothing is certified.
+    """Refuses what only certification uses where nothing is certified.
 
     Raises:
-        UsageError: --certify-masks without --certify.
+        UsageError: an option of certification without --certify.
     """
-    if given.certify_masks is not None and not given.certify:
-        raise UsageError("--certify-masks needs --certify: add it, for instance --certify 8, or remove --certify-masks")
+    for option in ("--certify-masks", "--certify-method", "--certify-images"):
+        if was_given(option.removeprefix("--").replace("-", "_")) and not given.certify:
+            raise UsageError(f"{option} needs --certify: add it, for instance --certify 8, or remove {option}")
 
 
 class Numbers(click.ParamType[tuple[int | float, ...]]):
@@ -104,6 +108,19 @@ class Numbers(click.ParamType[tuple[int | float, ...]]):
 
     def _is_allowed(self, number: float) -> bool:
         return math.isfinite(number) and (number != 0 if self.least is None else number >= self.least)
+
+
+class PatchSizes(click.ParamType[tuple[PatchSize, ...]]):
+    """Sizes of patches with commas between them, as 5,3x10."""
+
+    name = "sizes"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> tuple[PatchSize, ...]:
+        """Read them."""
+        try:
+            return tuple(dict.fromkeys(map(PatchSize.parse, value.split(","))))
+        except UsageError as error:
+            self.fail(str(error), param, ctx)
 
 
 plan_options = option_block(
@@ -174,15 +191,28 @@ move_options = option_block(
 certify_options = option_block(
     click.option(
         "--certify",
-        metavar="SIDE[,SIDE...]",
-        type=Numbers(int, "sides of patches in pixels, at least 1, such as 6,8", least=1),
-        help="Prove which predictions no patch of this side can change (PatchCleanser); with 6 masks along a side, up "
-        "to 666 forward passes of each image.",
+        metavar="SIZE[,SIZE...]",
+        type=PatchSizes(),
+        help="Prove which predictions no patch of this size can change, as 6 or 3x10; with 6 masks along a side, up to "
+        "666 forward passes of each image.",
     ),
     click.option(
         "--certify-masks",
         type=click.IntRange(min=2),
-        help="Masks along each side of an image for --certify; more prove more and take longer.  [default: 6]",
+        help="Masks along each side of an image for --certify; more prove more and take longer.  [default: 6, in one "
+        "round 5]",
+    ),
+    click.option(
+        "--certify-method",
+        type=click.Choice(["double-masking", "one-round"]),
+        default="double-masking",
+        show_default=True,
+        help="PatchCleanser's double masking, or one round of 30 passes under larger masks.",
+    ),
+    click.option(
+        "--certify-images",
+        type=click.IntRange(min=1),
+        help="Certify so many of the test images only, balanced over classes; more later take up where these end.",
     ),
 )
 

@@ -124,6 +124,19 @@ def balanced_indices(labels: Tensor, count: int, *, seed: int) -> Tensor:
     return _drawn(labels, count, seed).sort().values
 
 
+def balanced_order(labels: Tensor, *, seed: int) -> Tensor:
+    """All images in the order in which `Split.balanced` takes them: its first n are those of any n.
+
+    Args:
+        labels: int64 (N,).
+        seed: decides the order.
+
+    Returns:
+        int64 (N,).
+    """
+    return _drawn(labels, len(labels), seed)
+
+
 def _drawn(labels: Tensor, count: int, seed: int) -> Tensor:
     """Take one random image of every class, then a second, and so on, until there are enough."""
     shuffled = torch.randperm(len(labels), generator=generator(seed, "balanced"))

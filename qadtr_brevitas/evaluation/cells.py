@@ -68,8 +68,8 @@ class CertifyKey:
         model: fingerprint of the model.
         precision: precision of the model, or several together.
         data: fingerprint of all images.
-        size: side of the patch in pixels.
-        masks: masks along each side of an image.
+        size: side of a square patch in pixels, or height and width as 3x10.
+        masks: masks along each side of an image, with the method where it is not double masking.
         start: first image of the chunk.
         stop: the image after its last.
     """
@@ -77,8 +77,8 @@ class CertifyKey:
     model: str
     precision: str
     data: str
-    size: int
-    masks: int
+    size: int | str
+    masks: int | str
     start: int
     stop: int
 

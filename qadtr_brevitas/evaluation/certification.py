@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
+from qadtr_brevitas.core.errors import UsageError
+from qadtr_brevitas.core.files import fingerprint_tensors
+from qadtr_brevitas.core.patch_size import PatchSize, PatchSizeLike
 from qadtr_brevitas.evaluation.cells import CellStore, CertifyKey
 from qadtr_brevitas.evaluation.entries import LoadedModel
 from qadtr_brevitas.evaluation.jobs import EvaluationInputs, Victim
-from qadtr_brevitas.evaluation.masks import covering_masks, mean_color
-from qadtr_brevitas.evaluation.patch_cleanser import Certified, double_masking
+from qadtr_brevitas.evaluation.masked_predictor import Certified
+from qadtr_brevitas.evaluation.masks import MASKS_PER_SIDE, covering_masks, mean_color
+from qadtr_brevitas.evaluation.one_round import WINDOWS_PER_SIDE, line_masks, one_round
+from qadtr_brevitas.evaluation.patch_cleanser import double_masking
+
+CertifyMethod: TypeAlias = Literal["double masking", "one round"]
+"""PatchCleanser's double masking, or one round over masks of which one covers any two places of a patch."""
 
 PORTION = 32
 """Images in one cell: each is looked at hundreds of times, and a stopped evaluation loses no more than these."""
@@ -20,23 +29,62 @@ PORTION = 32
 
 @dataclass(frozen=True)
 class Certification:
-    """A patch to certify against.
+    """A patch to certify against, and how.
 
     Args:
-        size: its side in pixels.
-        masks: masks along each side of an image.
+        size: its size, as 5 or 3x10.
+        masks: masks along each side of an image; None for 6, or 5 in one round, where it has to be a prime.
+        method: the certifier.
+
+    Raises:
+        UsageError: a size that cannot be read, or an unknown method.
     """
 
-    size: int
+    size: PatchSize
     masks: int
+    method: CertifyMethod
+
+    def __init__(self, size: PatchSizeLike, masks: int | None = None, method: CertifyMethod = "double masking") -> None:
+        if method not in get_args(CertifyMethod):
+            raise UsageError(f"there is no certifier {method!r}: choose from {', '.join(get_args(CertifyMethod))}")
+        object.__setattr__(self, "size", PatchSize.parse(size))
+        default = MASKS_PER_SIDE if method == "double masking" else WINDOWS_PER_SIDE
+        object.__setattr__(self, "masks", default if masks is None else masks)
+        object.__setattr__(self, "method", method)
+
+    def __str__(self) -> str:
+        return f"{self.size}, {self.method}"
 
     def covering(self, image_size: tuple[int, int]) -> Tensor:
-        """Boolean (M, H, W) masks of which one covers any such patch.
+        """Boolean (M, H, W) masks of which one covers any such patch, or any two places of it.
 
         Raises:
-            UsageError: the patch does not fit on the images.
+            UsageError: the patch does not fit on the images, or the number of masks does not fit the method.
         """
-        return covering_masks(image_size, self.size, per_side=self.masks)
+        make = covering_masks if self.method == "double masking" else line_masks
+        return make(image_size, self.size, per_side=self.masks)
+
+    def passes_to_prove(self, image_size: tuple[int, int]) -> int:
+        """Return the forward passes that a proved image takes: one for each mask and, doubled, for each pair."""
+        count = len(self.covering(image_size))
+        return count if self.method == "one round" else count + count * (count - 1) // 2
+
+    def run(
+        self, model: Callable[[Tensor], Tensor], images: Tensor, *, fill: Tensor, batch_size: int, prove: bool = True
+    ) -> Certified:
+        """Return defended predictions of images, and which of them are proved.
+
+        Args:
+            model: images (n, 3, H, W) in [0, 1] -> logits, the same whenever it is asked; in eval mode.
+            images: (N, 3, H, W) in [0, 1].
+            fill: (3, 1, 1), color of what masks cover.
+            batch_size: masked images in one forward pass.
+            prove: whether to prove predictions; in one round the proof costs nothing.
+        """
+        masks = self.covering((images.shape[2], images.shape[3]))
+        if self.method == "one round":
+            return one_round(model, images, masks, self.size, fill=fill, batch_size=batch_size)
+        return double_masking(model, images, masks, fill=fill, batch_size=batch_size, prove=prove)
 
 
 @dataclass(frozen=True)
@@ -49,19 +97,21 @@ class CertifyJob:
     chunk: range
 
     def __str__(self) -> str:
-        size = self.certification.size
-        return f"{self.victim}, certify {size}x{size}, images {self.chunk.start} to {self.chunk.stop - 1}"
+        return f"{self.victim}, certify {self.certification}, images {self.chunk.start} to {self.chunk.stop - 1}"
 
     @property
     def key(self) -> CertifyKey:
         """What its outcomes depend on."""
+        size, method = self.certification.size, self.certification.method
         return CertifyKey(
             model=self.victim.loaded.fingerprint,
             precision=str(self.victim.precision),
             data=self.inputs.data,
+            # Squares under double masking keep the cells that earlier releases made.
+            size=size.height if size.is_square else str(size),
+            masks=self.certification.masks if method == "double masking" else f"{method}, {self.certification.masks}",
             start=self.chunk.start,
             stop=self.chunk.stop,
-            **asdict(self.certification),
         )
 
     def loaded_models(self) -> Sequence[LoadedModel]:
@@ -75,16 +125,24 @@ class CertifyJob:
     def read(self, store: CellStore) -> Certified | None:
         """Return the outcomes, where they are in the store."""
         found = store.read_chunk(self.key)
-        return Certified(found["defended"], found["proved"]) if {"defended", "proved"} <= found.keys() else None
+        if not {"defended", "proved"} <= found.keys():
+            return None
+        return Certified(found["defended"], found["proved"], found.get("passes"))
 
     def compute(self, store: CellStore, device: torch.device) -> None:
         """Look at the images under all masks and keep the outcomes."""
         images, _ = self.inputs.split.batch(torch.tensor(self.chunk), device=device)
         fill = mean_color(self.victim.loaded.info.mean)
-        masks = self.certification.covering(self.inputs.split.image_size)
         # Not inference_mode: Brevitas's quantizers fail on its tensors.
         with torch.no_grad():
-            found = double_masking(
-                self.victim.logits(self.inputs.seed), images, masks, fill=fill, batch_size=self.inputs.batch_size
+            found = self.certification.run(
+                self.victim.logits(self.inputs.seed), images, fill=fill, batch_size=self.inputs.batch_size
             )
-        store.write_chunk(self.key, {"defended": found.defended, "proved": found.proved})
+        assert found.passes is not None
+        outcomes = {"defended": found.defended, "proved": found.proved, "passes": found.passes}
+        store.write_chunk(self.key, outcomes)
+
+
+def covering_fingerprint(certification: Certification, victim: Victim, image_size: tuple[int, int]) -> str:
+    """Return the fingerprint of the masks and of the color they show, which a certificate holds for."""
+    return fingerprint_tensors([certification.covering(image_size), mean_color(victim.loaded.info.mean)])

@@ -13,7 +13,7 @@ from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.core.files import fingerprint_tensors
 from qadtr_brevitas.core.precision import FLOAT_BITS, Precision, PrecisionLike
 from qadtr_brevitas.core.seeding import generator
-from qadtr_brevitas.data.split import Split
+from qadtr_brevitas.data.split import Split, balanced_order
 from qadtr_brevitas.evaluation.certification import PORTION, Certification, CertifyJob
 from qadtr_brevitas.evaluation.entries import LoadedModel, NamedPatch
 from qadtr_brevitas.evaluation.image_attacks import NamedAttack, SourcedAttack
@@ -49,6 +49,7 @@ class Grid:
             scored together, attacks are made on their mean.
         transfer: what to move to other models and precisions; white-box, EOT and control cells are always scored.
         certifications: patches that models are certified against, at every precision.
+        certify_images: certify so many of the images only, balanced over classes; None for all.
         seed: seed of the placements, the controls and the attacks.
         batch_size: images in one forward pass. Attacks take the images in chunks of this size, each with a random
             stream of its own: another size gives other attacks.
@@ -72,6 +73,7 @@ class Grid:
     precisions: Sequence[PrecisionLike | InferenceMode] | None = None
     transfer: Transfer = "all"
     certifications: Sequence[Certification] = ()
+    certify_images: int | None = None
     seed: int = 0
     batch_size: int = 256
 
@@ -106,6 +108,22 @@ class Grid:
     def inputs(self) -> EvaluationInputs:
         """What all cells share."""
         return EvaluationInputs(self.split, self.data.fingerprint, self.seed, self.batch_size)
+
+    @cached_property
+    def certify_inputs(self) -> EvaluationInputs:
+        """What all cells of certifications share: `inputs`, or all their images in the order in which they are drawn.
+
+        Of a part of the images, the first are certified: where more are wanted later, these are done.
+        """
+        if self.certify_images is None:
+            return self.inputs
+        split = self.split.subset(balanced_order(self.split.labels, seed=self.seed))
+        return replace(self.inputs, split=split, data=fingerprint_tensors([split.images, split.labels]))
+
+    @property
+    def certified_count(self) -> int:
+        """How many images are certified."""
+        return len(self.split) if self.certify_images is None else self.certify_images
 
     @cached_property
     def patch_entries(self) -> tuple[NamedPatch, ...]:
@@ -156,9 +174,9 @@ class Grid:
 
     def certify_jobs(self, victim: Victim, certification: Certification) -> list[CertifyJob]:
         """Return the cells of one certification of one victim."""
-        images = len(self.split)
+        images = self.certified_count
         portions = (range(start, min(start + PORTION, images)) for start in range(0, images, PORTION))
-        return [CertifyJob(self.inputs, victim, certification, portion) for portion in portions]
+        return [CertifyJob(self.certify_inputs, victim, certification, portion) for portion in portions]
 
     def chunks(self) -> Iterator[range]:
         """Return the test images in the portions that per-image attacks take them in."""
@@ -205,8 +223,13 @@ class Grid:
         self._check_target(f"patch {patch_entry.name!r}", patch_entry.facts.target, cure)
 
     def _check_certifications(self) -> None:
+        _check_names("certifications", list(map(str, self.certifications)), cure="give each patch size once")
         for certification in self.certifications:
             certification.covering(self.split.image_size)
+        if self.certify_images is not None and not 1 <= self.certify_images <= len(self.split):
+            raise UsageError(
+                f"{self.certify_images} images cannot be certified of {len(self.split)}: give 1 to {len(self.split)}"
+            )
         for victim in self.victims:
             if self.certifications and victim.precision.is_random:
                 raise UsageError(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from qadtr_brevitas.evaluation.cells import CellStore
+from qadtr_brevitas.evaluation.certification import covering_fingerprint
 from qadtr_brevitas.evaluation.entries import LoadedModel, NamedPatch
 from qadtr_brevitas.evaluation.grid import Grid, threat
 from qadtr_brevitas.evaluation.image_attacks import SourcedAttack
@@ -143,15 +144,23 @@ class _PredictionReader:
             found = [job.read(self.store) for job in self.grid.certify_jobs(victim, certification)]
             whole = [outcome for outcome in found if outcome is not None]
             assert len(whole) == len(found), f"{certification} of {victim} is reported before it is computed"
-            labels, masks = self.grid.split.labels, certification.covering(self.grid.split.image_size)
+            inputs, size = self.grid.certify_inputs, certification.size
+            labels, image_size = inputs.split.labels[: self.grid.certified_count], inputs.split.image_size
             defended, proved = (torch.cat([getattr(part, name) for part in whole]) for name in ("defended", "proved"))
+            passes = [part.passes for part in whole if part.passes is not None]
             yield CertifiedCell(
                 model=victim.loaded.name,
                 precision=str(victim.precision),
-                size=certification.size,
-                masks=len(masks),
+                method=certification.method,
+                size=size.height if size.is_square else str(size),
+                masks=len(certification.covering(image_size)),
                 clean_accuracy=Rate.of(accuracy(defended, labels)),
                 certified_accuracy=Rate.of(accuracy(proved, labels)),
+                # Cells of older releases do not say.
+                passes=torch.cat(passes).double().mean().item() if len(passes) == len(whole) else None,
+                weights_fingerprint=victim.loaded.fingerprint,
+                masks_fingerprint=covering_fingerprint(certification, victim, image_size),
+                data_fingerprint=inputs.data,
             )
 
     def _patch_result(self, victim: Victim, patch_entry: NamedPatch) -> _Result:

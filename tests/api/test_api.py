@@ -6,6 +6,7 @@ import copy
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -129,6 +130,24 @@ def test_a_smaller_patch_certifies_no_fewer_images(model: qb.SwitchableModel) ->
     for found in (small, large):
         assert found.certified_accuracy["4"].count <= found.defended_accuracy["4"].count
     assert small.certified_accuracy["4"].count >= large.certified_accuracy["4"].count
+
+
+def test_several_patches_are_certified_at_once_and_resumed(model: qb.SwitchableModel, tmp_path: Path) -> None:
+    wanted: dict[str, Any] = {"patch": [2, "1x3"], "precisions": [4], "masks": 3, "cells": tmp_path}
+    found = qb.certify(model, loader(32, seed=1), **wanted)
+    assert set(found.certified_accuracy) == set(found.defended_accuracy) == {"4, 2x2", "4, 1x3"}
+    assert [cell.size for cell in found.certificates] == [2, "1x3"]
+    forwards = 0
+
+    def count(*_: object) -> None:
+        nonlocal forwards
+        forwards += 1
+
+    handle = model.register_forward_pre_hook(count)
+    again = qb.certify(model, loader(32, seed=1), **wanted)
+    handle.remove()
+    assert forwards == 0
+    assert again.certificates == found.certificates
 
 
 def test_an_audit_runs_on_a_model_in_memory(model: qb.SwitchableModel) -> None:

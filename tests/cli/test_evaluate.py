@@ -355,6 +355,16 @@ def test_certification_needs_no_patches_and_its_masks_need_a_certification(tmp_p
     (cell,) = json.loads(result.stdout)["certified"]
     assert (cell["size"], cell["masks"], cell["certified_accuracy"]["n"]) == (4, 4, 6)
     assert cell["certified_accuracy"]["count"] <= cell["clean_accuracy"]["count"]
+    assert "10 passes" in result.stderr
+    several = evaluate(
+        model, *("--certify", "2,3x1", "--certify-method", "one-round", "--certify-images", 4, "--images", 6, "--json")
+    )
+    found = [(c["size"], c["method"], c["certified_accuracy"]["n"]) for c in json.loads(several.stdout)["certified"]]
+    assert found == [(2, "one round", 4), ("3x1", "one round", 4)]
+    wrong = evaluate(model, "--certify", "2,x")
+    assert (wrong.exit_code, "'x'" in wrong.stderr, "3x10" in wrong.stderr) == (2, True, True)
+    for option, value in (("--certify-images", 3), ("--certify-method", "one-round")):
+        assert f"{option} is for --certify" in evaluate(model, option, value).stderr
     refused = evaluate(model, "--certify-masks", 2)
     assert refused.exit_code == 2
     assert "--certify-masks needs --certify" in refused.stderr

@@ -1,19 +1,21 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from torch import Tensor
 
 from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.evaluation import CellStore, compute, evaluate
-from qadtr_brevitas.evaluation.certification import Certification
-from qadtr_brevitas.evaluation.report import read_report
+from qadtr_brevitas.evaluation.certification import Certification, CertifyJob
+from qadtr_brevitas.evaluation.report import CertifiedCell, read_report
 from qadtr_brevitas.evaluation.report.csv_tables import certified_csv
 from qadtr_brevitas.evaluation.report.files import write_report
 from qadtr_brevitas.evaluation.report.summaries import tables, terminal_tables
-from tests.evaluation.fakes import Reader, make_grid, reader, white_patch
+from tests.evaluation.fakes import Reader, coded_split, make_grid, reader, white_patch
 
 # Two masks together leave most of an image to be seen, so that its median stays.
 TWO = Certification(size=2, masks=6)
@@ -77,8 +79,9 @@ def test_tables_and_files_show_what_is_proved(tmp_path: Path) -> None:
     ]
     assert read_report(tmp_path) == report
     # Programs read these keys: a change needs a new schema version.
-    keys = {"model", "precision", "method", "size", "masks", "clean_accuracy", "certified_accuracy"}
-    assert set(json.loads((tmp_path / "report.json").read_text())["certified"][0]) == keys
+    keys = {"model", "precision", "method", "size", "masks", "clean_accuracy", "certified_accuracy", "passes"}
+    prints = {"weights_fingerprint", "masks_fingerprint", "data_fingerprint"}
+    assert set(json.loads((tmp_path / "report.json").read_text())["certified"][0]) == keys | prints
     (table,) = [table for table in terminal_tables(report) if table.title == "Certified accuracy against one patch"]
     labels = [row[1] for row in table.rows if row]
     assert labels == [
@@ -86,13 +89,90 @@ def test_tables_and_files_show_what_is_proved(tmp_path: Path) -> None:
         *(
             f"{name}: {what}"
             for name in ("2x2, 16 masks", "3x3, 4 masks")
-            for what in ("defended", "certified", "95 % interval")
+            for what in ("defended", "certified", "95 % interval", "passes per image")
         ),
     ]
     assert "certified" in (tmp_path / "report.md").read_text()
     lines = certified_csv(report).splitlines()
     assert lines[0].startswith("model,precision,method,size,masks,clean_accuracy_count")
     assert len(lines) == 1 + 2 * 2
+
+
+def test_rectangles_and_one_round_stand_beside_squares(tmp_path: Path) -> None:
+    wanted = [TWO, Certification("1x4", 6), Certification(2, method="one round")]
+    report = evaluate(make_grid([reader()], certifications=wanted, precisions=[4]), output=tmp_path)
+    square, bar, single = report.certified
+    assert [(cell.size, cell.method) for cell in report.certified] == [
+        (2, "double masking"),
+        ("1x4", "double masking"),
+        (2, "one round"),
+    ]
+    # The median stays under each pair of masks, but not under lines of windows that cover half of an image.
+    assert square.certified_accuracy.value == bar.certified_accuracy.value == 1
+    assert single.passes == single.masks
+    # All pairs once: 16 masks, 120 pairs.
+    assert square.passes == 16 + 120
+    assert len({cell.masks_fingerprint for cell in report.certified}) == 3
+    assert {cell.weights_fingerprint for cell in report.certified} == {"reader-weights"}
+    assert {cell.data_fingerprint for cell in report.certified} == {report.data.fingerprint}
+    assert "1x4, 20 masks: certified" in str([table.rows for table in tables(report)])
+    assert "one round" in certified_csv(report)
+
+
+def test_success_rates_and_certificates_stand_in_one_table(tmp_path: Path) -> None:
+    report = evaluate(make_grid([reader()], [white_patch(precision=4)], certifications=[TWO]), output=tmp_path)
+    (table,) = [table for table in terminal_tables(report) if "ASR at each precision" in table.title]
+    assert {"2x2, 16 masks: defended", "2x2, 16 masks: certified"} <= {row[1] for row in table.rows if row}
+
+
+def test_a_certificate_is_never_taken_for_other_weights_precisions_masks_or_images(tmp_path: Path) -> None:
+    base = {"certifications": [TWO], "precisions": [8]}
+    evaluate(make_grid([reader()], **base), output=tmp_path)
+
+    def forwards(**changes: Any) -> int:
+        model = Reader()
+        loaded = reader(model=model, fingerprint=changes.pop("fingerprint", None))
+        evaluate(make_grid([loaded], **{**base, **changes}), output=tmp_path / "other", cells=[tmp_path])
+        shutil.rmtree(tmp_path / "other", ignore_errors=True)
+        return model.forwards
+
+    assert forwards() == 0
+    assert forwards(fingerprint="others") > 0
+    assert forwards(precisions=[4]) > 0
+    for other in (Certification(2, 5), Certification(3, 6), Certification("2x1", 6), Certification(2, 5, "one round")):
+        assert forwards(certifications=[other]) > 0
+    assert forwards(split=coded_split(39)) > 0
+
+
+def test_a_budget_takes_the_first_images_of_one_order_and_more_of_them_later_take_up_there(tmp_path: Path) -> None:
+    model = Reader()
+
+    def certified(count: int) -> CertifiedCell:
+        grid = make_grid([reader(model=model)], certifications=[TWO], certify_images=count, precisions=[8])
+        assert sum(isinstance(job, CertifyJob) for job in grid.jobs()) == -(-count // 32)
+        return evaluate(grid, output=tmp_path).certified[0]
+
+    assert certified(32).certified_accuracy.n == 32
+    before = model.forwards
+    assert certified(40).certified_accuracy.n == 40
+    more = model.forwards - before
+    assert 0 < more < before
+    labels = make_grid([reader()], certifications=[TWO], certify_images=8).certify_inputs.split.labels[:8]
+    assert labels.bincount().tolist() == [2, 2, 2, 2]
+    for count in (0, 41):
+        with pytest.raises(UsageError, match=f"{count} images .* 40"):
+            make_grid([reader()], certifications=[TWO], certify_images=count)
+
+
+def test_wrong_sizes_methods_and_repeats_are_refused() -> None:
+    with pytest.raises(UsageError, match=r"'5y'.*3x10"):
+        Certification("5y")
+    with pytest.raises(UsageError, match=r"'two rounds'.*one round"):
+        Certification(5, method="two rounds")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(UsageError, match="2x2, double masking"):
+        make_grid([reader()], certifications=[TWO, TWO])
+    with pytest.raises(UsageError, match=r"prime number .* got 6"):
+        make_grid([reader()], certifications=[Certification(2, 6, "one round")])
 
 
 def test_reports_without_certifications_have_neither_table_nor_file(tmp_path: Path) -> None:

@@ -17,9 +17,9 @@ from qadtr_brevitas.core.version import __version__
 from qadtr_brevitas.evaluation.metrics import Proportion, Score
 from qadtr_brevitas.pipeline.directories import REPORT_FILE
 
-SCHEMA_VERSION = 3
-# Reports of version 2 have no certifications, and nothing else is different.
-_READABLE = (2, 3)
+SCHEMA_VERSION = 4
+# Reports of version 2 have no certifications, those of version 3 less about each, and nothing else is different.
+_READABLE = (2, 3, 4)
 
 Threat = Literal["white-box", "eot", "transfer", "control"]
 """Made on the attacked model and precision, on a mean over precisions of that model, elsewhere, or not optimized."""
@@ -220,20 +220,34 @@ class WorstCase(Document):
 
 
 class CertifiedCell(Document):
-    """What double masking (PatchCleanser) predicts and proves for one model at one precision.
+    """What a defense by masks predicts and proves for one model at one precision: a certificate.
 
-    `size` is the side of the patch in pixels, `masks` the number of masks. `clean_accuracy` is that of the defended
-    prediction on clean images; `certified_accuracy` counts the images whose defended prediction is right whatever one
-    such patch shows and wherever it lies.
+    `size` is the side of a square patch in pixels, or height and width as `3x10`; `masks` is the number of masks.
+    `clean_accuracy` is that of the defended prediction on clean images; `certified_accuracy` counts the images whose
+    defended prediction is right whatever one such patch shows and wherever it lies.
+
+    It holds for the weights, masks (with their color) and images of these fingerprints, and for no others. `passes` is
+    the mean number of forward passes per image. Reports of older releases do not have them.
     """
 
     model: str
     precision: str
-    method: Literal["double masking"] = "double masking"
-    size: int
+    method: Literal["double masking", "one round"] = "double masking"
+    size: int | str
     masks: int
     clean_accuracy: Rate
     certified_accuracy: Rate
+    passes: float | None = None
+    weights_fingerprint: str = ""
+    masks_fingerprint: str = ""
+    data_fingerprint: str = ""
+
+    @property
+    def label(self) -> str:
+        """How tables call the patch and the masks."""
+        size = f"{self.size}x{self.size}" if isinstance(self.size, int) else self.size
+        method = "" if self.method == "double masking" else f", {self.method}"
+        return f"{size}, {self.masks} masks{method}"
 
 
 class EvaluationReport(Document):

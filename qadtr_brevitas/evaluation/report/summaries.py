@@ -91,10 +91,12 @@ def worst_case_table(report: EvaluationReport) -> Table:
 
 def certified_table(report: EvaluationReport) -> Table:
     """Return the table of what is proved at each precision, beside what the defense costs."""
+    n = sorted({cell.certified_accuracy.n for cell in report.certified})
     notes = (
-        f"In percent of n = {report.data.images} test images.",
-        "Certified: images whose prediction under double masking (PatchCleanser, Xiang et al. 2022) is right whatever "
-        "one square patch of the size shows and wherever it lies; defended: right under double masking, no patch.",
+        f"In percent of n = {' or '.join(map(str, n))} test images (clean accuracy: {report.data.images}).",
+        "Certified: images whose prediction under masks is right whatever one patch of the size shows and wherever it "
+        "lies; defended: right under masks, no patch. Masks: PatchCleanser's double masking (Xiang et al. 2022), or "
+        "one round. A certificate holds for the weights, masks and images whose fingerprints report.json names.",
     )
     return Table(
         "Certified accuracy against one patch", _header(report), _model_blocks(report, "", _certified), notes, labels=2
@@ -135,6 +137,7 @@ def _summary(view: View, columns: Sequence[str]) -> Rows:
         "n of ASR": [sizes(view.any(p)) for p in columns],
         "ASR over all images": [percent(view.white_box(p, lambda cell: cell.asr_all)) for p in columns],
         "robust accuracy": [percent(view.white_box(p, lambda cell: cell.robust_accuracy)) for p in columns],
+        **{name: row for name, row in _certified(view, columns).items() if name.endswith(("certified", "defended"))},
     }
 
 
@@ -175,13 +178,15 @@ def _worst_case(view: View, columns: Sequence[str]) -> Rows:
 def _certified(view: View, columns: Sequence[str]) -> Rows:
     rows = {"clean accuracy": [percent(view.clean(p)) for p in columns]}
     mine = [cell for cell in view.report.certified if cell.model == view.model.name]
-    for size, masks in dict.fromkeys((cell.size, cell.masks) for cell in mine):
-        found = {cell.precision: cell for cell in mine if (cell.size, cell.masks) == (size, masks)}
+    for name in dict.fromkeys(cell.label for cell in mine):
+        found = {cell.precision: cell for cell in mine if cell.label == name}
         rates = [found[p].certified_accuracy if p in found else None for p in columns]
-        name = f"{size}x{size}, {masks} masks"
         rows[f"{name}: defended"] = [percent(found[p].clean_accuracy) if p in found else EMPTY for p in columns]
         rows[f"{name}: certified"] = [percent(rate) for rate in rates]
         rows[f"{name}: 95 % interval"] = [percent_range((rate.low, rate.high)) if rate else EMPTY for rate in rates]
+        passes = [found[p].passes if p in found else None for p in columns]
+        if any(passes):
+            rows[f"{name}: passes per image"] = [EMPTY if mean is None else f"{mean:.0f}" for mean in passes]
     return rows
 
 

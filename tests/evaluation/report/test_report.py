@@ -78,7 +78,7 @@ def test_schema_is_stable(tmp_path: Path) -> None:
     report = small_report(tmp_path)
     write_report(report, tmp_path)
     content = json.loads((tmp_path / "report.json").read_text())
-    assert SCHEMA_VERSION == content["schema_version"] == 3
+    assert SCHEMA_VERSION == content["schema_version"] == 4
     assert set(content) == set(SCHEMA)
     for key, expected in SCHEMA.items():
         part = content[key]
@@ -103,6 +103,17 @@ def test_report_without_certifications_is_read_as_one_of_the_version_before(tmp_
     assert read_report(tmp_path).cells == report.cells
 
 
+def test_certifications_of_version_3_name_no_masks_and_images(tmp_path: Path) -> None:
+    write_report(small_report(tmp_path), tmp_path)
+    content = json.loads((tmp_path / "report.json").read_text())
+    rate = {"count": 3, "n": 10, "value": 0.3, "low": 0.1, "high": 0.6}
+    cell = {"model": "reader", "precision": "4", "method": "double masking", "size": 5, "masks": 36}
+    content["certified"] = [{**cell, "clean_accuracy": rate, "certified_accuracy": rate}]
+    (tmp_path / "report.json").write_text(json.dumps({**content, "schema_version": 3}))
+    (found,) = read_report(tmp_path).certified
+    assert (found.label, found.passes, found.weights_fingerprint) == ("5x5, 36 masks", None, "")
+
+
 def test_patches_of_older_reports_have_the_present_names_of_keys(tmp_path: Path) -> None:
     write_report(small_report(tmp_path), tmp_path)
     content = json.loads((tmp_path / "report.json").read_text())
@@ -117,7 +128,7 @@ def test_missing_or_foreign_report_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "report.json").write_text('{"schema_version": 99}')
     with pytest.raises(
         CheckpointError,
-        match="has report schema version 99, this release reads 2 to 3: make it anew with `qadtr-brevitas",
+        match="has report schema version 99, this release reads 2 to 4: make it anew with `qadtr-brevitas",
     ):
         read_report(tmp_path)
     write_report(small_report(tmp_path), tmp_path)
