@@ -57,6 +57,7 @@ bench: $(INSTALLED) ## measure speed and memory against the float model, stock B
 	$(BIN)/python examples/benchmark_attacks.py --output bench_attacks.json
 	$(BIN)/python examples/benchmark_ptq.py --output bench_ptq.json
 	$(BIN)/python examples/benchmark_export.py --output bench_export.json
+	$(BIN)/python examples/benchmark_certify.py --output bench_certify.json
 
 sweep: $(INSTALLED) ## convert and check the smallest network of every timm module (about an hour on one core)
 	$(BIN)/python -m examples.timm_sweep --table docs/timm.md
