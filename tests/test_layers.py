@@ -76,6 +76,7 @@ def test_quant_and_attacks_do_not_know_each_other() -> None:
     assert not [file for file in modules() if folder_of(file) == "attacks" and "quant" in folders_imported(file)]
 
 
+@pytest.mark.slow
 def test_modules_do_not_import_in_a_circle() -> None:
     names = {file: ".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts) for file in modules()}
     known = set(names.values())

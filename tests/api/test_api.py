@@ -29,6 +29,7 @@ def model(net: TinyNet) -> qb.SwitchableModel:
     return converted
 
 
+@pytest.mark.slow
 def test_every_public_name_is_there_and_stays_what_it_is() -> None:
     code = (
         "import importlib, pkgutil, qadtr_brevitas as qb\n"
@@ -71,6 +72,7 @@ def test_calibrate_takes_any_loader(net: TinyNet, form: object) -> None:
         assert (model(images).argmax(1) == labels).float().mean() > 0.9
 
 
+@pytest.mark.slow
 def test_a_patch_made_in_python_is_scored_with_its_denominator(
     model: qb.SwitchableModel, test_loader: DataLoader[tuple[Tensor, ...]]
 ) -> None:

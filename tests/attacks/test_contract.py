@@ -28,6 +28,7 @@ FAST = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ATTACKS.names())
 def test_every_registered_attack_fulfills_the_contract(name: str) -> None:
     if name == "autoattack":

@@ -170,6 +170,7 @@ def test_the_same_seed_gives_the_same_patch(toy):
     assert not (first.mask.shape == other.mask.shape and torch.equal(first.mask, other.mask))
 
 
+@pytest.mark.slow
 def test_the_best_is_kept_with_its_own_mask(toy):
     long = fit(toy, steps=40, check_every=5)
     last = fit(toy, steps=40, check_every=40)

@@ -48,6 +48,7 @@ def test_an_untargeted_patch_lowers_accuracy(toy, shape):
     assert patch.meta["target"] is None
 
 
+@pytest.mark.slow
 def test_the_patch_works_turned(toy):
     patch = fit(toy, shape="square", degrees=45, steps=120)
     for degrees in (-40, 40):
@@ -61,6 +62,7 @@ def test_contrast_and_brightness_are_drawn(toy):
     assert toy.success_rate(patch, 0) > toy.success_rate(noise(toy), 0) + 0.3
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_patch(toy):
     first, again, other = (fit(toy, steps=10, seed=seed) for seed in (0, 0, 1))
     assert torch.equal(first.texture, again.texture)

@@ -52,6 +52,7 @@ def test_paste_changes_masked_pixels_only(per_image):
     assert torch.equal(windows[inside], texture.expand_as(windows)[inside])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("per_image", [False, True])
 def test_gradient_of_paste(per_image):
     images, texture, mask, corners = example(per_image=per_image, dtype=torch.float64)

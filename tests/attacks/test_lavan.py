@@ -38,6 +38,7 @@ def test_every_loss_raises_the_target(toy, loss):
     assert toy.success_rate(fit(toy, target=1, loss=loss), 1) > toy.success_rate(noise(toy), 1) + 0.4
 
 
+@pytest.mark.slow
 def test_a_patch_made_in_bfloat16_is_as_strong(toy):
     model = convert(copy.deepcopy(toy.model), [32], mean=(0, 0, 0), std=(1, 1, 1), image_size=(16, 16))
     model.eval()

@@ -105,6 +105,7 @@ def test_a_fixed_place():
     assert corners_of(run(towards(COLUMNS), place=(2, 7), location="none")).unique(dim=0).tolist() == [[2, 7]]
 
 
+@pytest.mark.slow
 def test_location_optimization_helps(toy):
     """The paper's order: no moves, one random direction, all four."""
     fixed, moved = (

@@ -41,6 +41,7 @@ def test_patches_start_as_pictures_of_their_target_class(toy):
         assert (pictures - texture).abs().amax((1, 2, 3)).min() < 1e-6
 
 
+@pytest.mark.slow
 def test_many_steps_of_training_make_them_strong(toy):
     """Three gradient steps at a time, which by themselves do little."""
     young, old = {}, {}
@@ -50,6 +51,7 @@ def test_many_steps_of_training_make_them_strong(toy):
     assert wrong_share(toy, old) > wrong_share(toy, young) + 0.2
 
 
+@pytest.mark.slow
 def test_only_patches_whose_turn_it_is_change(toy):
     memory = {}
     for seed in range(20):

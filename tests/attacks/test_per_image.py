@@ -48,6 +48,7 @@ def test_a_patch_lowers_accuracy_far_below_that_of_noise(toy, attack):
     assert accuracy(toy, attacked(toy, attack)) < noise - 0.5
 
 
+@pytest.mark.slow
 @each(SEARCHES)
 def test_it_beats_the_best_of_as_many_random_patches(toy, attack):
     # A gradient step costs as much as about three forward passes.
@@ -55,12 +56,14 @@ def test_it_beats_the_best_of_as_many_random_patches(toy, attack):
     assert accuracy(toy, attacked(toy, attack)) < accuracy(toy, attacked(toy, RandomPatch(size=4, draws=draws))) - 0.3
 
 
+@pytest.mark.slow
 @each(TARGETED)
 def test_a_targeted_patch_raises_the_target(toy, attack):
     noise = target_rate(toy, attacked(toy, RandomPatch(size=5)), 1)
     assert target_rate(toy, attacked(toy, attack), 1) > noise + 0.5
 
 
+@pytest.mark.slow
 @each(PATCHES)
 def test_only_pixels_under_the_patch_change(toy, attack):
     images, _ = sample(toy)
@@ -78,6 +81,7 @@ def test_images_are_on_the_8_bit_grid(toy, attack):
     torch.testing.assert_close(images * 255, (images * 255).round(), atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 @each(PATCHES | PIXELS)
 def test_the_same_generator_gives_the_same_images(toy, attack):
     assert torch.equal(attacked(toy, attack, count=20), attacked(toy, attack, count=20))
@@ -88,6 +92,7 @@ def test_another_seed_gives_other_images(toy, attack):
     assert not torch.equal(attacked(toy, attack, count=20), attacked(toy, attack, count=20, seed=1))
 
 
+@pytest.mark.slow
 @each(PATCHES | PIXELS)
 def test_no_image_depends_on_the_others_of_its_batch(toy, attack):
     if isinstance(attack, Lavan):
@@ -149,6 +154,7 @@ def test_images_of_the_target_class_are_returned_too(toy, attack):
     assert attacked(toy, attack, count=60).shape == images.shape
 
 
+@pytest.mark.slow
 @each(SEARCHES)
 def test_more_restarts_do_no_worse(toy, attack):
     many = type(attack)(**{**vars(attack), "restarts": 3})

@@ -89,6 +89,7 @@ def test_every_fourth_query_moves_the_patch_and_the_others_change_it():
             assert torch.equal(images.sum((1, 2, 3)), seen[0].sum((1, 2, 3)))
 
 
+@pytest.mark.slow
 def test_moves_get_shorter():
     seen = []
     search(

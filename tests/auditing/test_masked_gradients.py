@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from qadtr_brevitas.quant import SwitchableModel, allowed_precisions, at_precision, calibrate, convert
 from tests.auditing.conftest import SIDE, Trained
 
+pytestmark = pytest.mark.slow
+
 Logits = Callable[[Tensor], Tensor]
 
 

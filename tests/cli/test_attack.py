@@ -12,6 +12,8 @@ from qadtr_brevitas.cli.main import cli
 from qadtr_brevitas.evaluation import craft
 from tests.evaluation.models import make_model_dir
 
+pytestmark = pytest.mark.slow
+
 FAST = ["size=4", "steps=2", "batch_size=16", "check_every=2"]
 
 

@@ -27,6 +27,7 @@ def evaluate(*arguments: object) -> Result:
     return CliRunner().invoke(cli, ["evaluate", *map(str, arguments)])
 
 
+@pytest.mark.slow
 def test_an_audit_needs_no_patches_and_joins_the_report(runs: list[Path], tmp_path: Path) -> None:
     result = evaluate(runs[0], "--audit", "--precision", "32,4", "-o", tmp_path)
     assert result.exit_code == 0, result.output
@@ -41,6 +42,7 @@ def test_an_audit_needs_no_patches_and_joins_the_report(runs: list[Path], tmp_pa
     assert len(list((tmp_path / "audit").iterdir())) == 2
 
 
+@pytest.mark.slow
 def test_json_holds_the_audit(runs: list[Path], tmp_path: Path) -> None:
     result = evaluate(*runs, "--audit", "--audit-images", 20, "--precision", "4", "-o", tmp_path, "--json")
     assert result.exit_code == 0, result.output
@@ -62,6 +64,7 @@ def test_a_twin_is_for_the_audit(runs: list[Path], tmp_path: Path) -> None:
     assert (result.exit_code, "--audit-images needs --audit" in result.stderr) == (2, True)
 
 
+@pytest.mark.slow
 def test_a_twin_is_attacked(runs: list[Path], tmp_path: Path) -> None:
     result = evaluate(runs[0], "--audit", "--precision", "4", "--twin", runs[1], "-o", tmp_path, "--json")
     assert result.exit_code == 0, result.output

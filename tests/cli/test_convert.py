@@ -134,6 +134,7 @@ def test_every_setting_reaches_the_saved_model(tmp_path: Path) -> None:
     assert find_dataset([tmp_path / "model"], None) == Shapes(train_images=40, test_images=10)
 
 
+@pytest.mark.slow
 def test_a_run_is_converted_again_with_its_own_weights_and_data(tmp_path: Path) -> None:
     run = make_model_dir(tmp_path / "run")
     recipe = recipe_of("--method", "minmax", model=str(run), data="shapes")

@@ -17,6 +17,8 @@ from qadtr_brevitas.evaluation.entries import load_models
 from qadtr_brevitas.evaluation.report import EvaluationReport
 from tests.evaluation.models import make_model_dir, train_split
 
+pytestmark = pytest.mark.slow
+
 NOISE = "{name: a-qapa, steps: 0, sizes: [4], quantize_image: false}"
 
 

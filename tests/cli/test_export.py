@@ -15,6 +15,8 @@ from qadtr_brevitas.evaluation.craft import CraftSetup, craft
 from qadtr_brevitas.evaluation.entries import load_models
 from tests.evaluation.models import make_model_dir, train_split
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -261,6 +261,7 @@ class TestFiles:
         with pytest.raises(RecipeError, match=r"model\.args: must be a mapping"):
             load_recipe(write("model: &m\n  args: *m\n"))
 
+    @pytest.mark.slow
     def test_a_recipe_without_bottom(self, write) -> None:
         with pytest.raises(RecipeError, match="nested too deeply"):
             load_recipe(write("model: " + "[" * 5000))

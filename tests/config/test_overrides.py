@@ -109,6 +109,7 @@ def test_keys_of_the_file_keep_their_lines(file: Path) -> None:
     assert {problem.path: problem.line for problem in caught.value.problems} == {"train.attack.share": None}
 
 
+@pytest.mark.slow
 @settings(max_examples=30)
 @given(
     lr=st.floats(1e-12, 1e3),

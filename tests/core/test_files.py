@@ -90,6 +90,7 @@ def test_a_full_disk_is_said_so(tmp_path: Path, error: Exception, reason: str) -
     assert names(tmp_path) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("writer", ["torch.save(x, path)", "safetensors.torch.save_file({'x': x}, path)"])
 def test_real_writers_on_a_disk_that_is_full(tmp_path: Path, writer: str) -> None:
     """A limit on the size of files stands for the full disk."""

@@ -172,6 +172,7 @@ def test_cifar10_has_so_many_classes_and_images(folder: Path) -> None:
         Cifar10(root=str(folder)).load("train")
 
 
+@pytest.mark.slow
 def test_the_real_cifar10(cifar10_root: Path) -> None:
     test = Cifar10(root=str(cifar10_root)).load("test")
     assert test.images.shape == (10_000, 3, 32, 32)
@@ -188,6 +189,7 @@ def test_a_tar_is_unpacked_once(folder: Path, tmp_path: Path, cache: Path) -> No
     assert [entry.name for entry in (cache / "unpacked").iterdir()] == [first.name]
 
 
+@pytest.mark.slow
 def test_two_processes_may_unpack_at_once(folder: Path, tmp_path: Path, cache: Path) -> None:
     archive = tar_of(folder, tmp_path / "images.tar", "images")
     with multiprocessing.get_context("spawn").Pool(2) as pool:

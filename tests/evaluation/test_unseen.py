@@ -13,6 +13,7 @@ from qadtr_brevitas.pipeline.checkpoint import read_info
 from tests.evaluation.models import make_model_dir
 
 
+@pytest.mark.slow
 def test_each_kind_is_made_once_and_can_be_scored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = make_model_dir(tmp_path / "net")
     options = ["--protocol", "unseen", "--precision", "4", "--target", "0", "--train-images", "30", "--held-out", "20"]

@@ -24,6 +24,8 @@ from qadtr_brevitas.models.create import create_float_model
 from tests.evaluation.models import make_model_dir
 from tests.exporting.networks import Mobile, loaded, plain, residual
 
+pytestmark = pytest.mark.slow
+
 # What is in hardware, and nothing else: no float between the image's and the logits' end.
 _HARDWARE = {
     *("Thresholding", "FMPadding", "ConvolutionInputGenerator", "MVAU", "VVAU", "Pool", "DuplicateStreams", "Shuffle"),

@@ -19,6 +19,8 @@ from qadtr_brevitas.pipeline.directories import ONNX_FILE
 from qadtr_brevitas.quant import at_precision, calibrate, convert
 from qadtr_brevitas.quant.model_info import ModelInfo
 
+pytestmark = pytest.mark.slow
+
 NETS = {
     "cnn": ("cifar_resnet8", {}),
     "vit": ("vit_tiny_patch16_224", {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 2}),

@@ -22,6 +22,8 @@ from qadtr_brevitas.pipeline.directories import EXPORT_REPORT_FILE, ONNX_FILE
 from qadtr_brevitas.quant import at_precision, calibrate, convert, freeze
 from tests.exporting.networks import SPLIT, Mobile, head, images_of, loaded, plain, residual, stem
 
+pytestmark = pytest.mark.slow
+
 NETS = {"plain": plain, "residual": residual, "padded": lambda: residual("A"), "mobile": Mobile}
 COMMON = {ONNX_FILE, EXPORT_REPORT_FILE, "README.md", "input.npy", "expected_output.npy"}
 

@@ -39,6 +39,7 @@ def optimized(folder: Path) -> Counter[str]:
     return Counter(node.op_type for node in onnx.load(str(folder / "optimized.onnx")).graph.node)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("net", "integer_layers"), [(plain, 3), (residual, 6), (Mobile, 8)])
 def test_at_8_bit_every_convolution_runs_in_integers(net: object, integer_layers: int, tmp_path: Path) -> None:
     frozen = write(loaded(net(), target="finn", precisions=(8,)), 8, tmp_path)
@@ -56,6 +57,7 @@ def test_at_8_bit_every_convolution_runs_in_integers(net: object, integer_layers
     assert stored == sum(module.weight.numel() for module in frozen.modules() if hasattr(module, "weight_quant"))
 
 
+@pytest.mark.slow
 def test_a_norm_that_turns_signs_around_is_merged_where_levels_are_symmetric(tmp_path: Path) -> None:
     net = nn.Sequential(*stem(8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
     for narrow in (True, False):
@@ -71,6 +73,7 @@ def test_a_norm_that_turns_signs_around_is_merged_where_levels_are_symmetric(tmp
         assert optimized(tmp_path)["QLinearConv"] == int(narrow)
 
 
+@pytest.mark.slow
 def test_what_is_not_quantized_is_left_alone(tmp_path: Path) -> None:
     frozen = write(loaded(residual(), precisions=(8,), first_last="float"), 8, tmp_path)
     found = find_format("ort").load(tmp_path / ONNX_FILE)(IMAGES)
@@ -78,6 +81,7 @@ def test_what_is_not_quantized_is_left_alone(tmp_path: Path) -> None:
         assert (found - frozen(IMAGES)).abs().amax(1).median() < 0.01 * found.abs().max()
 
 
+@pytest.mark.slow
 def test_weights_of_few_bits_use_whole_bytes(tmp_path: Path) -> None:
     given = loaded(plain(), precisions=(4,))
     frozen = write(given, 4, tmp_path)

@@ -110,6 +110,7 @@ def fake_download(monkeypatch: pytest.MonkeyPatch, weights: Any, state: dict[str
     return asked
 
 
+@pytest.mark.slow
 def test_pretrained_weights_of_torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
     published = create_float_model("alexnet", num_classes=1000).state_dict()
     asked = fake_download(monkeypatch, AlexNet_Weights.DEFAULT, published)

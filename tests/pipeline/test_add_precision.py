@@ -20,6 +20,7 @@ def logits(model: SwitchableModel, bits: int) -> torch.Tensor:
         return model(images)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trained", [(32, 4), (8,)])
 def test_what_was_trained_computes_what_it_did(tmp_path: Path, trained: tuple[int, ...]) -> None:
     source = make_model_dir(tmp_path / "source", precisions=trained, recipe=False)
@@ -35,6 +36,7 @@ def test_what_was_trained_computes_what_it_did(tmp_path: Path, trained: tuple[in
     assert (found.argmax(1) == many.argmax(1)).float().mean() > 0.5
 
 
+@pytest.mark.slow
 def test_a_precision_that_is_there_is_left_as_it_is(tmp_path: Path) -> None:
     source = make_model_dir(tmp_path / "source", recipe=False)
     add_precision(source, tmp_path / "wide", Precision(4, 4), train_split(), seed=0)

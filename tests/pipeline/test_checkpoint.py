@@ -71,6 +71,7 @@ def test_what_ptq_methods_found_is_saved_and_loaded(tmp_path: Path) -> None:
     assert all(map(torch.equal, logits(older), logits(corrected)))
 
 
+@pytest.mark.slow
 def test_round_trip_is_exact_at_every_precision(model: SwitchableModel, tmp_path: Path) -> None:
     save_model(tmp_path / "model", model, INFO)
     assert sorted(file.name for file in (tmp_path / "model").iterdir()) == ["config.json", "model.safetensors"]
@@ -83,6 +84,7 @@ def test_round_trip_is_exact_at_every_precision(model: SwitchableModel, tmp_path
     assert len({output.sum().item() for output in logits(model)}) == 3
 
 
+@pytest.mark.slow
 def test_a_config_from_before_the_data_set_was_kept(model: SwitchableModel, tmp_path: Path) -> None:
     save_model(tmp_path / "model", model, replace(INFO, data={"name": "shapes", "seed": 3}))
     assert load_model(tmp_path / "model")[1].data == {"name": "shapes", "seed": 3}

@@ -12,6 +12,8 @@ from qadtr_brevitas.quant import SwitchableModel, at_precision, calibrate, conve
 from qadtr_brevitas.quant.layers import SwitchableConv2d, SwitchableLinear
 from tests.quant.conftest import SIZE, randomize_norms
 
+pytestmark = pytest.mark.slow
+
 BITS = (8, 4, 2)
 
 

@@ -111,6 +111,7 @@ def test_the_default_percentile_clips_little(model: SwitchableModel, images: Ten
     assert (clipped > 0.7 * largest).all()
 
 
+@pytest.mark.slow
 def test_any_loader_of_the_same_images_gives_the_same_thresholds(float_net: nn.Module, images: Tensor) -> None:
     labeled = TensorDataset(images, torch.arange(len(images)))
     loaders: dict[str, Loader] = {
@@ -131,6 +132,7 @@ def test_any_loader_of_the_same_images_gives_the_same_thresholds(float_net: nn.M
     assert all(found == thresholds["list"] for found in thresholds.values()), thresholds
 
 
+@pytest.mark.slow
 def test_a_tensor_a_dataset_and_bytes_are_batched(float_net: nn.Module, images: Tensor) -> None:
     pixels = (images * 255).round().to(torch.uint8)
     thresholds = []
@@ -141,6 +143,7 @@ def test_a_tensor_a_dataset_and_bytes_are_batched(float_net: nn.Module, images: 
     assert thresholds[0] == thresholds[1] == thresholds[2]
 
 
+@pytest.mark.slow
 def test_one_batch_of_a_sequence_is_in_memory_at_a_time(model: SwitchableModel, images: Tensor) -> None:
     class Lazy(Sequence[Tensor]):
         made: ClassVar[list[weakref.ref[Tensor]]] = []
@@ -201,6 +204,7 @@ def test_calibration_gives_every_precision_the_float_statistics(float_net: nn.Mo
     assert (model.net.bn1.branch(Precision(4, 4)).running_mean == 0.25).all()
 
 
+@pytest.mark.slow
 def test_precision_and_mode_are_as_before(model: SwitchableModel, images: Tensor) -> None:
     set_precision(model, 4)
     model.train()

@@ -78,6 +78,7 @@ def test_at_32_bit_it_trains_as_the_float_network() -> None:
             assert torch.equal(buffer, model.net.get_buffer(name)), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [8, 5, 4, 2])
 def test_every_quantized_tensor_has_at_most_two_to_the_bits_levels(
     pair: tuple[nn.Module, SwitchableModel, Tensor], bits: int
@@ -181,6 +182,7 @@ def streams(net: nn.Module, **settings: str) -> list[str]:
     return [layer.name for layer in report.layers if "residual stream" in layer.note]
 
 
+@pytest.mark.slow
 def test_residual_streams_are_found_through_pools_and_padded_shortcuts() -> None:
     blocks = [f"layer{stage}.{block}.act2" for stage in (1, 2, 3) for block in (0, 1, 2)]
     # The last block feeds the pool, and no sum.

@@ -55,6 +55,7 @@ def penalty_gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     return {name: g for name, g in zip(parameters, found, strict=True) if g is not None}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("training", [False, True])
 def test_penalty_gradients_equal_those_of_quantizers_written_with_plain_operations(

@@ -15,6 +15,8 @@ from qadtr_brevitas.quant import at_precision, calibrate, convert, folded_norms,
 from qadtr_brevitas.quant.norm import norms
 from qadtr_brevitas.quant.switch import switch_of
 
+pytestmark = pytest.mark.slow
+
 PRECISIONS = (32, 8, 4, 2)
 
 

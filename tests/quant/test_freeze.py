@@ -18,6 +18,7 @@ def assert_frozen_equals(model: SwitchableModel, precision: object, images: Tens
     return frozen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", DEFAULT_BITS)
 def test_frozen_resnet_equals_the_switchable_one(model: SwitchableModel, images: Tensor, bits: int) -> None:
     before = get_precision(model)
@@ -60,6 +61,7 @@ def test_frozen_relu6_keeps_its_limit() -> None:
     assert_frozen_equals(model, 4, images)
 
 
+@pytest.mark.slow
 def test_frozen_state_dict_round_trip(model: SwitchableModel, images: Tensor) -> None:
     frozen, other = freeze(model, 4), freeze(model, 4)
     with torch.no_grad():

@@ -39,6 +39,7 @@ def switchable(**settings: Any) -> SwitchableModel:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", QUANTIZERS.names())
 def test_every_registered_quantizer_fulfills_the_contract(name: str) -> None:
     check_quantizer(QUANTIZERS.load(name)())

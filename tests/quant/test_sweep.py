@@ -35,6 +35,8 @@ from examples.timm_sweep.table import markdown
 from qadtr_brevitas.quant import freeze
 from qadtr_brevitas.quant.fake_quantize import quantize_weight
 
+pytestmark = pytest.mark.slow
+
 CLASSES = 5
 TOKENS: dict[str, Any] = {"num_classes": CLASSES, "img_size": 32, "embed_dim": 16}
 ATTENTION: dict[str, Any] = {**TOKENS, "patch_size": 8, "depth": 1, "num_heads": 2}

@@ -20,6 +20,8 @@ from qadtr_brevitas.quant import (
 )
 from qadtr_brevitas.quant.switch import precisions_or_all
 
+pytestmark = pytest.mark.slow
+
 
 def outputs(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
     with torch.no_grad():

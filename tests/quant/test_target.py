@@ -90,6 +90,7 @@ def test_without_a_target_no_sum_is_touched() -> None:
     assert not [module for module in switchable(Net()).modules() if isinstance(module, QuantizedSum)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "target"),
     [("own", "finn"), ("own", "hls4ml"), ("cifar_resnet8", "finn"), ("cifar_resnet8", "hls4ml"), ("resnet10t", "finn")],

@@ -32,6 +32,7 @@ def others() -> list[str]:
     return [file for file in files if not file.startswith("reproduce/") and file != CONTRACT_CHECK]
 
 
+@pytest.mark.slow
 def test_only_its_three_commands_import_it() -> None:
     found = {file for file in others() if imports_reproduce(ast.parse((PACKAGE / file).read_text()))}
     assert found == COMMANDS

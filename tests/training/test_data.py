@@ -24,6 +24,7 @@ def quick_recipe(**train_keys: object) -> Recipe:
     return make_recipe(**{**plain, **train_keys})
 
 
+@pytest.mark.slow
 def test_a_network_of_32_bit_alone_trains_and_is_saved(tmp_path: Path) -> None:
     recipe = quick_recipe(epochs=8, precision={"schedule": "fixed", "choice": 32}, norm_batches=2)
     recorder = Recorder()
@@ -45,6 +46,7 @@ def test_the_model_records_its_data_set(tmp_path: Path) -> None:
     assert load_model(run)[1].data == recipe.data.model_dump(mode="json")["dataset"]
 
 
+@pytest.mark.slow
 def test_photos_are_resized_for_the_model_and_the_run_is_recognized(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -30,6 +30,8 @@ from qadtr_brevitas.training.setup import make_optimizer
 from qadtr_brevitas.training.state import load_state
 from tests.training.support import Recorder, make_recipe, weights
 
+pytestmark = pytest.mark.slow
+
 PLAIN: dict[str, Any] = {"attack": None, "gradient": None, "regularizers": []}
 SHORT: dict[str, Any] = {"epochs": 1, "float_epochs": 0, "scheduler": {"warmup_epochs": 0}, **PLAIN}
 

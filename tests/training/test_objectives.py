@@ -102,6 +102,7 @@ def matching(**keys: Any) -> dict[str, Any]:
     return {"objective": {"name": "feature-matching", "layers": ["act*"], **keys}}
 
 
+@pytest.mark.slow
 def test_an_objective_matches_features_of_two_precisions_and_lowers_the_input_gradient(tmp_path: Path) -> None:
     def means(run: str, **factors: float) -> list[dict[str, float]]:
         keys = {**SHORT, **PLAIN, "epochs": 4, "optimizer": {"lr": 0.02}}
@@ -160,6 +161,7 @@ def test_a_regularizer_sees_labels_and_features(tmp_path: Path) -> None:
     assert all(0 <= record.metrics["mean_label"] <= 2 for record in recorder.steps)
 
 
+@pytest.mark.slow
 def test_the_ordinary_objective_is_the_default(tmp_path: Path) -> None:
     assert isinstance(make_recipe().train.objective, CrossEntropy)
     observe(tmp_path / "named", **SHORT, objective="cross-entropy")

@@ -19,6 +19,8 @@ from qadtr_brevitas.training.state import differing_keys, load_state
 from qadtr_brevitas.training.stop import Interrupted
 from tests.training.support import Recorder, make_recipe, same_weights, train_to_be_killed
 
+pytestmark = pytest.mark.slow
+
 STEPS = 24
 
 

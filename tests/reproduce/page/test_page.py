@@ -52,6 +52,7 @@ def page(study: Path) -> str:
     return html(build_page(read_inputs([study]), title="Results <of> today", command="qadtr-brevitas report x"))
 
 
+@pytest.mark.slow
 def test_the_page_is_well_formed_and_needs_no_other_files(page: str) -> None:
     reader = PageParser()
     reader.feed(page)
@@ -83,6 +84,7 @@ def test_every_table_and_picture_shows_how_it_was_made(page: str) -> None:
         assert word in page
 
 
+@pytest.mark.slow
 def test_the_page_contains_the_recipes_of_runs(tmp_path: Path) -> None:
     make_report(tmp_path, names=("a", "b"))
     run = tmp_path / "run"
@@ -112,6 +114,7 @@ def test_models_of_one_evaluation_stand_in_one_table(page: str) -> None:
     assert "unseen" not in body
 
 
+@pytest.mark.slow
 def test_markdown_has_the_same_tables_and_links_pictures_of_folders(study: Path, tmp_path: Path) -> None:
     (study / "a-seen" / "patches.png").write_bytes(b"png")
     text = markdown(build_page(read_inputs([study]), title="Results"), tmp_path)
@@ -122,6 +125,7 @@ def test_markdown_has_the_same_tables_and_links_pictures_of_folders(study: Path,
     assert (tmp_path / link).resolve() == (study / "a-seen" / "patches.png").resolve()
 
 
+@pytest.mark.slow
 def test_csv_has_every_cell_with_its_row_and_column(study: Path) -> None:
     lines = list(csv.DictReader(StringIO(page_csv(build_page(read_inputs([study]), title="Results")))))
     found = {(line["row"], line["column"]): line["value"] for line in lines if line["table"].startswith("Table 11")}
@@ -142,6 +146,7 @@ def report(*arguments: object) -> Result:
     return CliRunner().invoke(cli, ["report", *map(str, arguments)])
 
 
+@pytest.mark.slow
 def test_the_command_writes_three_files_and_names_them(study: Path, tmp_path: Path) -> None:
     result = report(study, study / "a-seen", "-o", tmp_path / "page.html", "--title", "Mine")
     assert result.exit_code == 0, result.output
