@@ -40,7 +40,7 @@ test-fast: $(INSTALLED) ## run the tests that take less than a second each (unde
 
 # Old packages warn about the newest releases of what they need.
 test-lowest: .venv-lowest/.installed ## run a selection of tests with the lowest supported version of every package
-	.venv-lowest/bin/python -m pytest $(IN_PARALLEL) -m "not slow" -W ignore::DeprecationWarning \
+	.venv-lowest/bin/python -m pytest $(IN_PARALLEL) -W ignore::DeprecationWarning \
 		-W ignore::UserWarning $(LOWEST_TESTS)
 
 compilers: .venv-finn/.installed .venv-hls4ml/.installed ## install FINN and hls4ml, for estimates and their tests (1.1 GB)

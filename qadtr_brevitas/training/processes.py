@@ -6,6 +6,7 @@ import atexit
 import os
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 _RUNNING_STATISTICS = ("running_mean", "running_var")
+# Early releases of PyTorch have the option under its first name only.
+_KNOWN_OPTIONS = signature(nn.parallel.DistributedDataParallel).parameters
+_SYNC_BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in _KNOWN_OPTIONS else "broadcast_buffers"
 
 
 @contextmanager
@@ -134,12 +138,9 @@ def replicate(forward: LossForward, accelerator: Accelerator) -> nn.Module:
         return forward
     # A step at one precision leaves the thresholds of the others without a gradient. Norm statistics are averaged by
     # `average_norm_statistics`; DistributedDataParallel would copy those of rank 0.
-    return nn.parallel.DistributedDataParallel(
-        forward,
-        device_ids=None if accelerator.device.type == "cpu" else [accelerator.device],
-        find_unused_parameters=True,
-        forward_sync_buffers=False,
-    )
+    options: dict[str, Any] = {"find_unused_parameters": True, _SYNC_BUFFERS: False}
+    device_ids = None if accelerator.device.type == "cpu" else [accelerator.device]
+    return nn.parallel.DistributedDataParallel(forward, device_ids=device_ids, **options)
 
 
 def average_norm_statistics(model: nn.Module, accelerator: Accelerator) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 
 import pytest
 
@@ -36,7 +37,7 @@ def test_a_pattern_that_fits_nothing(capsys: pytest.CaptureFixture[str]) -> None
 def test_keys_of_a_plug_in_have_their_limits_and_defaults(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list", "attacks", "p*d", "--keys", "--json"]) == 0
     keys = {key["name"]: key for key in json.loads(capsys.readouterr().out)["pgd"]}
-    assert set(keys) == set(Pgd.__dataclass_fields__)
+    assert set(keys) == {field.name for field in fields(Pgd)}
     assert (keys["eps"]["values"], keys["eps"]["default"]) == ("number >= 0 and <= 1", "0.03")
     assert main(["list", "schedules", "uniform", "--keys"]) == 0
     assert "[32, 8, 5, 4, 2]" in capsys.readouterr().out
