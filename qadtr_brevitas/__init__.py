@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from qadtr_brevitas.api.auditing import audit as audit
     from qadtr_brevitas.api.certification import CertificationResult as CertificationResult
     from qadtr_brevitas.api.certification import certify as certify
+    from qadtr_brevitas.api.certification import defend as defend
     from qadtr_brevitas.api.evaluation import EvaluationResult as EvaluationResult
     from qadtr_brevitas.api.evaluation import evaluate as evaluate
     from qadtr_brevitas.api.exporting import export as export
@@ -44,6 +45,7 @@ _HOMES = {
     "audit": "api.auditing",
     "CertificationResult": "api.certification",
     "certify": "api.certification",
+    "defend": "api.certification",
     "EvaluationResult": "api.evaluation",
     "evaluate": "api.evaluation",
     "export": "api.exporting",

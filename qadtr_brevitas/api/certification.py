@@ -1,4 +1,4 @@
-"""`certify`: the share of images whose prediction no patch of a size can change, from Python."""
+"""`certify` and `defend`: predictions that no patch of a size can change, from Python."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from qadtr_brevitas.data.batches import Loader
 from qadtr_brevitas.evaluation import Grid
 from qadtr_brevitas.evaluation import evaluate as evaluate_grid
 from qadtr_brevitas.evaluation.certification import Certification, CertifyMethod
+from qadtr_brevitas.evaluation.defended import DefendedClassifier
 from qadtr_brevitas.evaluation.report import CertifiedCell, EvaluationReport, Rate
 
 
@@ -106,3 +107,29 @@ def certify(
         )
         output = None if cells is None else Path(cells)
         return CertificationResult(evaluate_grid(grid, output=output, device=where, progress=progress))
+
+
+def defend(
+    model: ModelLike,
+    precision: PrecisionLike,
+    *,
+    patch: PatchSizeLike,
+    masks: int | None = None,
+    method: CertifyMethod = "double masking",
+    batch_size: int = 256,
+) -> DefendedClassifier:
+    """Return the defended classifier of a network at one precision.
+
+    Args:
+        model: a switchable model, or the folder of one.
+        precision: the precision it answers at.
+        patch: size of the largest patch to defend against, as 5, "3x10" or (3, 10).
+        masks: masks along each side of an image; None for 6, or 5 in one round.
+        method: `double masking`, or `one round`.
+        batch_size: masked images in one forward pass.
+
+    Raises:
+        UsageError: a precision that the model lacks, a patch that does not fit on its images, or a model that was not
+            converted.
+    """
+    return DefendedClassifier(as_loaded(model), precision, Certification(patch, masks, method), batch_size=batch_size)

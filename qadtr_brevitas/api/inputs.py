@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeAlias
 
@@ -16,11 +17,12 @@ from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.data.batches import Loader, read_split
 from qadtr_brevitas.data.split import Split
 from qadtr_brevitas.evaluation import NamedAttack
+from qadtr_brevitas.evaluation.defended import DefendedClassifier
 from qadtr_brevitas.evaluation.entries import LoadedModel, NamedPatch, load_models, load_patches
 from qadtr_brevitas.quant import SwitchableModel, get_precision, set_precision
 
-ModelLike: TypeAlias = "SwitchableModel | LoadedModel | str | Path"
-"""A switchable model, or the folder of a run or model."""
+ModelLike: TypeAlias = "SwitchableModel | LoadedModel | DefendedClassifier | str | Path"
+"""A switchable model, the folder of a run or model, or what `defend` returns."""
 
 PatchLike: TypeAlias = "Patch | NamedPatch | str | Path"
 """A patch, or a patch file."""
@@ -42,6 +44,8 @@ def as_loaded(model: ModelLike, *, name: str = "model") -> LoadedModel:
     """
     if isinstance(model, (str, Path)):
         return load_models([Path(model)])[0]
+    if isinstance(model, DefendedClassifier):
+        return replace(model.loaded, name=name)
     return model if isinstance(model, LoadedModel) else _from_memory(model, name)
 
 

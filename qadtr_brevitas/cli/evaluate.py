@@ -134,6 +134,7 @@ def _plan(
     from qadtr_brevitas.core.plugin import plugin_settings
     from qadtr_brevitas.evaluation import Grid, NamedAttack
     from qadtr_brevitas.evaluation.certification import Certification
+    from qadtr_brevitas.evaluation.defended import defended
     from qadtr_brevitas.evaluation.entries import load_models, load_patches
     from qadtr_brevitas.evaluation.grid import read_means
     from qadtr_brevitas.evaluation.variants import PatchVariants
@@ -147,9 +148,13 @@ def _plan(
         # Refuses more images than there are.
         split = split.balanced(given.images, seed=given.seed)
     method = "one round" if given.certify_method == "one-round" else "double masking"
+    scored = models[: len(given.model_dirs)]
+    behind = [
+        (model, Certification(size, given.certify_masks, method)) for model in scored for size in given.defend or ()
+    ]
     moves = PatchVariants(at=given.at, shifts=given.shifts or (), degrees=given.degrees or ())
     grid = Grid(
-        loaded_models=models[: len(given.model_dirs)],
+        loaded_models=[*scored, *(defended(model, against, batch_size=given.batch_size) for model, against in behind)],
         patches=[*patches, *moves.variants(patches, split.image_size)],
         split=split,
         data_name=slot_name(dataset),

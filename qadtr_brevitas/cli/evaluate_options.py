@@ -44,6 +44,7 @@ class EvaluateOptions:
     certify_masks: int | None
     certify_method: Literal["double-masking", "one-round"]
     certify_images: int | None
+    defend: tuple[PatchSize, ...] | None
     images: int | None
     batch_size: int
     shard: str | None
@@ -77,7 +78,9 @@ def check_certify(given: EvaluateOptions) -> None:
         UsageError: an option of certification without --certify.
     """
     for option in ("--certify-masks", "--certify-method", "--certify-images"):
-        if was_given(option.removeprefix("--").replace("-", "_")) and not given.certify:
+        # The defended prediction has masks and a method too.
+        used = given.certify or (given.defend and option != "--certify-images")
+        if was_given(option.removeprefix("--").replace("-", "_")) and not used:
             raise UsageError(f"{option} needs --certify: add it, for instance --certify 8, or remove {option}")
 
 
@@ -214,6 +217,13 @@ certify_options = option_block(
         type=click.IntRange(min=1),
         help="Certify so many of the test images only, balanced over classes; more later take up where these end.",
     ),
+    click.option(
+        "--defend",
+        metavar="SIZE[,SIZE...]",
+        type=PatchSizes(),
+        help="Score the prediction defended against patches of this size too, as a model of its own: what is made on "
+        "others, and on itself through the masks, meets it. Tens of forward passes for each.",
+    ),
 )
 
 work_division = option_block(
@@ -281,6 +291,7 @@ def check_audit_options(given: EvaluateOptions) -> None:
 def run_audits(grid: Grid, given: EvaluateOptions, *, output: Path, device: torch.device) -> list[AuditReport]:
     """Audits each model of an evaluation at the precisions asked for; the other models lend it their gradients."""
     from qadtr_brevitas.auditing import audit
+    from qadtr_brevitas.evaluation.defended import DefendedModel
     from qadtr_brevitas.evaluation.entries import load_models
 
     precisions = _single(grid)
@@ -288,7 +299,8 @@ def run_audits(grid: Grid, given: EvaluateOptions, *, output: Path, device: torc
     ablations = load_models(given.ablations, device=device)
     audits: list[AuditReport] = []
     with progress("auditing") as report:
-        for number, loaded in enumerate(grid.loaded_models):
+        undefended = [loaded for loaded in grid.loaded_models if not isinstance(loaded.model, DefendedModel)]
+        for number, loaded in enumerate(undefended):
             known = [loaded, *([twin] if twin else [])]
             audits.append(
                 audit(
@@ -296,7 +308,7 @@ def run_audits(grid: Grid, given: EvaluateOptions, *, output: Path, device: torc
                     grid.split,
                     precisions=precisions,
                     twin=twin,
-                    surrogates=_others([*grid.loaded_models, *grid.surrogates], known),
+                    surrogates=_others([*undefended, *grid.surrogates], known),
                     ablations=ablations,
                     images=given.audit_images,
                     seed=grid.seed,
@@ -304,7 +316,7 @@ def run_audits(grid: Grid, given: EvaluateOptions, *, output: Path, device: torc
                     device=device,
                     profile=given.audit_profile,
                     folder=output,
-                    progress=part_of(report, number, len(grid.loaded_models)),
+                    progress=part_of(report, number, len(undefended)),
                 )
             )
     return audits

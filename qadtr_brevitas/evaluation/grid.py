@@ -15,6 +15,7 @@ from qadtr_brevitas.core.precision import FLOAT_BITS, Precision, PrecisionLike
 from qadtr_brevitas.core.seeding import generator
 from qadtr_brevitas.data.split import Split, balanced_order
 from qadtr_brevitas.evaluation.certification import PORTION, Certification, CertifyJob
+from qadtr_brevitas.evaluation.defended import DefendedModel
 from qadtr_brevitas.evaluation.entries import LoadedModel, NamedPatch
 from qadtr_brevitas.evaluation.image_attacks import NamedAttack, SourcedAttack
 from qadtr_brevitas.evaluation.jobs import ChunkJob, EvaluationInputs, Job, PatchJob, Victim
@@ -137,6 +138,11 @@ class Grid:
             Victim(loaded, precision) for loaded in self.loaded_models for precision in self.precisions_of(loaded)
         )
 
+    @property
+    def certified_victims(self) -> tuple[Victim, ...]:
+        """The victims that are certified: defended ones are not certified once more."""
+        return tuple(victim for victim in self.victims if not isinstance(victim.loaded.model, DefendedModel))
+
     @cached_property
     def sourced_attacks(self) -> tuple[tuple[SourcedAttack, tuple[Victim, ...]], ...]:
         """Every per-image attack on every source, with the victims its images are for."""
@@ -169,7 +175,9 @@ class Grid:
             for attack, victims in self.sourced_attacks
             for chunk in self.chunks()
         ]
-        certified = [job for v in self.victims for c in self.certifications for job in self.certify_jobs(v, c)]
+        certified = [
+            job for v in self.certified_victims for c in self.certifications for job in self.certify_jobs(v, c)
+        ]
         return [*patched, *attacked, *certified]
 
     def certify_jobs(self, victim: Victim, certification: Certification) -> list[CertifyJob]:

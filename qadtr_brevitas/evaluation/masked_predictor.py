@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -18,11 +18,14 @@ class Certified:
         proved: (N,) int64, class that the defense predicts whatever one patch of the size shows and wherever it lies;
             -1 where nothing is proved.
         passes: (N,) int64, forward passes that each image took; None where they were not counted.
+        logits: (N, classes), mean over the masks of the first round, on the device of the images; gradients flow
+            through it to the images. None where only outcomes are known.
     """
 
     defended: Tensor
     proved: Tensor
     passes: Tensor | None = None
+    logits: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -49,31 +52,25 @@ class MaskedPredictor:
         zeros = torch.zeros(len(self.images), dtype=torch.int64, device=self.images.device)
         object.__setattr__(self, "passes", zeros)
 
-    def under_each(self) -> tuple[Tensor, Tensor]:
-        """(N, M) classes under each mask alone, and their margins: highest logit minus the second highest."""
+    def under_each(self) -> Tensor:
+        """(N, M, classes) logits under each mask alone, differentiable in the images."""
         count, masks = len(self.images), len(self.masks)
         images = torch.arange(count, device=self.images.device).repeat_interleave(masks)
         first = torch.arange(masks, device=self.images.device).repeat(count)
-        classes, margins = self._under(images, first, first)
-        return classes.view(count, masks), margins.view(count, masks)
+        return torch.cat(list(self._logits(images, first, first))).unflatten(0, (count, masks))
 
+    @torch.no_grad()
     def under(self, images: Tensor, first: Tensor, second: Tensor) -> Tensor:
         """(n,) classes of images, given by their index, under two masks, given by theirs."""
-        return self._under(images, first, second)[0]
+        classes = [logits.argmax(dim=1) for logits in self._logits(images, first, second)]
+        return torch.cat([images.new_empty(0), *classes])
 
-    def _under(self, images: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    def _logits(self, images: Tensor, first: Tensor, second: Tensor) -> Iterator[Tensor]:
         self.passes.index_add_(0, images, torch.ones_like(images))
-        classes: list[Tensor] = [images.new_empty(0)]
-        margins: list[Tensor] = [self.images.new_empty(0)]
         portions = (part.split(self.batch_size) for part in (images, first, second))
         for image, one, two in zip(*portions, strict=True) if len(images) else ():
             covered = (self.masks[one] | self.masks[two])[:, None]
-            logits = self.model(torch.where(covered, self.fill, self.images[image]))
-            # A model of one class has no second.
-            highest = logits.topk(min(2, logits.shape[1]), dim=1).values
-            classes.append(logits.argmax(dim=1))
-            margins.append(highest[:, 0] - highest[:, -1])
-        return torch.cat(classes), torch.cat(margins)
+            yield self.model(torch.where(covered, self.fill, self.images[image]))
 
 
 def plurality(classes: Tensor) -> Tensor:

@@ -122,7 +122,8 @@ def one_round(
     """
     kinds = place_kinds(masks, patch).to(images.device)
     predictor = MaskedPredictor(model, images, masks.to(images.device), fill.to(images.device), batch_size)
-    votes, _ = predictor.under_each()
+    logits = predictor.under_each()
+    votes = logits.argmax(dim=2)
     majority = plurality(votes)
     # (N, kinds): the least and the highest class among the masks over each kind of place.
     least = torch.where(kinds, votes[:, None], votes.max() + 1).amin(dim=2)
@@ -130,7 +131,8 @@ def one_round(
     agreed = torch.where(least == highest, highest, -1).amax(dim=1)
     defended = torch.where(agreed >= 0, agreed, majority)
     unanimous = (votes == majority[:, None]).all(dim=1)
-    return Certified(defended.cpu(), torch.where(unanimous, majority, UNPROVED).cpu(), predictor.passes.cpu())
+    proved = torch.where(unanimous, majority, UNPROVED)
+    return Certified(defended.cpu(), proved.cpu(), predictor.passes.cpu(), logits.mean(dim=1))
 
 
 def _first_place(which: Tensor, width: int) -> str:

@@ -45,15 +45,23 @@ def double_masking(
         prove: whether to prove predictions; without, none is, and images on which all masks agree take M passes.
     """
     predictor = MaskedPredictor(model, images, masks.to(images.device), fill.to(images.device), batch_size)
-    alone, margins = predictor.under_each()
+    logits = predictor.under_each()
+    alone = logits.argmax(dim=2)
     majority = plurality(alone)
     unanimous = (alone == majority[:, None]).all(dim=1)
     defended = torch.where(unanimous, majority, _second_round(predictor, alone, majority))
     proved = torch.full_like(majority, UNPROVED)
     if prove:
-        holds = _holds_under_pairs(predictor, majority, margins, unanimous.nonzero()[:, 0])
+        holds = _holds_under_pairs(predictor, majority, _margins(logits), unanimous.nonzero()[:, 0])
         proved[holds] = majority[holds]
-    return Certified(defended.cpu(), proved.cpu(), predictor.passes.cpu())
+    return Certified(defended.cpu(), proved.cpu(), predictor.passes.cpu(), logits.mean(dim=1))
+
+
+def _margins(logits: Tensor) -> Tensor:
+    """(N, M) highest logit minus the second highest, of (N, M, classes)."""
+    # A model of one class has no second.
+    highest = logits.topk(min(2, logits.shape[2]), dim=2).values
+    return highest[:, :, 0] - highest[:, :, -1]
 
 
 def _second_round(predictor: MaskedPredictor, alone: Tensor, majority: Tensor) -> Tensor:

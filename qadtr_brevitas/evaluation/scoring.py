@@ -53,7 +53,7 @@ def make_report(grid: Grid, store: CellStore, *, device: str, command: str = "")
         clean.append(outcome.clean_cell())
         cells += outcome.cells()
         worst += outcome.worst_cases()
-        certified += reader.certified(victim)
+        certified += reader.certified(victim) if victim in grid.certified_victims else []
     return EvaluationReport(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         command=command,

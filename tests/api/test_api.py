@@ -152,6 +152,19 @@ def test_several_patches_are_certified_at_once_and_resumed(model: qb.SwitchableM
     assert again.certificates == found.certificates
 
 
+def test_a_defended_classifier_agrees_with_its_certificate_and_can_be_attacked(model: qb.SwitchableModel) -> None:
+    few = loader(16, seed=1)
+    images, labels = next(iter(few))
+    classifier = qb.defend(model, 4, patch=3, masks=3)
+    found = classifier(images)
+    certificate = qb.certify(model, few, patch=3, masks=3, precisions=[4])
+    assert int((found.classes == labels).sum()) == certificate.defended_accuracy["4"].count
+    assert int((found.certified & (found.classes == labels)).sum()) == certificate.certified_accuracy["4"].count
+    result = qb.evaluate({"plain": model, "defended": classifier}, few, attacks=["fgsm"], precisions=[4])
+    assert result.clean_accuracy["defended/4"].count == certificate.defended_accuracy["4"].count
+    assert set(result.asr["fgsm"]) == {"plain/4", "defended/4"}
+
+
 def test_an_audit_runs_on_a_model_in_memory(model: qb.SwitchableModel) -> None:
     report = qb.audit(model, loader(32, seed=1), precisions=[4], images=16)
     assert [audited.precision for audited in report.precisions] == ["4"]

@@ -363,6 +363,11 @@ def test_certification_needs_no_patches_and_its_masks_need_a_certification(tmp_p
     )
     found = [(c["size"], c["method"], c["certified_accuracy"]["n"]) for c in json.loads(several.stdout)["certified"]]
     assert found == [(2, "one round", 4), ("3x1", "one round", 4)]
+    behind = evaluate(model, *("--clean", "--defend", "2", "--certify-masks", 3, "--images", 6, "--json"))
+    assert [cell["model"] for cell in json.loads(behind.stdout)["clean"]] == [
+        "model",
+        "model defended (2x2, double masking)",
+    ]
     wrong = evaluate(model, "--certify", "2,x")
     assert (wrong.exit_code, "'x'" in wrong.stderr, "3x10" in wrong.stderr) == (2, True, True)
     for option, value in (("--certify-images", 3), ("--certify-method", "one-round")):
