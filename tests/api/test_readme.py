@@ -32,6 +32,7 @@ def trained_network() -> nn.Module:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_python_section(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("qonnx")
     (code,) = re.findall(r"```python\n(.*?)```", (repository / "README.md").read_text(encoding="utf-8"), re.DOTALL)
