@@ -118,7 +118,9 @@ def command(
     _print(crafted, train.classes)
     kept = sum(patch.kept for patch in crafted)
     chosen = [] if output == default else ["--patches", output]
-    say(f"wrote {len(crafted) - kept} patches to {output}" + (f", {kept} were there already" if kept else ""))
+    made = len(crafted) - kept
+    written = f"wrote {made} patch{'es' if made > 1 else ''} to {output}" if made else "nothing to do"
+    say(written + (f", {kept} were there already" if kept else ""))
     say(f"next: {command_of('evaluate', model_dir, *chosen)}")
 
 

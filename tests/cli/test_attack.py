@@ -70,7 +70,7 @@ def test_finished_patches_are_kept(run_dir: Path, tmp_path: Path) -> None:
     assert first.exit_code == 0, first.output
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     result = attack(run_dir, *FAST, "--target", "0,1,2", "--precision", "4", "-o", tmp_path, "--json")
-    assert "wrote 1 patches" in result.stderr
+    assert "wrote 1 patch to" in result.stderr
     assert "2 were there already" in result.stderr
     assert [patch["kept"] for patch in json.loads(result.stdout)] == [True, True, False]
     assert all(path.read_bytes() == content for path, content in before.items())

@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from qadtr_brevitas.cli.main import cli
-from qadtr_brevitas.cli.train import _line, _table
+from qadtr_brevitas.cli.train_progress import accuracy_table, epoch_line
 from qadtr_brevitas.training.log import EpochRecord
 from tests.training.support import make_recipe, same_weights
 
@@ -39,6 +39,7 @@ def test_writes_a_run_and_names_the_next_command(recipe: Path, tmp_path: Path) -
     again = run(recipe, "-o", output, "--device", "cpu")
     assert again.exit_code == 0
     assert "nothing to do" in again.stderr
+    assert "wrote" not in again.stderr
 
 
 def test_metrics_of_plug_ins_are_shown_in_lines_and_tables() -> None:
@@ -47,8 +48,8 @@ def test_metrics_of_plug_ins_are_shown_in_lines_and_tables() -> None:
         step=6, epoch=0, phase="quantized", means=means, split="val", val_accuracy={"32": 0.5, "4": 0.25}
     )
     metrics = ["feature distance 0.250", "gir cosine 0.500"]
-    assert all(text in _line(record, 3) for text in ("loss 1.5", "300 images/s", *metrics))
-    table = _table(record)
+    assert all(text in epoch_line(record, 3) for text in ("loss 1.5", "300 images/s", *metrics))
+    table = accuracy_table(record)
     assert table.caption == ", ".join(metrics)
     assert [column.header for column in table.columns][1:] == ["32", "4"]
 
@@ -86,7 +87,7 @@ def test_default_output_is_named_after_the_recipe(
         (["train.epoch=1"], "train.epoch: unknown key: did you mean 'train.epochs'?"),
         (["train.epochs=0"], "train.epochs"),
         (["--resume", "maybe"], "Invalid value for '--resume'"),
-        (["--device", "tpu"], "device 'tpu' cannot be read"),
+        (["--device", "tpu"], "'tpu' is not a device"),
         (["train.batch_size=97"], "is more than the 96 training images"),
     ],
 )

@@ -89,7 +89,7 @@ def test_sandwich_has_highest_random_and_lowest() -> None:
     [
         (Uniform, {"choices": []}, "at least 1 item"),
         (Uniform, {"choices": [64]}, "is not possible"),
-        (Fixed, {"choice": "four"}, "cannot be read"),
+        (Fixed, {"choice": "four"}, "is not a precision"),
         (Weighted, {"choices": [8, 4], "weights": [1]}, "1 weights for 2 choices"),
         (Weighted, {"choices": [8], "weights": [0]}, "all weights are 0"),
         (Cycle, {"epochs_each": 0}, "greater than or equal to 1"),

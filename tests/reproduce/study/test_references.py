@@ -22,7 +22,7 @@ from tests.reproduce.study.support import STUDY, mistakes, write_study_file
         ),
         ("main: {{", "main: {{models: [fixd], ", "there is no 'fixd' in this study: did you mean 'fixed'"),
         ("main: {{", "main: {{audit: {{twin: plane}}, ", "there is no 'plane' in this study: did you mean 'plain'"),
-        ("main: {{", "main: {{eot: [8+x], ", "cannot be read"),
+        ("main: {{", "main: {{eot: [8+x], ", "is not a precision"),
         ("[lavan, pgd]}}", "[pgd], protocol: unseen}}", "the first attack, which must make universal patches"),
         ("steps: 1}}}}", "steps: 1}}, per_image: false}}", "cannot make universal patches"),
         ("steps: 1}}}}", "steps: 1}}, made_at: [4]}}", "leave out made_at"),
