@@ -84,7 +84,7 @@ class Certification:
         masks = self.covering((images.shape[2], images.shape[3]))
         if self.method == "one round":
             return one_round(model, images, masks, self.size, fill=fill, batch_size=batch_size)
-        return double_masking(model, images, masks, fill=fill, batch_size=batch_size, prove=prove)
+        return double_masking(model, images, masks, fill=fill, patch=self.size, batch_size=batch_size, prove=prove)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.core.patch_size import PatchSize, PatchSizeLike
@@ -71,6 +72,42 @@ def covering_masks(image_size: tuple[int, int], patch: PatchSizeLike, *, per_sid
         UsageError: the patch is larger than the image.
     """
     return covering_set(image_size, patch, per_side=per_side).masks
+
+
+def covered_places(masks: Tensor, patch: PatchSizeLike) -> Tensor:
+    """Return which masks cover a patch wholly, boolean (rows, columns, M) for every place of its upper left corner.
+
+    Args:
+        masks: boolean (M, H, W).
+        patch: its size.
+    """
+    size = PatchSize.parse(patch)
+    # Covered pixels above and to the left of each corner, so that large patches take no longer than small ones.
+    area = pad(masks.long(), (1, 0, 1, 0)).cumsum(1).cumsum(2)
+    lower, upper = area[:, size.height :], area[:, : -size.height]
+    counts = lower[:, :, size.width :] - lower[:, :, : -size.width] - upper[:, :, size.width :]
+    counts = counts + upper[:, :, : -size.width]
+    return (counts == size.pixels).permute(1, 2, 0)
+
+
+def check_covers(masks: Tensor, patch: PatchSizeLike) -> None:
+    """Check that wherever a patch lies one mask covers all of it.
+
+    Args:
+        masks: boolean (M, H, W).
+        patch: its size.
+
+    Raises:
+        UsageError: there is a place that no mask covers, which is named.
+    """
+    size = PatchSize.parse(patch)
+    open_places = (~covered_places(masks, size).any(dim=2)).nonzero()
+    if len(open_places):
+        row, column = open_places[0].tolist()
+        raise UsageError(
+            f"no mask covers a patch of {size} pixels at {row},{column} (row, column of the upper left corner), which "
+            f"proves nothing: certify against a smaller patch, or take covering_masks(image_size, {str(size)!r})"
+        )
 
 
 def mean_color(mean: Sequence[float]) -> Tensor:

@@ -22,7 +22,7 @@ from torch import Tensor
 from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.core.patch_size import PatchSize, PatchSizeLike
 from qadtr_brevitas.evaluation.masked_predictor import Certified, MaskedPredictor, plurality
-from qadtr_brevitas.evaluation.masks import covering_set
+from qadtr_brevitas.evaluation.masks import check_covers, covered_places, covering_set
 from qadtr_brevitas.evaluation.patch_cleanser import UNPROVED
 
 WINDOWS_PER_SIDE = 5
@@ -58,18 +58,6 @@ def line_masks(image_size: tuple[int, int], patch: PatchSizeLike, *, per_side: i
     return torch.stack([torch.stack([points[point] for point in sorted(line)]).any(dim=0) for line in kept])
 
 
-def covered_places(masks: Tensor, patch: PatchSizeLike) -> Tensor:
-    """Return which masks cover a patch wholly, boolean (rows, columns, M) for every place of its upper left corner.
-
-    Args:
-        masks: boolean (M, H, W).
-        patch: its size.
-    """
-    size = PatchSize.parse(patch)
-    windows = masks.unfold(1, size.height, 1).unfold(2, size.width, 1)
-    return windows.flatten(3).all(dim=3).permute(1, 2, 0)
-
-
 def place_kinds(masks: Tensor, patch: PatchSizeLike) -> Tensor:
     """Return the sets of masks that cover one place of a patch, boolean (kinds, M); check that any two share a mask.
 
@@ -78,8 +66,9 @@ def place_kinds(masks: Tensor, patch: PatchSizeLike) -> Tensor:
         patch: its size.
 
     Raises:
-        UsageError: no mask covers some two places together; both are named.
+        UsageError: no mask covers some place, or some two places together; they are named.
     """
+    check_covers(masks, patch)
     places = covered_places(masks, patch)
     kinds, number = places.flatten(0, 1).unique(dim=0, return_inverse=True)
     apart = ((kinds.float() @ kinds.float().T) == 0).nonzero()

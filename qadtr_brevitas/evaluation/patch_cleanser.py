@@ -7,7 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from qadtr_brevitas.core.patch_size import PatchSizeLike
 from qadtr_brevitas.evaluation.masked_predictor import Certified, MaskedPredictor, plurality
+from qadtr_brevitas.evaluation.masks import check_covers
 
 UNPROVED = -1
 _FIRST_PAIRS = 8
@@ -19,6 +21,7 @@ def double_masking(
     masks: Tensor,
     *,
     fill: Tensor,
+    patch: PatchSizeLike | None = None,
     batch_size: int = 256,
     prove: bool = True,
 ) -> Certified:
@@ -41,9 +44,15 @@ def double_masking(
         images: (N, 3, H, W) in [0, 1].
         masks: boolean (M, H, W) that cover any patch, see `masks.covering_masks`.
         fill: (3, 1, 1), color of what is covered, in [0, 1].
+        patch: its size, for which the masks are checked; None to trust them.
         batch_size: masked images in one forward pass; the outcome does not depend on it.
         prove: whether to prove predictions; without, none is, and images on which all masks agree take M passes.
+
+    Raises:
+        UsageError: no mask covers the patch at some place.
     """
+    if patch is not None:
+        check_covers(masks, patch)
     predictor = MaskedPredictor(model, images, masks.to(images.device), fill.to(images.device), batch_size)
     logits = predictor.under_each()
     alone = logits.argmax(dim=2)

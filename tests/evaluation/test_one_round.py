@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from qadtr_brevitas.core.errors import UsageError
-from qadtr_brevitas.evaluation.masks import covering_masks
-from qadtr_brevitas.evaluation.one_round import covered_places, line_masks, one_round, place_kinds
+from qadtr_brevitas.evaluation.masks import covered_places, covering_masks
+from qadtr_brevitas.evaluation.one_round import line_masks, one_round, place_kinds
 from tests.evaluation.test_patch_cleanser import FILL, PATCH, SIDE, binary_images, patched, random_model
 
 
