@@ -15,7 +15,7 @@ from qadtr_brevitas.data.batches import Loader
 from qadtr_brevitas.evaluation import Grid
 from qadtr_brevitas.evaluation import evaluate as evaluate_grid
 from qadtr_brevitas.evaluation.certification import Certification, CertifyMethod
-from qadtr_brevitas.evaluation.defended import DefendedClassifier
+from qadtr_brevitas.evaluation.defended_classifier import DefendedClassifier
 from qadtr_brevitas.evaluation.report import CertifiedCell, EvaluationReport, Rate
 
 

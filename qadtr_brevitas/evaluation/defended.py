@@ -1,25 +1,22 @@
-"""The defended classifier: what a user deploys, and a model whose answer it is, so that attacks run against it."""
+"""A model whose answer is the defended prediction, so that attacks run against it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, cast
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 from torch.utils.checkpoint import checkpoint
 
-from qadtr_brevitas.core.errors import DataError
 from qadtr_brevitas.core.files import fingerprint_facts
-from qadtr_brevitas.core.precision import PrecisionLike
 from qadtr_brevitas.evaluation.certification import Certification
 from qadtr_brevitas.evaluation.entries import LoadedModel
 from qadtr_brevitas.evaluation.masked_predictor import Certified
 from qadtr_brevitas.evaluation.masks import mean_color
-from qadtr_brevitas.quant import at_precision, frozen_weights, get_precision, precisions_or_all
-from qadtr_brevitas.quant.switch import evaluating
+from qadtr_brevitas.quant import at_precision, get_precision
 
 _LIFT = 1e-3
 
@@ -37,6 +34,9 @@ class DefendedModel(nn.Module):
         certification: the defense.
         mean: the model's mean color, which masks show.
         batch_size: masked images in one forward pass.
+
+    Attributes:
+        fill: (3, 1, 1), color of what masks cover.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class DefendedModel(nn.Module):
     ) -> None:
         super().__init__()
         self.model, self.certification, self.batch_size = model, certification, batch_size
-        self._fill = mean_color(mean)
+        self.fill = mean_color(mean)
 
     def decide(self, images: Tensor, *, prove: bool = True) -> Certified:
         """Return defended predictions at the current precision, and which of them are proved.
@@ -54,7 +54,7 @@ class DefendedModel(nn.Module):
             prove: whether to prove predictions; without, it is faster.
         """
         return self.certification.run(
-            self._remembering_nothing, images, fill=self._fill, batch_size=self.batch_size, prove=prove
+            self._remembering_nothing, images, fill=self.fill, batch_size=self.batch_size, prove=prove
         )
 
     def forward(self, images: Tensor) -> Tensor:
@@ -101,67 +101,3 @@ def defended(loaded: LoadedModel, certification: Certification, *, batch_size: i
         model=DefendedModel(loaded.model, certification, mean=loaded.info.mean, batch_size=batch_size),
         fingerprint=fingerprint_facts(facts),
     )
-
-
-@dataclass(frozen=True)
-class DefendedPrediction:
-    """What a defended classifier says of images.
-
-    Args:
-        classes: (N,) int64, the defended predictions.
-        certified: (N,) bool, True where no patch of the size that is put on this image changes the prediction.
-        passes: (N,) int64, forward passes that each image took.
-    """
-
-    classes: Tensor
-    certified: Tensor
-    passes: Tensor
-
-
-class DefendedClassifier:
-    """A network at one precision behind a defense by masks, to be deployed: `classifier(images)`.
-
-    `qb.evaluate` takes it as a model, so that patches and attacks meet the defended prediction, at all precisions of
-    the network or at those named there.
-
-    Args:
-        loaded: the network.
-        precision: the precision it answers at.
-        certification: the defense.
-        batch_size: masked images in one forward pass.
-    """
-
-    def __init__(
-        self, loaded: LoadedModel, precision: PrecisionLike, certification: Certification, *, batch_size: int = 256
-    ) -> None:
-        (self.precision,) = precisions_or_all(loaded.model, [precision])
-        self.certification = certification
-        self.undefended = loaded
-        self.loaded = defended(loaded, certification, batch_size=batch_size)
-
-    @property
-    def masks(self) -> Tensor:
-        """Boolean (M, H, W), True where an image is covered."""
-        return self.certification.covering(self.loaded.info.image_size)
-
-    def __call__(self, images: Tensor, *, prove: bool = True) -> DefendedPrediction:
-        """Classify images; mode and precision of the network are as before afterwards.
-
-        Args:
-            images: (N, 3, H, W), uint8 or in [0, 1], on the device of the network.
-            prove: whether to certify; without, no image is, and most take one pass for each mask.
-
-        Raises:
-            DataError: the images are not of the size of the network.
-        """
-        height, width = self.loaded.info.image_size
-        if images.ndim != 4 or images.shape[2:] != (height, width):
-            raise DataError(
-                f"images of shape {tuple(images.shape)} do not fit: the masks are for a batch (N, 3, {height}, {width})"
-            )
-        pixels = images.float() / 255 if images.dtype == torch.uint8 else images
-        network = cast(DefendedModel, self.loaded.model)
-        with at_precision(network, self.precision), evaluating(network), frozen_weights(network):
-            found = network.decide(pixels, prove=prove)
-        assert found.passes is not None
-        return DefendedPrediction(found.defended, found.proved >= 0, found.passes)

@@ -12,7 +12,8 @@ from qadtr_brevitas.api.models import convert
 from qadtr_brevitas.core.errors import DataError, UsageError
 from qadtr_brevitas.evaluation import NamedAttack, evaluate
 from qadtr_brevitas.evaluation.certification import Certification
-from qadtr_brevitas.evaluation.defended import DefendedClassifier, DefendedModel, defended
+from qadtr_brevitas.evaluation.defended import DefendedModel, defended
+from qadtr_brevitas.evaluation.defended_classifier import DefendedClassifier
 from qadtr_brevitas.evaluation.entries import LoadedModel
 from qadtr_brevitas.evaluation.masks import covering_masks, mean_color
 from qadtr_brevitas.evaluation.patch_cleanser import double_masking
@@ -114,6 +115,7 @@ def test_wrong_images_precisions_and_patches_are_refused(loaded: LoadedModel) ->
         DefendedClassifier(loaded, 4, Certification(17))
 
 
+@pytest.mark.slow
 def test_patches_and_attacks_meet_the_defended_prediction_beside_the_undefended(tmp_path: Path) -> None:
     plain = reader(model=Reader(), fingerprint="weights")
     # White patches of 4x4 fool the reader, and a mask hides them wholly.
