@@ -1,4 +1,4 @@
-"""Attacks on every pixel within a small distance: FGSM, PGD and MI-FGSM of the library torchattack, adapted here."""
+"""Attacks on every pixel within a small distance: FGSM and PGD of the library torchattack, and MI-FGSM."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from qadtr_brevitas.attacks.base import IterativeAttack, Model, PixelAttack, TargetedAttack, TrainingAttack
+from qadtr_brevitas.attacks.descent import input_gradients
 from qadtr_brevitas.attacks.library import InputGradientModel, seeded
 from qadtr_brevitas.attacks.results import AttackGoal, AttackResult, best_per_image
 from qadtr_brevitas.core.extras import require
@@ -130,17 +131,54 @@ class Pgd(TorchAttack, TrainingAttack, IterativeAttack):
 
 
 @plugin
-class MiFgsm(TorchAttack, IterativeAttack):
-    """MI-FGSM (Dong et al. 2018): sign steps along an average of gradients, each divided by its mean size."""
+class MiFgsm(PixelAttack, TargetedAttack, IterativeAttack):
+    """MI-FGSM (Dong et al. 2018): sign steps along an average of gradients, each divided by its mean size.
 
-    library_class: ClassVar[str] = "MIFGSM"
+    An image without a gradient in a step goes on along the average of the steps before.
+    """
 
+    eps: Distance = 0.03
+    target: Target = None
     alpha: StepSize = None
     steps: Annotated[int, Field(ge=1, description="sign steps")] = 10
     decay: Annotated[float, Field(ge=0, description="share of the average that is carried over a step")] = 1.0
 
-    def library_arguments(self) -> dict[str, float]:
-        return {"alpha": self.alpha or self.eps / 4, "steps": self.steps, "decay": self.decay}
+    def run(
+        self,
+        model: Model,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        generator: torch.Generator,
+        precision: Precision | None = None,
+    ) -> Tensor:
+        """Return images at most `eps` away. The model's parameters receive no gradients.
+
+        Args:
+            model: in evaluation mode, at the precision to attack.
+            images: (N, 3, H, W) in [0, 1].
+            labels: (N,), the true classes.
+            generator: not used.
+            precision: not used.
+
+        Returns:
+            (N, 3, H, W) in [0, 1].
+
+        Raises:
+            UsageError: the model has no class `target`.
+        """
+        goal = AttackGoal.of(self.target, labels, loss="cross-entropy")
+        network = InputGradientModel(model)
+        adversarial, average = images.detach(), torch.zeros_like(images)
+        for _ in range(self.steps):
+            values = adversarial.detach().requires_grad_()
+            with torch.enable_grad():
+                (gradient,) = input_gradients(goal.assess(values, network(values)).losses, [values])
+            size = gradient.abs().mean((1, 2, 3), keepdim=True).clamp(min=torch.finfo(gradient.dtype).tiny)
+            average = self.decay * average + gradient / size
+            stepped = adversarial - (self.alpha or self.eps / 4) * average.sign()
+            adversarial = torch.clamp(stepped, images - self.eps, images + self.eps).clamp(0, 1)
+        return adversarial.detach()
 
 
 def _run_library(
@@ -151,12 +189,11 @@ def _run_library(
     target: int | None,
     **arguments: float,
 ) -> Tensor:
-    """Run a class of torchattack without gradients on parameters, and keep images finite."""
+    """Run a class of torchattack without gradients on parameters."""
     library = require("torchattack", extra="attacks", purpose=f"attack {name}")
     attack = getattr(library, name)(
         InputGradientModel(model, target=target), device=images.device, targeted=target is not None, **arguments
     )
     with torch.enable_grad():
         adversarial = attack(images, labels if target is None else torch.full_like(labels, target)).detach()
-    # MI-FGSM divides by the size of the gradient: a network that is too sure gives none, and the image would be lost.
-    return torch.where(adversarial.isfinite(), adversarial, images)
+    return adversarial

@@ -121,6 +121,46 @@ def test_a_vanishing_gradient_leaves_the_images_finite(toy, attack):
     assert (adversarial - images).abs().max() <= EPS + 1e-6
 
 
+def test_a_step_without_a_gradient_does_not_end_mi_fgsm(toy):
+    """The library's MI-FGSM divides zero by zero there, and the image is lost."""
+    images, labels = sample(toy, 40)
+    calls = 0
+
+    def sometimes_flat(images):
+        nonlocal calls
+        calls += 1
+        return toy.model(images) * (0 if calls == 1 else 1)
+
+    attack = MiFgsm(eps=EPS)
+    adversarial = attack.run(sometimes_flat, images, labels, generator=generator(0))
+    assert calls == 10
+    assert accuracy(toy, adversarial) < 0.1
+
+
+@each
+def test_white_pixels_that_a_quantizer_clips_can_get_darker(attack):
+    """An 8-bit input quantizer has 127 steps for values of up to 127.5: white is clipped and has no gradient."""
+
+    class Clipped(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, images):
+            ctx.save_for_backward(images * 127.5 < 127)
+            return (images * 127.5).round().clamp(max=127) / 127.5
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient * ctx.saved_tensors[0]
+
+    def bright(images):
+        light = Clipped.apply(images).mean((1, 2, 3))
+        return torch.stack([light, 0.9 - light], 1)
+
+    images = torch.full((2, 3, 4, 4), 0.5)
+    images[..., :2] = 1.0
+    adversarial = type(attack)(eps=EPS).run(bright, images, torch.zeros(2, dtype=torch.long), generator=generator(0))
+    torch.testing.assert_close(adversarial, images - EPS, rtol=0, atol=1e-5)
+
+
 @each
 def test_it_runs_under_no_grad(toy, attack):
     with torch.no_grad():
