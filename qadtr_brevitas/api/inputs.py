@@ -18,7 +18,7 @@ from qadtr_brevitas.data.batches import Loader, read_split
 from qadtr_brevitas.data.split import Split
 from qadtr_brevitas.evaluation import NamedAttack
 from qadtr_brevitas.evaluation.defended_classifier import DefendedClassifier
-from qadtr_brevitas.evaluation.entries import LoadedModel, NamedPatch, load_patches, load_models
+from qadtr_brevitas.evaluation.entries import LoadedModel, NamedPatch, load_models, load_patches
 from qadtr_brevitas.quant import SwitchableModel, get_precision, set_precision
 
 ModelLike: TypeAlias = "SwitchableModel | LoadedModel | DefendedClassifier | str | Path"

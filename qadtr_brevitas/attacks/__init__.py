@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from qadtr_brevitas.attacks.gap import Gap as Gap
     from qadtr_brevitas.attacks.lavan import Lavan as Lavan
     from qadtr_brevitas.attacks.location_patch import LocationPatch as LocationPatch
+    from qadtr_brevitas.attacks.patch_auto import PatchAuto as PatchAuto
     from qadtr_brevitas.attacks.pixel import Fgsm as Fgsm
     from qadtr_brevitas.attacks.pixel import MiFgsm as MiFgsm
     from qadtr_brevitas.attacks.pixel import Pgd as Pgd

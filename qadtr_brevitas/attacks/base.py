@@ -7,8 +7,8 @@ an attack that derives from one of them has the keys that the class names in `re
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self, TypeAlias
 
 import torch
@@ -65,6 +65,57 @@ class ImageAttack(Attack, ABC):
             labels: (N,), the true classes.
             generator: source of all random draws.
             precision: precision the model runs at; None if it is not quantized or the precision is not known.
+
+        Returns:
+            (N, 3, H, W) in [0, 1].
+        """
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Numbers of forward and of backward passes."""
+
+    forward: int
+    backward: int
+
+    def __add__(self, other: Passes) -> Passes:
+        return Passes(self.forward + other.forward, self.backward + other.backward)
+
+
+class IndexedAttack(ImageAttack):
+    """An image attack whose draws for an image depend on the seed and on the image's index only.
+
+    What it makes of an image is the same whatever else is in its batch.
+    """
+
+    @property
+    @abstractmethod
+    def passes(self) -> Passes:
+        """Passes for an image, at most."""
+
+    @abstractmethod
+    def run(
+        self,
+        model: Model,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        generator: torch.Generator,
+        precision: Precision | None = None,
+        indices: Sequence[int] | None = None,
+        pictures: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """Return adversarial versions of images, as `ImageAttack.run` does.
+
+        Args:
+            model: the model under attack. Its parameters receive no gradients.
+            images: (N, 3, H, W) in [0, 1].
+            labels: (N,), the true classes.
+            generator: gives the seed of all draws.
+            precision: precision the model runs at; None if it is not quantized or the precision is not known.
+            indices: numbers of the images in their data set; None for 0, 1, 2, ...
+            pictures: images (K, 3, H, W) in [0, 1] and labels (K,) that the attack may start from; None for the images
+                of the batch, on which an image's result then depends.
 
         Returns:
             (N, 3, H, W) in [0, 1].

@@ -10,7 +10,10 @@ from torch import Tensor
 
 from qadtr_brevitas.core.errors import UsageError
 
-AttackLoss: TypeAlias = Literal["logits", "cross-entropy", "margin"]
+AttackLoss: TypeAlias = Literal["logits", "cross-entropy", "margin", "dlr"]
+
+
+_SMALL_SPREAD = 1e-12
 
 
 def attack_loss(loss: AttackLoss, logits: Tensor, labels: Tensor, targets: Tensor | None = None) -> Tensor:
@@ -21,6 +24,11 @@ def attack_loss(loss: AttackLoss, logits: Tensor, labels: Tensor, targets: Tenso
     | logits        | z_s - z_t                 | z_s - max of the others   |
     | cross-entropy | CE(t)                     | -CE(s)                    |
     | margin        | max of the others - z_t   | z_s - max of the others   |
+    | dlr           | (z_s - z_t) / spread      | margin / spread           |
+
+    `dlr` is the difference of logits ratio (Croce & Hein 2020, "Reliable evaluation ..."), which no scale of the logits
+    changes: the spread is the largest logit minus the third (targeted: minus the mean of the third and the fourth), or
+    minus the smallest where there are fewer classes.
 
     `logits` is LaVAN's (Karmon et al. 2018). It uses logits: on log-probabilities it is the same, because the
     normalizer cancels, and on probabilities it saturates.
@@ -38,6 +46,8 @@ def attack_loss(loss: AttackLoss, logits: Tensor, labels: Tensor, targets: Tenso
         return (
             -F.cross_entropy(logits, labels, reduction="none") if targets is None else _cross_entropy(logits, targets)
         )
+    if loss == "dlr":
+        return _logits_ratio(logits, labels, targets)
     if targets is None:
         return _logit_of(logits, labels) - _largest_other_logit(logits, labels)
     rival = _logit_of(logits, labels) if loss == "logits" else _largest_other_logit(logits, targets)
@@ -56,6 +66,18 @@ def check_target(target: int, *, classes: int) -> None:
 
 def _cross_entropy(logits: Tensor, classes: Tensor) -> Tensor:
     return F.cross_entropy(logits, classes, reduction="none")
+
+
+def _logits_ratio(logits: Tensor, labels: Tensor, targets: Tensor | None) -> Tensor:
+    ranked = logits.sort(dim=1, descending=True).values
+    third, fourth = (ranked[:, min(rank, ranked.shape[1] - 1)] for rank in (2, 3))
+    true = _logit_of(logits, labels)
+    if targets is None:
+        difference, lower = true - _largest_other_logit(logits, labels), third
+    else:
+        difference, lower = true - _logit_of(logits, targets), (third + fourth) / 2
+    # As in the official code; of equal logits the ratio is zero over this.
+    return difference / (ranked[:, 0] - lower + _SMALL_SPREAD)
 
 
 def _logit_of(logits: Tensor, classes: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import torch
@@ -14,6 +14,7 @@ from qadtr_brevitas.attacks.base import ImageAttack, Model
 from qadtr_brevitas.attacks.descent import StepRule, Variable, descend
 from qadtr_brevitas.attacks.fake_quantize import PATCH_FILE_BITS, fake_quantize
 from qadtr_brevitas.attacks.geometry import paste
+from qadtr_brevitas.attacks.losses import AttackLoss
 from qadtr_brevitas.attacks.patch_settings import PatchSettings
 from qadtr_brevitas.attacks.results import AttackGoal, AttackResult, best_per_image
 from qadtr_brevitas.core.plugin import plugin
@@ -57,8 +58,15 @@ class PatchTask:
 
         Differentiable in the patches.
         """
-        images = paste(self.images, fake_quantize(patches, PATCH_FILE_BITS), self.mask, corners)
+        return self.judge(paste(self.images, fake_quantize(patches, PATCH_FILE_BITS), self.mask, corners))
+
+    def judge(self, images: Tensor) -> AttackResult:
+        """Return the result of finished images (N, 3, H, W), in which it is differentiable."""
         return self.goal.assess(images, self.model(images))
+
+    def with_loss(self, loss: AttackLoss) -> PatchTask:
+        """Return the same task with another loss."""
+        return replace(self, goal=replace(self.goal, loss=loss))
 
     def subset(self, index: Tensor) -> PatchTask:
         """Return the task for some of the images."""

@@ -8,7 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from qadtr_brevitas.attacks.geometry import Box, corners_outside
+from qadtr_brevitas.attacks.geometry import Box, corners_outside, fixed_corners
+from qadtr_brevitas.attacks.image_streams import ImageStreams
 from qadtr_brevitas.attacks.per_image import AssessPatches
 from qadtr_brevitas.attacks.results import AttackResult
 
@@ -37,6 +38,22 @@ class AllowedCorners:
             return cls(allowed)
         rows, columns = corners_outside(box, image_size, patch_size).unbind(1)
         return cls(torch.zeros_like(allowed).index_put_((rows, columns), torch.tensor(True)))
+
+    @classmethod
+    def only(cls, corner: tuple[int, int], image_size: tuple[int, int], patch_size: tuple[int, int]) -> AllowedCorners:
+        """Return one corner alone.
+
+        Raises:
+            UsageError: the patch does not fit there.
+        """
+        fixed_corners(corner, 1, image_size, patch_size)
+        everywhere = cls.outside(None, image_size, patch_size).allowed
+        return cls(torch.zeros_like(everywhere).index_put_(torch.tensor(corner).split(1), torch.tensor(True)))
+
+    def draw(self, streams: ImageStreams, count: int) -> Tensor:
+        """Draw one of the corners (count, 2) for each image."""
+        corners = self.allowed.nonzero().to(streams.seeds.device)
+        return corners[streams.integers(0, len(corners), count)]
 
     def shifted(self, corners: Tensor, offsets: Tensor) -> Tensor:
         """Return corners (N, 2) plus offsets (N, 2).

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -65,7 +65,7 @@ class SparseRs(PerImagePatch, TargetedAttack):
             queries=self.queries,
             alpha=self.alpha or (0.1 if targeted else 0.4),
             move_every=self.move_every or (10 if targeted else 4),
-            generator=generator,
+            draws=GeneratorDraws(generator, task.images.device),
         )
         return (search.run() for _ in range(self.restarts))
 
@@ -76,6 +76,40 @@ _SCHEDULE = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 """Queries, of 10,000, after each of which the share of the patch that a change covers is halved."""
 _FIRST_REACH = 0.75
 _CHANNELS = 3
+
+
+class Draws(Protocol):
+    """Random numbers for a batch of images, whose number leads each shape."""
+
+    def integers(self, low: int, high: int, *shape: int) -> Tensor:
+        """Draw uniform integers from `low` to below `high`."""
+        ...
+
+    def uniform(self, *shape: int) -> Tensor:
+        """Draw uniform numbers in [0, 1)."""
+        ...
+
+
+@dataclass(frozen=True)
+class GeneratorDraws:
+    """Random numbers of one generator, for all images together.
+
+    Args:
+        generator: where they come from.
+        device: where they are wanted.
+    """
+
+    generator: torch.Generator
+    device: torch.device
+
+    def integers(self, low: int, high: int, *shape: int) -> Tensor:
+        """Draw uniform integers from `low` to below `high`."""
+        drawn = torch.randint(low, high, shape, generator=self.generator, device=self.generator.device)
+        return drawn.to(self.device)
+
+    def uniform(self, *shape: int) -> Tensor:
+        """Draw uniform numbers in [0, 1)."""
+        return torch.rand(*shape, generator=self.generator, device=self.generator.device).to(self.device)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,8 +123,8 @@ class RandomSearch:
         queries: forward passes for an image, at most.
         alpha: share of the patch that a change covers at first.
         move_every: queries between tries to move.
-        generator: draws starts, changes and moves, for every image alike whether it is done or not: what is drawn for
-            one image does not depend on how the others do.
+        draws: draws starts, changes and moves, for every image alike whether it is done or not: what is drawn for one
+            image does not depend on how the others do.
     """
 
     task: PatchTask
@@ -99,7 +133,7 @@ class RandomSearch:
     queries: int
     alpha: float
     move_every: int
-    generator: torch.Generator
+    draws: Draws
 
     @torch.no_grad()
     def run(self) -> AttackResult:
@@ -136,11 +170,6 @@ class RandomSearch:
     def _size(self) -> tuple[int, int]:
         return self.task.mask.shape[0], self.task.mask.shape[1]
 
-    def _draw(self, low: int, high: int, *shape: int) -> Tensor:
-        """Draw uniform integers from low to below high."""
-        device = self.task.images.device
-        return torch.randint(low, high, shape, generator=self.generator, device=self.generator.device).to(device)
-
     def _start(self) -> Tensor:
         """Return patches (N, 3, h, w) painted over with small squares of random colors."""
         count, (height, width) = len(self.task.images), self._size
@@ -148,7 +177,7 @@ class RandomSearch:
         largest = max(1, math.ceil(math.sqrt(min(height, width))) - 1)
         # Where patches are small the rest would only cover each other.
         for _ in range(min(_START_SQUARES, _ENOUGH_SQUARES_A_PIXEL * height * width)):
-            side = self._draw(1, largest + 1, count)
+            side = self.draws.integers(1, largest + 1, count)
             patches = torch.where(self._window(side, side), self._colors(), patches)
         return patches
 
@@ -157,7 +186,7 @@ class RandomSearch:
         left = 1 - query / self.queries
         rows, columns = (int(_FIRST_REACH * left * side) for side in self.task.images.shape[-2:])
         if self.allowed_corners is not None and query % self.move_every == 0 and (rows or columns):
-            offsets = [self._draw(-reach, reach + 1, len(corners)) for reach in (rows, columns)]
+            offsets = [self.draws.integers(-reach, reach + 1, len(corners)) for reach in (rows, columns)]
             return patches, self.allowed_corners.shifted(corners, torch.stack(offsets, 1))
         height, width = (corners.new_full((len(corners),), side) for side in self.sides(query))
         window = self._window(height, width)
@@ -178,19 +207,19 @@ class RandomSearch:
 
     def _uniform(self, highs: Tensor) -> Tensor:
         """Draw uniform integers (N,) from 0 to below each of `highs`."""
-        drawn = torch.rand(len(highs), generator=self.generator, device=self.generator.device).to(highs.device)
+        drawn = self.draws.uniform(len(highs))
         # The product may round up to the bound itself.
         return torch.minimum((drawn * highs).long(), highs - 1)
 
     def _colors(self) -> Tensor:
         """Draw a color (N, 3, 1, 1) for each image: black, white or one of the six full colors."""
-        return self._draw(0, 2, len(self.task.images), _CHANNELS, 1, 1).to(self.task.images)
+        return self.draws.integers(0, 2, len(self.task.images), _CHANNELS, 1, 1).to(self.task.images)
 
     def _flips(self, query: int) -> Tensor:
         """Draw the channels to invert, boolean (N, 3, 1, 1): one, or any set that changes the color."""
         channels = torch.arange(_CHANNELS, device=self.task.images.device)
         if query >= self.single_channels_from:
-            flips = self._draw(0, _CHANNELS, len(self.task.images))[:, None] == channels
+            flips = self.draws.integers(0, _CHANNELS, len(self.task.images))[:, None] == channels
         else:
-            flips = (self._draw(1, 2**_CHANNELS, len(self.task.images))[:, None] >> channels) & 1 == 1
+            flips = (self.draws.integers(1, 2**_CHANNELS, len(self.task.images))[:, None] >> channels) & 1 == 1
         return flips[:, :, None, None]

@@ -10,7 +10,7 @@ from torch import Tensor
 from qadtr_brevitas.attacks.base import Model
 from qadtr_brevitas.attacks.per_image import PatchTask
 from qadtr_brevitas.attacks.results import AttackGoal
-from qadtr_brevitas.attacks.sparse_rs import RandomSearch
+from qadtr_brevitas.attacks.sparse_rs import GeneratorDraws, RandomSearch
 from qadtr_brevitas.auditing.context import AuditContext
 from qadtr_brevitas.auditing.finding import CheckResult
 from qadtr_brevitas.auditing.search import AttackedImages
@@ -101,7 +101,7 @@ def random_search(context: AuditContext, model: Model, attacked: AttackedImages)
             queries=context.profile.queries,
             alpha=CHANGED_SHARE,
             move_every=1,
-            generator=context.generator("random search"),
+            draws=GeneratorDraws(context.generator("random search"), part.images.device),
         )
         patched.append(search.run().images)
     return torch.cat(patched)

@@ -159,6 +159,7 @@ ATTACKS = Registry(
         "lavan": ("qadtr_brevitas.attacks.lavan:Lavan", "universal or per-image patch (Karmon et al. 2018)"),
         "location-patch": ("qadtr_brevitas.attacks.location_patch:LocationPatch", "per-image patch that moves (PBAT)"),
         "mi-fgsm": ("qadtr_brevitas.attacks.pixel:MiFgsm", "pixel attack with momentum (Dong et al. 2018)"),
+        "patch-auto": ("qadtr_brevitas.attacks.patch_auto:PatchAuto", "per-image patch, ensemble without parameters"),
         "pgd": ("qadtr_brevitas.attacks.pixel:Pgd", "pixel attack of many steps (Madry et al. 2018)"),
         "random-patch": ("qadtr_brevitas.attacks.random_patch:RandomPatch", "a patch of uniform noise: the baseline"),
         "sparse-rs": ("qadtr_brevitas.attacks.sparse_rs:SparseRs", "per-image patch, black box (Croce et al. 2022)"),

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+from functools import cached_property, partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from qadtr_brevitas.attacks.base import ImageAttack, PatchAttack, TargetedAttack
+from qadtr_brevitas.attacks.base import Attack, ImageAttack, IndexedAttack, PatchAttack, TargetedAttack
 from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.core.files import fingerprint_facts
 from qadtr_brevitas.core.plugin import plugin_settings
@@ -37,10 +37,11 @@ class NamedAttack:
     """
 
     name: str
-    plugin: Any
+    plugin: ImageAttack
 
     def __post_init__(self) -> None:
-        if not isinstance(self.plugin, ImageAttack):
+        # The registry has attacks of both kinds.
+        if not isinstance(cast("Attack", self.plugin), ImageAttack):
             raise UsageError(
                 f"{self.name} makes one patch for all images: make it with `qadtr-brevitas attack MODEL_DIR --attack "
                 f"{self.name}`, then `qadtr-brevitas evaluate MODEL_DIR` scores it"
@@ -49,7 +50,7 @@ class NamedAttack:
             raise UsageError(self.plugin.not_scored)
 
     @classmethod
-    def of(cls, attack: ImageAttack | str) -> NamedAttack:
+    def of(cls, attack: Attack | str) -> NamedAttack:
         """Return an attack under its registered name, or under the name of its class if it is not registered.
 
         Args:
@@ -58,8 +59,8 @@ class NamedAttack:
         Raises:
             UsageError: there is no attack of this name, or it cannot be scored.
         """
-        plugin: ImageAttack = ATTACKS.load(attack)() if isinstance(attack, str) else attack
-        return cls(ATTACKS.name_of(type(plugin)) or type(plugin).__name__, plugin)
+        plugin: Attack = ATTACKS.load(attack)() if isinstance(attack, str) else attack
+        return cls(ATTACKS.name_of(type(plugin)) or type(plugin).__name__, cast("ImageAttack", plugin))
 
     @cached_property
     def settings(self) -> dict[str, Any]:
@@ -70,6 +71,13 @@ class NamedAttack:
     def target(self) -> int | None:
         """The target class; None for an untargeted attack."""
         return self.plugin.target if isinstance(self.plugin, TargetedAttack) else None
+
+    @property
+    def passes(self) -> tuple[int, int] | None:
+        """The forward and backward passes for an image, at most; None if the attack does not tell them."""
+        if not isinstance(self.plugin, IndexedAttack):
+            return None
+        return self.plugin.passes.forward, self.plugin.passes.backward
 
     @property
     def is_black_box(self) -> bool:
@@ -120,22 +128,33 @@ class SourcedAttack:
             family=self.attack.family,
             attack=self.attack.name,
             black_box=self.attack.is_black_box,
+            passes=self.attack.passes,
             fingerprint=self.attack.fingerprint,
             settings=self.attack.settings,
             target=target,
             source=SourceFacts(name=self.loaded.name, fingerprint=self.loaded.fingerprint, precision=mode),
         )
 
-    def images(self, images: Tensor, labels: Tensor, *, seed: int, chunk: range) -> Tensor:
-        """Adversarial versions of a chunk of images.
+    def images(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        seed: int,
+        chunk: range,
+        pictures: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """Return adversarial versions of a chunk of images.
 
-        The random stream depends on the seed, the attack and the chunk only, not on the model or on earlier attacks.
+        The random stream depends on the seed, the attack and the chunk only, not on the model or on earlier attacks; of
+        an `IndexedAttack` not on the chunk either, but on each image's index.
 
         Args:
             images: (n, 3, H, W) in [0, 1], on the device of the model.
             labels: (n,), the true classes.
             seed: seed of the evaluation.
             chunk: indices of the images in the test split.
+            pictures: images and labels that an `IndexedAttack` may start from; None for those of the chunk.
 
         Returns:
             (n, 3, H, W) in [0, 1].
@@ -143,12 +162,16 @@ class SourcedAttack:
         Raises:
             UsageError: the attack returned images of another shape or range.
         """
-        keys = ("image attack", self.attack.fingerprint, chunk.start, chunk.stop)
+        plugin, places = self.attack.plugin, (chunk.start, chunk.stop)
+        keys = ("image attack", self.attack.fingerprint, *(() if isinstance(plugin, IndexedAttack) else places))
+        run = plugin.run
+        if isinstance(plugin, IndexedAttack):
+            run = partial(plugin.run, indices=chunk, pictures=pictures)
         precision = self.mode.precisions[0] if self.mode.is_single else None
         # Attacks from libraries draw from the global generators, whose state must be the same afterwards.
         with torch.random.fork_rng(_cuda_devices(images)):
             torch.manual_seed(derive_seed(seed, *keys, "global"))
-            found = self.attack.plugin.run(
+            found = run(
                 logits_at(self.loaded.model, self.mode, draws=generator(seed, *keys, "precisions")),
                 images,
                 labels,
@@ -158,7 +181,7 @@ class SourcedAttack:
         return _checked(found.detach(), images, self.attack.name)
 
 
-def _default_settings(plugin: Any) -> dict[str, Any]:
+def _default_settings(plugin: ImageAttack) -> dict[str, Any]:
     try:
         return plugin_settings(type(plugin)())
     # A plug-in with a required field has no defaults.

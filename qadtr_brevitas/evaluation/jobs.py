@@ -21,7 +21,8 @@ from qadtr_brevitas.evaluation.report.layout import bits
 from qadtr_brevitas.quant import frozen_weights
 from qadtr_brevitas.quant.inference import InferenceMode, logits_at
 
-"""Is told finished cells, all cells, and what the last one was."""
+_PICTURES = 256
+"""Images of the split that attacks may start from, as many of each class."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ class PatchJob:
         return store.read(self.key, images=len(self.inputs.split)) is not None
 
     def compute(self, store: CellStore, device: torch.device) -> None:
-        """Predicts and keeps."""
+        """Compute the predictions and keep them."""
         predictions = predict(
             self.victim.logits(self.inputs.seed, self.patch_entry.facts.fingerprint if self.patch_entry else "clean"),
             self.inputs.split,
@@ -159,7 +160,15 @@ class ChunkJob:
     def compute(self, store: CellStore, device: torch.device) -> None:
         """Make the images, predict and keep the outcome, beside the predictions of victims that are there already."""
         images, labels = self.inputs.split.batch(torch.tensor(self.chunk), device=device)
-        adversarial = self.attack.images(images, labels, seed=self.inputs.seed, chunk=self.chunk)
+        # The same whatever the size of the chunks.
+        pictures = self.inputs.split.limited(_PICTURES, seed=self.inputs.seed)
+        adversarial = self.attack.images(
+            images,
+            labels,
+            seed=self.inputs.seed,
+            chunk=self.chunk,
+            pictures=pictures.batch(torch.arange(len(pictures)), device=device),
+        )
         predictions: dict[str, Tensor] = {}
         # Not inference_mode: Brevitas's quantizers fail on its tensors.
         with torch.no_grad():

@@ -1,6 +1,4 @@
-"""Makes the patches of the unseen-patch protocol for one model.
-
-The unseen-patch protocol: one fixed set of patches that differ, each in one way, from those a defense trained on.
+"""The unseen-patch protocol: a fixed set of patches that differ, each in one way, from those a defense trained on.
 
 Defenses train on 8x8 squares at random places of 32x32 images, against the true class. What the paper calls unseen are
 "different patch structures, scales, and quantization parameters" (section 4.2.2), which it does not list; here these
@@ -28,6 +26,7 @@ from typing import Annotated, Any
 
 from pydantic import TypeAdapter
 
+from qadtr_brevitas.attacks.base import Attack, PatchAttack
 from qadtr_brevitas.config.slots import Slot
 from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.core.plugin import plugin_settings
@@ -47,7 +46,7 @@ LEFT_OUT_BITS = (3, 6, 7, *range(9, MAX_BITS + 1), 4, 5, 8, 2)
 
 _SHAPE = ("size", "area", "shape")
 _FAMILY = {"lavan": "gap", "gap": "lavan", "dpr": "gap"}
-_PATCH: TypeAdapter[Any] = TypeAdapter(Annotated[Any, Slot(ATTACKS)])
+_PATCH: TypeAdapter[PatchAttack] = TypeAdapter(Annotated[Any, Slot(ATTACKS)])
 
 
 @dataclass(frozen=True)
@@ -62,12 +61,12 @@ class UnseenPatch:
     """
 
     name: str
-    attack: Any
+    attack: PatchAttack
     other_targets: bool = False
     left_out_bits: bool = False
 
 
-def unseen_patches(seen: Any, image_side: int) -> list[UnseenPatch]:
+def unseen_patches(seen: Attack, image_side: int) -> list[UnseenPatch]:
     """Return the protocol, with the budget of a given attack.
 
     Args:
@@ -83,7 +82,7 @@ def unseen_patches(seen: Any, image_side: int) -> list[UnseenPatch]:
         raise UsageError(f"the unseen-patch protocol starts from one of {', '.join(_FAMILY)}, not from {given}")
     budget = _changed_fields(seen)
 
-    def attack(kind: str, **fields: Any) -> Any:
+    def attack(kind: str, **fields: object) -> PatchAttack:
         known = ATTACKS.load(kind).__dataclass_fields__
         kept = {key: value for key, value in budget.items() if key in known}
         return _PATCH.validate_python({"name": kind, **kept, **fields})
@@ -105,7 +104,7 @@ def unseen_patches(seen: Any, image_side: int) -> list[UnseenPatch]:
 
 
 def other_targets(targets: Sequence[int | None], classes: int) -> tuple[int | None, ...]:
-    """As many classes as were aimed at, none of them among those; fewer where there are not so many.
+    """Return as many classes as were aimed at, none of them among those; fewer where there are not so many.
 
     Raises:
         UsageError: every class was aimed at.
@@ -129,7 +128,7 @@ def left_out_bits(trained: Collection[Precision]) -> Precision:
     raise UsageError("the network was trained at every bit-width: there is none that was left out")
 
 
-def _changed_fields(attack: Any) -> dict[str, Any]:
+def _changed_fields(attack: Attack) -> dict[str, Any]:
     """Return what the attack says that is not its default, but for size, shape and target."""
     own, defaults = plugin_settings(attack), plugin_settings(type(attack)())
     return {key: value for key, value in own.items() if value != defaults[key] and key not in (*_SHAPE, "target")}
@@ -140,7 +139,7 @@ WIDER_FOLDER = "left-out-bits"
 
 def craft_unseen(
     loaded: LoadedModel,
-    seen: Any,
+    seen: PatchAttack,
     setup: CraftSetup,
     *,
     precisions: Sequence[PrecisionLike | InferenceMode] | None = None,

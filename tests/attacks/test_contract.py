@@ -22,6 +22,7 @@ FAST = {
     "gap": {"steps": 3},
     "lavan": {"steps": 3},
     "location-patch": {"steps": 3},
+    "patch-auto": {"version": "fast", "size": 8},
     "pgd": {"steps": 3},
     "random-patch": {"draws": 5},
     "sparse-rs": {"queries": 30},

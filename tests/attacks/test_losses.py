@@ -16,10 +16,26 @@ TARGETS = torch.tensor([1, 0])
         ("margin", TARGETS, [2.0, 5.0]),
         ("logits", None, [1.0, -1.0]),
         ("margin", None, [1.0, -1.0]),
+        ("dlr", None, [1 / 2, -1 / 5]),
+        ("dlr", TARGETS, [2 / 2.5, 4 / 5.5]),
     ],
 )
 def test_logit_losses_by_hand(loss, targets, expected):
-    assert attack_loss(loss, LOGITS, LABELS, targets).tolist() == expected
+    assert attack_loss(loss, LOGITS, LABELS, targets).tolist() == pytest.approx(expected)
+
+
+def test_the_ratio_of_differences_does_not_change_with_the_scale_of_the_logits():
+    for targets in (None, TARGETS):
+        torch.testing.assert_close(
+            attack_loss("dlr", 100 * LOGITS + 7, LABELS, targets), attack_loss("dlr", LOGITS, LABELS, targets)
+        )
+
+
+def test_the_ratio_of_differences_is_finite_for_equal_logits_and_few_classes():
+    for classes in (2, 3, 4):
+        for logits in (torch.zeros(2, classes), torch.arange(2.0 * classes).view(2, classes)):
+            for targets in (None, torch.tensor([1, 0])):
+                assert attack_loss("dlr", logits, torch.tensor([0, 1]), targets).isfinite().all()
 
 
 def test_the_lavan_loss_is_the_same_on_logits_and_log_probabilities():
@@ -37,7 +53,7 @@ def test_cross_entropy_pulls_to_the_target_or_pushes_from_the_label():
     )
 
 
-@pytest.mark.parametrize("loss", ["logits", "margin", "cross-entropy"])
+@pytest.mark.parametrize("loss", ["logits", "margin", "cross-entropy", "dlr"])
 @pytest.mark.parametrize("targeted", [False, True])
 def test_descending_lowers_the_label_or_raises_the_target(loss, targeted):
     logits = LOGITS.clone().requires_grad_()

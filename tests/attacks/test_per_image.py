@@ -11,6 +11,7 @@ from qadtr_brevitas.attacks.autoattack import AutoAttack
 from qadtr_brevitas.attacks.descent import OptimizerSteps
 from qadtr_brevitas.attacks.lavan import Lavan
 from qadtr_brevitas.attacks.location_patch import LocationPatch
+from qadtr_brevitas.attacks.patch_auto import PatchAuto
 from qadtr_brevitas.attacks.per_image import PatchTask, search_patches
 from qadtr_brevitas.attacks.pixel import Fgsm, MiFgsm, Pgd
 from qadtr_brevitas.attacks.random_patch import RandomPatch
@@ -25,6 +26,7 @@ PATCHES = {
     "location-patch": LocationPatch(size=4, steps=30),
     "a-qapa": AQapa(sizes=(4,), shapes=("square",), steps=20, patch_bits=8, keep_best=True),
     "sparse-rs": SparseRs(size=4, queries=200),
+    "patch-auto": PatchAuto(size=4, version="fast"),
     "random-patch": RandomPatch(size=4, draws=5),
 }
 SEARCHES = {name: attack for name, attack in PATCHES.items() if name != "random-patch"}
@@ -33,6 +35,7 @@ TARGETED = {
     "location-patch": LocationPatch(size=5, steps=40, target=1),
     "a-qapa": AQapa(sizes=(5,), shapes=("square",), steps=40, keep_best=True, target=1),
     "sparse-rs": SparseRs(size=5, queries=400, target=1),
+    "patch-auto": PatchAuto(size=5, version="fast", target=1),
 }
 PIXELS = {"fgsm": Fgsm(), "pgd": Pgd(), "mi-fgsm": MiFgsm(), "autoattack": AutoAttack(eps=0.2)}
 
@@ -98,11 +101,12 @@ def test_no_image_depends_on_the_others_of_its_batch(toy, attack):
     if isinstance(attack, Lavan):
         # Its pictures are the other images.
         attack = replace(attack, init="uniform")
+    given = {"pictures": sample(toy, 50)} if isinstance(attack, PatchAuto) else {}
     images, labels = sample(toy, 40)
     mixed, others = images.clone(), labels.clone()
     mixed[20:], others[20:] = images[20:].flip(0), labels[20:].flip(0)
-    first = attack.run(toy.model, images, labels, generator=generator(0))
-    second = attack.run(toy.model, mixed, others, generator=generator(0))
+    first = attack.run(toy.model, images, labels, generator=generator(0), **given)
+    second = attack.run(toy.model, mixed, others, generator=generator(0), **given)
     if isinstance(attack, AutoAttack):
         # Its later attacks draw for the images that are left.
         assert torch.equal(predictions(toy, first[:20]), predictions(toy, second[:20]))
@@ -154,8 +158,7 @@ def test_images_of_the_target_class_are_returned_too(toy, attack):
     assert attacked(toy, attack, count=60).shape == images.shape
 
 
-@pytest.mark.slow
-@each(SEARCHES)
+@each({name: attack for name, attack in SEARCHES.items() if name != "patch-auto"})
 def test_more_restarts_do_no_worse(toy, attack):
     many = type(attack)(**{**vars(attack), "restarts": 3})
     assert accuracy(toy, attacked(toy, many, count=30)) <= accuracy(toy, attacked(toy, attack, count=30))

@@ -5,7 +5,7 @@ from pydantic import ValidationError
 from qadtr_brevitas.attacks.per_image import PatchTask
 from qadtr_brevitas.attacks.relocation import AllowedCorners
 from qadtr_brevitas.attacks.results import AttackGoal
-from qadtr_brevitas.attacks.sparse_rs import RandomSearch, SparseRs
+from qadtr_brevitas.attacks.sparse_rs import GeneratorDraws, RandomSearch, SparseRs
 from qadtr_brevitas.core.seeding import generator
 from tests.attacks.support import accuracy, attacked, sample, spy, target_rate
 
@@ -36,7 +36,7 @@ def search(*, queries, size=20, image_size=64, alpha=0.4, count=1, model=light):
         queries=queries,
         alpha=alpha,
         move_every=4,
-        generator=generator(0),
+        draws=GeneratorDraws(generator(0), torch.device("cpu")),
     )
 
 

@@ -59,15 +59,19 @@ def _patches(report: EvaluationReport) -> Table:
 
 
 def _attacks(report: EvaluationReport) -> Table:
-    header = ("attack", "target", "made on", "at", "settings", "fingerprint")
+    header = ("attack", "target", "made on", "at", "passes", "settings", "fingerprint")
     rows = tuple(
         (
             *(attack.attack, attack.target, attack.source.name, attack.source.precision),
-            *(_settings(attack), attack.fingerprint),
+            *(_passes(attack), _settings(attack), attack.fingerprint),
         )
         for attack in report.attacks
     )
     return Table("Attacks on each image", header, rows)
+
+
+def _passes(facts: ImageAttackFacts) -> str | None:
+    return None if facts.passes is None else "at most {} forward, {} backward".format(*facts.passes)
 
 
 def _settings(facts: PatchFacts | ImageAttackFacts) -> str:

@@ -160,13 +160,15 @@ class ImageAttackFacts(Document):
     """One attack on every image by itself; `name` is unique among patches and attacks.
 
     `family` is what attacks that may be averaged over have in common: the attack and its settings, but for the target.
-    `black_box` attacks see nothing but the outputs.
+    `black_box` attacks see nothing but the outputs. `passes` are the forward and backward passes for an image, at most,
+    where the attack tells them.
     """
 
     name: str
     family: str
     attack: str
     black_box: bool = False
+    passes: tuple[int, int] | None = None
     fingerprint: str
     settings: AttackSettings = {}
     target: int | None

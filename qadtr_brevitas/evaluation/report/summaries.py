@@ -21,6 +21,7 @@ MEAN_NOTE = (
     "Several patches or attacks, for instance one for each target class, are given as their mean; its 95 % Wilson "
     "interval is that of the smallest n, because all of them meet the same images."
 )
+_ENSEMBLE = "patch-auto"
 WORST_NOTE = (
     "Worst case: images that are classified correctly clean and under every one of the attacks. Mean: of the attacks' "
     "robust accuracies. Own attacks: made on this model, at this precision or on a mean over precisions, with "
@@ -84,8 +85,17 @@ def worst_case_table(report: EvaluationReport) -> Table:
         "Robust accuracy under all attacks together",
         _header(report),
         _model_blocks(report, "", _worst_case),
-        (f"In percent of n = {report.data.images} test images.", WORST_NOTE),
+        (f"In percent of n = {report.data.images} test images.", WORST_NOTE, *_missing_ensemble(report)),
         labels=2,
+    )
+
+
+def _missing_ensemble(report: EvaluationReport) -> tuple[str, ...]:
+    if any(attack.attack == _ENSEMBLE for attack in report.attacks):
+        return ()
+    return (
+        f"The attacks do not include {_ENSEMBLE}, an ensemble of searches for a patch on each image, with which the "
+        f"worst case is lower: --attack {_ENSEMBLE}.",
     )
 
 

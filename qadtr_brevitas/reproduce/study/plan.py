@@ -332,9 +332,8 @@ def _crafting_modes(spec: StudyAttack, source: StudyNetwork, study: Study) -> li
 
 def _image_attacks(spec: StudyAttack) -> Iterator[NamedAttack]:
     """Yield an attack on each image, for each of its target classes if it is targeted."""
-    name = slot_name(spec.attack)
     if not isinstance(spec.attack, TargetedAttack):
-        yield NamedAttack(name, spec.attack)
+        yield NamedAttack.of(spec.attack)
         return
     for target in spec.target_classes:
-        yield NamedAttack(name, spec.attack.with_settings(target=target))
+        yield NamedAttack.of(spec.attack.with_settings(target=target))

@@ -10,7 +10,7 @@ from qadtr_brevitas.core.table import Table
 from qadtr_brevitas.evaluation import NamedAttack, evaluate
 from qadtr_brevitas.evaluation.report import EvaluationReport
 from qadtr_brevitas.evaluation.report.matrices import model_matrix, precision_matrices, size_tables
-from qadtr_brevitas.evaluation.report.summaries import tables
+from qadtr_brevitas.evaluation.report.summaries import tables, worst_case_table
 from qadtr_brevitas.quant.inference import parse_mode
 from tests.evaluation.fakes import Reader, Whiten, coded_split, make_grid, reader, small_report, white_patch
 
@@ -116,6 +116,16 @@ def test_worst_case_table_leaves_out_transfers_where_there_are_none(tmp_path: Pa
         "own attacks: 95 % interval",
         "own attacks: number of attacks",
     ]
+
+
+def test_worst_case_without_the_ensemble_of_patches_is_said_to_be_one(tmp_path: Path) -> None:
+    images = NamedAttack("whiten", Whiten())
+    report = evaluate(make_grid([reader()], attacks=[images], transfer="none"), output=tmp_path)
+    assert "--attack patch-auto" in worst_case_table(report).notes[-1]
+    with_ensemble = report.model_copy(
+        update={"attacks": tuple(facts.model_copy(update={"attack": "patch-auto"}) for facts in report.attacks)}
+    )
+    assert not any("--attack" in note for note in worst_case_table(with_ensemble).notes)
 
 
 def test_patch_sizes_are_rows_from_small_to_large(tmp_path: Path) -> None:
