@@ -1,4 +1,4 @@
-"""The checks G1 to G19, by their numbers."""
+"""The checks G1 to G20, by their numbers."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from qadtr_brevitas.auditing.output_checks import mean_over_precisions, outputs_
 from qadtr_brevitas.auditing.picture_checks import pictures
 from qadtr_brevitas.auditing.size_checks import larger_patches
 from qadtr_brevitas.auditing.transfer_checks import other_gradients, transfer, undefended_twin
+from qadtr_brevitas.auditing.worst_case_checks import ensemble
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Check:
     """One check.
 
     Args:
-        id: G1 to G19.
+        id: G1 to G20.
         title: what is compared, in a few words.
         measure: runs the check.
         attacks: whether it needs images that are classified correctly.
@@ -78,4 +79,5 @@ CHECKS = (
     Check("G17", "undefended twin", undefended_twin),
     Check("G18", "parts of the defense", ablated),
     Check("G19", "pictures against noise", pictures),
+    Check("G20", "ensemble at chosen places", ensemble),
 )

@@ -36,7 +36,7 @@ def skipped(reason: str) -> CheckResult:
 
 
 class Finding(Document):
-    """The result of one check, G1 to G19, with its id and title; the other fields are those of `CheckResult`."""
+    """The result of one check, G1 to G20, with its id and title; the other fields are those of `CheckResult`."""
 
     id: str
     title: str
@@ -81,7 +81,7 @@ class AuditReport(Document):
     model: str
     fingerprint: str | None
     profile: str
-    settings: dict[str, int]
+    settings: dict[str, int | str]
     seed: int
     images: int
     precisions: tuple[PrecisionAudit, ...]

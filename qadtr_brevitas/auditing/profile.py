@@ -22,6 +22,7 @@ class AuditProfile:
         noise_patches: patches of noise, over all images together.
         directions: random directions around each start in which the loss is probed.
         draws: outputs of a random network that are averaged in one step.
+        ensemble: version of the ensemble `patch-auto`.
     """
 
     steps: int
@@ -31,6 +32,7 @@ class AuditProfile:
     noise_patches: int
     directions: int
     draws: int
+    ensemble: Literal["fast", "standard"] = "fast"
 
 
 PROFILES: dict[str, AuditProfile] = {
@@ -38,7 +40,14 @@ PROFILES: dict[str, AuditProfile] = {
         steps=15, compared_steps=10, restarts=3, queries=300, noise_patches=10_000, directions=20, draws=5
     ),
     "full": AuditProfile(
-        steps=50, compared_steps=50, restarts=5, queries=5_000, noise_patches=50_000, directions=100, draws=20
+        steps=50,
+        compared_steps=50,
+        restarts=5,
+        queries=5_000,
+        noise_patches=50_000,
+        directions=100,
+        draws=20,
+        ensemble="standard",
     ),
 }
 

@@ -47,7 +47,7 @@ def audit(
     folder: Path | None = None,
     progress: Progress | None = None,
 ) -> AuditReport:
-    """Run the checks G1 to G19 on a model at each precision, on the same images at the same places.
+    """Run the checks G1 to G20 on a model at each precision, on the same images at the same places.
 
     A check warns if a difference is larger than its threshold and larger than chance could make it on so many images;
     the numbers hold both. A check that cannot measure anything is skipped, with the reason.

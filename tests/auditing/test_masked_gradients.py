@@ -127,8 +127,10 @@ def test_a_network_that_is_blind_to_noise_is_detected_by_pictures(trained: Train
         noisy = (square - mean**2).mean(1, keepdim=True) > 0.05
         return trained.net(torch.where(noisy, 0.5, images))
 
-    findings = trained.findings(blind, "G19")
-    assert findings["G19"].status == "WARN"
+    findings = trained.findings(blind, "G19", "G20")
+    assert findings["G19"].status == findings["G20"].status == "WARN"
+    assert findings["G20"].numbers["gain"] > 0.05
+    assert "patch-auto" in findings["G20"].meaning
     assert "report attacks with init=image" in findings["G19"].meaning
     assert findings["G19"].numbers["gain"] > 0.05
     assert trained.findings(trained.net, "G19")["G19"].status == "pass"

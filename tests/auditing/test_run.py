@@ -21,9 +21,7 @@ from qadtr_brevitas.pipeline.directories import AUDIT_FILE
 from tests.auditing.conftest import CLASSES, Trained, gratings, make_net, train
 from tests.evaluation.models import make_model_dir, train_split
 
-pytestmark = pytest.mark.slow
-
-IDS = [f"G{number}" for number in range(1, 20)]
+IDS = [f"G{number}" for number in range(1, 21)]
 NEEDS_MORE = {"G6", "G10", "G13", "G17", "G18"}
 
 
@@ -120,14 +118,12 @@ def test_a_part_that_only_hides_gradients_is_named(trained: Trained) -> None:
 
 
 def test_models_of_other_data_are_refused(trained: Trained) -> None:
-    with pytest.raises(
-        DataError, match="undefended twin has 2 classes, Sequential has 5: give models of the same data set"
-    ):
+    with pytest.raises(DataError, match=r"undefended twin .*2 classes.*Sequential .*5"):
         audit(trained.net, trained.split, twin=nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 2)))
 
 
 def test_precisions_need_a_switchable_model(trained: Trained) -> None:
-    with pytest.raises(UsageError, match="Sequential is not switchable: leave the precisions out"):
+    with pytest.raises(UsageError, match=r"Sequential.*not switchable"):
         audit(trained.net, trained.split, precisions=[4])
 
 
@@ -175,4 +171,4 @@ def test_tables_and_files(ordinary: AuditReport, tmp_path: Path) -> None:
     assert text == "# Attack report\n\n" + "\n\n".join(table.markdown() for table in tables) + "\n"
     assert "| G8 | usable gradients | pass | images without gradient 0," in text
     assert "patches of 4x4 on 200 of 200 images" in text.lower()
-    assert tables[0].rows[0][-4:] == ("14", "0", "5", "-")
+    assert tables[0].rows[0][-4:] == ("15", "0", "5", "-")
