@@ -206,7 +206,7 @@ def test_bad_fields(fields, message):
 
 
 def test_a_scale_too_large_for_the_image_is_refused(toy):
-    with pytest.raises(UsageError, match=r"a 16x16 patch scaled by up to 1.1 is larger than the 16x16 image"):
+    with pytest.raises(UsageError, match=r"16x16.*1\.1.*16x16"):
         fit(toy, size=16)
     with pytest.raises(UsageError, match="20x20 patch is larger than the 16x16 image"):
         fit(toy, size=20)

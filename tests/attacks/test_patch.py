@@ -159,7 +159,7 @@ def altered(tmp_path, **header):
 
 
 def test_a_file_of_a_newer_version_is_refused(tmp_path):
-    with pytest.raises(CheckpointError, match="has patch format '2', this release reads up to 1: upgrade"):
+    with pytest.raises(CheckpointError, match=r"'2'.*up to 1"):
         Patch.load(altered(tmp_path, version="2"))
 
 

@@ -72,7 +72,7 @@ def test_image_size_resizes_and_crops_the_center(folder: Path, size: int, shape:
 
 def test_mixed_sizes_need_an_image_size(folder: Path) -> None:
     picture(0, (10, 12)).save(folder / "train" / "dog" / "1.png")
-    with pytest.raises(DataError, match=r"dog/1.png is 10x12, but the first image is 8x8: set data.dataset.image_size"):
+    with pytest.raises(DataError, match=r"dog/1.png.*10x12.*8x8.*data.dataset.image_size"):
         ImageFolder(root=str(folder)).load("train")
 
 
@@ -85,7 +85,7 @@ def test_grays_of_16_bit_keep_their_upper_byte(folder: Path) -> None:
 
 def test_grays_whose_range_is_not_known_are_refused(folder: Path) -> None:
     Image.fromarray(numpy.ones((8, 8), numpy.float32)).save(folder / "train" / "cat" / "0.png", format="tiff")
-    with pytest.raises(DataError, match=r"cat/0.png has grays of 32 bit, .*: save it with 8 or 16 bit"):
+    with pytest.raises(DataError, match=r"cat/0.png.*32 bit.*8 or 16 bit"):
         ImageFolder(root=str(folder)).load("train")
 
 
@@ -100,12 +100,12 @@ def test_a_corrupt_image_is_named(folder: Path, name: str, content: bytes | str)
     file = folder / "train" / name
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) // 2] if isinstance(content, str) else content)
-    with pytest.raises(DataError, match=rf"cannot read the image .*{name} .*: replace it or delete it"):
+    with pytest.raises(DataError, match=rf"cannot read .*{name}"):
         ImageFolder(root=str(folder)).load("train")
 
 
 def test_too_much_memory_is_refused(folder: Path) -> None:
-    with pytest.raises(DataError, match=r"4 images of 8x8 need 7.68e-07 GB of memory, more than max_gb = 1e-07"):
+    with pytest.raises(DataError, match=r"4 images of 8x8.*7.68e-07 GB.*max_gb.*1e-07"):
         ImageFolder(root=str(folder), max_gb=1e-7).load("train")
 
 
@@ -115,18 +115,18 @@ def test_unknown_split(folder: Path) -> None:
 
 
 def test_missing_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(DataError, match=r"there is no folder .*nowhere: set data.dataset.root to a folder laid out as"):
+    with pytest.raises(DataError, match=r"nowhere.*data.dataset.root"):
         ImageFolder(root=str(tmp_path / "nowhere")).load("train")
-    with pytest.raises(DataError, match=r"set data.dataset.root or QADTR_BREVITAS_DATA to a folder that holds cifar10"):
+    with pytest.raises(DataError, match=r"data.dataset.root or QADTR_BREVITAS_DATA.*cifar10"):
         Cifar10().load("train")
     monkeypatch.setenv("QADTR_BREVITAS_DATA", str(tmp_path / "nowhere"))
-    with pytest.raises(DataError, match=r"no folder .*nowhere: set QADTR_BREVITAS_DATA to a folder that holds cifar10"):
+    with pytest.raises(DataError, match=r"nowhere.*QADTR_BREVITAS_DATA.*cifar10"):
         Cifar10().load("train")
 
 
 def test_folder_without_the_split(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match=r"empty has no folder train: images must lie in ROOT/\{train,test\}"):
+    with pytest.raises(DataError, match=r"empty.*train.*ROOT/\{train,test\}"):
         ImageFolder(root=str(tmp_path / "empty")).load("train")
     (folder / "test").rename(folder / "other")
     with pytest.raises(DataError, match="has no folder test or val"):
@@ -167,7 +167,7 @@ def test_where_cifar10_is_found(by: str, folder: Path, tmp_path: Path, monkeypat
 
 
 def test_cifar10_has_so_many_classes_and_images(folder: Path) -> None:
-    message = "train has 2 classes and 4 images, but CIFAR-10 has 10 and 50000: fetch it again, or use the dataset"
+    message = "2 classes and 4 images.*10 and 50000.*image-folder"
     with pytest.raises(DataError, match=message):
         Cifar10(root=str(folder)).load("train")
 
@@ -234,7 +234,7 @@ def _escaping(file: Path) -> None:
 def test_bad_tars(write: Callable[[Path], object], folder: Path, tmp_path: Path, cache: Path) -> None:
     archive = tar_of(folder, tmp_path / "images.tar", "images")
     write(archive)
-    with pytest.raises(DataError, match=r"images.tar is not a tar or zip, or is damaged"):
+    with pytest.raises(DataError, match=r"images.tar .*damaged"):
         ImageFolder(root=str(archive)).load("train")
     assert not (cache / "outside.txt").exists()
     assert not list((cache / "unpacked").iterdir())
@@ -247,7 +247,7 @@ def test_no_space_to_unpack(folder: Path, tmp_path: Path, monkeypatch: pytest.Mo
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(tarfile.TarFile, "extractall", full)
-    with pytest.raises(DataError, match="No space left on device; free some space, or set XDG_CACHE_HOME"):
+    with pytest.raises(DataError, match=r"No space left on device.*XDG_CACHE_HOME"):
         unpack(archive)
 
 

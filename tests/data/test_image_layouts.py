@@ -43,7 +43,7 @@ def test_real_photos_are_read_as_timm_reads_them(shared_data: Path) -> None:
 
 
 def test_a_crop_needs_a_size(folder: Path) -> None:
-    with pytest.raises(UsageError, match=r"crop=0.9 needs a size to crop to: set data.dataset.image_size"):
+    with pytest.raises(UsageError, match=r"crop=0.9 .*data.dataset.image_size"):
         ImageFolder(root=str(folder), crop=0.9).load("train")
 
 
@@ -106,7 +106,7 @@ class TestHoldout:
 
     def test_it_is_asked_for(self, single: Path) -> None:
         absent = "test" if (single / "train").is_dir() else "train"
-        with pytest.raises(DataError, match=r"has no folder .*: set data.dataset.holdout=5 to test on every fifth"):
+        with pytest.raises(DataError, match=r"data.dataset.holdout=5"):
             ImageFolder(root=str(single)).load(absent)
 
     def test_a_tar_of_class_folders(self, single: Path, tmp_path: Path) -> None:
@@ -123,7 +123,7 @@ class TestHoldout:
 
 
 def test_a_holdout_of_two_splits_is_refused(folder: Path) -> None:
-    message = r"has train and test folders, so data.dataset.holdout=5 would leave images out: set it to null"
+    message = r"train and test.*holdout=5.*null"
     with pytest.raises(DataError, match=message):
         ImageFolder(root=str(folder), holdout=5).load("train")
 

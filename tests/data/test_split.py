@@ -48,7 +48,7 @@ def test_balanced_depends_on_the_seed_only() -> None:
 
 @pytest.mark.parametrize("count", [0, 4])
 def test_impossible_counts_are_refused(count: int) -> None:
-    with pytest.raises(UsageError, match=f"{count} images cannot be drawn from 3: give a number from 1 to 3"):
+    with pytest.raises(UsageError, match=f"{count} .*from 1 to 3"):
         make_split([0, 1, 2]).balanced(count, seed=0)
 
 

@@ -155,7 +155,7 @@ def test_patch_made_otherwise_is_not_overwritten(tmp_path: Path) -> None:
     made = make(tmp_path, precisions=[4], targets=[1])
     before = made[0].path.read_bytes()
     for changed in ({"seed": 1}, {"attack": White(side=2, strength=2)}, {"loaded": reader(fingerprint="retrained")}):
-        with pytest.raises(UsageError, match=r"already exists and was made from another model.*--output"):
+        with pytest.raises(UsageError, match=r"already exists.*--output"):
             make(tmp_path, precisions=[4], targets=[1], **changed)
     assert made[0].path.read_bytes() == before
 

@@ -57,7 +57,7 @@ def test_fingerprint_is_of_content(tmp_path: Path) -> None:
 
 
 def test_missing_patches_are_named(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"no patches in .*: make some with `qadtr-brevitas attack"):
+    with pytest.raises(UsageError, match=r"no patches in .*qadtr-brevitas attack"):
         load_patches([tmp_path])
     with pytest.raises(UsageError, match=r"no patches at .*nowhere"):
         load_patches([tmp_path / "nowhere"])
@@ -70,9 +70,7 @@ def test_data_of_other_or_otherwise_ordered_classes_are_refused() -> None:
     loaded, split = reader(), coded_split()
     loaded.check_data(split, data="coded")
     turned = replace(split, classes=(*split.classes[:2], *split.classes[:1:-1]))
-    with pytest.raises(
-        DataError, match="class 2 of data set coded is 'd', that of model reader is 'c': give data with"
-    ):
+    with pytest.raises(DataError, match=r"class 2 .*coded .*'d'.*reader .*'c'.*class_order"):
         loaded.check_data(turned, data="coded")
     loaded.check_data(replace(split, classes=tuple("0123")), data="of numbers for names")
 

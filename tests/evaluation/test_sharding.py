@@ -31,7 +31,7 @@ def same(left: EvaluationReport, right: EvaluationReport) -> bool:
 
 @pytest.mark.parametrize("text", ["", "2", "0/2", "3/2", "a/b", "1/2/3", "-1/2", "1/0"])
 def test_unreadable_share_is_refused(text: str) -> None:
-    with pytest.raises(UsageError, match=r"cannot be read: give k/n with k from 1 to n, for instance 2/3"):
+    with pytest.raises(UsageError, match=r"k/n"):
         Shard.parse(text)
 
 
@@ -83,7 +83,7 @@ def test_victims_of_one_chunk_may_come_from_two_folders(tmp_path: Path) -> None:
 
 def test_folder_without_cells_is_refused(tmp_path: Path) -> None:
     (tmp_path / "report.json").write_text("{}")
-    with pytest.raises(UsageError, match=r"no cells in .*: give the output folder of an evaluation with --cells"):
+    with pytest.raises(UsageError, match=r"no cells in .*--cells"):
         CellStore.open(tmp_path / "new", [tmp_path])
 
 

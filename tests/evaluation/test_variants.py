@@ -45,11 +45,9 @@ def test_patch_with_a_place_of_its_own_is_shifted_from_it() -> None:
 
 
 def test_shift_that_leaves_the_image_is_refused_with_the_largest_that_does_not() -> None:
-    with pytest.raises(
-        UsageError, match=r"'white' at row 1, column 3 cannot be shifted by 4 .* 8x8 .* --shift up to 3"
-    ):
+    with pytest.raises(UsageError, match=r"'white' at row 1, column 3 .*by 4 .*8x8.*--shift up to 3"):
         moved(PatchVariants(at=(1, 3), shifts=[3, 4]))
-    with pytest.raises(UsageError, match=r"'white' has no place to be shifted from: give one with --at ROW,COL"):
+    with pytest.raises(UsageError, match=r"'white' .*--at ROW,COL"):
         moved(PatchVariants(shifts=[1]))
 
 

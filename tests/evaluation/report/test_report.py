@@ -123,12 +123,12 @@ def test_patches_of_older_reports_have_the_present_names_of_keys(tmp_path: Path)
 
 
 def test_missing_or_foreign_report_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"no report at .*make one with `qadtr-brevitas evaluate`"):
+    with pytest.raises(CheckpointError, match=r"no report at .*qadtr-brevitas evaluate"):
         read_report(tmp_path)
     (tmp_path / "report.json").write_text('{"schema_version": 99}')
     with pytest.raises(
         CheckpointError,
-        match="has report schema version 99, this release reads 2 to 4: make it anew with `qadtr-brevitas",
+        match=r"version 99.*2 to 4.*qadtr-brevitas",
     ):
         read_report(tmp_path)
     write_report(small_report(tmp_path), tmp_path)
