@@ -62,7 +62,7 @@ class Score:
 
 
 def score(clean: Tensor, patched: Tensor, labels: Tensor, *, target: int | None) -> Score:
-    """Scores predictions with a patch against those without it.
+    """Score predictions with a patch against those without it.
 
     Args:
         clean: (N,) classes predicted without the patch.

@@ -22,7 +22,7 @@ def predict(
     batch_size: int = 256,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """Classes a model predicts for every image of a split.
+    """Return the classes that a model predicts for every image of a split.
 
     The caller has put the model in eval mode and at a precision.
 
@@ -54,7 +54,7 @@ def predict(
 
 
 def placements(patch: Patch, images: int, image_size: tuple[int, int], *, seed: int) -> Tensor:
-    """Upper left corners of a patch on every image.
+    """Return the upper left corners of a patch on every image.
 
     A corner depends on the seed, the image's index, the patch's size and the box it keeps out of only: such patches
     meet the same images at the same places, on every model and at every precision, so that differences are differences

@@ -35,7 +35,7 @@ _OWN: tuple[Threat, ...] = ("white-box", "eot")
 
 
 def make_report(grid: Grid, store: CellStore, *, device: str, command: str = "") -> EvaluationReport:
-    """Scores the cells of a grid, all of which have to be in the store.
+    """Score the cells of a grid, all of which have to be in the store.
 
     Args:
         grid: what was computed.

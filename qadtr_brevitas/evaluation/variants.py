@@ -1,4 +1,4 @@
-"""Patches put at a fixed place, shifted and turned: how far an attack survives where it was not made for."""
+"""Patches at other places and angles than those they were made for: fixed, shifted and rotated."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from qadtr_brevitas.evaluation.report import VariantFacts
 
 @dataclass(frozen=True, kw_only=True)
 class PatchVariants:
-    """What is done to every patch, one after the other, each a variant of its own.
+    """The variants to make of each patch: one at a fixed place, one for each shift and one for each angle.
 
     Args:
         at: row and column of the top left pixel; None leaves patches where they are made for.
         shifts: pixels to move down and to the right from there.
-        degrees: angles to turn about the middle, there.
+        degrees: angles to rotate by about the middle, counterclockwise.
     """
 
     at: tuple[int, int] | None = None
@@ -28,7 +28,7 @@ class PatchVariants:
     degrees: Sequence[float] = ()
 
     def variants(self, patches: Sequence[NamedPatch], image_size: tuple[int, int]) -> list[NamedPatch]:
-        """Every patch in every variant.
+        """Return the variants of every patch.
 
         Args:
             patches: as they were made.
