@@ -21,6 +21,8 @@ from qadtr_brevitas.pipeline.directories import AUDIT_FILE
 from tests.auditing.conftest import CLASSES, Trained, gratings, make_net, train
 from tests.evaluation.models import make_model_dir, train_split
 
+pytestmark = pytest.mark.slow
+
 IDS = [f"G{number}" for number in range(1, 21)]
 NEEDS_MORE = {"G6", "G10", "G13", "G17", "G18"}
 
