@@ -167,7 +167,8 @@ def _ordered(folder: Path, classes: Sequence[str], order: ClassOrder | None) -> 
         raise DataError(
             f"class {first} of {folder} is {by_name[first]!r} in the order of names, as torchvision numbers classes, "
             f"and {by_number[first]!r} in natural order, as timm does: set data.dataset.class_order=name or "
-            "data.dataset.class_order=natural, as the model was trained"
+            "data.dataset.class_order=natural, as the model was trained (of a model that is there already with --data "
+            "'{name: image-folder, root: ROOT, class_order: name}'; models of earlier releases are by name)"
         )
     return tuple(by_number if order == "natural" else by_name)
 

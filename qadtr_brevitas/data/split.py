@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from unicodedata import normalize
 
 import torch
 from torch import Tensor
@@ -105,7 +106,9 @@ def numbered(count: int) -> tuple[str, ...]:
 
 def differing_class(expected: Sequence[str], given: Sequence[str]) -> int | None:
     """Return the first class that goes by another name; None if none does, or one side has only numbers."""
-    if numbered(len(expected)) in (tuple(expected), tuple(given)):
+    # What an earlier release recorded may be in another Unicode form.
+    expected, given = ([normalize("NFC", name) for name in names] for names in (expected, given))
+    if list(numbered(len(expected))) in (expected, given):
         return None
     return next((label for label, (a, b) in enumerate(zip(expected, given, strict=True)) if a != b), None)
 

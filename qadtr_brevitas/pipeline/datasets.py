@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 from pydantic import TypeAdapter, ValidationError
 
 from qadtr_brevitas.config import load_recorded_recipe
+from qadtr_brevitas.config.plugins import parse_plugin
 from qadtr_brevitas.config.problems import dotted, explain, fields_of
 from qadtr_brevitas.config.slots import Slot, slot_name
 from qadtr_brevitas.core.errors import Problem, RecipeError, UsageError
@@ -32,11 +33,14 @@ def make_dataset(settings: Mapping[str, Any]) -> Dataset:
 
 
 def parse_dataset_choice(choice: str) -> dict[str, Any]:
-    """Return a data set chosen as NAME[:ROOT] in the form of a recipe: its name and, if given, its root.
+    """Return a data set chosen as NAME[:ROOT], or as `{name: NAME, ...}` with any settings, in the form of a recipe.
 
     Raises:
-        UsageError: no such data set, or one that has no root.
+        UsageError: no such data set, or a root where it has none.
+        RecipeError: settings that it does not have.
     """
+    if choice.lstrip().startswith("{"):
+        return Slot(DATASETS).write(parse_plugin(DATASETS, choice, option="--data"))
     name, _, root = choice.partition(":")
     fields = fields_of(DATASETS.load(name))
     if root and "root" not in fields:

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qadtr_brevitas.core.errors import DataError, UsageError
-from qadtr_brevitas.data.split import Split, epoch_order
+from qadtr_brevitas.data.split import Split, differing_class, epoch_order
 
 
 def make_split(labels: list[int], classes: int = 3) -> Split:
@@ -71,3 +71,8 @@ def test_epoch_order_is_a_permutation_of_its_own_each_epoch() -> None:
     assert torch.equal(first, again)
     assert not torch.equal(first, next_epoch)
     assert sorted(first.tolist()) == list(range(50))
+
+
+def test_classes_in_another_unicode_form_are_the_same() -> None:
+    assert differing_class(["caf\u00e9", "tea"], ["cafe\u0301", "tea"]) is None
+    assert differing_class(["caf\u00e9", "tea"], ["cafe", "tea"]) == 0
