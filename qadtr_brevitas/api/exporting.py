@@ -13,6 +13,7 @@ from qadtr_brevitas.core.progress import Progress
 from qadtr_brevitas.data.batches import Loader
 from qadtr_brevitas.exporting import ExportReport, find_format
 from qadtr_brevitas.exporting import export as export_loaded
+from qadtr_brevitas.pipeline.directories import check_export_output
 
 
 def export(
@@ -38,7 +39,7 @@ def export(
         loader: labeled images to compare on; None to leave the file unverified (`agreement` of the report is None).
         patches: patches or patch files whose success is compared, too.
         images: at most this many images, drawn class-balanced; None for all.
-        overwrite: replace a folder that is there.
+        overwrite: replace an export that is there, and nothing else.
         seed: of places and the draw of images.
         progress: called after each part of the comparison.
 
@@ -47,8 +48,7 @@ def export(
         ExportError: the format cannot hold the network, or the file computes something else.
     """
     output, form, wanted = Path(folder), find_format(format), Precision.parse(precision)
-    if output.exists() and not overwrite:
-        raise UsageError(f"{output} already exists: choose another folder, or give overwrite=True")
+    check_export_output(output, overwrite=overwrite, option="overwrite=True", choose="")
     if patches and loader is None:
         raise UsageError("patches are compared on images: give loader= with them")
     loaded = as_loaded(model)

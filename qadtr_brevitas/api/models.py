@@ -16,6 +16,7 @@ from qadtr_brevitas.core.precision import DEFAULT_BITS, PrecisionLike
 from qadtr_brevitas.data.split import numbered
 from qadtr_brevitas.models.describe import describe_network
 from qadtr_brevitas.pipeline.checkpoint import load_model, save_model
+from qadtr_brevitas.pipeline.directories import check_model_output
 from qadtr_brevitas.quant import SwitchableModel
 from qadtr_brevitas.quant import convert as convert_network
 from qadtr_brevitas.quant.model_info import ModelInfo
@@ -87,7 +88,7 @@ def save(model: SwitchableModel, folder: str | Path) -> Path:
         The folder.
 
     Raises:
-        UsageError: it is not known what makes the network again.
+        UsageError: it is not known what makes the network again, or the folder holds more than a model.
         CheckpointError: the folder cannot be written.
     """
     info = model.info
@@ -97,6 +98,7 @@ def save(model: SwitchableModel, folder: str | Path) -> Path:
             f"{kind} cannot be saved, because nothing says how to make it again: give convert() "
             f'architecture="package.module:{kind}", or the name of a timm model'
         )
+    check_model_output(Path(folder), advice="choose another folder")
     save_model(folder, model, info)
     return Path(folder)
 

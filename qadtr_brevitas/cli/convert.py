@@ -22,7 +22,7 @@ from qadtr_brevitas.cli.common import (
 from qadtr_brevitas.cli.conversion_table import conversion_table
 from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.core.registry import RANGE_METHODS, TARGETS
-from qadtr_brevitas.pipeline.directories import name_of_model
+from qadtr_brevitas.pipeline.directories import check_model_output, name_of_model
 
 if TYPE_CHECKING:
     from qadtr_brevitas.config import Recipe
@@ -114,7 +114,7 @@ _calibration_options = option_block(
     "--target", type=click.Choice(TARGETS.names()), help="Place quantizers so that this compiler accepts the export."
 )
 @click.option("--output", "-o", type=click.Path(path_type=Path), help="Model directory.  [default: models/MODEL]")
-@click.option("--overwrite", is_flag=True, help="Replace a model directory that is there.")
+@click.option("--overwrite", is_flag=True, help="Replace a model directory that is there and holds nothing else.")
 @click.option("--dry-run", is_flag=True, help="Only show what would be done to each layer; write nothing.")
 @seed_option()
 @threads_option
@@ -134,6 +134,8 @@ def command(**options: Any) -> None:
     output = given.output or Path("models") / name_of_model(given.model)
     if output.exists() and not (given.overwrite or given.dry_run):
         raise UsageError(f"{output} already exists: choose another folder with -o, or replace it with --overwrite")
+    if not given.dry_run:
+        check_model_output(output, advice="choose another folder with -o")
     report = _convert(recipe, has_data, None if given.dry_run else output)
     emit(report.to_dict() | {"output": None if given.dry_run else str(output)}, conversion_table(report))
     if given.dry_run:

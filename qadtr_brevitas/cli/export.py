@@ -25,11 +25,14 @@ from qadtr_brevitas.cli.export_tables import export_tables
 from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.core.precision import Precision
 from qadtr_brevitas.core.registry import FORMATS
-from qadtr_brevitas.pipeline.directories import name_of_model, patch_files, patch_folder
+from qadtr_brevitas.pipeline.directories import check_export_output, name_of_model, patch_files, patch_folder
 
 if TYPE_CHECKING:
     from qadtr_brevitas.attacks.patch import Patch
     from qadtr_brevitas.exporting import ExportReport
+
+
+_BUILD = ("board", "fps", "part")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +51,7 @@ class _ExportOptions:
     estimate: bool
     board: str
     fps: int
+    part: str
     data: str | None
     seed: int
 
@@ -79,7 +83,7 @@ class _ExportOptions:
     type=click.Path(path_type=Path),
     help="Folder; with several precisions, of one for each.  [default: exports/MODEL-PRECISION-FORMAT]",
 )
-@click.option("--overwrite", is_flag=True, help="Replace a folder that is there.")
+@click.option("--overwrite", is_flag=True, help="Replace an export that is there, and nothing else.")
 @click.option(
     "--verify/--no-verify", default=True, show_default=True, help="Execute the file and compare it with the network."
 )
@@ -108,6 +112,7 @@ class _ExportOptions:
 @click.option(
     "--fps", type=click.IntRange(min=1), default=100, show_default=True, help="finn: images per second to fold for."
 )
+@click.option("--part", default="xc7z020clg400-1", show_default=True, help="hls4ml: FPGA part to build for.")
 @click.option("--data", help="Data set as NAME[:ROOT].  [default: the one the model was trained on]")
 @seed_option()
 @threads_option
@@ -125,10 +130,12 @@ def command(**options: Any) -> None:
     outputs = _outputs(given)
 
     from qadtr_brevitas.evaluation.entries import load_models
-    from qadtr_brevitas.exporting import BuildTarget, export, find_format
+    from qadtr_brevitas.exporting import BuildTarget, check_build_options, export, find_format
     from qadtr_brevitas.pipeline.datasets import find_dataset
     from qadtr_brevitas.quant import precisions_or_all
 
+    form, build = find_format(given.form), BuildTarget(board=given.board, fps=given.fps, part=given.part)
+    check_build_options([name for name in _BUILD if was_given(name)], build, form.compiler, form.name)
     dataset = find_dataset([given.model_dir], given.data) if given.verify else None
     (loaded,) = load_models([given.model_dir])
     # Before the first of several is made.
@@ -143,12 +150,12 @@ def command(**options: Any) -> None:
             report = export(
                 loaded,
                 wanted,
-                find_format(given.form),
+                form,
                 output,
                 split=split,
                 patches=_patches(given, wanted) if given.verify else [],
                 tolerance=given.tolerance,
-                build=BuildTarget(board=given.board, fps=given.fps),
+                build=build,
                 with_estimate=given.estimate,
                 seed=given.seed,
                 command=command_line(),
@@ -156,8 +163,10 @@ def command(**options: Any) -> None:
             )
         reports.append(report)
         say(f"wrote {output}; the network is {output / 'model.onnx'}")
-    if note := find_format(given.form).note:
+    if note := form.note:
         say(f"note: {note}")
+    if form.compiler is not None and not given.estimate:
+        say(f"not checked with {form.compiler.name} itself: build the folder as its README.md says")
     found = [
         report.to_dict() | {"output": str(output)} for report, output in zip(reports, outputs.values(), strict=True)
     ]
@@ -180,10 +189,7 @@ def _outputs(given: _ExportOptions) -> dict[Precision, Path]:
         one = given.output if len(wanted) == 1 or given.output is None else given.output / bits
         outputs[precision] = one or Path("exports") / f"{name}-{bits}-{given.form}"
     for output in outputs.values():
-        if output.exists() and not given.overwrite:
-            raise UsageError(
-                f"{output} is there already: choose another folder with -o, or replace it with --overwrite"
-            )
+        check_export_output(output, overwrite=given.overwrite)
     return outputs
 
 

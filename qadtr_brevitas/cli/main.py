@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
 from importlib import import_module
 from io import TextIOWrapper
+from threading import current_thread, main_thread
+from types import FrameType
 
 import click
 
@@ -112,9 +115,27 @@ def cli() -> None:
     """
 
 
+def _stop_on_sigterm() -> list[int]:
+    """Have SIGTERM stop a command as Ctrl-C does, so that it cleans up; return the list that it is then recorded in."""
+    received: list[int] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        raise KeyboardInterrupt
+
+    # Others keep what a program that embeds this one has set, and threads may set nothing.
+    if current_thread() is main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, stop)
+    return received
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code: 0 ok, 1 failure, 2 bad usage or an invalid recipe."""
+    """Run the command line and return its exit code.
+
+    0 is ok, 1 failure, 2 bad usage or an invalid recipe; 130 and 143 are Ctrl-C and SIGTERM.
+    """
     keep_freed_memory()
+    terminated = _stop_on_sigterm()
     # Brevitas looks for a compiler, and PyTorch says that there is no GPU for it.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     for stream in (sys.stdout, sys.stderr):
@@ -128,10 +149,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
         click.echo(
-            "Interrupted. Repeat the command: `train`, `attack`, `evaluate` and `study` resume where they stopped.",
+            "Interrupted. Repeat the command: `train`, `attack`, `evaluate` and `study` resume where they stopped, "
+            "others start over and leave nothing half-written.",
             err=True,
         )
-        return 1
+        return 128 + (signal.SIGTERM if terminated else signal.SIGINT)
     except BrokenPipeError:
         # Python would complain once more when it flushes at exit.
         sys.stdout = None

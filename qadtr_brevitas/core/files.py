@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from hashlib import blake2b
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
@@ -21,6 +22,7 @@ from qadtr_brevitas.core.errors import CheckpointError, UsageError
 if TYPE_CHECKING:
     from torch import Tensor
 
+_SHOWN = 3
 # torch.save and safetensors report a failed write with these words instead of an OSError.
 _WRITE_FAILURES = ("PytorchStreamWriter", "unexpected pos", "I/O error", "IoError")
 
@@ -79,12 +81,33 @@ def replace_directory(path: Path, fill: Callable[[Path], object]) -> None:
             os.replace(path, old)
         os.replace(new, path)
         _sync(path.parent)
-    except Exception as error:
+    # Ctrl-C and SIGTERM are no Exception.
+    except BaseException as error:
         recover_directory(path)
         _remove(new)
         _raise_if_not_written(path, error)
         raise
     _remove(old)
+
+
+def check_replaceable(path: Path, own: Collection[str], *, advice: str) -> None:
+    """Refuse to replace a folder that holds more than what a command writes; a missing one may be made.
+
+    Args:
+        path: the folder.
+        own: names of the files that may be there, as paths in the folder with slashes.
+        advice: what to do where the folder is wanted for something else, an imperative.
+
+    Raises:
+        UsageError: something else is there, which would be lost.
+    """
+    if not path.is_dir():
+        return
+    files = (file for file in path.rglob("*") if file.is_symlink() or not file.is_dir())
+    foreign = (name for file in files if (name := file.relative_to(path).as_posix()) not in own)
+    if shown := list(islice(foreign, _SHOWN + 1)):
+        names = ", ".join(shown[:_SHOWN]) + (", ..." if len(shown) > _SHOWN else "")
+        raise UsageError(f"{path} is not replaced: it holds more than would be written again ({names}): {advice}")
 
 
 def recover_directory(path: Path) -> None:
@@ -128,7 +151,7 @@ def _beside(path: Path) -> tuple[Path, Path]:
     return path.with_name(f".{path.name}.new"), path.with_name(f".{path.name}.old")
 
 
-def _raise_if_not_written(path: Path, error: Exception) -> None:
+def _raise_if_not_written(path: Path, error: BaseException) -> None:
     """Raise a CheckpointError if an error is a failed write; other errors are left to the caller."""
     if isinstance(error, OSError):
         reason = error.strerror or str(error)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
+
+from qadtr_brevitas.core.errors import UsageError, suggest
 
 CLOCK_NS = 10.0
 
@@ -25,6 +29,30 @@ class BuildTarget:
     part: str = "xc7z020clg400-1"
 
 
+def check_build_options(given: Collection[str], build: BuildTarget, compiler: Compiler | None, form: str) -> None:
+    """Refuse options that a format would ignore, and boards and parts that there are none of.
+
+    Args:
+        given: names of the fields of `build` that were chosen.
+        build: what to build for.
+        compiler: that of the format; None if it has none.
+        form: name of the format.
+
+    Raises:
+        UsageError: a field that the format does not read, or a value that is not possible.
+    """
+    known = () if compiler is None else compiler.options
+    if ignored := [f"--{name}" for name in given if name not in known]:
+        reads = f"reads {', '.join(f'--{name}' for name in known)} only" if known else "is for no board"
+        raise UsageError(f"{', '.join(ignored)}: the format {form} {reads}: leave it out")
+    if compiler is None:
+        return
+    if compiler.boards and build.board not in compiler.boards:
+        raise UsageError(f"{compiler.name} knows no board {build.board!r}: {suggest(build.board, compiler.boards)}")
+    if not re.fullmatch(r"[a-z0-9]+(-[A-Za-z0-9]+)*", build.part):
+        raise UsageError(f"{build.part!r} is no name of an FPGA part: give one such as {BuildTarget.part}")
+
+
 class Compiler(ABC):
     """An FPGA compiler that an export is a folder for.
 
@@ -35,6 +63,8 @@ class Compiler(ABC):
         power_of_two: whether steps have to be powers of two.
         rounds_ties_up: whether values halfway between two levels are rounded up, and not to even.
         estimates: whether it can tell what a network costs.
+        options: the fields of `BuildTarget` that it reads.
+        boards: the boards that it knows; empty if it reads none.
     """
 
     name: ClassVar[str]
@@ -43,6 +73,8 @@ class Compiler(ABC):
     power_of_two: ClassVar[bool] = False
     rounds_ties_up: ClassVar[bool] = False
     estimates: ClassVar[bool] = False
+    options: ClassVar[tuple[str, ...]] = ()
+    boards: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def adapt_input(self, model: Any) -> None:

@@ -43,6 +43,12 @@ class Finn(Compiler):
     script = "finn_build.py"
     rounds_ties_up = True
     estimates = True
+    options = ("board", "fps")
+    # finn-plus 1.6.1, finn.util.basic.part_map.
+    boards = (
+        *("Pynq-Z1", "Pynq-Z2", "Ultra96", "Ultra96-V2", "ZCU102", "ZCU104", "ZCU111", "RFSoC2x2", "RFSoC4x2"),
+        *("KV260_SOM", "AUP-ZU3_8GB", "U50", "U200", "U250", "U280", "U55C", "VEK280", "VCK190", "V80"),
+    )
 
     def adapt_input(self, model: Any) -> None:
         """Take pixels as bytes, 0 to 255."""

@@ -24,6 +24,7 @@ class Hls4ml(Compiler):
     variable = "QADTR_BREVITAS_HLS4ML"
     script = "hls4ml_build.py"
     power_of_two = True
+    options = ("part",)
 
     def adapt_input(self, model: Any) -> None:
         """Normalize pixels, (x - mean) / std, as one BatchNorm, which hls4ml can turn to channels last."""

@@ -53,6 +53,7 @@ class ExportReport:
         command: command line.
         created: date and time.
         versions: of the packages that had a part in it.
+        files: names of the other files in the folder, which another export may replace.
     """
 
     model: str
@@ -67,6 +68,7 @@ class ExportReport:
     command: str
     created: str
     versions: Mapping[str, str]
+    files: Sequence[str]
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -146,6 +148,7 @@ def export(
             command=command,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             versions=_versions(),
+            files=sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()),
         )
         write_json(folder / EXPORT_REPORT_FILE, report.to_dict())
         reports.append(report)

@@ -16,7 +16,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from qadtr_brevitas.core.errors import CheckpointError
+from qadtr_brevitas.core.errors import CheckpointError, UsageError
+from qadtr_brevitas.core.files import check_replaceable, read_json
 
 # Model directory
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
@@ -50,6 +51,8 @@ STUDY_VALUES_FILE, PAGE_FILE = "figures.csv", "report.html"
 
 # Export folder
 ONNX_FILE, EXPORT_REPORT_FILE = "model.onnx", "export-report.json"
+# The field of an export's report that names the files of the folder.
+EXPORTED_FILES = "files"
 
 
 class Kind(StrEnum):
@@ -170,3 +173,32 @@ def name_of_model(model: str | Path) -> str:
     of_run = {LAST_FOLDER: path.parent.name, BEST_FOLDER: f"{path.parent.name}-{BEST_FOLDER}"}
     # Of "package.module:function" and "hf-hub:owner/name", the part behind the colon.
     return of_run.get(path.name, path.name.rpartition(":")[2])
+
+
+def check_export_output(output: Path, *, overwrite: bool, option: str = "--overwrite", choose: str = "with -o") -> None:
+    """Refuse to write an export where something is that no export wrote, or one that is not to be replaced.
+
+    Args:
+        output: the folder to write.
+        overwrite: whether an export that is there is replaced.
+        option: what the user gives to replace it.
+        choose: how another folder is chosen.
+
+    Raises:
+        UsageError: the folder is there and is kept.
+    """
+    another = f"choose another folder {choose}".rstrip()
+    if output.exists() and not overwrite:
+        raise UsageError(f"{output} is there already: {another}, or replace it with {option}")
+    report = output / EXPORT_REPORT_FILE
+    written = read_json(report).get(EXPORTED_FILES, []) if report.is_file() else []
+    check_replaceable(output, [*written, EXPORT_REPORT_FILE], advice=another)
+
+
+def check_model_output(output: Path, *, advice: str) -> None:
+    """Refuse to replace a folder that holds more than a model, such as its patches.
+
+    Raises:
+        UsageError: something else is there.
+    """
+    check_replaceable(output, (WEIGHTS_FILE, CONFIG_FILE), advice=advice)

@@ -207,6 +207,9 @@ def test_keeps_a_directory_that_is_there(tmp_path: Path) -> None:
     assert result.exit_code == 2
     assert "already exists: choose another folder with -o, or replace it with --overwrite" in result.stderr
     assert (tmp_path / "notes.txt").read_text() == "mine"
+    result = convert("--data", "shapes", *SMALL, "-o", tmp_path, "--overwrite")
+    assert (result.exit_code, "notes.txt" in result.stderr) == (2, True)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
 @pytest.mark.parametrize(

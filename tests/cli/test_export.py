@@ -55,6 +55,24 @@ def test_json_and_no_verification(run: Path, tmp_path: Path) -> None:
     assert export(run, "-p", 4, "-f", "qcdq", "--no-verify", "-o", tmp_path / "out", "--overwrite").exit_code == 0
 
 
+def test_only_what_an_export_wrote_is_replaced(run: Path, tmp_path: Path) -> None:
+    arguments = [run, "-p", 4, "-f", "qcdq", "--no-verify", "--overwrite", "-o"]
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").touch()
+    for folder in (run, tmp_path / "other"):
+        before = sorted(folder.rglob("*"))
+        result = export(*arguments, folder)
+        assert (result.exit_code, str(folder) in result.stderr) == (2, True)
+        assert sorted(folder.rglob("*")) == before
+    for _ in range(2):
+        result = export(*arguments, tmp_path / "out")
+        assert result.exit_code == 0, result.output
+    (tmp_path / "out" / "notes.txt").touch()
+    result = export(*arguments, tmp_path / "out")
+    assert (result.exit_code, "notes.txt" in result.stderr) == (2, True)
+    assert (tmp_path / "out" / "notes.txt").is_file()
+
+
 def test_several_precisions_have_a_folder_each(tmp_path: Path) -> None:
     path, output = make_model_dir(tmp_path / "net", precisions=(8, 4)), tmp_path / "out"
     arguments = ["-p", 8, "-p", "w4a4", "-p", 4, "-f", "qcdq", "--no-verify", "-o", output]
@@ -80,7 +98,12 @@ def test_several_precisions_have_a_folder_each(tmp_path: Path) -> None:
         (["-p", "4", "-f", "qcdq", "--no-verify", "--estimate"], 2, "estimates are FINN's, and the format is qcdq"),
         (["-p", "4", "-f", "finn", "--no-verify"], 1, "layer1.0, layer1.1"),
         (["-p", "4", "-f", "qcdq", "--no-verify", "--images", "100"], 2, "leave out --no-verify or --images"),
-        (["-p", "4", "-f", "qcdq", "--no-verify", "-o", ".", "--overwrite"], 2, "give a folder of its own"),
+        (["-p", "4", "-f", "qcdq", "--no-verify", "-o", ".", "--overwrite"], 2, ". is not replaced"),
+        (["-p", "4", "-f", "finn", "--board", "Pynq-Z7"], 2, "did you mean 'Pynq-Z2'"),
+        (["-p", "4", "-f", "qcdq", "--board", "Pynq-Z1"], 2, "--board: the format qcdq is for no board"),
+        (["-p", "4", "-f", "hls4ml", "--fps", "10"], 2, "--fps: the format hls4ml reads --part only"),
+        (["-p", "4", "-f", "finn", "--part", "xc7z020clg400-1"], 2, "reads --board, --fps only"),
+        (["-p", "4", "-f", "hls4ml", "--part", "no part"], 2, "'no part'"),
         (["-p", "4", "-f", "qcdq", "--data", "digits"], 1, "data set digits has 10 classes"),
         (["-p", "4", "-f", "qcdq", "--patches", "nowhere"], 2, "there are no patches at nowhere"),
     ],

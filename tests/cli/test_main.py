@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import click
@@ -155,10 +156,38 @@ def test_debug_can_be_given_to_a_command(capsys: pytest.CaptureFixture[str]) -> 
 
 def test_an_interrupt_ends_with_one_line(failing, capsys: pytest.CaptureFixture[str]) -> None:
     failing(KeyboardInterrupt())
-    assert main(["fail"]) == 1
-    assert capsys.readouterr().err.strip().splitlines() == [
-        "Interrupted. Repeat the command: `train`, `attack`, `evaluate` and `study` resume where they stopped."
-    ]
+    assert main(["fail"]) == 130
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "`train`" in line
+    assert "others start over" in line
+
+
+def test_sigterm_cleans_up_like_an_interrupt() -> None:
+    script = """
+import os, pathlib, signal, sys, tempfile, types
+import click
+from qadtr_brevitas.cli import main
+from qadtr_brevitas.core.files import replace_directory
+
+@click.command()
+def command():
+    folder = pathlib.Path(sys.argv[1])
+    replace_directory(folder / "out", lambda new: os.kill(os.getpid(), signal.SIGTERM))
+
+sys.modules["slow"] = types.SimpleNamespace(command=command)
+main.COMMANDS["slow"] = ("slow", "")
+sys.exit(main.main(["slow"]))
+"""
+    with tempfile.TemporaryDirectory() as folder:
+        found = subprocess.run(
+            [sys.executable, "-c", script, folder],
+            capture_output=True,
+            text=True,
+            cwd=Path(main_module.__file__).parents[2],
+        )
+        assert found.returncode == 143, found.stderr
+        assert "Traceback" not in found.stderr
+        assert not list(Path(folder).iterdir())
 
 
 def test_a_mistake_of_ours_is_not_hidden(failing) -> None:

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from qadtr_brevitas.core.errors import CheckpointError
+from qadtr_brevitas.core.errors import CheckpointError, UsageError
 from qadtr_brevitas.core.files import (
+    check_replaceable,
     fingerprint_facts,
     fingerprint_file,
     fingerprint_tensors,
@@ -38,6 +39,31 @@ def fill_with(text: str):
         (folder / "deep" / "b.txt").write_text(text)
 
     return fill
+
+
+def test_an_interrupt_leaves_nothing_and_keeps_what_was_there(tmp_path: Path) -> None:
+    replace_directory(tmp_path / "a", fill_with("one"))
+
+    def interrupted(folder: Path) -> None:
+        (folder / "half.txt").touch()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        replace_directory(tmp_path / "a", interrupted)
+    assert names(tmp_path) == ["a"]
+    assert names(tmp_path / "a") == ["a.txt", "deep"]
+
+
+def test_a_folder_is_replaceable_if_all_its_files_would_be_written_again(tmp_path: Path) -> None:
+    check_replaceable(tmp_path / "missing", (), advice="choose another")
+    replace_directory(tmp_path / "a", fill_with("one"))
+    check_replaceable(tmp_path / "a", ("a.txt", "deep/b.txt", "c.txt"), advice="choose another")
+    with pytest.raises(UsageError, match=r"deep/b\.txt.*choose another"):
+        check_replaceable(tmp_path / "a", ("a.txt",), advice="choose another")
+    # Also where only a link leads to nothing.
+    (tmp_path / "a" / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UsageError, match="link"):
+        check_replaceable(tmp_path / "a", ("a.txt", "deep/b.txt"), advice="choose another")
 
 
 def test_a_file_is_made_with_its_folder_and_replaced(tmp_path: Path) -> None:

@@ -207,8 +207,8 @@ def draw_sheet(sheet: ImageGrid, path: Path) -> Path:
                 0.5, -0.04, tile.caption, color=color, fontsize=8, ha="center", va="top", transform=axes.transAxes
             )
         row[0].text(-0.08, 0.5, text, fontsize=8, ha="right", va="center", transform=row[0].transAxes)
-    for axes, title in zip(grid[0], sheet.columns, strict=True):
-        axes.set_title(title, fontsize=8)
+    for axes, column in zip(grid[0], sheet.columns, strict=True):
+        axes.set_title(column, fontsize=8)
     figure.suptitle(title, fontsize=11)
     if note:
         figure.supxlabel(note, fontsize=8)

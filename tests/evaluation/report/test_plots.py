@@ -118,6 +118,8 @@ def test_no_text_of_a_narrow_sheet_is_clipped(columns: int, tmp_path: Path, monk
     words = "Below each image: predicted class. Green: right; red: the target; orange: another wrong class. " * 2
     draw_sheet(ImageGrid("a model with a long name: " * 5, ("x",) * columns, (row,), note=words), tmp_path / "x.png")
     drawn[0].draw_without_rendering()
+    title, note = (" ".join(text.get_text().split()) for text in (drawn[0]._suptitle, drawn[0]._supxlabel))
+    assert (title, note) == (("a model with a long name: " * 5).strip(), words.strip())
     for text in drawn[0].texts:
         box = text.get_window_extent()
         assert min(box.x0, box.y0) >= 0
