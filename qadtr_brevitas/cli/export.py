@@ -163,8 +163,6 @@ def command(**options: Any) -> None:
             )
         reports.append(report)
         say(f"wrote {output}; the network is {output / 'model.onnx'}")
-    if note := form.note:
-        say(f"note: {note}")
     if form.compiler is not None and not given.estimate:
         say(f"not checked with {form.compiler.name} itself: build the folder as its README.md says")
     found = [

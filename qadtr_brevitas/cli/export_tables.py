@@ -11,7 +11,9 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from qadtr_brevitas.exporting import ExportReport
+    from qadtr_brevitas.exporting.integers import IntegerLayers
 
+_SHOWN = 4
 _RESOURCES = (("lut", "LUT"), ("bram_18k", "BRAM 18k"), ("uram", "URAM"), ("dsp", "DSP"))
 
 
@@ -30,10 +32,24 @@ def _parts(report: ExportReport) -> Iterator[RenderableType]:
 
     size = f"{report.format} at {report.precision}: {report.bytes / 1e6:.3g} MB"
     yield Text(size if report.agreement else f"{size}, not verified")
+    if report.integers is not None:
+        yield Text(_integers(report.integers))
     if report.agreement is not None:
         yield _agreement(report).rich()
     if report.estimate is not None:
         yield _costs(report).rich()
+
+
+def _integers(found: IntegerLayers) -> str:
+    """Word how many layers compute in integers, and what keeps the others, each reason once."""
+    layers: dict[str, list[str]] = {}
+    for layer, reason in found.kept.items():
+        layers.setdefault(reason, []).append(layer)
+    lines = [f"{found.integer} of {found.layers} layers compute in integers"]
+    for reason, names in layers.items():
+        more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+        lines.append(f"  {', '.join(names[:_SHOWN])}{more}: {reason}")
+    return "\n".join(lines)
 
 
 def _agreement(report: ExportReport) -> Table:

@@ -271,6 +271,7 @@ TARGETS = Registry(
     {
         "finn": ("qadtr_brevitas.quant.targets:FINN", "AMD's FINN: dataflow accelerators on FPGAs"),
         "hls4ml": ("qadtr_brevitas.quant.targets:HLS4ML", "hls4ml: fixed-point networks by high-level synthesis"),
+        "ort": ("qadtr_brevitas.quant.targets:ORT", "onnxruntime: sums in integers too, fast at 8 bit"),
     },
 )
 

@@ -123,5 +123,6 @@ FINN = Format(
     write=writer_for(_COMPILER),
     load=_load,
     takes_bytes=True,
+    target="finn",
     compiler=_COMPILER,
 )

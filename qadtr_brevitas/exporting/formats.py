@@ -13,6 +13,7 @@ from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.core.precision import FLOAT_BITS, Precision
 from qadtr_brevitas.core.registry import FORMATS
 from qadtr_brevitas.exporting.compiler import Compiler
+from qadtr_brevitas.exporting.integers import IntegerLayers
 from qadtr_brevitas.quant.switchable_quant import SwitchableDynamicQuant, SwitchableQuant
 
 Classifier: TypeAlias = Callable[[Tensor], Tensor]
@@ -30,9 +31,10 @@ class Format:
         write: writes the frozen model, traced on one image (1, 3, H, W), to a file.
         load: returns what a file computes.
         takes_bytes: the file takes pixels as bytes, so images are rounded to these before anything is compared.
+        target: registered name of the target that networks are best converted for; None if that does not matter.
         compiler: the FPGA compiler that it is for, whose files are written beside the model; None for none.
         remedy: what to do where a file computes something else, a sentence.
-        note: what users of the file have to know, a sentence.
+        count_integers: tells which layers of a file are computed in integers; None for formats that need no telling.
         packages: optional packages that writing and loading need.
     """
 
@@ -42,9 +44,10 @@ class Format:
     write: Callable[[nn.Module, Tensor, Path], None]
     load: Callable[[Path], Classifier]
     takes_bytes: bool = False
+    target: str | None = None
     compiler: Compiler | None = None
     remedy: str = ""
-    note: str = ""
+    count_integers: Callable[[Path], IntegerLayers] | None = None
     packages: tuple[str, ...] = ("onnx", "qonnx")
 
 

@@ -1,8 +1,12 @@
-"""Standard ONNX in the form that onnxruntime turns into integer kernels: BatchNorm merged, biases of 32 bit.
+"""Standard ONNX in the form that onnxruntime turns into integer kernels.
 
-Between DequantizeLinear, Conv and QuantizeLinear it wants nothing but a ReLU, and biases on the levels of the
-accumulator. Merging a BatchNorm's factor into the steps of the weights is exact; rounding a bias to the accumulator
-brings a few values to the next level, which the layers behind pass on the louder the fewer their bits are.
+Between DequantizeLinear, a layer and QuantizeLinear it wants nothing but a ReLU, unsigned bytes, and biases on the
+levels of the accumulator. Merging a BatchNorm's factor into the steps of the weights, or a border of zeros into a
+convolution, is exact; rounding a bias to the accumulator brings a few values to the next level, which the layers behind
+pass on the louder the fewer their bits are.
+
+Weights are unsigned bytes around 128, like activations: on x86 processors without VNNI sums of products of an unsigned
+with a signed byte saturate.
 """
 
 from __future__ import annotations
@@ -12,14 +16,23 @@ from typing import Any
 
 import numpy as np
 
+from qadtr_brevitas.exporting.constants import remove_unread
 from qadtr_brevitas.exporting.graph import attribute, library, nodes_of
 
-_INT8, _INT32 = np.iinfo(np.int8), np.iinfo(np.int32)
+_INT8 = np.iinfo(np.int8)
+_ZERO = 128
+# Half of what an accumulator holds; the other half is room for the products.
+_LARGEST_BIAS = 2.0**30
+LAYERS = ("Conv", "Gemm", "MatMul")
+# These pass zeros on as zeros, pixel by pixel.
+_PIXELWISE = ("QuantizeLinear", "Clip", "DequantizeLinear")
+# These give an output the levels of their input.
+_PASSING = ("MaxPool", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze")
 
 
 @dataclass
-class _Layer:
-    """A convolution's weights, (out, in, ...) of int8, with their steps (out,), float bias (out,) and input's step."""
+class Layer:
+    """A layer's weights, (out, in, ...) of int8, with their steps (out,), float bias (out,) and input's step."""
 
     weights: Any
     steps: Any
@@ -27,82 +40,163 @@ class _Layer:
     input_step: float
 
 
-def fuse(model: Any) -> int:
-    """Merge BatchNorms and round biases wherever that is exact, in place.
+def fuse(model: Any) -> None:
+    """Bring a graph into the form for integer kernels, in place.
 
     Args:
-        model: a qonnx ModelWrapper of what Brevitas's QCDQ export wrote.
-
-    Returns:
-        How many convolutions have become what onnxruntime fuses.
+        model: a qonnx ModelWrapper of what Brevitas's QCDQ export wrote, with constants folded.
     """
-    fused = sum(_fuse(model, conv) for conv in nodes_of(model, "Conv"))
-    _remove_unread(model)
-    return fused
+    for conv in nodes_of(model, "Conv"):
+        _merge_pad(model, conv)
+    for node in list(model.graph.node):
+        _quantize_once(model, node.output[0])
+    for node in nodes_of(model, "Conv", "Gemm"):
+        _fuse(model, node)
+    for node in nodes_of(model, "MatMul"):
+        _turn_weights(model, node)
+    _use_unsigned_bytes(model)
+    remove_unread(model.graph)
+    # What is said of types there is not true any more.
+    del model.graph.value_info[:]
 
 
-def _remove_unread(model: Any) -> None:
-    """Remove the nodes that made the former weights, last first."""
-    wanted = {output.name for output in model.graph.output}
-    for node in reversed(list(model.graph.node)):
-        if wanted.isdisjoint(node.output):
-            model.graph.node.remove(node)
-        else:
-            wanted.update(node.input)
+def obstacle(model: Any, node: Any) -> str:
+    """Return what keeps a layer of a graph that `fuse` made from an integer kernel; nothing if nothing is known."""
+    if any(_levels_behind(model, name) is None for name in node.input[:2]):
+        return "reads values that are not quantized"
+    if node.op_type != "Conv":
+        return ""
+    readers = model.find_consumers(node.output[0])
+    while len(readers) == 1 and readers[0].op_type in ("Relu", "Clip"):
+        readers = model.find_consumers(readers[0].output[0])
+    kinds = sorted({reader.op_type for reader in readers} - {"QuantizeLinear"})
+    if kinds == ["Add"]:
+        return "its result is added in floats: convert with --target ort, which quantizes sums"
+    return f"its result is not quantized before {', '.join(kinds) or 'the output'}" if kinds or not readers else ""
 
 
-def _fuse(model: Any, conv: Any) -> bool:
-    layer = _read(model, conv)
+def _merge_pad(model: Any, conv: Any) -> None:
+    """Let a convolution pad with zeros itself, also where they are quantized on the way."""
+    chain = [conv]
+    node = model.find_producer(conv.input[0])
+    while node is not None and node.op_type in _PIXELWISE:
+        chain.append(node)
+        node = model.find_producer(node.input[0])
+    if node is None or node.op_type != "Pad" or (pads := _zeros_around(model, node)) is None:
+        return
+    if any(len(model.find_consumers(reader.input[0])) > 1 for reader in chain):
+        return
+    own = attribute(conv, "pads", pads * 0)
+    for old in [found for found in conv.attribute if found.name in ("pads", "auto_pad")]:
+        conv.attribute.remove(old)
+    conv.attribute.append(library("onnx").helper.make_attribute("pads", [int(pad) for pad in own + pads]))
+    chain[-1].input[0] = node.input[0]
+    model.graph.node.remove(node)
+
+
+def _zeros_around(model: Any, pad: Any) -> Any:
+    """Return how many zeros a Pad puts around an image, (top, left, bottom, right); None for another kind of Pad."""
+    pads = _constant(model, pad.input[1])
+    value = _constant(model, pad.input[2]) if len(pad.input) > 2 and pad.input[2] else 0
+    if pads is None or len(pads) != 8 or attribute(pad, "mode", b"constant") != b"constant" or value is None:
+        return None
+    is_border = not pads[[0, 1, 4, 5]].any() and (pads >= 0).all() and not np.any(value)
+    return pads[[2, 3, 6, 7]] if is_border else None
+
+
+def _quantize_once(model: Any, name: str) -> None:
+    """Let all quantizers of a tensor but one read the values of that one, as integer kernels give one result.
+
+    It is the one with the widest range, so nothing is clipped more. The others round what is rounded already, which
+    moves a value by half a step of the first one at most.
+    """
+    readers = [reader for reader in model.find_consumers(name) if reader.op_type == "QuantizeLinear"]
+    if len(readers) < 2 or any(len(model.find_consumers(reader.output[0])) != 1 for reader in readers):
+        return
+    highest = {id(reader): _highest(model, reader) for reader in readers}
+    first, *others = sorted(readers, key=lambda reader: -highest[id(reader)])
+    (values,) = model.find_consumers(first.output[0])
+    if values.op_type != "DequantizeLinear" or any(_is_wider_below(model, other, first) for other in others):
+        return
+    for other in others:
+        other.input[0] = values.output[0]
+    # In an order in which they can be computed.
+    for node in (values, first):
+        model.graph.node.remove(node)
+        position = 1 + max((i for i, n in enumerate(model.graph.node) if name in n.output), default=-1)
+        model.graph.node.insert(position, node)
+    model.graph.node.remove(values)
+    model.graph.node.insert(1 + list(model.graph.node).index(first), values)
+
+
+def _highest(model: Any, quantizer: Any) -> float:
+    steps, zero = (_constant(model, name) for name in quantizer.input[1:3])
+    return float(np.max((np.iinfo(zero.dtype).max - zero.astype(np.float64)) * steps))
+
+
+def _is_wider_below(model: Any, quantizer: Any, other: Any) -> bool:
+    """Return whether a quantizer has levels below 0 and the other has none."""
+    lowest = [np.iinfo(_constant(model, node.input[2]).dtype).min for node in (quantizer, other)]
+    return lowest[0] < 0 <= lowest[1]
+
+
+def _fuse(model: Any, node: Any) -> None:
+    layer = _read(model, node)
     if layer is None:
-        return False
-    readers = model.find_consumers(conv.output[0])
+        return
+    readers = model.find_consumers(node.output[0])
     norm = readers[0] if len(readers) == 1 and readers[0].op_type == "BatchNormalization" else None
     if norm is not None and not _merge(model, layer, norm):
-        return False
+        return
     _use_bytes(layer)
+    make_room_for_bias(layer)
     accumulator = layer.input_step * layer.steps
-    bias = np.round(layer.bias / accumulator)
-    if (np.abs(bias) > _INT32.max).any():
-        return False
-    dequantized = [
-        _dequantized(model, layer.weights, layer.steps),
-        _dequantized(model, bias.astype(np.int32), accumulator),
-    ]
-    del conv.input[1:]
-    conv.input.extend(dequantized)
+    bias = np.round(layer.bias / accumulator).astype(np.int32)
+    del node.input[1:]
+    node.input.extend(
+        [
+            _unsigned_values(model, layer.weights, layer.steps, axis=0),
+            _values(model, bias, accumulator, zero=0, axis=0),
+        ]
+    )
     if norm is not None:
-        conv.output[0] = norm.output[0]
+        node.output[0] = norm.output[0]
         model.graph.node.remove(norm)
-    return True
 
 
-def _read(model: Any, conv: Any) -> _Layer | None:
+def _read(model: Any, node: Any) -> Layer | None:
     """None where something is not quantized, or not from 0 on."""
-    given, weights = _levels_behind(model, conv.input[0]), model.find_producer(conv.input[1])
-    if any(node is None or node.op_type != "DequantizeLinear" for node in (given, weights)):
+    if node.op_type == "Gemm" and not _is_plain(node):
         return None
-    stored = model.find_producer(weights.input[0])
-    ints = _constant(model, weights.input[0] if stored is None or stored.op_type != "Clip" else stored.input[0])
-    steps, zero = (_constant(model, name) for name in weights.input[1:3])
+    given, weights = _levels_behind(model, node.input[0]), model.find_producer(node.input[1])
+    if given is None or weights is None or weights.op_type != "DequantizeLinear":
+        return None
+    ints, steps, zero = (_constant(model, name) for name in weights.input)
     if ints is None or ints.dtype != np.int8 or np.any(zero) or np.any(_constant(model, given.input[2])):
         return None
     out = ints.shape[0]
-    bias = _constant(model, conv.input[2]) if len(conv.input) > 2 else np.zeros(out)
+    bias = _constant(model, node.input[2]) if len(node.input) > 2 else np.zeros(out)
     if bias is None:
         return None
     steps = np.broadcast_to(steps.astype(np.float64), (out,))
-    return _Layer(ints.copy(), steps, bias.astype(np.float64), float(_constant(model, given.input[1])))
+    return Layer(ints.copy(), steps, bias.astype(np.float64), float(_constant(model, given.input[1])))
+
+
+def _is_plain(gemm: Any) -> bool:
+    """Return whether a Gemm is a linear layer as PyTorch writes it: x @ weight.T + bias."""
+    factors = (attribute(gemm, "alpha", 1.0), attribute(gemm, "beta", 1.0))
+    return factors == (1.0, 1.0) and not attribute(gemm, "transA", 0) and attribute(gemm, "transB", 0) == 1
 
 
 def _levels_behind(model: Any, name: str) -> Any:
-    """Return the node that gives a tensor its levels: a max pool only passes them on."""
+    """Return the DequantizeLinear that gives a tensor its levels; None if it has none."""
     producer = model.find_producer(name)
-    while producer is not None and producer.op_type == "MaxPool":
+    while producer is not None and producer.op_type in _PASSING:
         producer = model.find_producer(producer.input[0])
-    return producer
+    return producer if producer is not None and producer.op_type == "DequantizeLinear" else None
 
 
-def _merge(model: Any, layer: _Layer, norm: Any) -> bool:
+def _merge(model: Any, layer: Layer, norm: Any) -> bool:
     """Take a BatchNorm into a layer; False where a level would have no counterpart of the other sign."""
     gamma, beta, mean, var = (_constant(model, name).astype(np.float64) for name in norm.input[1:5])
     factor = gamma / np.sqrt(var + attribute(norm, "epsilon", 1e-5))
@@ -115,35 +209,75 @@ def _merge(model: Any, layer: _Layer, norm: Any) -> bool:
     return True
 
 
-def _use_bytes(layer: _Layer) -> None:
+def _use_bytes(layer: Layer) -> None:
     """Multiplies weights by the largest power of two that fits into int8, channel by channel, and divides their steps.
 
     The products are the same and the accumulator, which biases are rounded to, is finer: of 4-bit weights by 16.
     """
     flat = layer.weights.reshape(len(layer.weights), -1).astype(np.float64)
     room = np.minimum(_INT8.max / flat.max(1).clip(min=1), _INT8.min / flat.min(1).clip(max=-1))
-    factor = 2.0 ** np.floor(np.log2(room))
-    layer.weights = (layer.weights * factor.reshape(-1, *[1] * (layer.weights.ndim - 1))).astype(np.int8)
-    layer.steps = layer.steps / factor
+    _scale(layer, 2.0 ** np.floor(np.log2(room)))
+
+
+def make_room_for_bias(layer: Layer) -> None:
+    """Give weights whose products are tiny beside their channel's bias steps with which the bias fits into int32.
+
+    Such weights are rounded, most of them to 0. With K weights to a channel that changes a result by at most
+    K * 255 / 2 of the new accumulator's steps, of which the bias has 2^30: less than a float's last bits.
+    """
+    excess = np.abs(layer.bias) / (layer.input_step * layer.steps * _LARGEST_BIAS)
+    _scale(layer, np.minimum(1, 1 / np.maximum(excess, 1)))
+
+
+def _scale(layer: Layer, factor: Any) -> None:
+    scaled = layer.weights * factor.reshape(-1, *[1] * (layer.weights.ndim - 1))
+    layer.weights, layer.steps = np.round(scaled).astype(np.int8), layer.steps / factor
+
+
+def _turn_weights(model: Any, product: Any) -> None:
+    """Store the weights of a linear layer on tokens as it multiplies them, (in, out)."""
+    turn = model.find_producer(product.input[1])
+    weights = None if turn is None or turn.op_type != "Transpose" else model.find_producer(turn.input[0])
+    if weights is None or weights.op_type != "DequantizeLinear":
+        return
+    ints, steps = (_constant(model, name) for name in weights.input[:2])
+    if ints is not None and ints.ndim == 2 and not np.any(_constant(model, weights.input[2])):
+        steps = np.broadcast_to(steps, (len(ints),))
+        product.input[1] = _unsigned_values(model, ints.T, steps, axis=1)
+
+
+def _use_unsigned_bytes(model: Any) -> None:
+    """Store signed activations as unsigned ones around 128, with the same values: all of a kernel have one type."""
+    for node in nodes_of(model, "QuantizeLinear", "DequantizeLinear"):
+        if _constant(model, node.input[2]).dtype == np.int8 and _constant(model, node.input[0]) is None:
+            node.input[2] = _new_constant(model, np.full_like(_constant(model, node.input[2]), _ZERO, dtype=np.uint8))
+    for clip in nodes_of(model, "Clip"):
+        for index, name in enumerate(clip.input[1:], 1):
+            if name and (bound := _constant(model, name)).dtype == np.int8:
+                clip.input[index] = _new_constant(model, (bound.astype(np.int16) + _ZERO).astype(np.uint8))
 
 
 def _constant(model: Any, name: str) -> Any:
-    """Return the value of a tensor that is fixed, also where it goes by another name; None for others."""
-    producer = model.find_producer(name)
-    while producer is not None and producer.op_type == "Identity":
-        name = producer.input[0]
-        producer = model.find_producer(name)
-    if producer is not None and producer.op_type == "Constant":
-        return library("onnx").numpy_helper.to_array(attribute(producer, "value"))
+    """Return the value of a tensor that is fixed; None for others."""
     return model.get_initializer(name)
 
 
-def _dequantized(model: Any, ints: Any, steps: Any) -> str:
-    """Return the name of the product of integers (out, ...) and steps (out,)."""
-    onnx = library("onnx")
-    names = [f"fused_{len(model.graph.initializer)}_{part}" for part in ("levels", "steps", "zero", "values")]
-    arrays = (ints, steps.astype(np.float32), np.zeros(len(steps), ints.dtype))
-    for name, array in zip(names, arrays, strict=False):
-        model.graph.initializer.append(onnx.numpy_helper.from_array(np.ascontiguousarray(array), name))
-    model.graph.node.insert(0, onnx.helper.make_node("DequantizeLinear", names[:3], names[3:], name=names[3], axis=0))
-    return names[3]
+def _new_constant(model: Any, value: Any) -> str:
+    name = f"fused_{len(model.graph.initializer)}"
+    model.graph.initializer.append(library("onnx").numpy_helper.from_array(np.asarray(value, order="C"), name))
+    return name
+
+
+def _unsigned_values(model: Any, ints: Any, steps: Any, *, axis: int) -> str:
+    """Return the name of signed bytes times steps along an axis, stored as unsigned bytes."""
+    return _values(model, (ints.astype(np.int16) + _ZERO).astype(np.uint8), steps, zero=_ZERO, axis=axis)
+
+
+def _values(model: Any, ints: Any, steps: Any, *, zero: int, axis: int) -> str:
+    """Return the name of (integers - zero) times steps along an axis."""
+    zeros = np.full(len(steps), zero, ints.dtype)
+    inputs = [_new_constant(model, value) for value in (ints, steps.astype(np.float32), zeros)]
+    output = f"{inputs[0]}_values"
+    node = library("onnx").helper.make_node("DequantizeLinear", inputs, [output], name=output, axis=axis)
+    model.graph.node.insert(0, node)
+    return output

@@ -74,5 +74,6 @@ HLS4ML = Format(
     max_bits=8,
     write=writer_for(_COMPILER),
     load=load_qonnx,
+    target="hls4ml",
     compiler=_COMPILER,
 )

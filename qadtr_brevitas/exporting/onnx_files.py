@@ -14,15 +14,15 @@ from torch import Tensor, nn
 
 from qadtr_brevitas.core.errors import ExportError
 from qadtr_brevitas.exporting.compiler import Compiler
+from qadtr_brevitas.exporting.constants import fold_constants
 from qadtr_brevitas.exporting.formats import Classifier, Format
 from qadtr_brevitas.exporting.fuse import fuse
 from qadtr_brevitas.exporting.graph import library
+from qadtr_brevitas.exporting.integers import integer_layers
 from qadtr_brevitas.exporting.rewrite import rewrite
 from qadtr_brevitas.exporting.rules import problems
 from qadtr_brevitas.exporting.shortcuts import replace_shortcuts
 
-# A session option of onnxruntime, which takes unsigned weights where signed ones saturate.
-PRECISE_PRODUCTS = ("session.x64quantprecision", "1")
 # The newest IR that the onnxruntime of the same time reads, whichever onnx wrote the file.
 _IR_VERSION = 10
 # Reduces to the operators that every compiler here knows.
@@ -77,17 +77,19 @@ def _write_qcdq(frozen: nn.Module, image: Tensor, path: Path) -> None:
     onnx = library("onnx")
     with _exporting():
         library("brevitas.export").export_onnx_qcdq(frozen, args=image, export_path=str(path), **_tracing())
-    written = onnx.load(str(path))
+    written = fold_constants(onnx.load(str(path)), keep=("DequantizeLinear",))
     written.ir_version = min(written.ir_version, _IR_VERSION)
     onnx.save(written, str(path))
 
 
 def _write_fused(frozen: nn.Module, image: Tensor, path: Path) -> None:
     """Write standard ONNX as onnxruntime computes it in integers."""
+    frozen = copy.deepcopy(frozen)
+    replace_shortcuts(frozen, image)
     _write_qcdq(frozen, image, path)
     model = library("qonnx.core.modelwrapper").ModelWrapper(str(path))
     fuse(model)
-    _save(model.transform(library("qonnx.transformation.general").RemoveUnusedTensors()), path)
+    _save(model, path)
 
 
 def _tracing() -> dict[str, Any]:
@@ -118,8 +120,6 @@ def _load_session(path: Path, level: str) -> Classifier:
     options = runtime.SessionOptions()
     options.graph_optimization_level = getattr(runtime.GraphOptimizationLevel, level)
     options.intra_op_num_threads = torch.get_num_threads()
-    # Without it products of bytes with signed bytes saturate on x86 processors that lack VNNI.
-    options.add_session_config_entry(*PRECISE_PRODUCTS)
     session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
     return _one_by_one(lambda image: session.run(None, {name: image})[0])
@@ -180,9 +180,9 @@ ORT = Format(
     name="ort",
     help="standard ONNX that onnxruntime fuses, fast, for 8 bit on CPUs",
     max_bits=8,
+    target="ort",
     write=_write_fused,
     load=_load_fused,
-    note=f"on x86 processors without VNNI, onnxruntime needs the session option {PRECISE_PRODUCTS[0]}=1: without it "
-    "sums of products of bytes saturate there and logits move by some percent",
+    count_integers=integer_layers,
     remedy="ort rounds biases to integers, which tells the more the fewer the bits: -f qcdq computes the same.",
 )

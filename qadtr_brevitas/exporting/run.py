@@ -25,6 +25,7 @@ from qadtr_brevitas.exporting.compiler import BuildTarget
 from qadtr_brevitas.exporting.estimate import Estimate, compiler_python, estimate
 from qadtr_brevitas.exporting.formats import Format, blockers, check_bits
 from qadtr_brevitas.exporting.graph import library
+from qadtr_brevitas.exporting.integers import IntegerLayers
 from qadtr_brevitas.exporting.rewrite import PIXELS
 from qadtr_brevitas.exporting.ties import Ties, break_ties, check_ties, count_ties
 from qadtr_brevitas.exporting.verify import TOLERANCE, Agreement, check, compare
@@ -49,6 +50,7 @@ class ExportReport:
         agreement: how the file and the network agree; None if it was not verified.
         ties: what rounding ties up changes, as FINN does; None for other formats, or if it was not verified.
         estimate: what it costs on an FPGA; None if that was not asked for.
+        integers: which layers are computed in integers; None for formats that do not tell.
         seed: of the patches' places.
         command: command line.
         created: date and time.
@@ -64,6 +66,7 @@ class ExportReport:
     agreement: Agreement | None
     ties: Ties | None
     estimate: Estimate | None
+    integers: IntegerLayers | None
     seed: int
     command: str
     created: str
@@ -144,6 +147,7 @@ def export(
             agreement=agreement,
             ties=ties,
             estimate=estimate(form.compiler, folder) if with_estimate and form.compiler is not None else None,
+            integers=None if form.count_integers is None else form.count_integers(file),
             seed=seed,
             command=command,
             created=datetime.now(UTC).isoformat(timespec="seconds"),

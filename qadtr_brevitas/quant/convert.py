@@ -195,7 +195,7 @@ def _check_target(target: Target, found: Probe, first_last: FirstLast, activatio
                 f"{name}={given!r} is not possible with target={target.name!r}, which computes with integers"
             )
     for product in found.products:
-        if product.name not in target.products and not product.is_constant:
+        if target.products is not None and product.name not in target.products and not product.is_constant:
             owner = product.owner or "the network"
             raise UsageError(
                 f"{target.name} computes convolutions of images and linear layers only, and {owner} computes "

@@ -1,4 +1,4 @@
-"""Targets: the FPGA compilers that networks are converted for, with their requirements as data."""
+"""Targets: the compilers and runtimes that networks are converted for, with their requirements as data."""
 
 from __future__ import annotations
 
@@ -18,18 +18,20 @@ class Target:
         name: the registered name.
         quantizer: registered name of the quantizer of weights and activations; those derived from it are allowed too.
         linear_per_channel: whether linear layers may have a weight threshold per output channel.
-        products: names of the functions that multiply and accumulate which it can compute.
+        products: names of the functions that multiply and accumulate which it can compute; None for all.
     """
 
     name: str
     quantizer: str = "uniform"
     linear_per_channel: bool = True
-    products: frozenset[str] = frozenset({"conv2d", "linear"})
+    products: frozenset[str] | None = frozenset({"conv2d", "linear"})
 
 
 FINN = Target(name="finn")
 # In fixed point only steps that are powers of two are exact. Scales per channel are refused in linear layers.
 HLS4ML = Target(name="hls4ml", quantizer="power-of-two", linear_per_channel=False)
+# onnxruntime computes layers in integers whose result is quantized, and sums of quantized values.
+ORT = Target(name="ort", products=None)
 
 
 def find_target(name: str | None) -> Target | None:

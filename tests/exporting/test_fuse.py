@@ -15,8 +15,9 @@ from torch import nn
 
 from qadtr_brevitas.evaluation.entries import LoadedModel
 from qadtr_brevitas.exporting import find_format
+from qadtr_brevitas.exporting.fuse import Layer, make_room_for_bias
 from qadtr_brevitas.pipeline.directories import ONNX_FILE
-from qadtr_brevitas.quant import freeze
+from qadtr_brevitas.quant import calibrate, freeze
 from tests.exporting.networks import Mobile, images_of, loaded, plain, residual, stem
 
 IMAGES = images_of((16, 16))
@@ -42,18 +43,21 @@ def optimized(folder: Path) -> Counter[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize(("net", "integer_layers"), [(plain, 3), (residual, 6), (Mobile, 8)])
 def test_at_8_bit_every_convolution_runs_in_integers(net: object, integer_layers: int, tmp_path: Path) -> None:
-    frozen = write(loaded(net(), target="finn", precisions=(8,)), 8, tmp_path)
+    frozen = write(loaded(net(), target="ort", precisions=(8,)), 8, tmp_path)
     with torch.no_grad():
         expected = frozen(IMAGES)
     found = find_format("ort").load(tmp_path / ONNX_FILE)(IMAGES)
     assert (found - expected).abs().amax(1).median() < 0.01 * expected.abs().max()
     kinds = optimized(tmp_path)
     assert kinds["QLinearConv"] == integer_layers
-    assert not {"BatchNormalization", "Conv"} & set(kinds)
+    assert not {"BatchNormalization", "Conv", "Add", "Gemm"} & set(kinds)
+    counted = find_format("ort").count_integers(tmp_path / ONNX_FILE)
+    # With the linear layer.
+    assert (counted.integer, counted.layers, counted.kept) == (integer_layers + 1, integer_layers + 1, {})
     # A byte a weight: the former weights are gone, and nothing is stored that is not read.
     graph = onnx.load(str(tmp_path / ONNX_FILE)).graph
     assert {tensor.name for tensor in graph.initializer} <= {name for node in graph.node for name in node.input}
-    stored = sum(math.prod(t.dims) for t in graph.initializer if t.data_type == onnx.TensorProto.INT8 and t.dims[1:])
+    stored = sum(math.prod(t.dims) for t in graph.initializer if t.data_type == onnx.TensorProto.UINT8 and t.dims[1:])
     assert stored == sum(module.weight.numel() for module in frozen.modules() if hasattr(module, "weight_quant"))
 
 
@@ -73,6 +77,56 @@ def test_a_norm_that_turns_signs_around_is_merged_where_levels_are_symmetric(tmp
         assert optimized(tmp_path)["QLinearConv"] == int(narrow)
 
 
+def test_a_channel_whose_bias_exceeds_its_accumulator_keeps_no_other_from_integers(tmp_path: Path) -> None:
+    net = nn.Sequential(*stem(8), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+    given = loaded(net, precisions=(8,))
+    with torch.no_grad():
+        # A dead channel: its products add at most some millionths to a bias of 3.
+        given.model.net[3].weight[2] *= 1e-9
+        given.model.net[3].bias[2] = 3.0
+        calibrate(given.model, [IMAGES])
+        frozen = write(given, 8, tmp_path)
+        expected = frozen(IMAGES)
+    found = find_format("ort").load(tmp_path / ONNX_FILE)(IMAGES)
+    assert (found - expected).abs().amax(1).median() < 0.01 * expected.abs().max()
+    assert optimized(tmp_path)["QLinearConv"] == 2
+
+
+def test_making_room_for_a_bias_moves_no_result_by_more_than_a_millionth_of_the_bias() -> None:
+    random = np.random.default_rng(0)
+    weights = random.integers(-127, 128, (4, 64)).astype(np.int8)
+    steps, bias = np.array([1e-2, 1e-9, 1e-12, 1e-30]), np.array([1.0, -5.0, 3.0, 3.0])
+    layer = Layer(weights.copy(), steps.copy(), bias.copy(), input_step=0.02)
+    make_room_for_bias(layer)
+    assert (np.abs(layer.bias / (layer.input_step * layer.steps)) <= 2**30 * 1.0001).all()
+    given = random.integers(0, 256, (100, 64)) * 0.02
+    exact, found = (given @ (w * s[:, None]).T + bias for w, s in ((weights, steps), (layer.weights, layer.steps)))
+    assert (np.abs(exact - found) <= 64 * 255 / 2 / 2**30 * np.abs(bias) * 1.001 + 1e-12).all()
+    assert np.array_equal(layer.weights[0], weights[0])
+
+
+@pytest.mark.parametrize("pad", [(1, 1, 1, 1), (0, 1, 0, 1)])
+def test_a_border_of_zeros_becomes_the_convolutions_own(pad: tuple[int, ...], tmp_path: Path) -> None:
+    padded = [nn.ZeroPad2d(pad), nn.Conv2d(8, 8, 3, 2)]
+    net = nn.Sequential(*stem(8), *padded, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+    frozen = write(loaded(net, precisions=(8,)), 8, tmp_path)
+    with torch.no_grad():
+        expected = frozen(IMAGES)
+    found = find_format("ort").load(tmp_path / ONNX_FILE)(IMAGES)
+    assert (found - expected).abs().amax(1).median() < 0.01 * expected.abs().max()
+    assert "Pad" not in {node.op_type for node in onnx.load(str(tmp_path / ONNX_FILE)).graph.node}
+    assert optimized(tmp_path)["QLinearConv"] == 2
+
+
+def test_layers_that_stay_float_are_named_with_the_reason(tmp_path: Path) -> None:
+    write(loaded(residual(), precisions=(8,)), 8, tmp_path)
+    found = find_format("ort").count_integers(tmp_path / ONNX_FILE)
+    assert found.layers == 7
+    assert found.integer == found.layers - len(found.kept)
+    assert set(found.kept) >= {"4.conv2", "5.conv2"}
+    assert all("--target ort" in reason for name, reason in found.kept.items() if name.endswith("conv2"))
+
+
 @pytest.mark.slow
 def test_what_is_not_quantized_is_left_alone(tmp_path: Path) -> None:
     frozen = write(loaded(residual(), precisions=(8,), first_last="float"), 8, tmp_path)
@@ -86,11 +140,11 @@ def test_weights_of_few_bits_use_whole_bytes(tmp_path: Path) -> None:
     given = loaded(plain(), precisions=(4,))
     frozen = write(given, 4, tmp_path)
     graph = onnx.load(str(tmp_path / ONNX_FILE)).graph
-    filters = [t for t in graph.initializer if t.data_type == onnx.TensorProto.INT8 and len(t.dims) == 4]
+    filters = [t for t in graph.initializer if t.data_type == onnx.TensorProto.UINT8 and len(t.dims) == 4]
     stored = list(map(numpy_helper.to_array, filters))
     assert len(stored) == 3
     for weights in stored:
-        peaks = np.abs(weights.reshape(len(weights), -1).astype(int)).max(1)
+        peaks = np.abs(weights.reshape(len(weights), -1).astype(int) - 128).max(1)
         assert ((peaks > 56) | (peaks == 0)).all()
     with torch.no_grad():
         expected = frozen(IMAGES)

@@ -1,0 +1,104 @@
+"""What is the same for every image is computed once, when a graph is written."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import numpy as np
+
+from qadtr_brevitas.exporting.graph import attribute, library
+
+
+def fold_constants(model: Any, *, keep: Collection[str] = ()) -> Any:
+    """Return a model without nodes that read constants alone, or only shapes, and without identities.
+
+    Args:
+        model: an ONNX ModelProto of standard operators, its nodes in an order in which they can be computed.
+        keep: kinds of nodes that stay, and with them all that reads them.
+    """
+    while True:
+        # Sizes that were computed are known once the nodes that computed them are folded.
+        model = library("onnx").shape_inference.infer_shapes(model)
+        count = len(model.graph.node)
+        _fold_shapes(model.graph)
+        _fold(model, keep)
+        remove_identities(model.graph)
+        remove_unread(model.graph)
+        if len(model.graph.node) == count:
+            return model
+
+
+def _fold_shapes(graph: Any) -> None:
+    shapes = _shapes(graph)
+    for node in list(graph.node):
+        shape = shapes.get(node.input[0]) if node.op_type == "Shape" else None
+        if shape is not None:
+            dims = np.array(shape[attribute(node, "start", 0) : attribute(node, "end", len(shape))], dtype=np.int64)
+            graph.initializer.append(library("onnx").numpy_helper.from_array(dims, node.output[0]))
+            graph.node.remove(node)
+
+
+def _shapes(graph: Any) -> dict[str, list[int]]:
+    """Return the shapes of tensors all of whose sizes are known."""
+    shapes: dict[str, list[int]] = {}
+    for value in (*graph.value_info, *graph.input):
+        kind = value.type.tensor_type
+        if kind.HasField("shape") and all(dim.HasField("dim_value") for dim in kind.shape.dim):
+            shapes[value.name] = [dim.dim_value for dim in kind.shape.dim]
+    return shapes
+
+
+def _fold(model: Any, keep: Collection[str]) -> None:
+    """Compute all nodes that read constants alone, in one pass."""
+    onnx, graph = library("onnx"), model.graph
+    fixed = {tensor.name for tensor in graph.initializer}
+    folded: list[Any] = []
+    stays: list[Any] = []
+    for node in graph.node:
+        is_fixed = node.op_type not in keep and node.domain == "" and fixed.issuperset(filter(None, node.input))
+        (folded if is_fixed else stays).append(node)
+        if is_fixed:
+            fixed.update(node.output)
+    read = {name for node in stays for name in node.input} | {output.name for output in graph.output}
+    wanted = [name for node in folded for name in node.output if name in read]
+    if wanted:
+        outputs = [onnx.helper.make_empty_tensor_value_info(name) for name in wanted]
+        part = onnx.helper.make_graph(folded, "constants", [], outputs, graph.initializer)
+        options = {"opset_imports": model.opset_import, "ir_version": model.ir_version}
+        evaluator = library("onnx.reference").ReferenceEvaluator(onnx.helper.make_model(part, **options))
+        values = zip(wanted, evaluator.run(None, {}), strict=True)
+        graph.initializer.extend(onnx.numpy_helper.from_array(np.asarray(value), name) for name, value in values)
+    del graph.node[:]
+    graph.node.extend(stays)
+
+
+def remove_identities(graph: Any) -> None:
+    """Let the readers of an Identity read what it reads, unless the graph's own output is one."""
+    outputs = {output.name for output in graph.output}
+    names: dict[str, str] = {}
+    kept: list[Any] = []
+    for node in graph.node:
+        for index, name in enumerate(node.input):
+            node.input[index] = names.get(name, name)
+        if node.op_type == "Identity" and node.output[0] not in outputs:
+            names[node.output[0]] = node.input[0]
+        else:
+            kept.append(node)
+    del graph.node[:]
+    graph.node.extend(kept)
+
+
+def remove_unread(graph: Any) -> None:
+    """Remove nodes and constants that nothing reads."""
+    wanted = {output.name for output in graph.output}
+    kept: list[Any] = []
+    for node in reversed(graph.node):
+        if not wanted.isdisjoint(node.output):
+            kept.append(node)
+            wanted.update(node.input)
+    constants = [tensor for tensor in graph.initializer if tensor.name in wanted]
+    del graph.node[:]
+    del graph.initializer[:]
+    graph.node.extend(reversed(kept))
+    graph.initializer.extend(constants)
