@@ -6,6 +6,7 @@ import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile, ZipFile
 
 import torch
 from safetensors import SafetensorError
@@ -14,8 +15,11 @@ from torch import Tensor, nn
 
 from qadtr_brevitas.core.errors import CheckpointError
 from qadtr_brevitas.data.archives import DATA_VARIABLE, data_folder
+from qadtr_brevitas.models.names import without_normalization, without_prefix
 
-WRAPPERS = ("state_dict", "model")
+# Where training scripts put weights beside other things; those of a moving average come last.
+WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "network", "weights", "params")
+AVERAGES = ("ema", "model_ema", "ema_state_dict", "state_dict_ema", "ema_model", "swa_model")
 PREFIXES = ("module.", "_orig_mod.")
 
 
@@ -42,8 +46,9 @@ def find_weights(path: str | Path) -> Path:
 def load_weights(path: str | Path) -> dict[str, Tensor]:
     """Read float weights from .safetensors, or from a file of torch.save (.pth, .pt, .th, .bin).
 
-    A state dict is also found under the keys `state_dict` and `model`. The prefixes that DataParallel and torch.compile
-    add to names are removed.
+    A state dict is also found under the keys that training scripts use (`state_dict`, `model`, `net`, ...; `ema` if
+    there is no other). The prefixes that DataParallel and torch.compile add to names are removed, and so are the
+    counters of profilers and moving averages.
 
     Returns:
         Tensors on the CPU by parameter name.
@@ -54,20 +59,53 @@ def load_weights(path: str | Path) -> dict[str, Tensor]:
     """
     file = find_weights(path)
     stored = _read_safetensors(file) if file.suffix == ".safetensors" else _read_pickled(file)
-    for key in WRAPPERS:
-        if isinstance(stored, Mapping) and isinstance(stored.get(key), Mapping):
-            stored = stored[key]
-    if not isinstance(stored, Mapping) or not stored or not all(isinstance(value, Tensor) for value in stored.values()):
-        raise CheckpointError(f"{file} holds no weights by name: save model.state_dict() in it")
-    return {_plain_name(name): value for name, value in stored.items()}
+    found = _state_dict(stored)
+    if not found:
+        raise CheckpointError(f"{file} holds no weights by name, but {_content(stored)}: save model.state_dict() in it")
+    named = {_plain_name(name): value for name, value in found.items()}
+    return {name: value for name, value in named.items() if not _is_counter(name)}
+
+
+def _state_dict(stored: Any) -> Mapping[str, Tensor]:
+    """Return the tensors by name within nested mappings; none if there are none, or it is not clear which."""
+    if not isinstance(stored, Mapping) or not stored:
+        return {}
+    items: Mapping[Any, Any] = stored
+    if all(isinstance(value, Tensor) for value in items.values()):
+        return items
+    parts = {key: value for key, value in items.items() if isinstance(value, Mapping)}
+    known = (*WRAPPERS, *AVERAGES)
+    for key in (*known, *parts):
+        # Under a key that is not known, it is not clear which of several mappings is meant.
+        if key in parts and (key in known or len(parts) == 1) and (found := _state_dict(parts[key])):
+            return found
+    return {}
+
+
+def _content(stored: Any) -> str:
+    """Return in words what a file holds."""
+    if not isinstance(stored, Mapping):
+        return f"{type(stored).__name__}"
+    kinds = {str(key): type(value).__name__ for key, value in dict[Any, Any](stored).items()}
+    shown = ", ".join(f"{key} ({kind})" for key, kind in list(kinds.items())[:6])
+    return (shown + (", ..." if len(kinds) > 6 else "")) or "an empty dict"
+
+
+def _is_counter(name: str) -> bool:
+    last = name.rpartition(".")[2]
+    return name == "n_averaged" or last in ("total_ops", "total_params")
 
 
 def load_into(model: nn.Module, weights: Mapping[str, Tensor], *, source: str, name: str) -> None:
     """Copy weights into a float model, in place; every parameter must be there and have the right shape.
 
+    A normalization that is stored beside them (`mu` and `sigma`, or `mean` and `std`) becomes that of the model's
+    `pretrained_cfg`.
+
     Args:
         model: the float model.
-        weights: by parameter name; BatchNorm's counters of batches may be missing.
+        weights: by parameter name, perhaps all with one prefix, as `model.`; BatchNorm's counters of batches may be
+            missing.
         source: where the weights are from, for the error.
         name: name of the model, for the error.
 
@@ -75,6 +113,7 @@ def load_into(model: nn.Module, weights: Mapping[str, Tensor], *, source: str, n
         CheckpointError: the weights are those of another network, or for another number of classes.
     """
     own = model.state_dict()
+    weights, statistics = without_normalization(without_prefix(weights, own), own)
     wrong_shape = [key for key in own if key in weights and weights[key].shape != own[key].shape]
     missing = [key for key in own if key not in weights and not key.endswith("num_batches_tracked")]
     unknown = [key for key in weights if key not in own]
@@ -92,6 +131,9 @@ def load_into(model: nn.Module, weights: Mapping[str, Tensor], *, source: str, n
             f"{', '.join(differing[:3])}; set model.name and model.args to those of the network it comes from"
         )
     model.load_state_dict(dict(weights))
+    if statistics is not None:
+        config = getattr(model, "pretrained_cfg", None) or {}
+        model.pretrained_cfg = {**config, **statistics}  # pyright: ignore[reportArgumentType]
 
 
 def _read_safetensors(file: Path) -> Any:
@@ -107,11 +149,33 @@ def _read_pickled(file: Path) -> Any:
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{file} holds pickled Python objects, which could run any code, so it is not loaded. If you trust it, "
-            f"save its weights anew: python -c \"import torch; c = torch.load('{file}', weights_only=False); "
-            f"torch.save(c.get('state_dict', c), '{file.with_suffix('.weights.pth')}')\""
+            f'save its weights anew: python -c "{_saving_anew(file)}"'
         ) from error
     except Exception as error:  # a damaged pickle can raise anything
+        if _is_scripted(file):
+            raise CheckpointError(
+                f"{file} holds a scripted or traced network, not weights: save the state_dict() of the network, or of "
+                "what torch.jit.load makes of the file"
+            ) from error
         raise _damaged(file, error) from error
+
+
+def _saving_anew(file: Path) -> str:
+    """Return Python code that takes the weights out of a pickled model, or of a dict that holds one."""
+    keys = repr((*WRAPPERS, *AVERAGES)).replace('"', "'")
+    return (
+        f"import torch; c = torch.load({str(file)!r}, weights_only=False); "
+        f"c = next((c[k] for k in {keys} if k in c), c) if isinstance(c, dict) else c; "
+        f"torch.save(c.state_dict() if hasattr(c, 'state_dict') else c, {str(file.with_suffix('.weights.pth'))!r})"
+    )
+
+
+def _is_scripted(file: Path) -> bool:
+    try:
+        with ZipFile(file) as archive:
+            return any("/code/" in name for name in archive.namelist())
+    except (BadZipFile, OSError):
+        return False
 
 
 def _damaged(file: Path, error: Exception) -> CheckpointError:
