@@ -2,24 +2,26 @@
 
     make bench                                # or: python examples/benchmark_export.py --images 320
 
-For each network, converted for FPGA compilers (their shared quantizers at sums let onnxruntime add integers too) and
-calibrated at 8 bit: processor seconds for a batch of one thread, the least of several rounds in which all forms take
-turns, so that other work on the machine slows them alike; bytes of the file; and how many images get the right class,
-or, for a network with random weights, the class that the quantized network in PyTorch gives.
+For each network, converted with --target ort and calibrated at 8 bit: processor seconds for a batch of one thread, the
+least of several rounds in which all forms take turns, so that other work on the machine slows them alike; bytes of the
+file; and how many images get the right class, or, without labels, the class that the quantized network in PyTorch
+gives. Beside them what `onnxruntime.quantization.quantize_static` makes of the float file, with signed and with
+unsigned bytes as weights: signed ones saturate on x86 processors without VNNI.
 
-ResNet-20 has its published weights where QADTR_BREVITAS_DATA names a folder with CIFAR-10 and them; EfficientNet-Lite0
-has random weights.
+Networks have their published weights where QADTR_BREVITAS_DATA names a folder with them, and else random ones; all but
+ResNet-20 see smooth noise.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,9 +31,15 @@ if TYPE_CHECKING:
 
     from qadtr_brevitas.quant import SwitchableModel
 
-CHECKPOINT = "resnet20_cifar10.safetensors"
-DEFAULT_MODELS = ("cifar_resnet20", "efficientnet_lite0")
+CHECKPOINTS = {
+    "cifar_resnet20": "resnet20_cifar10.safetensors",
+    "squeezenet1_1": "squeezenet1_1.safetensors",
+    "tf_efficientnet_lite0": "tf_efficientnet_lite0.safetensors",
+}
+DEFAULT_MODELS = (*CHECKPOINTS, "resnet18", "deit_tiny_patch16_224")
 BITS = 8
+# Images.
+CALIBRATION = 16
 
 
 @dataclass(frozen=True)
@@ -45,7 +53,7 @@ class Case:
 
 
 def make_case(name: str, images: int) -> Case:
-    """The network with published weights and CIFAR-10, where these are, or with random weights and noise."""
+    """The network with published weights, where these are; ResNet-20 then with CIFAR-10, others with smooth noise."""
     import torch
 
     from qadtr_brevitas.core.registry import DATASETS
@@ -53,23 +61,27 @@ def make_case(name: str, images: int) -> Case:
     from qadtr_brevitas.models.weights import load_into, load_weights
 
     torch.manual_seed(0)
-    checkpoint = Path(os.environ.get("QADTR_BREVITAS_DATA", ".")) / CHECKPOINT
-    net = create_float_model(name, num_classes=10, args={}).eval()
-    if name == "cifar_resnet20" and checkpoint.is_file():
+    checkpoint = Path(os.environ.get("QADTR_BREVITAS_DATA", ".")) / CHECKPOINTS.get(name, "-")
+    is_cifar = name.startswith("cifar_")
+    net = create_float_model(name, num_classes=10 if is_cifar else 1000, args={}).eval()
+    if checkpoint.is_file():
         load_into(net, load_weights(checkpoint), source=str(checkpoint), name=name)
+    if checkpoint.is_file() and is_cifar:
         split = DATASETS.load("cifar10")().load("test", limit=images, seed=0)
         batch, labels = split.batch(torch.arange(len(split)))
         return Case(name, net, batch, labels)
     size, _ = own_image_size(name, {})
-    return Case(name, net, torch.randint(256, (images, 3, size, size)) / 255, None)
+    coarse = torch.rand(images, 3, 8, 8)
+    return Case(name, net, torch.nn.functional.interpolate(coarse, (size, size), mode="bilinear"), None)
 
 
-def make_quantized(case: Case, batch_size: int) -> SwitchableModel:
+def make_quantized(case: Case) -> SwitchableModel:
     """The network at 32 and 8 bit, calibrated on the first images."""
     from qadtr_brevitas.quant import calibrate, convert
 
-    model = convert(case.net, [32, BITS], image_size=tuple(case.images.shape[2:]), target="finn")
-    calibrate(model, [case.images[:batch_size]])
+    height, width = case.images.shape[2:]
+    model = convert(case.net, [32, BITS], image_size=(height, width), target="ort")
+    calibrate(model, [case.images[:CALIBRATION]])
     return model.eval()
 
 
@@ -85,8 +97,36 @@ def session(path: Path) -> Callable[[Tensor], Tensor]:
     return lambda images: torch.from_numpy(made.run(None, {name: images.numpy()})[0])
 
 
+def quantize_static(path: Path, output: Path, batches: Sequence[Tensor], weights: str) -> None:
+    """What onnxruntime's own quantizer makes of a file, with steps per channel."""
+    from onnxruntime import quantization
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    class Reader(quantization.CalibrationDataReader):
+        """Every batch, once."""
+
+        def __init__(self) -> None:
+            self.batches = iter([{"images": batch.numpy()} for batch in batches])
+
+        def get_next(self) -> Any:
+            """Return the next batch, or None."""
+            return next(self.batches, None)
+
+    prepared = path.with_suffix(".prepared")
+    quant_pre_process(str(path), str(prepared))
+    quantization.quantize_static(
+        str(prepared),
+        str(output),
+        Reader(),
+        quant_format=quantization.QuantFormat.QDQ,
+        per_channel=True,
+        activation_type=quantization.QuantType.QUInt8,
+        weight_type=getattr(quantization.QuantType, weights),
+    )
+
+
 def make_forms(
-    model: SwitchableModel, batch: Tensor, folder: Path
+    model: SwitchableModel, images: Tensor, batch_size: int, folder: Path
 ) -> dict[str, tuple[Callable[[Tensor], Tensor], int]]:
     """Each form of the network by its name: what runs it, and the bytes of its file or weights."""
     import warnings
@@ -96,12 +136,19 @@ def make_forms(
     from qadtr_brevitas.exporting import find_format
     from qadtr_brevitas.quant import freeze
 
+    batch = images[:batch_size]
     floats, quantized = freeze(model, 32), freeze(model, BITS)
     for form in ("qcdq", "ort"):
         find_format(form).write(quantized, batch, folder / f"{form}.onnx")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.onnx.export(floats, (batch,), str(folder / "float.onnx"), dynamo=False, opset_version=17)
+        torch.onnx.export(
+            floats, (batch,), str(folder / "float.onnx"), dynamo=False, opset_version=17, input_names=["images"]
+        )
+    for kind in ("QInt8", "QUInt8"):
+        quantize_static(
+            folder / "float.onnx", folder / f"static-{kind}.onnx", images[:CALIBRATION].split(batch_size), kind
+        )
     bytes_of = {path.stem: path.stat().st_size for path in folder.glob("*.onnx")}
     return {
         "PyTorch, float": (floats, bytes_of["float"]),
@@ -109,6 +156,8 @@ def make_forms(
         "onnxruntime, float": (session(folder / "float.onnx"), bytes_of["float"]),
         "onnxruntime, qcdq": (session(folder / "qcdq.onnx"), bytes_of["qcdq"]),
         "onnxruntime, ort": (session(folder / "ort.onnx"), bytes_of["ort"]),
+        "quantize_static, U8S8": (session(folder / "static-QInt8.onnx"), bytes_of["static-QInt8"]),
+        "quantize_static, U8U8": (session(folder / "static-QUInt8.onnx"), bytes_of["static-QUInt8"]),
     }
 
 
@@ -118,9 +167,9 @@ def measure(name: str, images: int, batch_size: int, rounds: int) -> dict[str, A
 
     torch.set_num_threads(1)
     case = make_case(name, images)
-    model = make_quantized(case, batch_size)
+    model = make_quantized(case)
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-        forms = make_forms(model, case.images[:batch_size], Path(folder))
+        forms = make_forms(model, case.images, batch_size, Path(folder))
         seconds = {form: float("inf") for form in forms}
         for _ in range(rounds):
             for form, (run, _) in forms.items():
@@ -147,17 +196,17 @@ def main() -> None:
     """Measures, prints and writes the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", default=DEFAULT_MODELS, help="timm names")
-    parser.add_argument("--images", type=int, default=320, help="a multiple of the batch size")
-    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--images", type=int, default=320, help="a multiple of the batch sizes")
+    parser.add_argument("--batch-size", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--output", type=Path, default=Path("bench_export.json"))
     arguments = parser.parse_args()
-    if arguments.images % arguments.batch_size:
+    if any(arguments.images % size for size in arguments.batch_size):
         parser.error(f"--images must be a multiple of --batch-size, got {arguments.images}, {arguments.batch_size}")
     results: list[dict[str, Any]] = []
-    for name in arguments.models:
-        result = measure(name, arguments.images, arguments.batch_size, arguments.rounds)
-        print(f"{name}, {arguments.batch_size} images, one thread:")
+    for name, size in itertools.product(arguments.models, arguments.batch_size):
+        result = measure(name, arguments.images, size, arguments.rounds) | {"batch_size": size}
+        print(f"{name}, {size} images, one thread:")
         what = "accuracy" if result["labels"] else "same class"
         for form, row in result["forms"].items():
             print(f"  {form:28} {row['milliseconds']:8.1f} ms {row['bytes'] / 1e6:7.2f} MB  {what} {row['right']:.1%}")

@@ -18,6 +18,7 @@ def test_targets(name: str) -> None:
     check_target(TARGETS.load(name))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FORMATS.names())
 def test_formats(name: str) -> None:
     check_format(FORMATS.load(name))
