@@ -16,6 +16,8 @@ from qadtr_brevitas.core.files import fingerprint_facts, read_json, write_atomic
 from qadtr_brevitas.pipeline.directories import CELL_FOLDER
 
 _VERSION = 1
+# Images in one forward pass, if nothing else is asked for.
+DEFAULT_BATCH_SIZE = 256
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class CellKey:
         data: fingerprint of the images.
         patch: fingerprint of the patch; None for clean images.
         seed: seed of placements and random precisions; None for clean images that depend on neither.
+        batch_size: images in one forward pass, by which rounding differs, and with it levels; None for the default.
     """
 
     model: str
@@ -35,6 +38,7 @@ class CellKey:
     data: str
     patch: str | None = None
     seed: int | None = None
+    batch_size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -149,20 +153,25 @@ class CellStore:
                 continue
             try:
                 content: Any = read_json(path)
-                if content["version"] == _VERSION and content["key"] == asdict(key):
+                if content["version"] == _VERSION and content["key"] == _facts(key):
                     yield content["predictions"]
             except (CheckpointError, KeyError, TypeError):
                 continue
 
     def _save(self, key: _Key, predictions: Any) -> None:
-        content = {"version": _VERSION, "key": asdict(key), "predictions": predictions}
+        content = {"version": _VERSION, "key": _facts(key), "predictions": predictions}
         # Compact: one line of predictions instead of one line for each image.
         text = json.dumps(content, separators=(",", ":")) + "\n"
         write_atomically(self.path(key), lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
+def _facts(key: _Key) -> dict[str, Any]:
+    # Cells of older versions do not say the batch size; nearly all have the default one.
+    return {name: value for name, value in asdict(key).items() if (name, value) != ("batch_size", None)}
+
+
 def _file_name(key: _Key) -> str:
-    return f"{fingerprint_facts(asdict(key))}.json"
+    return f"{fingerprint_facts(_facts(key))}.json"
 
 
 def _tensor(values: Any, images: int) -> Tensor | None:

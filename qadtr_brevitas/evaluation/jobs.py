@@ -13,7 +13,7 @@ from torch import Tensor
 from qadtr_brevitas.core.progress import Progress
 from qadtr_brevitas.core.seeding import generator
 from qadtr_brevitas.data.split import Split
-from qadtr_brevitas.evaluation.cells import CellKey, CellStore, ChunkKey
+from qadtr_brevitas.evaluation.cells import DEFAULT_BATCH_SIZE, CellKey, CellStore, ChunkKey
 from qadtr_brevitas.evaluation.entries import LoadedModel, NamedPatch
 from qadtr_brevitas.evaluation.image_attacks import SourcedAttack
 from qadtr_brevitas.evaluation.predict import predict
@@ -98,9 +98,13 @@ class PatchJob:
     def key(self) -> CellKey:
         """What its predictions depend on."""
         where = self.victim.loaded.fingerprint, str(self.victim.precision), self.inputs.data
+        images = len(self.inputs.split)
+        size = min(self.inputs.batch_size, images)
+        size = None if size == min(DEFAULT_BATCH_SIZE, images) else size
         if self.patch_entry is None:
-            return CellKey(*where, seed=self.inputs.seed if self.victim.precision.is_random else None)
-        return CellKey(*where, self.patch_entry.facts.fingerprint, self.inputs.seed)
+            seed = self.inputs.seed if self.victim.precision.is_random else None
+            return CellKey(*where, seed=seed, batch_size=size)
+        return CellKey(*where, self.patch_entry.facts.fingerprint, self.inputs.seed, size)
 
     def loaded_models(self) -> Sequence[LoadedModel]:
         """Return the model attacked."""

@@ -161,6 +161,15 @@ def test_cell_of_other_images_is_not_taken(tmp_path: Path) -> None:
     assert loaded.model.forwards == 6
 
 
+def test_cells_of_another_batch_size_are_not_taken(tmp_path: Path) -> None:
+    # Rounding differs between batch sizes, and at few bits moves values to other levels.
+    run([reader()], [white_patch()], tmp_path)
+    for size, forwards in ((20, 12), (20, 0), (40, 0), (1000, 0), (256, 0)):
+        loaded = reader()
+        run([loaded], [white_patch()], tmp_path, batch_size=size)
+        assert loaded.model.forwards == forwards
+
+
 def test_several_models_and_targets(tmp_path: Path) -> None:
     report = small_report(tmp_path, models=("reader", "other"), targets=(2, 1))
     assert len(report.cells) == 2 * 2 * (8 + 2)
