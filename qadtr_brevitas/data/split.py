@@ -20,7 +20,7 @@ class Split:
     """Images with labels, as uint8: four times smaller than float32, and exact.
 
     Args:
-        images: uint8 (N, 3, H, W), RGB.
+        images: uint8 (N, C, H, W), RGB if C is 3.
         labels: int64 (N,), indices into `classes`.
         classes: names of the classes.
         drawn_from: how many images these were drawn from; None for all there are.
@@ -35,9 +35,9 @@ class Split:
     drawn_from: int | None = None
 
     def __post_init__(self) -> None:
-        if self.images.dtype != torch.uint8 or self.images.ndim != 4 or self.images.shape[1] != 3:
+        if self.images.dtype != torch.uint8 or self.images.ndim != 4 or self.images.shape[1] < 1:
             given = f"{self.images.dtype} {tuple(self.images.shape)}"
-            raise DataError(f"images are {given}: a split holds torch.uint8 of shape (N, 3, H, W)")
+            raise DataError(f"images are {given}: a split holds torch.uint8 of shape (N, C, H, W)")
         if self.labels.dtype != torch.int64 or self.labels.shape != self.images.shape[:1]:
             given = f"{self.labels.dtype} {tuple(self.labels.shape)}"
             raise DataError(f"labels are {given}: a split holds one torch.int64 for each of its {len(self)} images")
@@ -61,7 +61,7 @@ class Split:
         return height, width
 
     def batch(self, indices: Tensor, *, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-        """Return the chosen images as float32 (n, 3, H, W) in [0, 1], with labels int64 (n,), on `device`.
+        """Return the chosen images as float32 (n, C, H, W) in [0, 1], with labels int64 (n,), on `device`.
 
         Args:
             indices: int64 (n,), on the CPU.

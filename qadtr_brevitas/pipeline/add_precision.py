@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -14,8 +13,8 @@ from qadtr_brevitas.core.seeding import generator
 from qadtr_brevitas.data.split import Split
 from qadtr_brevitas.models.create import create_float_model
 from qadtr_brevitas.pipeline.calibration import CalibrationBatches, calibrate_on
-from qadtr_brevitas.pipeline.checkpoint import load_model, save_model
-from qadtr_brevitas.quant import SwitchableModel, allowed_precisions, convert, recalibrate_norms
+from qadtr_brevitas.pipeline.checkpoint import convert_again, load_model, save_model
+from qadtr_brevitas.quant import SwitchableModel, allowed_precisions, recalibrate_norms
 from qadtr_brevitas.quant.model_info import ModelInfo
 
 _FLOAT = Precision(FLOAT_BITS, FLOAT_BITS)
@@ -63,6 +62,4 @@ def add_precision(source: Path, target: Path, precision: Precision, images: Spli
 
 def _convert_again(info: ModelInfo, precisions: tuple[Precision, ...]) -> SwitchableModel:
     net = create_float_model(info.name, num_classes=info.num_classes, args=info.args)
-    settings: dict[str, Any] = {**info.quant, "precisions": precisions}
-    extended = convert(net, mean=info.mean, std=info.std, image_size=info.image_size, in_place=True, **settings)
-    return extended.eval()
+    return convert_again(net, info, precisions=precisions).eval()

@@ -13,15 +13,15 @@ from torch import nn
 from qadtr_brevitas.config import DataSection, ModelSection, Recipe
 from qadtr_brevitas.core.errors import DataError, UsageError
 from qadtr_brevitas.core.progress import Progress
+from qadtr_brevitas.core.seeding import derive_seed
 from qadtr_brevitas.data.split import Split, differing_class, numbered
+from qadtr_brevitas.models.channels import image_format
 from qadtr_brevitas.models.create import create_float_model, fixed_size_args, model_config, own_image_size
 from qadtr_brevitas.models.python_functions import is_function_name
 from qadtr_brevitas.models.weights import load_into, load_weights
 from qadtr_brevitas.pipeline.checkpoint import read_float_weights, read_info
 from qadtr_brevitas.quant import SwitchableModel, convert
 from qadtr_brevitas.quant.model_info import ModelInfo
-
-_CHANNELS = 3
 
 
 class Splits(NamedTuple):
@@ -154,6 +154,8 @@ def build_switchable(recipe: Recipe, train: Split, *, only_ranges: bool = False)
     else:
         classes = train.classes
         check_classes(recipe.model.num_classes or len(classes), train)
+    # Random weights are those of the seed, whatever ran before.
+    torch.manual_seed(derive_seed(recipe.seed, "build"))
     net = build_model(recipe.model, num_classes=len(classes), image_size=train.image_size)
     mean, std = _pixel_statistics(recipe.model, net)
     quant = recipe.quant.model_dump(mode="json", exclude={"calibration"})
@@ -167,8 +169,8 @@ def build_switchable(recipe: Recipe, train: Split, *, only_ranges: bool = False)
         num_classes=len(classes),
         image_size=train.image_size,
         classes=classes,
-        mean=mean,
-        std=std,
+        mean=tuple(model.mean.flatten().tolist()) if mean is None else mean,
+        std=tuple(model.std.flatten().tolist()) if std is None else std,
         quant=quant,
         data=data,
     )
@@ -244,15 +246,18 @@ def _as_pair(size: int | Sequence[int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
-def _pixel_statistics(section: ModelSection, net: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return mean and std of pixels in [0, 1], as the weights were trained with."""
+def _pixel_statistics(
+    section: ModelSection, net: nn.Module
+) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
+    """Return mean and std of pixels in [0, 1], as the weights were trained with; None if nothing records them."""
     if section.checkpoint is not None and _is_model_dir(section.checkpoint):
         info = read_info(section.checkpoint)
         return info.mean, info.std
     if not getattr(net, "pretrained_cfg", None):
-        # A network that records no normalization gets pixels as they are.
-        return (0.0,) * _CHANNELS, (1.0,) * _CHANNELS
-    config = resolve_data_config({}, model=net)
+        return None, None
+    config, images = resolve_data_config({}, model=net), image_format(net)
+    if len(config["mean"]) != images.size[0]:
+        return images.mean, images.std
     return tuple(config["mean"]), tuple(config["std"])
 
 

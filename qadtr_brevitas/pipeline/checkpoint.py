@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from dataclasses import asdict, fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from qadtr_brevitas.config.renamed import with_present_names
 from qadtr_brevitas.config.slots import slot_name
@@ -62,9 +63,11 @@ def stored_tensors(model: SwitchableModel) -> dict[str, Tensor]:
 def stored_info(model: SwitchableModel, info: ModelInfo) -> ModelInfo:
     """Return what a model was made of as its directory holds it: with the precisions and PTQ methods it has."""
     precisions = [p.weight if p.is_tied else str(p) for p in allowed_precisions(model)]
-    settings = {key: value for key, value in info.quant.items() if key != "ptq"}
+    settings = {key: value for key, value in info.quant.items() if key not in ("ptq", "wide_head_input")}
     methods = [{"name": slot_name(method), **plugin_settings(method)} for method in ptq_methods(model)]
+    # Only what differs from a plain conversion, so that equal models have equal fingerprints.
     added = {"ptq": methods} if methods else {}
+    added |= {"wide_head_input": True} if model.wide_head_input else {}
     return replace(info, quant={**settings, **added, "precisions": precisions})
 
 
@@ -100,7 +103,7 @@ def load_model(path: str | Path, *, device: torch.device | str = "cpu") -> tuple
     weights = load_weights(folder / WEIGHTS_FILE)
     try:
         net = create_float_model(info.name, num_classes=info.num_classes, args=info.args)
-        model = convert(net, mean=info.mean, std=info.std, image_size=info.image_size, in_place=True, **info.quant)
+        model = convert_again(net, info)
         model.load_state_dict(weights)
         model.info = info
     except (RuntimeError, TypeError, UsageError) as error:
@@ -109,6 +112,17 @@ def load_model(path: str | Path, *, device: torch.device | str = "cpu") -> tuple
             f"{folder / CONFIG_FILE} and {WEIGHTS_FILE} do not fit ({reason}): save the model again"
         ) from error
     return model.eval().to(device), info
+
+
+def convert_again(net: nn.Module, info: ModelInfo, **changes: Any) -> SwitchableModel:
+    """Convert a float network in place as a stored model was, with some settings changed.
+
+    Raises:
+        UsageError: as in `convert`.
+    """
+    # Older versions gave the last layer inputs of few bits, and recorded nothing.
+    settings: dict[str, Any] = {"wide_head_input": False, **info.quant, **changes}
+    return convert(net, mean=info.mean, std=info.std, image_size=info.image_size, in_place=True, **settings)
 
 
 def read_float_weights(path: str | Path) -> dict[str, Tensor]:

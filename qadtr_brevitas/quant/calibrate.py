@@ -23,6 +23,7 @@ from qadtr_brevitas.quant.switch import Observer, observing, switch_of
 from qadtr_brevitas.quant.switchable_quant import SwitchableActQuant, SwitchableQuant, SwitchableWeightQuant
 
 
+@torch.inference_mode(False)
 def calibrate(
     model: nn.Module,
     loader: Loader,

@@ -13,18 +13,23 @@ from torch import Tensor, nn
 from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.core.precision import DEFAULT_BITS, FLOAT_BITS, PrecisionLike, parse_precisions
 from qadtr_brevitas.core.registry import PTQ_METHODS
+from qadtr_brevitas.models.channels import ImageFormat, image_format
 from qadtr_brevitas.quant.conversion_report import ConversionReport, LayerReport
+from qadtr_brevitas.quant.layers import keep_hooks
 from qadtr_brevitas.quant.model import SwitchableModel
 from qadtr_brevitas.quant.norm import BATCH_NORMS
 from qadtr_brevitas.quant.plan import Activations, ConversionPlan, FirstLast, Norm, Residual, mark_first_and_last
 from qadtr_brevitas.quant.probe import Call, Probe, probe
 from qadtr_brevitas.quant.ptq import PtqMethod
 from qadtr_brevitas.quant.quantizer import Quantizer, make_quantizer
-from qadtr_brevitas.quant.rules import converted
+from qadtr_brevitas.quant.refusals import check_convertible
+from qadtr_brevitas.quant.rules import PLAIN_LAYERS, converted
 from qadtr_brevitas.quant.switch import Switch
 from qadtr_brevitas.quant.targets import Target, find_target
+from qadtr_brevitas.quant.verification import check_images_apart, check_same_function
 
 
+@torch.inference_mode(False)
 def convert(
     model: nn.Module,
     precisions: Sequence[PrecisionLike] = DEFAULT_BITS,
@@ -42,6 +47,7 @@ def convert(
     weight_quantizer: Quantizer | str | Mapping[str, Any] | None = None,
     act_quantizer: Quantizer | str | Mapping[str, Any] | None = None,
     ptq: Sequence[PtqMethod | str | Mapping[str, Any]] = (),
+    wide_head_input: bool = True,
     in_place: bool = False,
 ) -> SwitchableModel:
     """Convert a float network to a switchable model.
@@ -64,7 +70,8 @@ def convert(
         model: a network from images (N, C, H, W) to logits (N, classes), in any mode and on any device. It is copied,
             and not changed.
         precisions: the precisions to switch between; the first one is the current one at the start.
-        mean: mean per channel of pixels in [0, 1]; None for that of timm's pretrained_cfg, or 0.
+        mean: mean per channel of pixels in [0, 1]; None for that of timm's pretrained_cfg, or 0. It also says how many
+            channels images have; without it and std, the first convolution does.
         std: standard deviation per channel; None for that of timm's pretrained_cfg, or 1.
         image_size: height and width of images in pixels; None for those of timm's pretrained_cfg, or 224.
         first_last: first and last layer at 8 bit or more, at the same precision as the others, or float.
@@ -81,6 +88,8 @@ def convert(
         act_quantizer: the quantizer of activations, which have one threshold per tensor; likewise.
         ptq: PTQ methods whose states are added, as objects or by name; they change nothing until `calibrate()` sets
             them.
+        wide_head_input: with `first_last="8bit"`, keep 8 bit or more for a ReLU that the last layer reads directly too;
+            false for models of versions before 0.2.
         in_place: use the modules of the float network instead of copies, which saves the memory of its weights. The
             float network cannot be used afterwards.
 
@@ -88,12 +97,12 @@ def convert(
         The switchable model, on the device of the float one. Its `report` describes every layer.
 
     Raises:
-        UsageError: a precision is not possible; the network has no parameters or products to quantize, does not run on
-            such images, does not return logits, or computes products in a way that cannot be followed; a quantizer
-            or PTQ method is unknown or not possible; or the target does not support a product or setting.
+        UsageError: a precision is not possible; the network has no parameters or products to quantize, is converted
+            already, is scripted or not in float32, does not run on such images, does not return logits, or computes in
+            a way that cannot be followed; a quantizer or PTQ method is unknown or not possible; or the target does not
+            support a product or setting.
     """
-    if next(model.parameters(), None) is None:
-        raise UsageError(f"{type(model).__name__} has no parameters: there is nothing to quantize")
+    check_convertible(model)
     compiler = find_target(target)
     quantizers = [_quantizer(given, compiler) for given in (weight_quantizer, act_quantizer)]
     methods: list[PtqMethod] = [PTQ_METHODS.make(value) for value in ptq]
@@ -102,9 +111,8 @@ def convert(
     net = model if in_place else copy.deepcopy(model)
     training = model.training
     switch = Switch(parse_precisions(precisions))
-    config = _image_config(net, mean, std, image_size)
-    device = next((p.device for p in net.parameters()), torch.device("cpu"))
-    found = probe(net, _noise(config).to(device), nonnegative=not any(config["mean"]), sums=compiler is not None)
+    device = next(net.parameters()).device
+    images, found = _probed(net, device, mean=mean, std=std, image_size=image_size, sums=compiler is not None)
     _check_products(net, found)
     if compiler is not None:
         _check_target(compiler, found, first_last, activations)
@@ -120,40 +128,65 @@ def convert(
         target=compiler,
         weight_quantizer=quantizers[0],
         act_quantizer=quantizers[1],
+        wide_head_input=wide_head_input,
         probe=found,
     )
     modules = dict(net.named_modules())
     sizes = {str(precision): _size(net, plan, precision.weight) for precision in switch.allowed}
-    reports = [*_convert_called(net, modules, plan), *_uncalled(modules, found)]
-    switchable = SwitchableModel(net, switch, mean=config["mean"], std=config["std"]).to(device)
+    replaced: dict[nn.Module, str] = {}
+    reports = [*_convert_called(net, modules, plan, replaced), *_uncalled(modules, found)]
+    switchable = SwitchableModel(net, switch, mean=images.mean, std=images.std).to(device)
     switchable.train(training)
+    if not in_place:
+        replaced |= {module: name or "the network" for name, module in model.named_modules()}
+    held = set(switchable.modules())
+    pixels, _ = _noise(images, device)
+    check_same_function(switchable, pixels, found.logits, {m: name for m, name in replaced.items() if m not in held})
+    if activations == "dynamic":
+        check_images_apart(switchable, torch.cat([pixels, 1 - pixels[:1]]))
     for method in methods:
         method.prepare(switchable)
-    switchable.image_size, switchable.num_classes = config["size"][1:], found.outputs
+    switchable.image_size, switchable.num_classes = images.size[1:], found.logits.shape[1]
+    switchable.wide_head_input = any(map(plan.is_wide_end, found.calls))
     switchable.report = ConversionReport(tuple(reports), sizes)
     return switchable
 
 
-def _image_config(
+def _probed(
     net: nn.Module,
+    device: torch.device,
+    *,
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
     image_size: tuple[int, int] | None,
-) -> dict[str, Any]:
-    own = getattr(net, "pretrained_cfg", None) or {}
-    channels, *own_size = own.get("input_size", (3, 224, 224))
-    return {
-        "mean": tuple(mean or own.get("mean", (0.0,) * channels)),
-        "std": tuple(std or own.get("std", (1.0,) * channels)),
-        "size": (channels, *(image_size or own_size)),
-    }
+    sums: bool,
+) -> tuple[ImageFormat, Probe]:
+    """Return the images that a network takes, and the record of its forward on two of them."""
+
+    def run(images: ImageFormat) -> tuple[ImageFormat, Probe]:
+        _, normalized = _noise(images, device)
+        return images, probe(net, normalized, nonnegative=not any(images.mean), sums=sums)
+
+    images, certain = (
+        image_format(net, mean=mean, std=std, image_size=image_size, guess=guess) for guess in (True, False)
+    )
+    try:
+        return run(images)
+    except UsageError:
+        if images == certain:
+            raise
+        try:
+            return run(certain)
+        except UsageError:
+            pass
+        raise
 
 
-def _noise(config: dict[str, Any]) -> Tensor:
-    """Return two normalized images of pixel noise, (2, C, H, W)."""
-    pixels = torch.rand(2, *config["size"], generator=torch.Generator().manual_seed(0))
-    mean, std = (torch.tensor(config[key]).view(1, -1, 1, 1) for key in ("mean", "std"))
-    return (pixels - mean) / std
+def _noise(images: ImageFormat, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return two images of pixel noise, (2, C, H, W) in [0, 1], and the same normalized."""
+    pixels = torch.rand(2, *images.size, generator=torch.Generator().manual_seed(0))
+    mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (images.mean, images.std))
+    return pixels.to(device), ((pixels - mean) / std).to(device)
 
 
 def _check_products(net: nn.Module, found: Probe) -> None:
@@ -203,8 +236,13 @@ def _check_target(target: Target, found: Probe, first_last: FirstLast, activatio
             )
 
 
-def _convert_called(net: nn.Module, modules: dict[str, nn.Module], plan: ConversionPlan) -> Iterator[LayerReport]:
-    """Convert every module that runs, and yield what was done."""
+def _convert_called(
+    net: nn.Module, modules: dict[str, nn.Module], plan: ConversionPlan, replaced: dict[nn.Module, str]
+) -> Iterator[LayerReport]:
+    """Convert every module that runs, under all of its names; note those that are replaced, and yield what was done."""
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in net.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
     for name, call in plan.probe.calls.items():
         module, kind = modules[name], type(modules[name]).__name__
         outcome = converted(call, module, plan)
@@ -212,9 +250,17 @@ def _convert_called(net: nn.Module, modules: dict[str, nn.Module], plan: Convers
             yield from _loose_parameters(name, module)
             continue
         replacement, note = outcome
+        if replacement is not None and "forward" in vars(module):
+            raise UsageError(
+                f"{name or 'the network'} ({kind}) has a forward that was set on it, which its replacement would lose: "
+                f"define it in a class that derives from {kind}"
+            )
         if replacement is not None and replacement is not module:
             replacement.train(module.training)
-            net.set_submodule(name, replacement)
+            keep_hooks(module, replacement)
+            for other in names[module]:
+                net.set_submodule(other, replacement)
+            replaced[module] = name
         if replacement is not None and call.count > 1:
             note += f"; shared by {call.count} places"
         yield _report(call, module, kind, note, plan, quantized=replacement is not None and not _is_norm(module))
@@ -270,19 +316,21 @@ def _uncalled(modules: dict[str, nn.Module], found: Probe) -> Iterator[LayerRepo
 
 
 def _size(net: nn.Module, plan: ConversionPlan, bits: int) -> int:
-    """Return the bytes of a network with packed weights of a bit-width, and a scale for each of their channels."""
+    """Return the bytes of a network with packed weights of a bit-width, and a scale for each of their thresholds."""
     total = sum(x.numel() * x.element_size() for x in (*net.parameters(), *net.buffers()))
     if bits == FLOAT_BITS:
         return total
     counted: set[str] = set()
     for product in plan.probe.products:
+        is_layer = type(net.get_submodule(product.owner)) in PLAIN_LAYERS
         for operand in product.operands:
             key = "/".join(sorted(operand.parameters))
             if plan.stays_float(product) or not key or key in counted:
                 continue
             counted.add(key)
             own_bits = max(bits, plan.min_bits(product))
-            total += (prod(operand.shape) * (own_bits - FLOAT_BITS)) // 8 + 4 * operand.shape[0]
+            scales = plan.thresholds(product, operand, is_layer=is_layer)
+            total += (prod(operand.shape) * (own_bits - FLOAT_BITS)) // 8 + 4 * scales
     return total
 
 

@@ -24,6 +24,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.core.precision import Precision
+from qadtr_brevitas.quant.frozen import version_of
 from qadtr_brevitas.quant.layers import SwitchableConv2d
 from qadtr_brevitas.quant.norm import SwitchableBatchNorm, norms
 from qadtr_brevitas.quant.switch import Switch, observing, switch_of
@@ -66,7 +67,10 @@ class FoldedNorms:
         """
         key = (conv, self.switch.precision)
         if key not in self.computed:
-            with torch.no_grad():
+            # A tensor of inference mode could not take part in a later forward that records gradients.
+            with torch.inference_mode(False), torch.no_grad():
+                if weight.is_inference():
+                    weight = weight.clone()
                 if (norm := self.norm_after.get(conv)) is not None:
                     weight, bias = _folded(norm, self.switch.precision, weight, bias)
                 # On CPUs convolutions are faster in channels-last format, which the format of the weights selects.
@@ -168,12 +172,12 @@ def _find_norms(model: nn.Module, images: Tensor) -> tuple[Tensor, dict[nn.Modul
     def leave(conv: nn.Module, _: Any, output: Tensor) -> None:
         calls[conv] = calls.get(conv, 0) + 1
         # The tensor is kept so that no other one gets its id.
-        outputs[id(output)] = conv, output, _version(output)
+        outputs[id(output)] = conv, output, version_of(output)
 
     def enter(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         calls[norm] = calls.get(norm, 0) + 1
         conv, tensor, version = outputs.get(id(inputs[0]), (None, inputs[0], 0))
-        if conv is not None and _version(tensor) == version and isinstance(norm, SwitchableBatchNorm):
+        if conv is not None and version_of(tensor) == version and isinstance(norm, SwitchableBatchNorm):
             norm_after[conv] = norm
 
     convs = [module for module in model.modules() if isinstance(module, SwitchableConv2d)]
@@ -185,8 +189,3 @@ def _find_norms(model: nn.Module, images: Tensor) -> tuple[Tensor, dict[nn.Modul
         for handle in handles:
             handle.remove()
     return logits, {conv: norm for conv, norm in norm_after.items() if calls[conv] == calls[norm] == 1}
-
-
-def _version(tensor: Tensor) -> int:
-    """Return how often a tensor was changed in place."""
-    return tensor._version

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import torch
 from brevitas.inject.enum import ScalingImplType
 from brevitas.nn import QuantConv2d, QuantIdentity, QuantLinear, QuantReLU
 from brevitas.quant import (
@@ -25,11 +26,13 @@ from qadtr_brevitas.quant.layers import (
     SwitchableReLU,
     SwitchableReLU6,
     brevitas_twin,
+    keep_hooks,
 )
-from qadtr_brevitas.quant.model import SwitchableModel
+from qadtr_brevitas.quant.model import SwitchableModel, normalize
 from qadtr_brevitas.quant.norm import SwitchableBatchNorm
 from qadtr_brevitas.quant.products import QuantizedFunctions, exclude_products, restore_products
 from qadtr_brevitas.quant.proxies import SwitchableActProxy, SwitchableWeightProxy, act_injector
+from qadtr_brevitas.quant.quantizer import SMALLEST_THRESHOLD
 from qadtr_brevitas.quant.switch import Switch, at_precision
 from qadtr_brevitas.quant.switchable_quant import SwitchableQuant, SwitchableWeightQuant
 
@@ -50,9 +53,10 @@ class FrozenModel(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         # Dynamic quantizers need it to find the values of each image.
         self._switch.images = len(images)
-        return self.net((images - self.mean) / self.std)
+        return self.net(normalize(images, self.mean, self.std))
 
 
+@torch.inference_mode(False)
 def freeze(model: SwitchableModel, precision: PrecisionLike) -> FrozenModel:
     """Return a copy of a switchable model at one precision, of stock Brevitas layers and quantizers only.
 
@@ -73,8 +77,13 @@ def freeze(model: SwitchableModel, precision: PrecisionLike) -> FrozenModel:
     """
     with at_precision(model, precision):
         copied = copy.deepcopy(model)
-        for name, module in list(copied.named_modules()):
-            if (replacement := _frozen_layer(module)) is not None:
+        replacements: dict[nn.Module, nn.Module | None] = {}
+        for name, module in list(copied.named_modules(remove_duplicate=False)):
+            if module not in replacements:
+                replacements[module] = _frozen_layer(module)
+                if (replacement := replacements[module]) is not None:
+                    keep_hooks(module, replacement)
+            if (replacement := replacements[module]) is not None:
                 copied.set_submodule(name, replacement)
         for module in list(copied.modules()):
             if isinstance(module, QuantizedFunctions):
@@ -182,5 +191,6 @@ def _settings(quantizer: SwitchableQuant) -> dict[str, Any]:
     return {
         "bit_width": quantizer.bits,
         "scaling_impl_type": ScalingImplType.PARAMETER,
+        "scaling_min_val": SMALLEST_THRESHOLD,
         "scaling_init": threshold if threshold.numel() > 1 else float(threshold),
     }

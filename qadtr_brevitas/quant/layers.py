@@ -20,6 +20,18 @@ from qadtr_brevitas.quant.proxies import SwitchableActProxy, SwitchableWeightPro
 from qadtr_brevitas.quant.ptq import PtqMethod, PtqState
 from qadtr_brevitas.quant.switch import Switch
 
+# Torch has no public way to move hooks.
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+)
+
 
 class BiasOffsets(PtqState):
     """The offset per output channel that a layer adds to its bias at each precision below 32.
@@ -163,3 +175,11 @@ class SwitchableGate(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.quant(self.gate(x))
+
+
+def keep_hooks(module: nn.Module, replacement: nn.Module) -> None:
+    """Move the hooks of a module that is replaced to its replacement, which may hold the module."""
+    for name in _HOOKS:
+        if hooks := vars(module)[name]:
+            vars(replacement)[name] = hooks
+            vars(module)[name] = None if isinstance(hooks, bool) else type(hooks)()

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.quant.conversion_report import ConversionReport
 from qadtr_brevitas.quant.model_info import ModelInfo
 from qadtr_brevitas.quant.switch import Switch, frozen_weights
@@ -26,6 +28,7 @@ class SwitchableModel(nn.Module):
         image_size: height and width of the images it was converted for, in pixels.
         num_classes: number of logits per image.
         report: what the conversion did to every layer.
+        wide_head_input: whether a ReLU keeps 8 bit because the last layer reads it (`convert()`).
         info: what the model was made of; None if unknown.
     """
 
@@ -34,6 +37,7 @@ class SwitchableModel(nn.Module):
     image_size: tuple[int, int]
     num_classes: int
     report: ConversionReport
+    wide_head_input: bool = False
     info: ModelInfo | None
 
     def __init__(self, net: nn.Module, switch: Switch, *, mean: Sequence[float], std: Sequence[float]) -> None:
@@ -44,6 +48,10 @@ class SwitchableModel(nn.Module):
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.switch.let_go()
+
     def frozen_weights(self) -> AbstractContextManager[None]:
         """Quantize each weight once for all forward passes of a block (`quant.frozen_weights`)."""
         return frozen_weights(self)
@@ -52,17 +60,59 @@ class SwitchableModel(nn.Module):
         """Return the logits of images.
 
         Args:
-            images: (N, C, H, W) in [0, 1].
+            images: (N, C, H, W) in [0, 1]; a network of one channel takes color images too (`normalize`).
 
         Returns:
             Logits, (N, classes).
         """
         self.switch.images = len(images)
-        normalized = (images - self.mean) / self.std
+        normalized = normalize(images, self.mean, self.std)
         if (folding := self.switch.folding) is None:
-            return self.net(normalized)
+            return _checked(self.net(normalized))
         with folding.arithmetic(images):
-            return self.net(normalized).to(images.dtype)
+            return _checked(self.net(normalized)).to(images.dtype)
+
+    @property
+    def channels(self) -> int:
+        """The number of channels of images."""
+        return self.mean.numel()
 
     def extra_repr(self) -> str:
         return f"precision={self.switch.precision}, allowed={', '.join(str(p) for p in self.switch.allowed)}"
+
+
+def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Return normalized images; color images for a network of one channel become their mean over the channels.
+
+    Args:
+        images: (N, C, H, W) in [0, 1].
+        mean: (1, C, 1, 1).
+        std: (1, C, 1, 1).
+
+    Raises:
+        UsageError: images have another number of channels.
+    """
+    # The shape of an image is a constant of a traced graph, which takes as many channels as the network.
+    if not torch.jit.is_tracing():
+        images = _with_channels(images, mean.shape[1])
+    return (images - mean) / std
+
+
+def _with_channels(images: Tensor, channels: int) -> Tensor:
+    if images.dim() == 4 and images.shape[1] == channels:
+        return images
+    if images.dim() == 4 and channels == 1 and images.shape[1] == 3:
+        return images.mean(1, keepdim=True)
+    raise UsageError(
+        f"images have the shape {tuple(images.shape)}, but the network takes (N, {channels}, H, W): give images of "
+        f"{channels} channel{'' if channels == 1 else 's'}"
+    )
+
+
+def _checked(logits: object) -> Tensor:
+    if not isinstance(logits, Tensor):
+        raise UsageError(
+            f"the network returns {type(logits).__name__} in this mode, not logits alone: make it without auxiliary "
+            "outputs (for instance aux_logits=False) and convert it again"
+        )
+    return logits

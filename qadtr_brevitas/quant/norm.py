@@ -7,14 +7,17 @@ shared. AdaBits, Any-Precision and DWQ keep a whole BatchNorm per precision: `no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from timm.layers import BatchNormAct2d
+from timm.layers import BatchNormAct2d, SyncBatchNormAct
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.nn import functional as F
 from torch.nn.modules import batchnorm
+from torch.nn.modules._functions import SyncBatchNorm as SyncFunction
 
 from qadtr_brevitas.core.precision import Precision, PrecisionLike
 from qadtr_brevitas.data.batches import ImageBatches, Loader
@@ -23,7 +26,10 @@ from qadtr_brevitas.quant.switch import Switch, at_precision, evaluating, precis
 # The base class of BatchNorm1d, 2d and 3d has no public name.
 BatchNorm = batchnorm._BatchNorm  # pyright: ignore[reportPrivateUsage]
 # The norms that have a switchable form, by their exact classes.
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, BatchNormAct2d)
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, BatchNormAct2d, SyncBatchNormAct)
+# The statistics of a branch, and what a cumulative mean over all batches counts.
+_COUNT = "num_batches_tracked"
+_STATE = ("running_mean", "running_var", "weight", "bias", _COUNT)
 
 
 class NormBranch(nn.Module):
@@ -31,6 +37,7 @@ class NormBranch(nn.Module):
 
     running_mean: Tensor
     running_var: Tensor
+    num_batches_tracked: Tensor | None
 
     def __init__(self, norm: BatchNorm, *, own_affine: bool) -> None:
         super().__init__()
@@ -40,12 +47,22 @@ class NormBranch(nn.Module):
         self.register_buffer("running_var", norm.running_var.clone())
         self.weight = nn.Parameter(norm.weight.detach().clone()) if own_affine and norm.affine else None
         self.bias = nn.Parameter(norm.bias.detach().clone()) if own_affine and norm.affine else None
+        counter = norm.num_batches_tracked if norm.momentum is None else None
+        self.register_buffer(_COUNT, None if counter is None else counter.clone())
+        self.register_load_state_dict_pre_hook(_add_count)
+
+
+def _add_count(branch: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Give the state of an older version, which counted no batches, the count that the branch has."""
+    if isinstance(branch.num_batches_tracked, Tensor):
+        state.setdefault(prefix + _COUNT, branch.num_batches_tracked)
 
 
 class SwitchableBatchNorm(BatchNorm):
     """BatchNorm with running statistics, and optionally an affine, per precision.
 
-    The 32-bit branch is the module itself, so float checkpoints load and 32 bit is exact.
+    The 32-bit branch is the module itself, so float checkpoints load and 32 bit is exact. A training batch with one
+    value per channel is normalized with the running statistics, which it leaves as they are.
 
     Args:
         norm: the float BatchNorm, for images or sequences, or timm's with an activation inside; its parameters and
@@ -66,9 +83,11 @@ class SwitchableBatchNorm(BatchNorm):
         self.train(norm.training)
         self.float_class = type(norm)
         self.switch = switch
-        if isinstance(norm, BatchNormAct2d):
-            self.add_module("drop", norm.drop)  # pyright: ignore[reportArgumentType]
-            self.add_module("act", norm.act)  # pyright: ignore[reportArgumentType]
+        # The group that averages statistics over processes, of a SyncBatchNorm.
+        self.process_group: Any = getattr(norm, "process_group", None)
+        self.averaged: int | None = None
+        for name, module in norm.named_children():
+            self.add_module(name, module)
         assert self.running_mean is not None
         self.branches = nn.ModuleDict(
             {
@@ -94,10 +113,37 @@ class SwitchableBatchNorm(BatchNorm):
     def forward(self, input: Tensor) -> Tensor:  # named as in nn.BatchNorm2d
         if self.switch.folding is not None and self in self.switch.folding.norms:
             y = input
+        elif self.training and self._is_synchronized():
+            y = self._synchronized(input)
         else:
-            momentum = 0.1 if self.momentum is None else self.momentum
-            y = F.batch_norm(input, *self.at(self.switch.precision), self.training, momentum, self.eps)
+            # One value per channel, as of a single image after a global pool, has no variance.
+            measures = self.training and input.numel() > input.shape[1]
+            share = self._share_of_batch() if measures else 0.0
+            y = F.batch_norm(input, *self.at(self.switch.precision), measures, share, self.eps)
         return self.act(self.drop(y)) if hasattr(self, "act") else y
+
+    def _share_of_batch(self) -> float:
+        """Return the weight of a training batch in the statistics, and count the batch."""
+        if self.averaged is not None:
+            self.averaged += 1
+            return 1 / self.averaged
+        if self.momentum is not None:
+            return self.momentum
+        counter = self.branch(self.switch.precision).num_batches_tracked
+        assert counter is not None
+        return 1 / int(counter.add_(1))
+
+    def _is_synchronized(self) -> bool:
+        if not issubclass(self.float_class, nn.SyncBatchNorm) or not (dist.is_available() and dist.is_initialized()):
+            return False
+        return dist.get_world_size(self.process_group or dist.group.WORLD) > 1
+
+    def _synchronized(self, input: Tensor) -> Tensor:
+        """Return the normalized batch, with statistics over the batches of all processes."""
+        mean, var, weight, bias = self.at(self.switch.precision)
+        group = self.process_group or dist.group.WORLD
+        share, size = self._share_of_batch(), dist.get_world_size(group)
+        return SyncFunction.apply(input, weight, bias, mean, var, self.eps, share, group, size)  # pyright: ignore
 
     def frozen(self) -> BatchNorm:
         """Return a norm of the float class with the statistics and affine of the current precision."""
@@ -105,8 +151,9 @@ class SwitchableBatchNorm(BatchNorm):
         state = {**self.state_dict(), **self.branch(self.switch.precision).state_dict()}
         own = {name for name, _ in (*norm.named_parameters(recurse=False), *norm.named_buffers(recurse=False))}
         norm.load_state_dict({name: value for name, value in state.items() if name in own}, strict=False)
-        if isinstance(norm, BatchNormAct2d):
-            norm.drop, norm.act = self.drop, self.act
+        for name, module in self.named_children():
+            if name != "branches":
+                norm.add_module(name, module)
         return norm
 
 
@@ -120,12 +167,13 @@ def copy_float_statistics(model: nn.Module) -> None:
     with torch.no_grad():
         for norm in norms(model):
             for branch in norm.branches.values():
-                for name in ("running_mean", "running_var", "weight", "bias"):
+                for name in _STATE:
                     target = getattr(branch, name)
                     if target is not None:
                         target.copy_(getattr(norm, name))
 
 
+@torch.inference_mode(False)
 def recalibrate_norms(model: nn.Module, loader: Loader, *, precisions: Sequence[PrecisionLike] | None = None) -> None:
     """Measure the norm statistics of each precision again, as the mean over batches.
 
@@ -142,25 +190,19 @@ def recalibrate_norms(model: nn.Module, loader: Loader, *, precisions: Sequence[
     layers = norms(model)
     batches = ImageBatches(loader, device=next(model.parameters()).device)
     for precision in precisions_or_all(model, precisions):
-        with evaluating(model), at_precision(model, precision), _averaging(layers) as count_batch:
-            for count, images in enumerate(batches, start=1):
-                count_batch(count)
+        with evaluating(model), at_precision(model, precision), _averaging(layers):
+            for images in batches:
                 model(images)
 
 
 @contextmanager
-def _averaging(layers: Sequence[SwitchableBatchNorm]) -> Generator[Callable[[int], None]]:
-    """Put norm layers in training mode, so that after n batches their statistics are the mean over these n."""
-    momenta = [layer.momentum for layer in layers]
+def _averaging(layers: Sequence[SwitchableBatchNorm]) -> Generator[None]:
+    """Put norm layers in training mode, with the mean over all batches and calls as their statistics."""
     for layer in layers:
         layer.train()
-
-    def count_batch(count: int) -> None:
-        for layer in layers:
-            layer.momentum = 1.0 / count
-
+        layer.averaged = 0
     try:
-        yield count_batch
+        yield
     finally:
-        for layer, momentum in zip(layers, momenta, strict=True):
-            layer.momentum = momentum
+        for layer in layers:
+            layer.averaged = None

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any, Literal
 
-from torch import Tensor, nn
+from torch import nn
 
 from qadtr_brevitas.core.precision import FLOAT_BITS, MIN_BITS
 from qadtr_brevitas.quant.probe import Operand, Probe, Product
+from qadtr_brevitas.quant.products import ROWS_ARE_CHANNELS
 from qadtr_brevitas.quant.provenance import IMAGE
 from qadtr_brevitas.quant.proxies import act_injector, weight_injector
 from qadtr_brevitas.quant.quantizer import Quantizer
@@ -33,6 +35,7 @@ class ConversionPlan:
         target: the compiler to convert for; None for any.
         weight_quantizer: the quantizer of weights.
         act_quantizer: the quantizer of activations.
+        wide_head_input: as in `convert()`.
         probe: the record of a forward of the network.
     """
 
@@ -46,6 +49,7 @@ class ConversionPlan:
     target: Target | None
     weight_quantizer: Quantizer
     act_quantizer: Quantizer
+    wide_head_input: bool
     probe: Probe
 
     def min_bits(self, product: Product) -> int:
@@ -59,34 +63,50 @@ class ConversionPlan:
             return any(operand.fixed for operand in product.operands)
         return product.is_constant or (product.is_first_or_last and self.first_last == "float")
 
-    def weight_shape(self, weight: Tensor, *, linear: bool) -> tuple[int, ...]:
-        """Return the shape of the thresholds of a layer's weight, which is (out, in / groups, ...).
+    def weight_shape(self, shape: Sequence[int], *, linear: bool) -> tuple[int, ...]:
+        """Return the shape of the thresholds of a layer's weight of the shape (out, in / groups, ...).
 
         A layer whose input channels are not a multiple of the group size has one threshold per output channel.
         """
         granularity = self.weight_quantizer.granularity or ("channel" if self.per_channel else "tensor")
         if linear and self.target is not None and not self.target.linear_per_channel:
             granularity = "tensor"
-        ones = (1,) * (weight.dim() - 1)
+        ones = (1,) * (len(shape) - 1)
         if granularity == "tensor":
             return (1, *ones)
         size = self.weight_quantizer.group_size
-        if granularity == "group" and weight.shape[1] % size == 0 and weight.shape[1] > size:
-            return (weight.shape[0], weight.shape[1] // size, 1, *ones[1:])
-        return (weight.shape[0], *ones)
-
-    @property
-    def rows_have_thresholds(self) -> bool:
-        """Whether each output channel of a weight that is computed in the forward has its own threshold."""
-        return (self.weight_quantizer.granularity or ("channel" if self.per_channel else "tensor")) != "tensor"
+        if granularity == "group" and shape[1] % size == 0 and shape[1] > size:
+            return (shape[0], shape[1] // size, 1, *ones[1:])
+        return (shape[0], *ones)
 
     def is_wide_stream(self, name: str | None) -> bool:
-        """Return whether an activation module keeps 8 bit, so that the layers that read it quantize it further."""
+        """Return whether an activation module keeps 8 bit as a residual stream."""
         return self.residual == "8bit" and name in self.probe.calls and self.probe.calls[name].feeds_sum
 
-    def is_quantized(self, operand: Operand) -> bool:
-        """Return whether an operand holds values that an activation module has quantized to the wanted bit-width."""
-        return operand.origin not in (None, IMAGE) and not self.is_wide_stream(operand.origin)
+    def is_wide_end(self, name: str | None) -> bool:
+        """Return whether an activation module keeps 8 bit because the first or last layer reads it."""
+        wanted = self.wide_head_input and self.first_last == "8bit"
+        return wanted and name in self.probe.calls and self.probe.calls[name].feeds_end
+
+    def is_quantized(self, operand: Operand, product: Product) -> bool:
+        """Return whether an operand holds values that an activation module has quantized to the wanted bit-width.
+
+        Layers that read a wide activation quantize it further.
+        """
+        if operand.origin in (None, IMAGE) or self.is_wide_stream(operand.origin):
+            return False
+        return not self.is_wide_end(operand.origin) or self.min_bits(product) == WIDE_BITS
+
+    def thresholds(self, product: Product, operand: Operand, *, is_layer: bool) -> int:
+        """Return the number of thresholds of a weight: of a layer, or of a product that a module computes itself."""
+        if is_layer:
+            return prod(self.weight_shape(operand.shape, linear=product.name == "linear"))
+        return operand.shape[0] if self.is_per_channel(product) else 1
+
+    def is_per_channel(self, product: Product) -> bool:
+        """Return whether each output channel of a weight that is computed in the forward has its own threshold."""
+        granularity = self.weight_quantizer.granularity or ("channel" if self.per_channel else "tensor")
+        return granularity != "tensor" and product.name in ROWS_ARE_CHANNELS
 
     def activation(self, *, signed: bool, min_bits: int, max_threshold: float | None = None) -> Any:
         """Return the injector of a quantizer of activations."""
@@ -143,6 +163,10 @@ def mark_first_and_last(net: nn.Module, probe: Probe) -> None:
         product.is_first_or_last = reads_image or product.owner in heads
     if counted:
         counted[0].is_first_or_last = counted[-1].is_first_or_last = True
+    for product in counted:
+        for operand in product.operands:
+            if product.is_first_or_last and operand.origin in probe.calls:
+                probe.calls[operand.origin].feeds_end = True
 
 
 def _classifier_names(net: nn.Module) -> Iterator[str]:

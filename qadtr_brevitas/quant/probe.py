@@ -94,6 +94,7 @@ class Call:
     count: int = 0
     products: list[Product] = field(default_factory=list[Product])
     feeds_sum: bool = False
+    feeds_end: bool = False
 
 
 @dataclass
@@ -104,13 +105,13 @@ class Probe:
         calls: every module that was called, by name, in order of first use.
         products: every product, in order of first use; sums are only in `calls`.
         unseen_macs: multiply-accumulates, for one image, of functions that are not known as products.
-        outputs: number of logits per image.
+        logits: the logits of the images, (N, classes).
     """
 
     calls: dict[str, Call]
     products: list[Product]
     unseen_macs: int
-    outputs: int
+    logits: Tensor
 
 
 class _ProbeMode(TorchFunctionMode):
@@ -135,12 +136,15 @@ class _ProbeMode(TorchFunctionMode):
         if (inside := without_dispatch(func)) is not None:
             with self:
                 return inside(*args, **kwargs)
-        if name in CLOSED:
+        facts = TensorFacts(self.known, func, args, kwargs)
+        if name in CLOSED and not facts.is_fixed:
             self._refuse(name)
-        facts = TensorFacts(self.known, name, [*args, *kwargs.values()])
         before = self.counter.get_total_flops()
         y = func(*args, **kwargs)
         counted = (self.counter.get_total_flops() - before) // 2
+        if name in CLOSED:
+            # The same for every image, as the norm of a weight.
+            self.seen_macs += counted
         if self.sums and is_sum(name, args, kwargs):
             self._note_product(SUM, operands(SUM, args, kwargs), 0)
         if is_product(name, args):
@@ -192,10 +196,10 @@ class _ProbeMode(TorchFunctionMode):
         self.calls.setdefault(name, Call(name)).count += 1
         self.frames.append((name, Counter()))
 
-    def leave(self, name: str, module: nn.Module, y: Any) -> None:
+    def leave(self, name: str, y: Any, *, is_activation: bool) -> None:
         """Record the end of a module's forward."""
         self.frames.pop()
-        if type(module) in ACTIVATIONS:
+        if is_activation:
             self.known.mark(y, name)
 
 
@@ -222,20 +226,23 @@ def probe(net: nn.Module, images: Tensor, *, nonnegative: bool = False, sums: bo
                 f"{type(net).__name__} does not run on an image of {size}: {error}{_own_size(net, images)}"
             ) from error
     unseen = watch.counter.get_total_flops() // 2 - watch.seen_macs
-    return Probe(watch.calls, watch.products, unseen // len(images), _outputs(net, images, y))
+    return Probe(watch.calls, watch.products, unseen // len(images), _checked_logits(net, images, y))
 
 
-def _outputs(net: nn.Module, images: Tensor, y: Any) -> int:
+def _checked_logits(net: nn.Module, images: Tensor, y: Any) -> Tensor:
     kind = type(net).__name__
     if not isinstance(y, Tensor):
         raise UsageError(
             f"{kind} returns {type(y).__name__}, not logits (N, classes): wrap it so that it returns the logits alone"
+            + (" (without features_only)" if isinstance(y, list) else "")
         )
-    if y.ndim < 2 or len(y) != len(images):
+    if y.ndim != 2 or len(y) != len(images) or not y.is_floating_point():
         raise UsageError(
             f"{kind} returns {tuple(y.shape)} for {len(images)} images: it must return logits of the shape (N, classes)"
         )
-    return y.shape[1]
+    if getattr(net, "num_classes", None) == 0:
+        raise UsageError(f"{kind} has no classifier (num_classes=0) and returns features: make it with num_classes=N")
+    return y
 
 
 def _own_size(net: nn.Module, images: Tensor) -> str:
@@ -271,10 +278,13 @@ def _hooks(net: nn.Module, watch: _ProbeMode) -> Generator[None]:
 
 
 def _watch(name: str, module: nn.Module, watch: _ProbeMode) -> Sequence[Any]:
+    # A hook may replace the output of an activation by anything.
+    is_activation = type(module) in ACTIVATIONS and not module._forward_hooks  # pyright: ignore[reportPrivateUsage]
+
     def enter(_: nn.Module, args: tuple[Any, ...]) -> None:
         watch.enter(name)
 
-    def leave(module: nn.Module, args: tuple[Any, ...], y: Any) -> None:
-        watch.leave(name, module, y)
+    def leave(_: nn.Module, args: tuple[Any, ...], y: Any) -> None:
+        watch.leave(name, y, is_activation=is_activation)
 
     return module.register_forward_pre_hook(enter), module.register_forward_hook(leave)

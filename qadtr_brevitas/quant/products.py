@@ -226,6 +226,16 @@ def products_not_intercepted() -> Generator[None]:
         _pause.depth -= 1
 
 
+@contextmanager
+def _pause_ended() -> Generator[None]:
+    """Intercept products inside the block, though those of an enclosing module are not."""
+    depth, _pause.depth = _pause.depth, 0
+    try:
+        yield
+    finally:
+        _pause.depth = depth
+
+
 class _Interception(TorchFunctionMode):
     """Passes each product of a forward, in order, to the module that quantizes its operands."""
 
@@ -266,8 +276,18 @@ class QuantizedFunctions(nn.Module):
         if not self.product_quant.is_active:
             return super().forward(*args, **kwargs)
         products = iter(self.product_quant)
-        with _Interception(products, sums=self.product_quant.has_sums):  # pyright: ignore[reportArgumentType]
+        with _pause_ended(), _Interception(products, sums=self.product_quant.has_sums):  # pyright: ignore[reportArgumentType]
             return super().forward(*args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # Pickle finds the base class by its name, but not the class that is derived from it at run time.
+        return _unfilled, (type(self).__mro__[2],), self.__getstate__()
+
+
+def _unfilled(base: type[nn.Module]) -> nn.Module:
+    """Return a module of the quantized class of a class, without any attribute."""
+    quantized = _quantized_class(base)
+    return quantized.__new__(quantized)
 
 
 def quantize_products(module: nn.Module, products: ProductQuant) -> None:
@@ -292,15 +312,16 @@ def exclude_products(layer: nn.Module) -> None:
 
     Switchable layers exclude theirs themselves.
     """
+    layer.register_forward_pre_hook(_begin_pause)
+    layer.register_forward_hook(_end_pause, always_call=True)
 
-    def enter(module: nn.Module, args: Any) -> None:
-        _pause.depth += 1
 
-    def leave(module: nn.Module, args: Any, y: Any) -> None:
-        _pause.depth -= 1
+def _begin_pause(module: nn.Module, args: Any) -> None:
+    _pause.depth += 1
 
-    layer.register_forward_pre_hook(enter)
-    layer.register_forward_hook(leave, always_call=True)
+
+def _end_pause(module: nn.Module, args: Any, y: Any) -> None:
+    _pause.depth -= 1
 
 
 @cache

@@ -6,10 +6,12 @@ Three facts about a tensor are recorded, which hold whatever the weights are: wh
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
+
+from qadtr_brevitas.quant.frozen import version_of
 
 # The origin of the image; the other origins are names of activation modules.
 IMAGE = "image"
@@ -39,26 +41,43 @@ _SIGN_KEEPING = _PRESERVING | _POOLS | _names("amax cat concat interpolate max s
 _SHAPED_AS = _names("empty_like full_like new_empty new_full new_ones new_tensor new_zeros ones_like zeros_like")
 
 
+# The filling value and the mode of these may make other values than those of the first argument, and negative ones.
+_PADS = _names("_pad pad")
+_RESIZES = _names("interpolate")
+_SIGN_KEEPING_MODES = _names("nearest nearest-exact linear bilinear trilinear area")
+
+
 class TensorFacts:
-    """The facts known about the arguments of one call.
+    """The facts known about the arguments of one call, before the call.
 
     Args:
         known: the provenance of all tensors so far.
-        name: name of the function.
-        args: every argument, positional or named.
+        function: the function.
+        args: the positional arguments.
+        kwargs: the named ones.
     """
 
-    def __init__(self, known: Provenance, name: str, args: Iterable[Any]) -> None:
-        given = list(args)
+    def __init__(
+        self, known: Provenance, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> None:
+        name = getattr(function, "__name__", "")
+        given = [*args, *kwargs.values()]
         found = [] if name in _SHAPED_AS else list(tensors_in(given))
+        self._versions = [(x, version_of(x)) for x in tensors_in(given)]
         self.name = name
-        self.first = found[0] if found else None
+        self.is_preserving = name in _PRESERVING
         self.first_origin = known.origin(found[0]) if found else None
         self.origins = [origin for x in found if (origin := known.origin(x)) is not None]
         self.is_fixed = all(known.is_fixed(x) for x in found)
         self.parameters = frozenset[str]().union(*(known.parameters(x) for x in found))
         numbers = [x for x in given if isinstance(x, int | float)] if name in _ARITHMETIC else []
         self.is_nonnegative = bool(found) and min(numbers, default=0) >= 0 and all(map(known.is_nonnegative, found))
+        if name in _PADS:
+            filling = float(_argument("value", 3, args, kwargs) or 0)
+            self.is_preserving, self.is_nonnegative = filling == 0, self.is_nonnegative and filling >= 0
+        elif name in _RESIZES:
+            mode = _argument("mode", 3, args, kwargs) or "nearest"
+            self.is_nonnegative = self.is_nonnegative and mode in _SIGN_KEEPING_MODES
 
     @property
     def result_is_nonnegative(self) -> bool:
@@ -69,7 +88,16 @@ class TensorFacts:
     @property
     def result_needs_quantizing(self) -> bool:
         """Whether the result has other levels than a quantized argument."""
-        return self.name not in _PRESERVING and self.name not in _POOLS
+        return not self.is_preserving and self.name not in _POOLS
+
+    @property
+    def changed(self) -> list[Tensor]:
+        """The arguments that the call changed in place."""
+        return [x for x, version in self._versions if version_of(x) != version]
+
+
+def _argument(name: str, position: int, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    return args[position] if position < len(args) else kwargs.get(name)
 
 
 class Provenance:
@@ -87,8 +115,10 @@ class Provenance:
         self._fixed: dict[int, frozenset[str]] = {id(buffer): frozenset() for buffer in net.buffers()}
         self._fixed |= {id(parameter): frozenset([name]) for name, parameter in net.named_parameters()}
         self._nonnegative: set[int] = {id(image)} if nonnegative_image else set()
-        # Tensors are kept alive so that no id is used twice.
-        self._alive: list[Tensor] = [image]
+        # By the memory that they share. Tensors are kept alive so that no id is used twice.
+        self._views: dict[int, list[Tensor]] = {}
+        for x in (image, *net.buffers(), *net.parameters()):
+            self._remember(x)
 
     def origin(self, x: Tensor) -> str | None:
         """Return the name of the activation module whose values x holds, IMAGE, or None."""
@@ -111,26 +141,46 @@ class Provenance:
         self._forget(x)
         self._origins[id(x)] = origin
         self._nonnegative.add(id(x))
-        self._alive.append(x)
+        self._remember(x)
 
     def follow(self, facts: TensorFacts, result: Any) -> None:
         """Record the facts about the result of a call, from those about its arguments before the call."""
-        if facts.name == "__setitem__" and facts.first is not None and not facts.is_fixed:
-            self._forget(facts.first)
+        for x in facts.changed:
+            self._forget_views(x, facts)
         for y in tensors_in([result]):
             self._forget(y)
-            if facts.name in _PRESERVING and facts.first_origin is not None:
+            if facts.is_preserving and facts.first_origin is not None:
                 self._origins[id(y)] = facts.first_origin
             if facts.is_fixed:
                 self._fixed[id(y)] = facts.parameters
             if facts.result_is_nonnegative:
                 self._nonnegative.add(id(y))
-            self._alive.append(y)
+            self._remember(y)
+
+    def _forget_views(self, changed: Tensor, facts: TensorFacts) -> None:
+        """Forget what a change in place makes false: of the tensor, and of all that share its memory."""
+        if facts.is_preserving:
+            return
+        for x in self._views.get(_memory(changed), []):
+            self._origins.pop(id(x), None)
+            if id(x) in self._fixed:
+                self._fixed[id(x)] |= facts.parameters
+            if not facts.is_fixed:
+                self._fixed.pop(id(x), None)
+            if not facts.result_is_nonnegative:
+                self._nonnegative.discard(id(x))
+
+    def _remember(self, x: Tensor) -> None:
+        self._views.setdefault(_memory(x), []).append(x)
 
     def _forget(self, x: Tensor) -> None:
         self._origins.pop(id(x), None)
         self._fixed.pop(id(x), None)
         self._nonnegative.discard(id(x))
+
+
+def _memory(x: Tensor) -> int:
+    return x.untyped_storage().data_ptr()
 
 
 def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:

@@ -15,9 +15,12 @@ from brevitas.proxy import ActQuantProxyFromInjector, WeightQuantProxyFromInject
 from brevitas.quant_tensor import IntQuantTensor
 from torch import Tensor, nn
 
+from qadtr_brevitas.quant.pickling import allow_pickling
 from qadtr_brevitas.quant.switch import Switch
 from qadtr_brevitas.quant.switchable_quant import SwitchableActQuant, SwitchableDynamicQuant, SwitchableWeightQuant
 from qadtr_brevitas.quant.uniform import Uniform
+
+allow_pickling()
 
 
 class _KeepTensorQuant:

@@ -22,8 +22,8 @@ Levels = tuple[int, int]
 
 Granularity = Literal["tensor", "channel", "group"]
 
-# Training may drive a threshold to zero, but a step must stay positive (as with Brevitas's scaling_min_val).
-SMALLEST_THRESHOLD = 1e-6
+# Training may drive a threshold to zero, but a step must stay positive, and a normal number with 16 bit too.
+SMALLEST_THRESHOLD = 1e-30
 
 
 @plugin

@@ -22,7 +22,6 @@ from qadtr_brevitas.quant.plan import ConversionPlan
 from qadtr_brevitas.quant.probe import Call, Operand, Product
 from qadtr_brevitas.quant.products import (
     ATTENTION,
-    ROWS_ARE_CHANNELS,
     ProductQuant,
     QuantizedAttention,
     QuantizedProduct,
@@ -33,7 +32,7 @@ from qadtr_brevitas.quant.products import (
 from qadtr_brevitas.quant.switchable_quant import WIDE_BITS
 
 # Exact classes: a subclass may have another forward, which its replacement would lose.
-_PLAIN_LAYERS = (nn.Conv2d, nn.Linear, timm.layers.Linear)
+PLAIN_LAYERS = (nn.Conv2d, nn.Linear, timm.layers.Linear)
 _GATES = (nn.Sigmoid, nn.Hardsigmoid, timm.layers.Sigmoid, timm.layers.HardSigmoid)
 _PASSES = "passes values through"
 _NEXT = "its result is quantized where the next layer needs it"
@@ -68,7 +67,12 @@ def converted(call: Call, module: nn.Module, plan: ConversionPlan) -> tuple[nn.M
         if all(plan.stays_float(product) and not product.is_sum for product in call.products):
             exclude_products(module)
             return None, _left_float(call.products)
-        if type(module) in _PLAIN_LAYERS:
+        if type(module) in PLAIN_LAYERS and len(call.products) > 1:
+            raise UsageError(
+                f"{call.name or 'the network'} has a hook that computes {call.products[1].name}, which would stay "
+                "float: compute it in the forward of a module"
+            )
+        if type(module) in PLAIN_LAYERS:
             return _layer(call.products[0], module, plan), _layer_note(call.products[0], module, plan)
         return _with_products(call, module, plan), "; ".join(_product_note(p, plan) for p in call.products)
     if type(module) in (nn.ReLU, nn.ReLU6):
@@ -96,13 +100,15 @@ def _left_float(products: list[Product]) -> str:
 
 
 def _activation(call: Call, module: nn.Module, plan: ConversionPlan) -> tuple[nn.Module, str]:
-    wide = plan.is_wide_stream(call.name)
-    min_bits = WIDE_BITS if wide else 0
-    stream = ", residual stream, at least 8 bit" if wide else ""
+    stream, end = plan.is_wide_stream(call.name), plan.is_wide_end(call.name)
+    min_bits = WIDE_BITS if stream or end else 0
+    why = ", residual stream" if stream else ", read by the last layer" if end else ""
     if isinstance(module, nn.ReLU6):
         quant = plan.activation(signed=False, min_bits=min_bits, max_threshold=6.0)
-        return SwitchableReLU6(act_quant=quant), "unsigned, per tensor, at most 6" + stream
-    return SwitchableReLU(act_quant=plan.activation(signed=False, min_bits=min_bits)), "unsigned, per tensor" + stream
+        return SwitchableReLU6(act_quant=quant), "unsigned, per tensor, at most 6" + why + _at_least(min_bits)
+    return SwitchableReLU(
+        act_quant=plan.activation(signed=False, min_bits=min_bits)
+    ), "unsigned, per tensor" + why + _at_least(min_bits)
 
 
 def _norm(module: nn.Module, plan: ConversionPlan) -> tuple[nn.Module | None, str]:
@@ -125,10 +131,10 @@ def _float_note(module: nn.Module) -> str:
 def _layer(product: Product, module: nn.Module, plan: ConversionPlan) -> nn.Module:
     assert isinstance(module, nn.Conv2d | nn.Linear)
     min_bits = plan.min_bits(product)
-    shape = plan.weight_shape(module.weight, linear=isinstance(module, nn.Linear))
+    shape = plan.weight_shape(module.weight.shape, linear=isinstance(module, nn.Linear))
     read, _ = product.operands
     input_quant = None
-    if not plan.is_quantized(read):
+    if not plan.is_quantized(read, product):
         input_quant = plan.activation(signed=not read.nonnegative, min_bits=min_bits)
     weight_quant = plan.weight(shape, min_bits=min_bits)
     return brevitas_twin(module, SwitchableConv2d, SwitchableLinear, weight_quant=weight_quant, input_quant=input_quant)
@@ -136,11 +142,11 @@ def _layer(product: Product, module: nn.Module, plan: ConversionPlan) -> nn.Modu
 
 def _layer_note(product: Product, module: nn.Module, plan: ConversionPlan) -> str:
     assert isinstance(module, nn.Conv2d | nn.Linear)
-    shape = plan.weight_shape(module.weight, linear=isinstance(module, nn.Linear))
+    shape = plan.weight_shape(module.weight.shape, linear=isinstance(module, nn.Linear))
     per = "group" if len(shape) > module.weight.dim() else "channel" if shape[0] > 1 else "tensor"
     note = f"weights per {per}"
     read, _ = product.operands
-    if not plan.is_quantized(read):
+    if not plan.is_quantized(read, product):
         note += f", own {'unsigned' if read.nonnegative else 'signed'} input quantizer"
     return note + _at_least(plan.min_bits(product))
 
@@ -166,7 +172,7 @@ def _quantized_product(product: Product, plan: ConversionPlan) -> QuantizedProdu
         return QuantizedProduct(product.name, {})
     quantizers: dict[str, nn.Module] = {}
     for operand in product.operands:
-        if not plan.is_quantized(operand):
+        if not plan.is_quantized(operand, product):
             quantizers[operand.label] = SwitchableIdentity(_operand_quant(operand, product, plan))
     if product.name == ATTENTION:
         quant = plan.activation(signed=False, min_bits=plan.min_bits(product))
@@ -180,16 +186,12 @@ def _operand_quant(operand: Operand, product: Product, plan: ConversionPlan) -> 
         return plan.activation(signed=not operand.nonnegative, min_bits=min_bits)
     # A filter that is not learned, as in a blur pool, was not made for few levels.
     min_bits = min_bits if operand.parameters else WIDE_BITS
-    shape = (operand.shape[0], *(1,) * (len(operand.shape) - 1)) if _is_per_channel(product, plan) else ()
+    shape = (operand.shape[0], *(1,) * (len(operand.shape) - 1)) if plan.is_per_channel(product) else ()
     return plan.computed_weight(shape, min_bits=min_bits)
 
 
 def _is_weight(operand: Operand, product: Product) -> bool:
     return operand.fixed and product.name != ATTENTION
-
-
-def _is_per_channel(product: Product, plan: ConversionPlan) -> bool:
-    return plan.rows_have_thresholds and product.name in ROWS_ARE_CHANNELS
 
 
 def _product_note(product: Product, plan: ConversionPlan) -> str:
@@ -204,10 +206,10 @@ def _product_note(product: Product, plan: ConversionPlan) -> str:
 
 
 def _operand_note(operand: Operand, product: Product, plan: ConversionPlan) -> str:
-    if plan.is_quantized(operand):
+    if plan.is_quantized(operand, product):
         return f"quantized {operand.label}"
     if _is_weight(operand, product):
-        return f"{operand.label} {'per channel' if _is_per_channel(product, plan) else 'per tensor'}"
+        return f"{operand.label} {'per channel' if plan.is_per_channel(product) else 'per tensor'}"
     return f"{'unsigned' if operand.nonnegative else 'signed'} {operand.label}"
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Protocol
+import threading
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.core.precision import FLOAT_BITS, Precision, PrecisionLike, parse_precisions
+from qadtr_brevitas.quant.frozen import FrozenWeights
 
 # Called with a quantizer (SwitchableQuant) and the float tensor that it would quantize.
 Observer = Callable[[Any, Tensor], None]
@@ -38,32 +40,89 @@ class Folding(Protocol):
         ...
 
 
+T = TypeVar("T")
+_UNSET = object()
+
+
+class _PerThread(Generic[T]):
+    """An attribute of a switch with one value per thread; a thread that set none reads that of the main thread."""
+
+    def __init__(self, default: T) -> None:
+        self._default = default
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, switch: Switch, owner: type) -> T:
+        name = self._name
+        own: dict[str, Any] = switch.own.values
+        return own[name] if name in own else switch.shared.get(name, self._default)
+
+    def __set__(self, switch: Switch, value: T) -> None:
+        switch.values()[self._name] = value
+
+
+class _OwnValues(threading.local):
+    """What one thread set; nothing in the main thread."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, Any] = {}
+
+
 class Switch:
     """The current precision and the weights quantized for it, shared by all layers of one model.
 
     This is a plain object, not a module: setting one attribute switches the whole network, whatever its size, and
-    `copy.deepcopy` of a model copies the switch with it.
+    `copy.deepcopy` of a model copies the switch with it. Each thread has a current state of its own, so that threads
+    can run one model at different precisions at once; a thread that switches nothing follows the main thread.
 
     Args:
         precisions: the allowed precisions; the first one is the current one at the start.
 
     Attributes:
-        frozen: weights quantized within `frozen_weights`, by quantizer and bit-width; None outside.
+        precision: the current precision.
+        frozen: weights quantized within `frozen_weights`; None outside.
         observer: called by each quantizer instead of quantizing, with the tensor, which passes unchanged.
         folding: the norms folded into convolutions; None if none are.
         images: number of images in the batch that is running.
     """
 
+    precision = _PerThread[Precision](Precision(FLOAT_BITS, FLOAT_BITS))
+    frozen = _PerThread["FrozenWeights | None"](None)
+    observer = _PerThread["Observer | None"](None)
+    folding = _PerThread["Folding | None"](None)
+    images = _PerThread[int](1)
+
     def __init__(self, precisions: Sequence[Precision]) -> None:
         self.allowed = tuple(precisions)
-        self.precision = self.allowed[0]
-        self.frozen: dict[tuple[int, int], tuple[Tensor, ...]] | None = None
-        self.observer: Observer | None = None
-        self.folding: Folding | None = None
-        self.images = 1
+        self.own = _OwnValues()
+        self.shared: dict[str, Any] = {"precision": self.allowed[0]}
+        # Parameters that take no gradient as long as a thread is within `frozen_weights`.
+        self._held: list[nn.Parameter] = []
+        self._holders = 0
+        self._lock = threading.Lock()
 
-    def set(self, precision: PrecisionLike) -> None:
-        """Switch to a precision.
+    def values(self) -> dict[str, Any]:
+        """Return what the current thread set."""
+        is_main = threading.current_thread() is threading.main_thread()
+        return self.shared if is_main else self.own.values
+
+    @contextmanager
+    def having(self, **values: Any) -> Generator[None]:
+        """Set attributes for the duration of a block, in the current thread."""
+        own = self.values()
+        before = {name: own.get(name, _UNSET) for name in values}
+        own.update(values)
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                own[name] = value
+                if value is _UNSET:
+                    del own[name]
+
+    def checked(self, precision: PrecisionLike) -> Precision:
+        """Return a precision that is allowed.
 
         Raises:
             UsageError: the precision is not among the allowed ones.
@@ -72,46 +131,120 @@ class Switch:
         if wanted not in self.allowed:
             names = ", ".join(str(p) for p in self.allowed)
             raise UsageError(f"this model has no precision {wanted}: it was converted for {names}")
-        self.precision = wanted
+        return wanted
+
+    def set(self, precision: PrecisionLike) -> None:
+        """Switch to a precision.
+
+        Raises:
+            UsageError: the precision is not among the allowed ones.
+        """
+        self.precision = self.checked(precision)
+
+    @contextmanager
+    def holding(self, parameters: Iterable[nn.Parameter]) -> Generator[None]:
+        """Let parameters take no gradient for the duration of a block, which several threads may be in."""
+        with self._lock:
+            if self._holders == 0:
+                self._held = [parameter for parameter in parameters if parameter.requires_grad]
+            self._holders += 1
+            for parameter in self._held:
+                parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._holders -= 1
+                if self._holders == 0:
+                    self.let_go()
+
+    def let_go(self) -> None:
+        """Let the held parameters take gradients again, as a copy that is made within the block must."""
+        for parameter in self._held:
+            parameter.requires_grad_(True)
+        self._held = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy starts outside of any block: the weights that are quantized in one belong to the original.
+        return {"allowed": self.allowed, "precision": self.precision, "held": self._held}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["allowed"])
+        self.shared["precision"] = state["precision"]
+        self._held = state["held"]
 
 
 def switch_of(model: nn.Module) -> Switch:
     """Return the switch of a switchable model, also through wrappers such as DistributedDataParallel.
 
     Raises:
+        UsageError: the model was not converted, or holds several switchable models.
+    """
+    first, *others = switches_of(model)
+    if others:
+        raise UsageError(
+            f"{type(model).__name__} holds {1 + len(others)} switchable models: call this for each of them by itself"
+        )
+    return first
+
+
+def switches_of(model: nn.Module) -> list[Switch]:
+    """Return the switch of each switchable model within a model, at least one.
+
+    Raises:
         UsageError: the model was not converted.
     """
-    for module in model.modules():
-        if isinstance(switch := getattr(module, "switch", None), Switch):
-            return switch
-    raise UsageError(f"{type(model).__name__} is not a switchable model: call convert() on it first")
+    found = list(dict.fromkeys(_switches_within(model)))
+    if not found:
+        raise UsageError(f"{type(model).__name__} is not a switchable model: call convert() on it first")
+    return found
+
+
+def _switches_within(module: nn.Module) -> Iterator[Switch]:
+    if isinstance(switch := getattr(module, "switch", None), Switch):
+        yield switch
+        return
+    for child in module.children():
+        yield from _switches_within(child)
 
 
 def set_precision(model: nn.Module, precision: PrecisionLike) -> None:
     """Switch the model in place: every quantizer and norm layer at once, in microseconds.
 
+    A module that holds several switchable models, as an ensemble does, switches them all. Only the current thread
+    switches, and those that never switched the model themselves if it is the main thread.
+
     Raises:
         UsageError: the precision is not allowed (the allowed ones are named), or the model is not switchable.
     """
-    switch_of(model).set(precision)
+    for switch, wanted in [(switch, switch.checked(precision)) for switch in switches_of(model)]:
+        switch.precision = wanted
 
 
 def get_precision(model: nn.Module) -> Precision:
     """Return the current precision.
 
     Raises:
-        UsageError: the model is not switchable.
+        UsageError: the model is not switchable, or holds several models at different precisions.
     """
-    return switch_of(model).precision
+    found = {switch.precision for switch in switches_of(model)}
+    if len(found) > 1:
+        names = ", ".join(map(str, sorted(found, reverse=True)))
+        raise UsageError(f"{type(model).__name__} holds switchable models at the precisions {names}: ask each of them")
+    return found.pop()
 
 
 def allowed_precisions(model: nn.Module) -> tuple[Precision, ...]:
     """Return the precisions that the model was converted for, in the order given to `convert()`.
 
     Raises:
-        UsageError: the model is not switchable.
+        UsageError: the model is not switchable, or holds several models that have no precision in common.
     """
-    return switch_of(model).allowed
+    first, *others = switches_of(model)
+    common = tuple(p for p in first.allowed if all(p in other.allowed for other in others))
+    if not common:
+        raise UsageError(f"{type(model).__name__} holds switchable models that have no precision in common")
+    return common
 
 
 @contextmanager
@@ -121,13 +254,11 @@ def at_precision(model: nn.Module, precision: PrecisionLike) -> Generator[None]:
     Raises:
         UsageError: the precision is not allowed, or the model is not switchable.
     """
-    switch = switch_of(model)
-    before = switch.precision
-    switch.set(precision)
-    try:
+    wanted = [(switch, switch.checked(precision)) for switch in switches_of(model)]
+    with ExitStack() as stack:
+        for switch, checked in wanted:
+            stack.enter_context(switch.having(precision=checked))
         yield
-    finally:
-        switch.precision = before
 
 
 @contextmanager
@@ -135,21 +266,14 @@ def frozen_weights(model: nn.Module) -> Generator[None]:
     """Quantize each weight once per precision inside a block, in which no parameter receives a gradient.
 
     This is for patch crafting and evaluation, where many forwards share one set of weights. The outputs are the same
-    numbers as outside, and gradients flow to the input. The precision may be switched inside. Weights must not be
-    changed inside.
+    numbers as outside, and gradients flow to the input. The precision may be switched inside, and what is changed
+    in place is quantized anew.
     """
-    switch = switch_of(model)
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    before = switch.frozen
-    switch.frozen = {} if before is None else before
-    for parameter in trainable:
-        parameter.requires_grad_(False)
-    try:
+    with ExitStack() as stack:
+        for switch in switches_of(model):
+            stack.enter_context(switch.holding(model.parameters()))
+            stack.enter_context(switch.having(frozen=switch.frozen or FrozenWeights()))
         yield
-    finally:
-        switch.frozen = before
-        for parameter in trainable:
-            parameter.requires_grad_(True)
 
 
 @contextmanager
@@ -174,14 +298,9 @@ def observing(model: nn.Module, observer: Observer) -> Generator[None]:
         observer: called at every quantizer of weights and activations, with the quantizer and the float tensor that
             it would quantize.
     """
-    switch = switch_of(model)
-    before = switch.precision
-    switch.precision, switch.observer = Precision(FLOAT_BITS, FLOAT_BITS), observer
-    try:
-        with evaluating(model):
-            yield
-    finally:
-        switch.precision, switch.observer = before, None
+    float_precision = Precision(FLOAT_BITS, FLOAT_BITS)
+    with switch_of(model).having(precision=float_precision, observer=observer), evaluating(model):
+        yield
 
 
 def precisions_or_all(model: nn.Module, precisions: Sequence[PrecisionLike] | None) -> tuple[Precision, ...]:
@@ -190,10 +309,10 @@ def precisions_or_all(model: nn.Module, precisions: Sequence[PrecisionLike] | No
     Raises:
         UsageError: a precision is not allowed.
     """
-    switch = switch_of(model)
     if precisions is None:
-        return switch.allowed
-    with at_precision(model, switch.precision):
-        for precision in (parsed := parse_precisions(precisions)):
-            switch.set(precision)
+        return allowed_precisions(model)
+    parsed = parse_precisions(precisions)
+    for switch in switches_of(model):
+        for precision in parsed:
+            switch.checked(precision)
     return parsed

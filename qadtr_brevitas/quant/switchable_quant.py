@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.core.precision import FLOAT_BITS
+from qadtr_brevitas.quant.frozen import version_of
 from qadtr_brevitas.quant.quantizer import SMALLEST_THRESHOLD, Levels, Quantizer
 from qadtr_brevitas.quant.switch import Switch
 
@@ -176,14 +177,14 @@ class SwitchableWeightQuant(SwitchableQuant):
 
     def quantize(self, w: Tensor) -> Tensor:
         """Quantize and dequantize the weight at the current precision, only once within `frozen_weights()`."""
-        bits, cache = self.bits, self.switch.frozen
-        if cache is None:
+        bits, frozen = self.bits, self.switch.frozen
+        if frozen is None:
             return self._quantize(w, bits)
-        key = (id(self), bits)
-        if key not in cache:
-            with torch.no_grad():
-                cache[key] = (self._quantize(w, bits),)
-        return cache[key][0]
+        return frozen.get((id(self), bits, self._changes(bits)), w, lambda weight: self._quantize(weight, bits))
+
+    def _changes(self, bits: int) -> int:
+        """Return how often the threshold at a bit-width was changed in place."""
+        return version_of(self.thresholds[str(bits)])
 
     def forward(self, w: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Brevitas's contract: (dequantized value, scale, zero point, bit-width)."""

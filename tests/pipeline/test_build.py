@@ -62,6 +62,38 @@ def test_the_smaller_limit_holds_and_is_the_choice_of_balanced() -> None:
         assert torch.equal(found.images, everything.balanced(count, seed=3).images)
 
 
+def test_random_weights_are_those_of_the_seed() -> None:
+    wanted = recipe(name="test_resnet")
+    train = build_split(wanted.data, "train", seed=0)
+    found = []
+    for global_seed, seed in ((1, 0), (2, 0), (1, 1)):
+        torch.manual_seed(global_seed)
+        model, _ = build_switchable(wanted.model_copy(update={"seed": seed}), train)
+        found.append(next(model.net.parameters()).detach())
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+
+
+def grey_network(num_classes: int = 3) -> torch.nn.Module:
+    return torch.nn.Sequential(
+        torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(4 * 14 * 14, num_classes)
+    )
+
+
+def test_a_network_of_one_channel_is_built_calibrated_saved_and_loaded(tmp_path: Path) -> None:
+    wanted = recipe(name=f"{__name__}:grey_network")
+    train = build_split(wanted.data, "train", seed=0)
+    model, info = build_switchable(wanted, train)
+    assert (info.mean, info.std) == ((0.0,), (1.0,))
+    calibrate_on(model.eval(), train, wanted.quant.calibration, seed=0)
+    save_model(tmp_path / "model", model, info)
+    loaded, _ = load_model(tmp_path / "model")
+    images, _ = train.batch(torch.arange(8))
+    with torch.no_grad(), at_precision(model, 4), at_precision(loaded, 4):
+        assert torch.equal(loaded(images), model(images))
+        assert torch.equal(loaded(images), model(images.mean(1, keepdim=True)))
+
+
 def test_build_switchable_can_be_saved_and_loaded(tmp_path: Path) -> None:
     wanted = recipe(name="cifar_resnet20")
     train = build_split(wanted.data, "train", seed=0)

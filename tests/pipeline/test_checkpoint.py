@@ -71,7 +71,20 @@ def test_what_ptq_methods_found_is_saved_and_loaded(tmp_path: Path) -> None:
     assert all(map(torch.equal, logits(older), logits(corrected)))
 
 
-@pytest.mark.slow
+def test_models_of_older_versions_keep_the_inputs_of_their_last_layer(tmp_path: Path) -> None:
+    net = create_float_model("alexnet", num_classes=3)
+    info = replace(INFO, name="alexnet", args={}, image_size=(64, 64), quant={"precisions": [32, 4]})
+    images = torch.rand(2, 3, 64, 64)
+    for is_wide in (False, True):
+        model = convert(net, image_size=(64, 64), wide_head_input=is_wide, **info.quant).eval()
+        calibrate(model, [images])
+        save_model(tmp_path / "model", model, info)
+        loaded, stored = load_model(tmp_path / "model")
+        assert stored.quant.get("wide_head_input", False) == loaded.wide_head_input == is_wide
+        with torch.no_grad(), at_precision(model, 4), at_precision(loaded, 4):
+            assert torch.equal(loaded(images), model(images))
+
+
 def test_round_trip_is_exact_at_every_precision(model: SwitchableModel, tmp_path: Path) -> None:
     save_model(tmp_path / "model", model, INFO)
     assert sorted(file.name for file in (tmp_path / "model").iterdir()) == ["config.json", "model.safetensors"]

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import timm
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.core.precision import DEFAULT_BITS
-from qadtr_brevitas.quant import SwitchableModel, at_precision, calibrate, convert, set_precision
+from qadtr_brevitas.quant import SwitchableModel, at_precision, calibrate, convert, freeze, set_precision
 from qadtr_brevitas.quant.proxies import SwitchableActProxy
 from tests.quant.conftest import SIZE, randomize_norms
 
@@ -217,6 +218,78 @@ def test_first_and_last_layers(first_last: str, first: int | None, inner: int) -
     )
 
 
+class Classifier(nn.Module):
+    """Ends as AlexNet and VGG do, and reads the last ReLU in another branch too."""
+
+    def __init__(self, *, branch: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.hidden, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 16), nn.Linear(16, 5)
+        self.act, self.last = nn.ReLU(), nn.ReLU()
+        self.side = nn.Linear(16, 5) if branch else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.last(self.hidden(self.act(self.stem(x)).mean((2, 3))))
+        return self.head(x) if self.side is None else self.side(x).relu() + self.head(x)
+
+
+@pytest.mark.parametrize("branch", [False, True])
+def test_the_input_of_the_last_layer_has_8_bit_too(branch: bool) -> None:
+    pixels = torch.rand(64, 3, 6, 6)
+    model = convert(Classifier(branch=branch), [32, 8, 2], image_size=(6, 6))
+    calibrate(model, pixels)
+    read: list[Tensor] = []
+    model.net.head.register_forward_pre_hook(lambda _, args: read.append(args[0]))
+    with torch.no_grad(), at_precision(model, 2):
+        model(pixels)
+    assert len(read[0].unique()) > 16
+    assert model.net.head.input_quant.is_quant_enabled is False
+    notes = {layer.name: layer.note for layer in model.report.layers}
+    assert "at least 8 bit" in notes["last"]
+    assert "at least 8 bit" not in notes["act"]
+    if branch:
+        # A layer that is not the last reads it with 2 bit, of a quantizer of its own.
+        assert model.net.side.input_quant.quantizer.min_bits == 2
+    same = convert(Classifier(branch=branch), [32, 8, 2], image_size=(6, 6), first_last="same")
+    older = convert(Classifier(branch=branch), [32, 8, 2], image_size=(6, 6), wide_head_input=False)
+    assert same.net.last.act_quant.quantizer.min_bits == older.net.last.act_quant.quantizer.min_bits == 0
+    assert (model.wide_head_input, older.wide_head_input) == (True, False)
+
+
+def test_tiny_quantities_do_not_vanish() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(32, 5))
+    with torch.no_grad():
+        net[0].weight.mul_(1e-9)
+        net[2].weight.mul_(1e9)
+    pixels = torch.rand(8, 3, 6, 6)
+    for settings in ({}, {"activations": "dynamic"}, {"target": "hls4ml"}):
+        model = convert(net.eval(), [32, 8], image_size=(6, 6), **settings)
+        calibrate(model, pixels)
+        with torch.no_grad(), at_precision(model, 8):
+            quantized = model(pixels)
+            torch.testing.assert_close(quantized, net(pixels), rtol=0, atol=0.1)
+            assert not torch.allclose(quantized, net(pixels).mean(0, keepdim=True), atol=0.02)
+            if "activations" not in settings:
+                torch.testing.assert_close(freeze(model, 8)(pixels), quantized)
+
+
+@pytest.mark.parametrize(
+    ("settings", "scales"),
+    [
+        ({}, 4 + 8 + 5),
+        ({"per_channel": False}, 3),
+        ({"weight_quantizer": {"name": "uniform", "granularity": "group", "group_size": 2}}, 4 + 8 * 2 + 5 * 16),
+        ({"target": "hls4ml"}, 4 + 8 + 1),
+    ],
+)
+def test_sizes_count_one_scale_for_each_threshold(settings: dict[str, Any], scales: int) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 8, 3), nn.Flatten(), nn.Linear(32, 5))
+    sizes = convert(net, [32, 8], image_size=(6, 6), **settings).report.sizes
+    weights, biases = 4 * 27 + 8 * 36 + 5 * 32, 4 + 8 + 5
+    assert sizes == {"32": 4 * (weights + biases), "8": weights + 4 * biases + 4 * scales}
+
+
 def test_independent_bit_widths_and_half_float_pairs(float_net: nn.Module, images: Tensor) -> None:
     model = convert(float_net, ["w4a8", "w4a32", "w32a8", 32], image_size=SIZE)
     calibrate(model, [images])
@@ -312,3 +385,107 @@ def test_impossible_precisions_are_refused() -> None:
         convert(Small(), [32, 1], image_size=(16, 16))
     with pytest.raises(UsageError, match="no precision given"):
         convert(Small(), [], image_size=(16, 16))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize(
+    ("change", "facts"),
+    [
+        (lambda net: convert(net, [32, 4], image_size=(6, 6)), "SwitchableModel.*switchable model already.*32, 4"),
+        (lambda net: nn.Sequential(convert(net, image_size=(6, 6))), "0 .*switchable model already"),
+        (lambda net: convert(net, image_size=(6, 6)).net, "part of a switchable model"),
+        (torch.jit.script, "scripted or traced"),
+        (lambda net: torch.jit.trace(net, torch.rand(1, 3, 6, 6)), "scripted or traced"),
+        (lambda net: nn.Sequential(torch.jit.script(net[0]), *net[1:]), "0 .*scripted"),
+        (lambda net: net.half(), r"float16.*float\(\)"),
+        (lambda net: net.bfloat16(), r"bfloat16.*float\(\)"),
+        (lambda net: net.double(), r"float64.*float\(\)"),
+    ],
+)
+def test_what_cannot_be_converted_is_named(change: Callable[[nn.Module], nn.Module], facts: str) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 5))
+    with pytest.raises(UsageError, match=facts):
+        convert(change(net), image_size=(6, 6))
+
+
+class Grey(nn.Module):
+    """LeNet's beginning and end."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.act, self.head = nn.Conv2d(channels, 6, 5), nn.ReLU(), nn.Linear(6 * 16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(nn.functional.max_pool2d(self.act(self.conv(x)), 6).flatten(1))
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4, 13])
+@pytest.mark.parametrize("given", [True, False])
+def test_images_of_any_number_of_channels(channels: int, given: bool) -> None:
+    settings = {"mean": [0.1307] * channels, "std": [0.3081] * channels} if given else {}
+    net = Grey(channels).eval()
+    model = convert(net, [32, 4], image_size=(28, 28), **settings)
+    assert model.channels == channels
+    pixels = torch.rand(4, channels, 28, 28)
+    calibrate(model, pixels)
+    with torch.no_grad():
+        assert torch.equal(model(pixels), net((pixels - model.mean) / model.std))
+        with at_precision(model, 4):
+            torch.testing.assert_close(freeze(model, 4)(pixels), model(pixels))
+    with pytest.raises(UsageError, match=rf"\(4, 5, 28, 28\).*{channels} channel"):
+        model(torch.rand(4, 5, 28, 28))
+
+
+def test_a_network_without_convolutions_takes_its_channels_from_mean_or_std() -> None:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(784, 64), nn.ReLU(), nn.Linear(64, 10))
+    assert convert(net, image_size=(28, 28), std=[0.5]).channels == 1
+    with pytest.raises(UsageError, match=r"mean has 3 values.*std.* 1"):
+        convert(net, image_size=(28, 28), mean=[0.5] * 3, std=[0.5])
+    with pytest.raises(UsageError, match=r"std is \(0.0,\)"):
+        convert(net, image_size=(28, 28), std=[0.0])
+
+
+def test_a_grey_network_takes_color_images_as_their_mean() -> None:
+    model = convert(Grey(1).eval(), [32, 4], image_size=(28, 28))
+    pixels = torch.rand(4, 3, 28, 28)
+    with torch.no_grad():
+        torch.testing.assert_close(model(pixels), model(pixels.mean(1, keepdim=True)), rtol=0, atol=0)
+        torch.testing.assert_close(model(pixels[:, :1].expand(-1, 3, -1, -1)), model(pixels[:, :1]))
+
+
+def test_a_first_convolution_may_read_rearranged_pixels() -> None:
+    net = nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(12, 4, 3), nn.Flatten(), nn.Linear(4 * 36, 5))
+    assert convert(net, image_size=(16, 16)).channels == 3
+
+
+def test_channels_of_timm_networks() -> None:
+    net = timm.create_model("test_resnet", in_chans=1, num_classes=5)
+    model = convert(net, [32, 4], image_size=(32, 32))
+    assert model.mean.shape == (1, 1, 1, 1)
+    assert float(model.mean) == pytest.approx(sum(net.pretrained_cfg["mean"]) / 3)
+
+
+@pytest.mark.parametrize(
+    ("make", "facts"),
+    [
+        (lambda: timm.create_model("test_resnet", features_only=True), "FeatureListNet.*list.*features_only"),
+        (lambda: timm.create_model("test_resnet", num_classes=0, global_pool=""), r"\(2, 96, 2, 2\).*\(N, classes\)"),
+        (lambda: timm.create_model("test_resnet", num_classes=0), "num_classes=0"),
+    ],
+)
+def test_networks_that_return_features_are_refused(make: Callable[[], nn.Module], facts: str) -> None:
+    with pytest.raises(UsageError, match=facts):
+        convert(make(), image_size=(64, 64))
+
+
+def test_auxiliary_outputs_in_training_are_named() -> None:
+    class Auxiliary(Grey):
+        def forward(self, x: Tensor) -> Any:
+            logits = super().forward(x)
+            return (logits, logits) if self.training else logits
+
+    model = convert(Auxiliary(1).eval(), [32, 4], image_size=(28, 28))
+    model(torch.rand(1, 1, 28, 28))
+    with pytest.raises(UsageError, match=r"tuple.*aux_logits=False"):
+        model.train()(torch.rand(1, 1, 28, 28))

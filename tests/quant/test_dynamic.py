@@ -186,3 +186,42 @@ def test_levels_agree_with_dynamic_quantization_of_pytorch() -> None:
     # Both round weights to 8 bit and activations to 7 or 8, with other offsets: equal up to what rounding can do.
     assert (ours - reference_outputs).abs().max() < 0.02 * exact.abs().max()
     assert (ours - reference_outputs).abs().max() > 0
+
+
+class Arranged(nn.Module):
+    """A network that arranges its activations in a way of its own before a layer."""
+
+    def __init__(self, arrange: Callable[[Tensor], Tensor], restore: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.mix, self.head = nn.Conv2d(3, 6, 4, 4), nn.Linear(6, 6), nn.Linear(6, 5)
+        self.arrange, self.restore = arrange, restore
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.arrange(self.stem(x).flatten(2).mT)
+        return self.head(self.restore(F.gelu(self.mix(tokens))))
+
+
+@pytest.mark.parametrize(
+    ("arrange", "restore"),
+    [
+        (lambda x: x.transpose(0, 1), lambda x: x.mean(0)),
+        (lambda x: torch.cat([x, -2 * x]), lambda x: sum(x.chunk(2)).mean(1)),
+        (lambda x: x.permute(1, 0, 2).flatten(0, 1), lambda x: x.unflatten(0, (4, -1)).mean(0)),
+    ],
+)
+def test_a_network_whose_first_dimension_is_not_the_images_is_refused_by_name(
+    arrange: Callable[[Tensor], Tensor], restore: Callable[[Tensor], Tensor]
+) -> None:
+    with pytest.raises(UsageError, match=r"net\.mix.*activations='static'"):
+        convert(Arranged(arrange, restore), image_size=(8, 8), activations="dynamic")
+    convert(Arranged(arrange, restore), image_size=(8, 8))
+
+
+def test_parts_of_one_image_after_the_other_are_allowed() -> None:
+    net = Arranged(lambda x: x.flatten(0, 1), lambda x: x.unflatten(0, (-1, 4)).mean(1)).eval()
+    model = convert(net, [32, 4], image_size=(8, 8), activations="dynamic")
+    pixels = torch.rand(3, 3, 8, 8)
+    calibrate(model, pixels)
+    with at_precision(model, 4), torch.no_grad():
+        torch.testing.assert_close(model(pixels)[:1], model(pixels[:1]))

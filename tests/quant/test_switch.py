@@ -65,7 +65,7 @@ def test_a_float_model_is_refused(float_net: nn.Module) -> None:
 
 
 def test_at_precision_restores_even_after_an_error(model: SwitchableModel) -> None:
-    with pytest.raises(RuntimeError, match="size"), at_precision(model, 4):
+    with pytest.raises(UsageError, match=r"\(1, 2, 8, 8\).*3 channels"), at_precision(model, 4):
         model(torch.zeros(1, 2, 8, 8))
     assert get_precision(model) == Precision(32, 32)
 
@@ -144,15 +144,6 @@ def test_frozen_weights_follow_a_switch_inside(model: SwitchableModel, images: T
     with frozen_weights(model):
         assert_same(outputs(model, images), expected)
         assert_same(outputs(model, images), expected)
-
-
-def test_frozen_weights_quantize_once_and_are_forgotten_after(model: SwitchableModel, images: Tensor) -> None:
-    with at_precision(model, 4), torch.no_grad():
-        with frozen_weights(model):
-            before = model(images)
-            next(p for name, p in model.named_parameters() if name.endswith("layer1.0.conv1.weight")).mul_(2)
-            assert torch.equal(model(images), before)
-        assert not torch.equal(model(images), before)
 
 
 def test_frozen_weights_leave_no_gradient_and_restore_trainability(model: SwitchableModel, images: Tensor) -> None:

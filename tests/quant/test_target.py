@@ -226,7 +226,7 @@ def test_learned_steps_for_hls4ml_round_to_the_nearest_and_calibrated_ones_up(ma
     grid = LevelGrid(quantizer.scheme, quantizer.levels(4), max_threshold)
     assert (grid.above(wanted) / 15 * 8).tolist() == [2, 2, 1, 1]
     above = grid.above(torch.tensor([5.0, 1e-9])) / 15
-    assert above.tolist() == [0.5 if max_threshold is None else 0.25, 2.0**-23]
+    assert above.tolist() == [0.5 if max_threshold is None else 0.25, 2.0**-33]
 
 
 def test_the_gradient_of_a_step_that_is_a_power_of_two_reaches_the_threshold() -> None:
