@@ -8,6 +8,7 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -32,8 +33,7 @@ _OPSET = 17
 def _write_qonnx(frozen: nn.Module, image: Tensor, path: Path) -> None:
     """QONNX as Brevitas exports it, with the graph cleaned by qonnx."""
     with _exporting():
-        model = _export_qonnx(frozen, image, path)
-        _save(library("qonnx.util.cleanup").cleanup_model(model), path)
+        _save(_cleaned(_export_qonnx(frozen, image, path)), path)
 
 
 def writer_for(compiler: Compiler) -> Callable[[nn.Module, Tensor, Path], None]:
@@ -57,7 +57,7 @@ def writer_for(compiler: Compiler) -> Callable[[nn.Module, Tensor, Path], None]:
                     f"quant.target={compiler.name}"
                 )
             rewrite(model, compiler.adapt_input)
-            _save(library("qonnx.util.cleanup").cleanup_model(model), path)
+            _save(_cleaned(model), path)
 
     return write
 
@@ -65,6 +65,28 @@ def writer_for(compiler: Compiler) -> Callable[[nn.Module, Tensor, Path], None]:
 def _export_qonnx(frozen: nn.Module, image: Tensor, path: Path) -> Any:
     library("brevitas.export").export_qonnx(frozen, args=image, export_path=str(path), **_tracing())
     return library("qonnx.core.modelwrapper").ModelWrapper(str(path))
+
+
+def _cleaned(model: Any) -> Any:
+    """Return a qonnx graph without constant parts, with readable names."""
+    infer, wrapper = library("qonnx.transformation.infer_shapes"), library("qonnx.core.modelwrapper").ModelWrapper
+    # qonnx starts anew after every node that it folds, and sorts the graph after every step: minutes for a transformer.
+    model = model.transform(infer.InferShapes(), cleanup=False)
+    model.model = fold_constants(model.model)
+    model = model.cleanup()
+    rename = wrapper.rename_tensor
+
+    def rename_everywhere(self: Any, old: str, new: str) -> None:
+        rename(self, old, new)
+        # qonnx renames the first of the inputs of a node that reads one tensor twice, as x * x does.
+        for node in self.graph.node:
+            for index, name in enumerate(node.input):
+                if name == old:
+                    node.input[index] = new
+
+    unsorted = patch.object(wrapper, "cleanup", lambda self: self)
+    with patch.object(wrapper, "rename_tensor", rename_everywhere), unsorted:
+        return library("qonnx.util.cleanup").cleanup_model(model)
 
 
 def _save(model: Any, path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import gelu
 
 from qadtr_brevitas.attacks.patch import Patch
 from qadtr_brevitas.core.errors import ExportError, UsageError
@@ -16,7 +17,7 @@ from qadtr_brevitas.evaluation.entries import LoadedModel
 from qadtr_brevitas.exporting import export, find_format
 from qadtr_brevitas.models.create import create_float_model
 from qadtr_brevitas.pipeline.directories import ONNX_FILE
-from qadtr_brevitas.quant import at_precision, calibrate, convert
+from qadtr_brevitas.quant import at_precision, calibrate, convert, freeze
 from qadtr_brevitas.quant.model_info import ModelInfo
 
 pytestmark = pytest.mark.slow
@@ -93,6 +94,32 @@ def test_the_file_computes_what_the_network_computes(net: str, form: str, precis
         expected = given.model(images)
     exported = find_format(form).load(tmp_path / "out" / ONNX_FILE)(images)
     assert (exported - expected).abs().amax(1).median() < 1e-2 * expected.abs().max()
+
+
+class ReadsTwice(nn.Module):
+    """Three nodes of it read one tensor twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Conv2d(3, 4, 3), nn.Conv2d(8, 4, 3), nn.Linear(4, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.first(images)
+        x = self.second(torch.cat([x, x], dim=1))
+        return self.head(gelu(x * x, approximate="tanh").mean((2, 3)))
+
+
+@pytest.mark.parametrize("form", ["qonnx", "qcdq"])
+def test_nodes_that_read_one_tensor_twice(form: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = convert(ReadsTwice(), precisions=[4], image_size=(16, 16), mean=(0.0,) * 3, std=(1.0,) * 3)
+    images = torch.rand(4, 3, 16, 16)
+    calibrate(model, [images])
+    frozen = freeze(model.eval(), 4)
+    with torch.no_grad():
+        find_format(form).write(frozen, images[:1], tmp_path / ONNX_FILE)
+        expected = frozen(images)
+    assert torch.allclose(find_format(form).load(tmp_path / ONNX_FILE)(images), expected, atol=1e-5)
 
 
 def test_bit_widths_are_in_the_file(tmp_path: Path) -> None:
