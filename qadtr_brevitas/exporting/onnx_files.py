@@ -73,6 +73,8 @@ def _cleaned(model: Any) -> Any:
     # qonnx starts anew after every node that it folds, and sorts the graph after every step: minutes for a transformer.
     model = model.transform(infer.InferShapes(), cleanup=False)
     model.model = fold_constants(model.model)
+    # Sizes that depended on what is folded are inferred anew.
+    del model.graph.value_info[:]
     model = model.cleanup()
     rename = wrapper.rename_tensor
 

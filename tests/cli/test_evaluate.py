@@ -122,7 +122,7 @@ def test_clean_accuracy_alone(runs: list[Path], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (["--clean", "--attack", "pgd"], 2, "accuracy without an attack: leave out --attack, or --clean"),
+        (["--clean", "--attack", "pgd"], 2, "accuracy without an attack: remove --attack or --clean"),
         (["--precision", "8"], 2, "no precision 8: it was converted for 32, 4"),
         (["--images", "31"], 2, "31 images cannot be drawn from 30"),
         (["--patches", "nowhere"], 2, "there are no patches at nowhere"),
@@ -371,7 +371,7 @@ def test_certification_needs_no_patches_and_its_masks_need_a_certification(tmp_p
     wrong = evaluate(model, "--certify", "2,x")
     assert (wrong.exit_code, "'x'" in wrong.stderr, "3x10" in wrong.stderr) == (2, True, True)
     for option, value in (("--certify-images", 3), ("--certify-method", "one-round")):
-        assert f"{option} is for --certify" in evaluate(model, option, value).stderr
+        assert f"{option} needs --certify" in evaluate(model, option, value).stderr
     refused = evaluate(model, "--certify-masks", 2)
     assert refused.exit_code == 2
     assert "--certify-masks needs --certify" in refused.stderr

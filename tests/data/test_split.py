@@ -56,7 +56,7 @@ def test_impossible_counts_are_refused(count: int) -> None:
     ("images", "labels", "message"),
     [
         (torch.zeros(1, 3, 2, 2), torch.tensor([0]), "a split holds torch.uint8 of shape"),
-        (torch.zeros(1, 1, 2, 2, dtype=torch.uint8), torch.tensor([0]), "a split holds torch.uint8 of shape"),
+        (torch.zeros(1, 2, 2, dtype=torch.uint8), torch.tensor([0]), "a split holds torch.uint8 of shape"),
         (torch.zeros(1, 3, 2, 2, dtype=torch.uint8), torch.tensor([0, 0]), "one torch.int64 for each of its 1 images"),
         (torch.zeros(1, 3, 2, 2, dtype=torch.uint8), torch.tensor([2]), "not all in 0..1, but there are 2 classes"),
     ],

@@ -29,11 +29,11 @@ def test_the_key_of_a_network_depends_on_what_makes_it_only(tmp_path: Path) -> N
 
 
 def test_a_missing_or_wrong_recipe_is_reported_with_its_model(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"(?s)model plain .*nowhere.*no recipe 'nowhere'"):
+    with pytest.raises(UsageError, match=r"(?s)model plain .*nowhere.*recipe 'nowhere'"):
         make_networks(load_study(write_study_file(tmp_path), ["models.plain.recipe=nowhere"]))
     with pytest.raises(UsageError, match=r"(?s)model plain .*train.epochs: .*1.*0"):
         make_networks(load_study(write_study_file(tmp_path), ["models.plain.set={train.epochs: 0}"]))
-    with pytest.raises(UsageError, match=r"(?s)model ptq .*no defense 'pbatt'"):
+    with pytest.raises(UsageError, match=r"(?s)model ptq .*defense 'pbatt'"):
         make_networks(load_study(write_study_file(tmp_path), ["models.ptq.defense=pbatt"]))
 
 
