@@ -24,6 +24,7 @@ def accuracy(toy, images, labels):
         return (toy.model(images).argmax(1) == labels).float().mean().item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [32, 8, 4])
 def test_five_steps_beat_noise_by_far(toy, bits):
     _, labels, noise = run(toy, bits=bits, steps=0)

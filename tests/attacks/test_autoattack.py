@@ -12,6 +12,7 @@ from qadtr_brevitas.core.seeding import generator
 from tests.attacks.support import accuracy, attacked, sample
 
 
+@pytest.mark.slow
 def test_it_does_at_least_what_pgd_does_and_stays_in_the_ball(toy, caplog):
     images, _ = sample(toy, 40)
     with caplog.at_level(logging.WARNING):

@@ -37,6 +37,7 @@ def test_every_registered_attack_fulfills_the_contract(name: str) -> None:
     check_attack(ATTACKS.load(name)(**FAST.get(name, {})))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "attack",
     [

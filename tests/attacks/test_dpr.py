@@ -42,6 +42,7 @@ def test_an_untargeted_patch_lowers_accuracy(toy):
     assert toy.success_rate(patch, None) > toy.success_rate(noise_under(patch), None) + 0.4
 
 
+@pytest.mark.slow
 def test_the_shape_is_searched_too(toy):
     """With a texture that cannot help, the shape alone still finds what covers most."""
     still, moved = (fit(toy, ray_lr=rate, shape_share=1.0) for rate in (1e-9, 0.2))

@@ -31,6 +31,7 @@ def put(images, *, texture=None, seed=0, **fields):
     return attack.apply_texture(mask)(texture, images, generator(seed, "put"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", [0, 2])
 @pytest.mark.parametrize("step_rule", ["sgd", "sign", "adam"])
 def test_a_targeted_patch_beats_noise_by_far(toy, target, step_rule):
@@ -41,6 +42,7 @@ def test_a_targeted_patch_beats_noise_by_far(toy, target, step_rule):
     assert patch.meta["attack"] == "gap"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", ["square", "disc"])
 def test_an_untargeted_patch_lowers_accuracy(toy, shape):
     patch = fit(toy, target=None, shape=shape)

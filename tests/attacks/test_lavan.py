@@ -165,6 +165,7 @@ def test_bad_fields(fields, message):
         Lavan(**fields)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step_rule", ["sgd", "sign", "adam"])
 def test_a_patch_for_every_image_raises_the_target_by_every_rule(toy, step_rule):
     attack = Lavan(size=4, steps=40, target=2, step_rule=step_rule)

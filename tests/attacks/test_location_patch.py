@@ -115,6 +115,7 @@ def test_location_optimization_helps(toy):
     assert moved < fixed - 0.03
 
 
+@pytest.mark.slow
 def test_every_loss(toy):
     for loss in ("logits", "cross-entropy", "margin"):
         assert accuracy(toy, attacked(toy, LocationPatch(size=4, steps=20, loss=loss))) < 0.5

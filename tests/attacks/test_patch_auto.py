@@ -42,6 +42,7 @@ def broken(toy, images, first=0):
         return toy.model(images).argmax(1) != toy.test[1][first : first + len(images)]
 
 
+@pytest.mark.slow
 def test_it_breaks_every_image_that_one_of_its_parts_breaks(toy):
     together = ensemble(toy)
     found = broken(toy, together.run().images)
@@ -53,6 +54,7 @@ def test_it_breaks_every_image_that_one_of_its_parts_breaks(toy):
     assert (clean.success <= found).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", [None, 2])
 def test_no_image_depends_on_the_others_of_its_batch(toy, target):
     whole = ensemble(toy, count=24, target=target).run().images
@@ -61,6 +63,7 @@ def test_no_image_depends_on_the_others_of_its_batch(toy, target):
     torch.testing.assert_close(whole, torch.cat(parts), rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_indices_and_not_places_in_the_batch_decide_the_draws(toy):
     images, labels = sample(toy, 12)
     attack = PatchAuto(size=3, version="fast")
@@ -164,6 +167,7 @@ def test_best_places_are_apart_and_allowed():
     assert ((third - second).abs().amax(1) >= 2).all()
 
 
+@pytest.mark.slow
 def test_a_fixed_place_is_kept_and_a_box_left_free(toy):
     images, labels = torch.zeros(5, 3, 16, 16), torch.full((5,), 3)
 

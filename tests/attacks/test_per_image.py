@@ -44,6 +44,7 @@ def each(attacks):
     return pytest.mark.parametrize("attack", attacks.values(), ids=attacks.keys())
 
 
+@pytest.mark.slow
 @each(SEARCHES)
 def test_a_patch_lowers_accuracy_far_below_that_of_noise(toy, attack):
     noise = accuracy(toy, attacked(toy, RandomPatch(size=4, draws=1)))
@@ -76,6 +77,7 @@ def test_only_pixels_under_the_patch_change(toy, attack):
     assert changed.any(1).sum(1).max() <= 4
 
 
+@pytest.mark.slow
 @each(PATCHES)
 def test_images_are_on_the_8_bit_grid(toy, attack):
     images = attacked(toy, attack)
@@ -90,6 +92,7 @@ def test_the_same_generator_gives_the_same_images(toy, attack):
     assert torch.equal(attacked(toy, attack, count=20), attacked(toy, attack, count=20))
 
 
+@pytest.mark.slow
 @each(PATCHES | {"pgd": Pgd()})
 def test_another_seed_gives_other_images(toy, attack):
     assert not torch.equal(attacked(toy, attack, count=20), attacked(toy, attack, count=20, seed=1))
@@ -158,6 +161,7 @@ def test_images_of_the_target_class_are_returned_too(toy, attack):
     assert attacked(toy, attack, count=60).shape == images.shape
 
 
+@pytest.mark.slow
 @each({name: attack for name, attack in SEARCHES.items() if name != "patch-auto"})
 def test_more_restarts_do_no_worse(toy, attack):
     many = type(attack)(**{**vars(attack), "restarts": 3})

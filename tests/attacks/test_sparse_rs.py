@@ -144,6 +144,7 @@ def test_the_start_is_made_of_squares():
     assert len(start.flatten(2).transpose(1, 2).reshape(-1, 3).unique(dim=0)) == 8
 
 
+@pytest.mark.slow
 def test_more_queries_do_more(toy):
     few, many = (accuracy(toy, attacked(toy, SparseRs(size=4, queries=queries))) for queries in (10, 200))
     assert many < few - 0.3

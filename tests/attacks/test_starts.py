@@ -40,6 +40,7 @@ def fit(toy, *, images=None, labels=None, **fields):
     return attack.fit(toy.model, images, labels, held_out=toy.held_out, seed=0)
 
 
+@pytest.mark.slow
 def test_of_two_restarts_one_starts_from_noise(toy):
     fields = {"steps": 15, "lr": None, "target": 2}
     picture, both = fit(toy, init="image", **fields), fit(toy, init="image", restarts=2, **fields)

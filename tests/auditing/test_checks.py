@@ -40,6 +40,7 @@ def falling(*, late: float) -> Tensor:
     return torch.cat([torch.zeros(1), -fall.cumsum(0)])[:, None].expand(-1, IMAGES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("last", "status"), [(105, "pass"), (109, "pass"), (112, "WARN")])
 def test_more_steps_must_not_break_clearly_more(context: AuditContext, last: int, status: str) -> None:
     set_outcomes(context, after={10: 90, 20: 100, 40: last}, losses=falling(late=0.0), restarts=120)
@@ -101,6 +102,7 @@ def test_noise_that_beats_the_attack_is_a_warning(context: AuditContext) -> None
     assert "noise breaks 50 images that the optimized patches do not" in strong.meaning
 
 
+@pytest.mark.slow
 def test_other_precisions_and_their_mean_may_be_better_sources(trained: Trained) -> None:
     def masked(images: Tensor) -> Tensor:
         return trained.net(images.detach())

@@ -84,6 +84,7 @@ def kept_and_faults(**environment: str) -> tuple[bool, int]:
     return kept == "True", int(faults)
 
 
+@pytest.mark.slow
 def test_blocks_are_used_again() -> None:
     kept, faults = kept_and_faults()
     if not kept:
@@ -91,6 +92,7 @@ def test_blocks_are_used_again() -> None:
     assert faults < 120_000
 
 
+@pytest.mark.slow
 def test_environment_variables_of_glibc_are_obeyed() -> None:
     kept, faults = kept_and_faults(MALLOC_MMAP_THRESHOLD_="131072")
     assert not kept

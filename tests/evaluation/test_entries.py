@@ -84,6 +84,7 @@ def test_patches_of_a_run_are_those_of_its_last_model(tmp_path: Path) -> None:
     assert patch_folder(tmp_path / "run" / "last") == tmp_path / "run" / "last" / "patches"
 
 
+@pytest.mark.slow
 def test_model_in_memory_has_the_fingerprint_of_its_directory(tmp_path: Path) -> None:
     (saved,) = load_models([make_model_dir(tmp_path / "net")])
     model, info = load_model(tmp_path / "net" / "last")

@@ -118,6 +118,7 @@ def test_a_border_of_zeros_becomes_the_convolutions_own(pad: tuple[int, ...], tm
     assert optimized(tmp_path)["QLinearConv"] == 2
 
 
+@pytest.mark.slow
 def test_layers_that_stay_float_are_named_with_the_reason(tmp_path: Path) -> None:
     write(loaded(residual(), precisions=(8,)), 8, tmp_path)
     found = find_format("ort").count_integers(tmp_path / ONNX_FILE)

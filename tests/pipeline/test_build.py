@@ -94,6 +94,7 @@ def test_a_network_of_one_channel_is_built_calibrated_saved_and_loaded(tmp_path:
         assert torch.equal(loaded(images), model(images.mean(1, keepdim=True)))
 
 
+@pytest.mark.slow
 def test_build_switchable_can_be_saved_and_loaded(tmp_path: Path) -> None:
     wanted = recipe(name="cifar_resnet20")
     train = build_split(wanted.data, "train", seed=0)

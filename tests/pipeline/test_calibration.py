@@ -57,6 +57,7 @@ def test_every_image_is_in_one_batch() -> None:
     assert torch.equal(torch.cat(list(batches)), images.images.float() / 255)
 
 
+@pytest.mark.slow
 def test_settings_reach_the_calibration(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: dict[str, Any] = {}
 

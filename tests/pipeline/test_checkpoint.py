@@ -52,6 +52,7 @@ def logits(model: SwitchableModel) -> list[torch.Tensor]:
     return outputs
 
 
+@pytest.mark.slow
 def test_what_ptq_methods_found_is_saved_and_loaded(tmp_path: Path) -> None:
     net = create_float_model(INFO.name, num_classes=INFO.num_classes)
     corrected = convert(net, image_size=INFO.image_size, **INFO.quant).eval()
@@ -71,6 +72,7 @@ def test_what_ptq_methods_found_is_saved_and_loaded(tmp_path: Path) -> None:
     assert all(map(torch.equal, logits(older), logits(corrected)))
 
 
+@pytest.mark.slow
 def test_models_of_older_versions_keep_the_inputs_of_their_last_layer(tmp_path: Path) -> None:
     net = create_float_model("alexnet", num_classes=3)
     info = replace(INFO, name="alexnet", args={}, image_size=(64, 64), quant={"precisions": [32, 4]})
@@ -85,6 +87,7 @@ def test_models_of_older_versions_keep_the_inputs_of_their_last_layer(tmp_path: 
             assert torch.equal(loaded(images), model(images))
 
 
+@pytest.mark.slow
 def test_round_trip_is_exact_at_every_precision(model: SwitchableModel, tmp_path: Path) -> None:
     save_model(tmp_path / "model", model, INFO)
     assert sorted(file.name for file in (tmp_path / "model").iterdir()) == ["config.json", "model.safetensors"]

@@ -52,6 +52,7 @@ def test_minmax_clips_nothing_and_serves_all_bit_widths(model: SwitchableModel, 
     torch.testing.assert_close(layer.weight_quant.quantizer.thresholds["4"].detach(), expected, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_mse_is_better_than_any_other_threshold_tried(model: SwitchableModel) -> None:
     layer = model.net.layer3[0].conv2
     rows = layer.weight.detach().flatten(1)
@@ -162,6 +163,7 @@ def test_one_batch_of_a_sequence_is_in_memory_at_a_time(model: SwitchableModel, 
     assert len(Lazy.made) == 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("weights", "passes"), [([], 1), (["bias-correction"], 5)])
 def test_progress_counts_the_batches_of_all_passes(
     model: SwitchableModel, images: Tensor, weights: list[str], passes: int
@@ -229,6 +231,7 @@ def test_a_dead_channel_gets_a_positive_threshold(float_net: nn.Module, images: 
     assert (model.net.layer1[0].conv1.weight_quant.quantizer.thresholds["2"] > 0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

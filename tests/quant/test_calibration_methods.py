@@ -26,11 +26,13 @@ from qadtr_brevitas.testing.calibration import check_ptq_method, check_range_met
 SEVEN: Levels = (-7, 7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RANGE_METHODS.names())
 def test_every_registered_range_method_fulfills_the_contract(name: str) -> None:
     check_range_method(RANGE_METHODS.load(name)())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PTQ_METHODS.names())
 def test_every_registered_ptq_method_fulfills_the_contract(name: str) -> None:
     check_ptq_method(PTQ_METHODS.load(name)())

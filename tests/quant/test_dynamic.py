@@ -120,6 +120,7 @@ def test_all_memory_layouts_and_paths_agree(change: str, monkeypatch: pytest.Mon
     torch.testing.assert_close(compute(), expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [32, *BITS])
 def test_a_prediction_does_not_depend_on_the_rest_of_the_batch(
     dynamic_model: SwitchableModel, images: Tensor, bits: int
@@ -141,6 +142,7 @@ def test_a_network_is_close_to_float_at_8_bit_and_exact_at_32(
             assert (dynamic_model(images) - exact).norm() < 0.05 * exact.norm()
 
 
+@pytest.mark.slow
 def test_only_weights_have_thresholds(dynamic_model: SwitchableModel, model: SwitchableModel) -> None:
     fixed, dynamic = (set(m.state_dict()) for m in (model, dynamic_model))
     assert dynamic < fixed

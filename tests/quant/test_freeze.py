@@ -28,6 +28,7 @@ def test_frozen_resnet_equals_the_switchable_one(model: SwitchableModel, images:
     assert type(frozen.net.bn1) is nn.BatchNorm2d
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [

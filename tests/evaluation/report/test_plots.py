@@ -24,6 +24,7 @@ def colors(path: Path) -> set[tuple[int, ...]]:
         return {color for _, color in picture.convert("RGB").getcolors(maxcolors=1 << 24) or []}
 
 
+@pytest.mark.slow
 def test_pictures_of_an_evaluation(tmp_path: Path) -> None:
     loaded_models = [reader("a/b", Reader(fooled_at=(4,)), fingerprint="reader-weights"), reader("other")]
     patches = [white_patch(str(bits), precision=bits) for bits in (8, 4)]
