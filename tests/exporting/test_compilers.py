@@ -54,7 +54,7 @@ def cifar(name: str) -> nn.Module:
 
 
 NETS = {
-    "resnet8b": lambda: cifar("cifar_resnet8b"),
+    "resnet20b": lambda: cifar("cifar_resnet20b"),
     "vgg16": lambda: cifar("cifar_vgg16"),
     "mobile": Mobile,
 }
@@ -63,7 +63,7 @@ NETS = {
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.usefixtures("finn")
-@pytest.mark.parametrize(("name", "bits"), [("resnet8b", 4), ("vgg16", 2), ("mobile", 2)])
+@pytest.mark.parametrize(("name", "bits"), [("resnet20b", 4), ("vgg16", 2), ("mobile", 2)])
 def test_finn_makes_hardware_of_the_whole_network(name: str, bits: int, tmp_path: Path) -> None:
     given = loaded(NETS[name](), target="finn", precisions=(bits,), image_size=(32, 32))
     export(given, Precision.parse(bits), find_format("finn"), tmp_path / "out", split=None)

@@ -111,11 +111,11 @@ def test_an_objective_matches_features_of_two_precisions_and_lowers_the_input_gr
         return found
 
     penalized = means("penalized", penalty=2, match=0)
-    matched = means("matched", penalty=0, match=8)
+    matched = means("matched", penalty=0, match=16)
     plain = means("plain", penalty=0, match=0)
     assert penalized[-1]["input_gradient"] < 0.7 * penalized[0]["input_gradient"]
     assert penalized[-1]["input_gradient"] < 0.7 * plain[-1]["input_gradient"]
-    assert matched[-1]["feature_distance"] < 0.85 * plain[-1]["feature_distance"]
+    assert matched[-1]["feature_distance"] < 0.75 * plain[-1]["feature_distance"]
 
 
 def test_a_run_records_its_objective(tmp_path: Path) -> None:
