@@ -152,21 +152,6 @@ class MiFgsm(PixelAttack, TargetedAttack, IterativeAttack):
         generator: torch.Generator,
         precision: Precision | None = None,
     ) -> Tensor:
-        """Return images at most `eps` away. The model's parameters receive no gradients.
-
-        Args:
-            model: in evaluation mode, at the precision to attack.
-            images: (N, 3, H, W) in [0, 1].
-            labels: (N,), the true classes.
-            generator: not used.
-            precision: not used.
-
-        Returns:
-            (N, 3, H, W) in [0, 1].
-
-        Raises:
-            UsageError: the model has no class `target`.
-        """
         goal = AttackGoal.of(self.target, labels, loss="cross-entropy")
         network = InputGradientModel(model)
         adversarial, average = images.detach(), torch.zeros_like(images)

@@ -56,7 +56,7 @@ def _check(net: nn.Module, name: str, args: Mapping[str, Any], num_classes: int)
     try:
         with torch.device("meta"):
             made = create_float_model(name, num_classes=num_classes, args=args)
-    except (QadtrError, NotImplementedError, RuntimeError):
+    except (QadtrError, RuntimeError):
         made = create_float_model(name, num_classes=num_classes, args=args)
     wanted, found = _shapes(net), _shapes(made)
     if wanted == found:
