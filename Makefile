@@ -7,7 +7,8 @@ TORCH ?= torch==2.14.1 torchvision==0.29.1
 QUICKSTART ?= quickstart
 # Tests that the lowest supported versions of all packages have to pass.
 LOWEST_TESTS := tests/core tests/config tests/data tests/models tests/attacks/test_pixel.py tests/attacks/test_lavan.py \
-	tests/attacks/test_patch.py tests/quant/test_convert.py tests/quant/test_calibrate.py tests/quant/test_freeze.py \
+	tests/attacks/test_patch.py tests/quant/test_convert.py tests/quant/test_channels.py \
+	tests/quant/test_conversion_refusals.py tests/quant/test_calibrate.py tests/quant/test_freeze.py \
 	tests/quant/test_switch.py tests/quant/test_double_backward.py tests/training/test_loop.py tests/evaluation/report \
 	tests/cli/test_main.py tests/cli/test_list.py tests/cli/test_recipes.py tests/cli/test_convert.py
 

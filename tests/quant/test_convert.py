@@ -1,7 +1,6 @@
 """Conversion: exact at 32 bit, at most 2^b levels below, and nothing passed over in silence."""
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,7 +10,6 @@ from brevitas.nn import QuantConv2d, QuantLinear, QuantReLU
 from brevitas.quant_tensor import IntQuantTensor
 from torch import Tensor, nn
 
-from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.core.precision import DEFAULT_BITS
 from qadtr_brevitas.quant import SwitchableModel, at_precision, calibrate, convert, freeze, set_precision
 from qadtr_brevitas.quant.proxies import SwitchableActProxy
@@ -322,41 +320,6 @@ def test_per_tensor_weights_have_one_threshold() -> None:
     assert "weights per tensor, own unsigned input quantizer" in {layer.note for layer in report.layers}
 
 
-def test_a_network_with_nothing_to_quantize_is_refused() -> None:
-    with pytest.raises(UsageError, match=r"Sequential.*nothing to quantize"):
-        convert(nn.Sequential(nn.Flatten(), nn.ReLU()), image_size=(8, 8))
-
-
-class Returning(nn.Module):
-    """A network that returns what a function makes of its logits."""
-
-    def __init__(self, output: Callable[[Tensor], object]) -> None:
-        super().__init__()
-        self.net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 5))
-        self.output = output
-
-    def forward(self, x: Tensor) -> object:
-        return self.output(self.net(x))
-
-
-@pytest.mark.parametrize(
-    ("output", "facts"),
-    [
-        (lambda y: (y, y), "Returning.*tuple.*logits"),
-        (lambda y: {"logits": y}, "Returning.*dict.*logits"),
-        (lambda y: y.mean(1), r"Returning.*\(2,\).*\(N, classes\)"),
-    ],
-)
-def test_a_network_that_returns_no_logits_is_refused(output: Callable[[Tensor], object], facts: str) -> None:
-    with pytest.raises(UsageError, match=facts):
-        convert(Returning(output), image_size=(8, 8))
-
-
-def test_a_network_without_parameters_is_refused() -> None:
-    with pytest.raises(UsageError, match=r"Flatten has no parameters"):
-        convert(nn.Flatten(), image_size=(8, 8))
-
-
 def test_a_network_in_training_mode_is_converted_as_in_eval_mode() -> None:
     torch.manual_seed(0)
     net = randomize_norms(Small())
@@ -367,125 +330,3 @@ def test_a_network_in_training_mode_is_converted_as_in_eval_mode() -> None:
     assert net.training
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
     assert model.report == convert(net.eval(), image_size=(16, 16)).report
-
-
-def test_a_network_that_does_not_run_is_refused() -> None:
-    with pytest.raises(UsageError, match="does not run on an image of 3x2x2"):
-        convert(nn.Sequential(nn.Conv2d(3, 4, 5), nn.Flatten()), image_size=(2, 2))
-
-
-def test_a_network_for_larger_images_says_so() -> None:
-    net = timm.create_model("inception_v3", num_classes=3)
-    with pytest.raises(UsageError, match=r"3x32x32.*3x299x299"):
-        convert(net, image_size=(32, 32))
-
-
-def test_impossible_precisions_are_refused() -> None:
-    with pytest.raises(UsageError, match=r"w1a1.*not possible"):
-        convert(Small(), [32, 1], image_size=(16, 16))
-    with pytest.raises(UsageError, match="no precision given"):
-        convert(Small(), [], image_size=(16, 16))
-
-
-@pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.parametrize(
-    ("change", "facts"),
-    [
-        (lambda net: convert(net, [32, 4], image_size=(6, 6)), "SwitchableModel.*switchable model already.*32, 4"),
-        (lambda net: nn.Sequential(convert(net, image_size=(6, 6))), "0 .*switchable model already"),
-        (lambda net: convert(net, image_size=(6, 6)).net, "part of a switchable model"),
-        (torch.jit.script, "scripted or traced"),
-        (lambda net: torch.jit.trace(net, torch.rand(1, 3, 6, 6)), "scripted or traced"),
-        (lambda net: nn.Sequential(torch.jit.script(net[0]), *net[1:]), "0 .*scripted"),
-        (lambda net: net.half(), r"float16.*float\(\)"),
-        (lambda net: net.bfloat16(), r"bfloat16.*float\(\)"),
-        (lambda net: net.double(), r"float64.*float\(\)"),
-    ],
-)
-def test_what_cannot_be_converted_is_named(change: Callable[[nn.Module], nn.Module], facts: str) -> None:
-    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 5))
-    with pytest.raises(UsageError, match=facts):
-        convert(change(net), image_size=(6, 6))
-
-
-class Grey(nn.Module):
-    """LeNet's beginning and end."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.conv, self.act, self.head = nn.Conv2d(channels, 6, 5), nn.ReLU(), nn.Linear(6 * 16, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(nn.functional.max_pool2d(self.act(self.conv(x)), 6).flatten(1))
-
-
-@pytest.mark.parametrize("channels", [1, 2, 4, 13])
-@pytest.mark.parametrize("given", [True, False])
-def test_images_of_any_number_of_channels(channels: int, given: bool) -> None:
-    settings = {"mean": [0.1307] * channels, "std": [0.3081] * channels} if given else {}
-    net = Grey(channels).eval()
-    model = convert(net, [32, 4], image_size=(28, 28), **settings)
-    assert model.channels == channels
-    pixels = torch.rand(4, channels, 28, 28)
-    calibrate(model, pixels)
-    with torch.no_grad():
-        assert torch.equal(model(pixels), net((pixels - model.mean) / model.std))
-        with at_precision(model, 4):
-            torch.testing.assert_close(freeze(model, 4)(pixels), model(pixels))
-    with pytest.raises(UsageError, match=rf"\(4, 5, 28, 28\).*{channels} channel"):
-        model(torch.rand(4, 5, 28, 28))
-
-
-def test_a_network_without_convolutions_takes_its_channels_from_mean_or_std() -> None:
-    net = nn.Sequential(nn.Flatten(), nn.Linear(784, 64), nn.ReLU(), nn.Linear(64, 10))
-    assert convert(net, image_size=(28, 28), std=[0.5]).channels == 1
-    with pytest.raises(UsageError, match=r"mean has 3 values.*std.* 1"):
-        convert(net, image_size=(28, 28), mean=[0.5] * 3, std=[0.5])
-    with pytest.raises(UsageError, match=r"std is \(0.0,\)"):
-        convert(net, image_size=(28, 28), std=[0.0])
-
-
-def test_a_grey_network_takes_color_images_as_their_mean() -> None:
-    model = convert(Grey(1).eval(), [32, 4], image_size=(28, 28))
-    pixels = torch.rand(4, 3, 28, 28)
-    with torch.no_grad():
-        torch.testing.assert_close(model(pixels), model(pixels.mean(1, keepdim=True)), rtol=0, atol=0)
-        torch.testing.assert_close(model(pixels[:, :1].expand(-1, 3, -1, -1)), model(pixels[:, :1]))
-
-
-def test_a_first_convolution_may_read_rearranged_pixels() -> None:
-    net = nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(12, 4, 3), nn.Flatten(), nn.Linear(4 * 36, 5))
-    assert convert(net, image_size=(16, 16)).channels == 3
-
-
-def test_channels_of_timm_networks() -> None:
-    net = timm.create_model("test_resnet", in_chans=1, num_classes=5)
-    model = convert(net, [32, 4], image_size=(32, 32))
-    assert model.mean.shape == (1, 1, 1, 1)
-    assert float(model.mean) == pytest.approx(sum(net.pretrained_cfg["mean"]) / 3)
-
-
-@pytest.mark.parametrize(
-    ("make", "facts"),
-    [
-        (lambda: timm.create_model("test_resnet", features_only=True), "FeatureListNet.*list.*features_only"),
-        (lambda: timm.create_model("test_resnet", num_classes=0, global_pool=""), r"\(2, 96, 2, 2\).*\(N, classes\)"),
-        (lambda: timm.create_model("test_resnet", num_classes=0), "num_classes=0"),
-    ],
-)
-def test_networks_that_return_features_are_refused(make: Callable[[], nn.Module], facts: str) -> None:
-    with pytest.raises(UsageError, match=facts):
-        convert(make(), image_size=(64, 64))
-
-
-def test_auxiliary_outputs_in_training_are_named() -> None:
-    class Auxiliary(Grey):
-        def forward(self, x: Tensor) -> Any:
-            logits = super().forward(x)
-            return (logits, logits) if self.training else logits
-
-    model = convert(Auxiliary(1).eval(), [32, 4], image_size=(28, 28))
-    model(torch.rand(1, 1, 28, 28))
-    with pytest.raises(UsageError, match=r"tuple.*aux_logits=False"):
-        model.train()(torch.rand(1, 1, 28, 28))
