@@ -61,7 +61,7 @@ NETS = {
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 @pytest.mark.usefixtures("finn")
 @pytest.mark.parametrize(("name", "bits"), [("resnet20b", 4), ("vgg16", 2), ("mobile", 2)])
 def test_finn_makes_hardware_of_the_whole_network(name: str, bits: int, tmp_path: Path) -> None:
