@@ -5,6 +5,7 @@ from __future__ import annotations
 import getpass
 import os
 import random
+import shutil
 import tarfile
 import tempfile
 from collections.abc import Iterator
@@ -79,5 +80,10 @@ def cifar10_root(shared_data: Path) -> Path:
         unfinished = Path(tempfile.mkdtemp(dir=cache))
         with tarfile.open(archive) as tar:
             tar.extractall(unfinished, filter="data")
-        unfinished.rename(folder)
+        try:
+            unfinished.rename(folder)
+        except OSError:  # another process was faster
+            if not folder.is_dir():
+                raise
+            shutil.rmtree(unfinished)
     return folder / "cifar10"
