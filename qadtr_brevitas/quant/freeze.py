@@ -136,7 +136,7 @@ def _frozen_layer(module: nn.Module) -> nn.Module | None:
 def _frozen_linear(module: SwitchableConv2d | SwitchableLinear) -> nn.Module:
     input_quant = _act_quant(module.input_quant) if isinstance(module.input_quant, SwitchableActProxy) else None
     if module.bias_correction is not None:
-        bias = module.bias_correction(module.bias)
+        bias = module.bias_correction(module.bias, module.bias_correction.switch.precision)
         module.bias = None if bias is None else nn.Parameter(bias.detach())
     return brevitas_twin(
         module, QuantConv2d, QuantLinear, weight_quant=_weight_quant(module.weight_quant), input_quant=input_quant

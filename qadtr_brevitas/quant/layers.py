@@ -18,7 +18,7 @@ from qadtr_brevitas.core.precision import Precision
 from qadtr_brevitas.quant.products import products_not_intercepted
 from qadtr_brevitas.quant.proxies import SwitchableActProxy, SwitchableWeightProxy
 from qadtr_brevitas.quant.ptq import PtqMethod, PtqState
-from qadtr_brevitas.quant.switch import Switch
+from qadtr_brevitas.quant.switch import Switch, SwitchState
 
 # Torch has no public way to move hooks.
 _HOOKS = (
@@ -57,11 +57,11 @@ class BiasOffsets(PtqState):
         """Return the offset at a precision below 32, (out,)."""
         return self.get_buffer(str(precision))
 
-    def forward(self, bias: Tensor | None) -> Tensor | None:
-        """Return the corrected bias at the current precision, (out,)."""
-        if self.switch.precision.is_float:
+    def forward(self, bias: Tensor | None, precision: Precision) -> Tensor | None:
+        """Return the corrected bias at a precision, (out,)."""
+        if precision.is_float:
             return bias
-        offset = self.offset(self.switch.precision)
+        offset = self.offset(precision)
         return offset if bias is None else bias + offset
 
 
@@ -82,20 +82,25 @@ class _FastPath:
     def forward(self, input: Any) -> Any:  # named as in Brevitas
         if self.export_mode or isinstance(input, QuantTensor):
             return super().forward(input)  # pyright: ignore[reportAttributeAccessIssue, reportUnknownVariableType]
-        quant = self.input_quant
-        x = quant.quantize(input) if isinstance(quant, SwitchableActProxy) else input
-        weight = self.weight_quant.quantize(self.weight)
+        quant, weight_quant = self.input_quant, self.weight_quant
+        now = weight_quant.quantizer.switch.states.now
+        x = quant.quantize(input, now) if isinstance(quant, SwitchableActProxy) else input
+        weight = weight_quant.quantize(self.weight, now)
         if not torch._C._len_torch_function_stack():  # pyright: ignore[reportPrivateUsage]
-            return self.inner_forward_impl(x, weight, self.bias)
+            return self._product(x, weight, self.bias, now)
         with products_not_intercepted():
-            return self.inner_forward_impl(x, weight, self.bias)
+            return self._product(x, weight, self.bias, now)
 
     def inner_forward_impl(self, x: Tensor, quant_weight: Tensor, quant_bias: Tensor | None) -> Tensor:
-        """Compute the product, in Brevitas's own forward as in this one."""
-        bias = quant_bias if self.bias_correction is None else self.bias_correction(quant_bias)
-        if (folding := self.weight_quant.quantizer.switch.folding) is not None and isinstance(self, QuantConv2d):
-            quant_weight, bias = folding.weights(self, quant_weight, bias)
-        return super().inner_forward_impl(x, quant_weight, bias)  # pyright: ignore
+        """Compute the product in Brevitas's own forward as in this one."""
+        return self._product(x, quant_weight, quant_bias, self.weight_quant.quantizer.switch.states.now)
+
+    def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None, now: SwitchState) -> Tensor:
+        if self.bias_correction is not None:
+            bias = self.bias_correction(bias, now.precision)
+        if now.folding is not None and isinstance(self, QuantConv2d):
+            weight, bias = now.folding.weights(self, weight, bias)
+        return super().inner_forward_impl(x, weight, bias)  # pyright: ignore
 
     def reset_parameters(self) -> None:
         """Do nothing: the weights are those of a float layer."""

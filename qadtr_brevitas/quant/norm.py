@@ -111,7 +111,8 @@ class SwitchableBatchNorm(BatchNorm):
         return branch.running_mean, branch.running_var, weight, bias
 
     def forward(self, input: Tensor) -> Tensor:  # named as in nn.BatchNorm2d
-        if self.switch.folding is not None and self in self.switch.folding.norms:
+        now = self.switch.states.now
+        if now.folding is not None and self in now.folding.norms:
             y = input
         elif self.training and self._is_synchronized():
             y = self._synchronized(input)
@@ -119,7 +120,7 @@ class SwitchableBatchNorm(BatchNorm):
             # One value per channel, as of a single image after a global pool, has no variance.
             measures = self.training and input.numel() > input.shape[1]
             share = self._share_of_batch() if measures else 0.0
-            y = F.batch_norm(input, *self.at(self.switch.precision), measures, share, self.eps)
+            y = F.batch_norm(input, *self.at(now.precision), measures, share, self.eps)
         return self.act(self.drop(y)) if hasattr(self, "act") else y
 
     def _share_of_batch(self) -> float:

@@ -16,7 +16,7 @@ from brevitas.quant_tensor import IntQuantTensor
 from torch import Tensor, nn
 
 from qadtr_brevitas.quant.pickling import allow_pickling
-from qadtr_brevitas.quant.switch import Switch
+from qadtr_brevitas.quant.switch import Switch, SwitchState
 from qadtr_brevitas.quant.switchable_quant import SwitchableActQuant, SwitchableDynamicQuant, SwitchableWeightQuant
 from qadtr_brevitas.quant.uniform import Uniform
 
@@ -55,12 +55,20 @@ class SwitchableWeightProxy(_KeepTensorQuant, WeightQuantProxyFromInjector):
         """Whether there is more than one threshold."""
         return math.prod(self.quantizer.shape) > 1
 
-    def quantize(self, w: Tensor) -> Tensor:
-        """Return the quantized weight as a plain tensor."""
-        if (observer := self.quantizer.switch.observer) is not None:
-            observer(self.quantizer, w)
-            return w
-        return self.quantizer.quantize(w) if self.is_quant_enabled else w
+    def quantize(self, w: Tensor, now: SwitchState | None = None) -> Tensor:
+        """Return the quantized weight as a plain tensor.
+
+        Args:
+            w: weight, (out, in, ...).
+            now: the state of the switch, where the caller has read it.
+        """
+        quantizer = self.quantizer
+        now = quantizer.switch.states.now if now is None else now
+        if now.observer is not None:
+            now.observer(quantizer, w)
+        elif not self.disable_quant and quantizer.is_active_at(now.precision):
+            return quantizer.quantize(w, now)
+        return w
 
 
 class SwitchableActProxy(_KeepTensorQuant, ActQuantProxyFromInjector):
@@ -84,15 +92,22 @@ class SwitchableActProxy(_KeepTensorQuant, ActQuantProxyFromInjector):
     def is_quant_enabled(self, is_quant_enabled: bool) -> None:
         self._is_quant_enabled = is_quant_enabled
 
-    def quantize(self, x: Tensor) -> Tensor:
-        """Return the quantized activations as a plain tensor."""
-        if (observer := self.quantizer.switch.observer) is not None:
-            observer(self.quantizer, x)
-        elif self.is_quant_enabled:
-            return self.quantizer.quantize(x)
-        activation = self.fused_activation_quant_proxy.activation_impl
-        folding = self.quantizer.switch.folding
-        if folding is not None and folding.in_place and isinstance(activation, nn.ReLU):
+    def quantize(self, x: Tensor, now: SwitchState | None = None) -> Tensor:
+        """Return the quantized activations as a plain tensor.
+
+        Args:
+            x: activations of any shape.
+            now: the state of the switch, where the caller has read it.
+        """
+        fused = self.fused_activation_quant_proxy
+        quantizer: SwitchableActQuant = fused.tensor_quant
+        now = quantizer.switch.states.now if now is None else now
+        if now.observer is not None:
+            now.observer(quantizer, x)
+        elif self._is_quant_enabled and not self.disable_quant and quantizer.is_active_at(now.precision):
+            return quantizer.quantize(x, now)
+        activation = fused.activation_impl
+        if now.folding is not None and now.folding.in_place and isinstance(activation, nn.ReLU):
             return x.relu_()
         return activation(x)
 
@@ -102,7 +117,7 @@ class SwitchableActProxy(_KeepTensorQuant, ActQuantProxyFromInjector):
         value = x.value if isinstance(x, IntQuantTensor) else x
         if self.quantizer.dynamic:
             # Brevitas's arithmetic on QuantTensors has no scale per image.
-            return self.quantizer.quantize(value)
+            return self.quantizer.quantize(value, self.quantizer.switch.states.now)
         return self.create_quant_tensor(self.quantizer(value), x=x)
 
 

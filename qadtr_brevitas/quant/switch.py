@@ -44,29 +44,61 @@ T = TypeVar("T")
 _UNSET = object()
 
 
-class _PerThread(Generic[T]):
-    """An attribute of a switch with one value per thread; a thread that set none reads that of the main thread."""
+class SwitchState:
+    """What a switch is set to in one thread. A layer reads it once a forward, its attributes are then plain ones.
 
-    def __init__(self, default: T) -> None:
-        self._default = default
+    Args:
+        precision: the current precision.
+
+    Attributes:
+        frozen: weights quantized within `frozen_weights`; None outside.
+        observer: called by each quantizer instead of quantizing, with the tensor, which passes unchanged.
+        folding: the norms folded into convolutions; None if none are.
+        images: number of images in the batch that is running.
+    """
+
+    def __init__(self, precision: Precision) -> None:
+        self.precision = precision
+        self.frozen: FrozenWeights | None = None
+        self.observer: Observer | None = None
+        self.folding: Folding | None = None
+        self.images = 1
+
+
+class _ThreadState(SwitchState):
+    """The state in a thread other than the main one, whose values it has where the thread set none itself."""
+
+    def __init__(self, main: SwitchState) -> None:
+        # Not super().__init__, which would set every value.
+        self._main = main
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._main, name)
+
+
+class _States(threading.local):
+    """The state in each thread.
+
+    Args:
+        main: that of the main thread.
+    """
+
+    def __init__(self, main: SwitchState) -> None:
+        is_main = threading.current_thread() is threading.main_thread()
+        self.now = main if is_main else _ThreadState(main)
+
+
+class _PerThread(Generic[T]):
+    """An attribute of a switch that is one of its state in the current thread."""
 
     def __set_name__(self, owner: type, name: str) -> None:
         self._name = name
 
     def __get__(self, switch: Switch, owner: type) -> T:
-        name = self._name
-        own: dict[str, Any] = switch.own.values
-        return own[name] if name in own else switch.shared.get(name, self._default)
+        return getattr(switch.states.now, self._name)
 
     def __set__(self, switch: Switch, value: T) -> None:
-        switch.values()[self._name] = value
-
-
-class _OwnValues(threading.local):
-    """What one thread set; nothing in the main thread."""
-
-    def __init__(self) -> None:
-        self.values: dict[str, Any] = {}
+        setattr(switch.states.now, self._name, value)
 
 
 class Switch:
@@ -80,37 +112,29 @@ class Switch:
         precisions: the allowed precisions; the first one is the current one at the start.
 
     Attributes:
-        precision: the current precision.
-        frozen: weights quantized within `frozen_weights`; None outside.
-        observer: called by each quantizer instead of quantizing, with the tensor, which passes unchanged.
-        folding: the norms folded into convolutions; None if none are.
-        images: number of images in the batch that is running.
+        precision: and all others: those of `SwitchState`, in the current thread.
+        states: `states.now` is the state in the current thread, for code that reads several of its attributes.
     """
 
-    precision = _PerThread[Precision](Precision(FLOAT_BITS, FLOAT_BITS))
-    frozen = _PerThread["FrozenWeights | None"](None)
-    observer = _PerThread["Observer | None"](None)
-    folding = _PerThread["Folding | None"](None)
-    images = _PerThread[int](1)
+    precision = _PerThread[Precision]()
+    frozen = _PerThread["FrozenWeights | None"]()
+    observer = _PerThread["Observer | None"]()
+    folding = _PerThread["Folding | None"]()
+    images = _PerThread[int]()
 
     def __init__(self, precisions: Sequence[Precision]) -> None:
         self.allowed = tuple(precisions)
-        self.own = _OwnValues()
-        self.shared: dict[str, Any] = {"precision": self.allowed[0]}
+        self._main = SwitchState(self.allowed[0])
+        self.states = _States(self._main)
         # Parameters that take no gradient as long as a thread is within `frozen_weights`.
         self._held: list[nn.Parameter] = []
         self._holders = 0
         self._lock = threading.Lock()
 
-    def values(self) -> dict[str, Any]:
-        """Return what the current thread set."""
-        is_main = threading.current_thread() is threading.main_thread()
-        return self.shared if is_main else self.own.values
-
     @contextmanager
     def having(self, **values: Any) -> Generator[None]:
         """Set attributes for the duration of a block, in the current thread."""
-        own = self.values()
+        own = vars(self.states.now)
         before = {name: own.get(name, _UNSET) for name in values}
         own.update(values)
         try:
@@ -170,7 +194,7 @@ class Switch:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["allowed"])
-        self.shared["precision"] = state["precision"]
+        self._main.precision = state["precision"]
         self._held = state["held"]
 
 

@@ -11,10 +11,10 @@ from brevitas.core.utils import StatelessBuffer
 from torch import Tensor, nn
 
 from qadtr_brevitas.core.errors import UsageError
-from qadtr_brevitas.core.precision import FLOAT_BITS
+from qadtr_brevitas.core.precision import FLOAT_BITS, Precision
 from qadtr_brevitas.quant.frozen import version_of
 from qadtr_brevitas.quant.quantizer import SMALLEST_THRESHOLD, Levels, Quantizer
-from qadtr_brevitas.quant.switch import Switch
+from qadtr_brevitas.quant.switch import Switch, SwitchState
 
 # First and last layers and residual streams keep at least this many bits by default.
 WIDE_BITS = 8
@@ -65,19 +65,27 @@ class SwitchableQuant(nn.Module):
         self.zero_point = StatelessBuffer(torch.tensor(0.0))
         self.bit_widths = nn.ModuleDict({str(b): StatelessBuffer(torch.tensor(float(b))) for b in held})
 
-    def nominal_bits(self) -> int:
-        """Return the bit-width of the current precision; 32 for no quantization."""
+    def nominal_bits(self, precision: Precision) -> int:
+        """Return the bit-width of a precision; 32 for no quantization."""
         raise AssertionError
+
+    def is_active_at(self, precision: Precision) -> bool:
+        """Return whether a precision quantizes: false at 32 bit."""
+        return self.nominal_bits(precision) != FLOAT_BITS
+
+    def bits_at(self, precision: Precision) -> int:
+        """Return the bit-width at a precision, at least `min_bits`."""
+        return max(self.nominal_bits(precision), self.min_bits)
 
     @property
     def is_active(self) -> bool:
-        """Whether the current precision quantizes: false at 32 bit."""
-        return self.nominal_bits() != FLOAT_BITS
+        """Whether the current precision quantizes."""
+        return self.is_active_at(self.switch.precision)
 
     @property
     def bits(self) -> int:
         """The current bit-width, at least `min_bits`."""
-        return max(self.nominal_bits(), self.min_bits)
+        return self.bits_at(self.switch.precision)
 
     def levels(self, bits: int) -> Levels:
         """Return the lowest and highest integer level at a bit-width."""
@@ -112,19 +120,26 @@ class SwitchableActQuant(SwitchableQuant):
     A quantizer that never has less than 8 bit learns its threshold as PACT does, which needs less memory.
     """
 
-    def nominal_bits(self) -> int:
-        return self.switch.precision.act
+    def nominal_bits(self, precision: Precision) -> int:
+        return precision.act
 
-    def quantize(self, x: Tensor) -> Tensor:
-        """Quantize and dequantize x at the current precision, which must be below 32."""
-        bits = self.bits
+    def quantize(self, x: Tensor, now: SwitchState | None = None) -> Tensor:
+        """Quantize and dequantize x at the current precision, which must be below 32.
+
+        Args:
+            x: activations of any shape.
+            now: the state of the switch, where the caller has read it.
+        """
+        now = self.switch.states.now if now is None else now
+        bits = self.bits_at(now.precision)
         keep_input = self.min_bits < WIDE_BITS
         return self.scheme.quantize_activation(x, self.scale(bits), self.levels(bits), keep_input=keep_input)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Brevitas's contract: (dequantized value, scale, zero point, bit-width)."""
-        bits = self.bits
-        return self.quantize(x), self.scale(bits), self.zero_point(), self.bit_widths[str(bits)]()
+        now = self.switch.states.now
+        bits = self.bits_at(now.precision)
+        return self.quantize(x, now), self.scale(bits), self.zero_point(), self.bit_widths[str(bits)]()
 
 
 class SwitchableDynamicQuant(SwitchableActQuant):
@@ -160,8 +175,8 @@ class SwitchableDynamicQuant(SwitchableActQuant):
         nearest = self._nearest(threshold, bits, above=True)
         return scale if nearest is threshold else nearest / self.steps_per_threshold(bits)
 
-    def quantize(self, x: Tensor) -> Tensor:
-        bits = self.bits
+    def quantize(self, x: Tensor, now: SwitchState | None = None) -> Tensor:
+        bits = self.bits if now is None else self.bits_at(now.precision)
         low, high = -torch.inf if self.signed else 0.0, self.max_threshold or torch.inf
         return self.scheme.quantize_images(x, self.image_scales(x, bits), self.levels(bits), low=low, high=high)
 
@@ -172,12 +187,18 @@ class SwitchableWeightQuant(SwitchableQuant):
     The shape of a threshold per group is (out, groups, 1, ...): one dimension more than the weight has.
     """
 
-    def nominal_bits(self) -> int:
-        return self.switch.precision.weight
+    def nominal_bits(self, precision: Precision) -> int:
+        return precision.weight
 
-    def quantize(self, w: Tensor) -> Tensor:
-        """Quantize and dequantize the weight at the current precision, only once within `frozen_weights()`."""
-        bits, frozen = self.bits, self.switch.frozen
+    def quantize(self, w: Tensor, now: SwitchState | None = None) -> Tensor:
+        """Quantize and dequantize the weight at the current precision, only once within `frozen_weights()`.
+
+        Args:
+            w: weight, (out, in, ...).
+            now: the state of the switch, where the caller has read it.
+        """
+        now = self.switch.states.now if now is None else now
+        bits, frozen = self.bits_at(now.precision), now.frozen
         if frozen is None:
             return self._quantize(w, bits)
         return frozen.get((id(self), bits, self._changes(bits)), w, lambda weight: self._quantize(weight, bits))
@@ -188,11 +209,12 @@ class SwitchableWeightQuant(SwitchableQuant):
 
     def forward(self, w: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Brevitas's contract: (dequantized value, scale, zero point, bit-width)."""
-        bits = self.bits
+        now = self.switch.states.now
+        bits = self.bits_at(now.precision)
         scale = self.scale(bits)
         if self.is_grouped(w):
             scale = scale.repeat_interleave(w.shape[1] // scale.shape[1], dim=1).squeeze(2)
-        return self.quantize(w), scale, self.zero_point(), self.bit_widths[str(bits)]()
+        return self.quantize(w, now), scale, self.zero_point(), self.bit_widths[str(bits)]()
 
     def is_grouped(self, w: Tensor) -> bool:
         """Return whether each group of input channels of a weight has a threshold of its own."""
