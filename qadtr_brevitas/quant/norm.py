@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from torch.nn.modules import batchnorm
 from torch.nn.modules._functions import SyncBatchNorm as SyncFunction
 
+from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.core.precision import Precision, PrecisionLike
 from qadtr_brevitas.data.batches import ImageBatches, Loader
 from qadtr_brevitas.quant.switch import Switch, at_precision, evaluating, precisions_or_all
@@ -58,6 +59,19 @@ def _add_count(branch: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -
         state.setdefault(prefix + _COUNT, branch.num_batches_tracked)
 
 
+class _Branches(nn.ModuleDict):
+    """The branches of a norm, by precision."""
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        # As SyncBatchNorm.convert_sync_batchnorm does before it puts a norm of one precision in the place of this one.
+        if name in self and self[name] is module:
+            raise UsageError(
+                "convert_sync_batchnorm would drop the norm statistics of each precision: call it on the float network "
+                "and convert() that, whose norms are then averaged over the processes at every precision"
+            )
+        super().add_module(name, module)
+
+
 class SwitchableBatchNorm(BatchNorm):
     """BatchNorm with running statistics, and optionally an affine, per precision.
 
@@ -89,7 +103,7 @@ class SwitchableBatchNorm(BatchNorm):
         for name, module in norm.named_children():
             self.add_module(name, module)
         assert self.running_mean is not None
-        self.branches = nn.ModuleDict(
+        self.branches = _Branches(
             {
                 str(precision): NormBranch(self, own_affine=own_affine).to(self.running_mean.device)
                 for precision in switch.allowed

@@ -1,11 +1,14 @@
 """Norm layers: statistics per precision, shared or own affine, exact at 32 bit."""
 
+import copy
+from typing import Any
+
 import pytest
 import torch
 from timm.layers import BatchNormAct2d, convert_sync_batchnorm
 from torch import Tensor, nn
 
-from qadtr_brevitas.core.errors import DataError
+from qadtr_brevitas.core.errors import DataError, UsageError
 from qadtr_brevitas.core.precision import Precision
 from qadtr_brevitas.quant import SwitchableModel, at_precision, convert, freeze, recalibrate_norms
 from qadtr_brevitas.quant.norm import SwitchableBatchNorm, norms
@@ -140,3 +143,17 @@ def test_statistics_of_each_precision_make_outputs_unit_scaled(model: Switchable
             model(images)
         assert outputs[-1].mean((0, 2, 3)).abs().max() < 0.05
         assert (outputs[-1].var((0, 2, 3)) - 1).abs().max() < 0.05
+
+
+@pytest.mark.parametrize("to_sync", [nn.SyncBatchNorm.convert_sync_batchnorm, convert_sync_batchnorm])
+def test_norms_that_would_lose_their_statistics_are_refused_and_kept(model: SwitchableModel, to_sync: Any) -> None:
+    before = model.state_dict()
+    with pytest.raises(UsageError, match=r"convert_sync_batchnorm.*statistics.*float network"):
+        to_sync(model)
+    assert model.state_dict().keys() == before.keys()
+    assert len(norms(model)) == 19
+
+
+def test_a_copy_of_a_converted_model_keeps_its_branches(model: SwitchableModel) -> None:
+    copied = copy.deepcopy(model)
+    assert [list(norm.branches) for norm in norms(copied)] == [["8", "5", "4", "2"]] * 19
