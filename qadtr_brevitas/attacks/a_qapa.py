@@ -14,7 +14,7 @@ from torch import Tensor
 from qadtr_brevitas.attacks.base import IterativeAttack, Memory, Model, RememberingAttack, TargetedAttack
 from qadtr_brevitas.attacks.descent import OptimizerSteps, Variable, descend
 from qadtr_brevitas.attacks.fake_quantize import fake_quantize
-from qadtr_brevitas.attacks.patch_pool import PatchedBatch, pool_patches
+from qadtr_brevitas.attacks.patch_pool import PatchedBatch, PoolRules, PoolTargets, StepSizes, pool_patches
 from qadtr_brevitas.attacks.per_image import search_patches
 from qadtr_brevitas.attacks.results import AttackGoal, AttackResult
 from qadtr_brevitas.attacks.shapes import shape_mask
@@ -54,7 +54,9 @@ class AQapa(RememberingAttack, TargetedAttack, IterativeAttack):
     - The equation does not say whether there is one patch p, or one for each image. Default: one for each image.
       `universal=0.5` gives half of the attacked images universal patches (`patch_pool.py`), which a few steps for each
       image by itself never come near: LAVAN does a third less to a network trained so, at the same cost
-      (docs/results.md).
+      (docs/results.md). The keys `pool_*` make their pool that of Meta Adversarial Training (MAT, Metzen et al. 2021,
+      arXiv 2101.11453): 1,000 patches, targets in turn over the classes, a sign step drawn for each patch, for each
+      image the worst of 5 pairs of a patch and a place, and a write-back of 0.25. MAT patches every image.
 
     To evaluate with it, give `quantize_image=false`: what the rounding of the image breaks would else count as broken
     by patches. Give also what training does not pay for: `keep_best=true` (one more forward pass), which returns the
@@ -87,6 +89,22 @@ class AQapa(RememberingAttack, TargetedAttack, IterativeAttack):
         float,
         Field(ge=0, le=1, description="share of the attacked images under universal patches, kept over the training"),
     ] = 0.0
+    pool_size: Annotated[int, Field(ge=1, description="universal patches that are kept")] = 40
+    pool_targets: Annotated[
+        PoolTargets, Field(description="what they aim at: the class of the picture they begin as, or classes in turn")
+    ] = "pictures"
+    pool_step_sizes: Annotated[
+        StepSizes, Field(description="equal: normalized steps; drawn: sign steps of 1e-4 to 0.1, drawn for each patch")
+    ] = "equal"
+    pool_worst_of: Annotated[
+        int, Field(ge=1, description="pairs of patch and place tried for each image, a forward pass each; 1: no search")
+    ] = 1
+    pool_write_back: Annotated[
+        float, Field(gt=0, le=1, description="weight of improved patches when they go back into the pool")
+    ] = 1.0
+    pool_renewed: Annotated[
+        float, Field(ge=0, le=1, description="probability that a patch begins anew when its turn comes")
+    ] = 0.05
     targeted: Annotated[bool, Field(description="aim at a random other class instead of any")] = False
     target: Annotated[int | None, Field(ge=0, description="class to be predicted instead; null: see targeted")] = None
     keep_best: Annotated[bool, Field(description="return every image's best iterate instead of the last")] = False
@@ -158,7 +176,17 @@ class AQapa(RememberingAttack, TargetedAttack, IterativeAttack):
 
         batch = self._batch(images[:count], generator, precision)
         side = max(self._sides(images))
-        pooled = pool_patches(batch, model, labels[:count], memory, side=side, steps=self.steps, generator=generator)
+        rules = PoolRules(
+            size=self.pool_size,
+            targets=self.pool_targets,
+            step_sizes=self.pool_step_sizes,
+            worst_of=self.pool_worst_of,
+            write_back=self.pool_write_back,
+            renewed=self.pool_renewed,
+        )
+        pooled = pool_patches(
+            batch, model, labels[:count], memory, rules=rules, side=side, steps=self.steps, generator=generator
+        )
         if count == len(images):
             return pooled
         rest = self._patch_each(model, images[count:], labels[count:], generator=generator, precision=precision)

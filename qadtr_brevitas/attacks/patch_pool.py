@@ -5,11 +5,14 @@ such a network is a patch that was optimized for hundreds of steps on many image
 each training step. So the patches of the pool continue where the last training step left them (after Shafahi et al.
 2020, "Universal Adversarial Training", for perturbations of whole images). Each training process keeps a pool of its
 own and improves it on its part of the batch: with more processes the patches stay as strong if the batch grows too.
+
+Other rules make it the pool of Meta Adversarial Training (MAT, Metzen et al. 2021, arXiv 2101.11453).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -21,20 +24,43 @@ from qadtr_brevitas.attacks.fake_quantize import fake_quantize
 from qadtr_brevitas.attacks.geometry import paste, random_corners
 from qadtr_brevitas.attacks.starts import shrunk
 
-_PATCHES = 40
-"""Patches in the pool. Each starts as a picture of the batch, and aims at the picture's class."""
+PoolTargets: TypeAlias = Literal["pictures", "turns"]
+StepSizes: TypeAlias = Literal["equal", "drawn"]
 
 _IMAGES_EACH = 16
 """Images that share a patch in a training step: the gradient of one image finds what fools that image only."""
-
-_RENEWED = 0.05
-"""Probability that a patch is replaced when its turn comes, so that it gets 20 turns on average."""
 
 _STEP = 0.04
 """Root mean square of the change of a patch's pixels in one step."""
 
 _LARGEST = 2.0
 """Bound of a pixel's change, in such steps."""
+
+_DRAWN_STEPS = (1e-4, 0.1)
+"""Smallest and largest sign step, in pixel values, of `step_sizes: drawn` (MAT)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoolRules:
+    """How a pool of patches is kept; every patch begins as a picture of the batch, shrunk.
+
+    Args:
+        size: patches in the pool.
+        targets: what a patch aims at: the class of its picture, or the classes in turn over the pool.
+        step_sizes: normalized steps of one size, or sign steps whose size is drawn for each patch, log-uniformly from
+            1e-4 to 0.1.
+        worst_of: pairs of a patch and a place that are tried for each image, of which that of highest loss lies on it;
+            1: no search, 16 images share a patch at places that are drawn anew for each gradient step.
+        write_back: weight with which improved patches replace those in the pool (Reptile's step size).
+        renewed: probability that a patch begins anew when its turn comes; 0.05 gives it 20 turns on average.
+    """
+
+    size: int = 40
+    targets: PoolTargets = "pictures"
+    step_sizes: StepSizes = "equal"
+    worst_of: int = 1
+    write_back: float = 1.0
+    renewed: float = 0.05
 
 
 @dataclass(frozen=True)
@@ -52,26 +78,45 @@ class NormalizedSteps(StepRule):
         return apply
 
 
+@dataclass(frozen=True, eq=False)
+class SignSteps(StepRule):
+    """Sign steps of a size of its own for every patch.
+
+    Args:
+        sizes: (N,) in pixel values.
+    """
+
+    sizes: Tensor
+
+    def bind(self, values: Tensor) -> ApplyStep:
+        def apply(gradient: Tensor, step: int) -> None:
+            values.sub_(self.sizes[:, None, None, None] * gradient.sign())
+
+        return apply
+
+
 def pool_patches(
     batch: PatchedBatch,
     model: Model,
     labels: Tensor,
     memory: Memory,
     *,
+    rules: PoolRules,
     side: int,
     steps: int,
     generator: torch.Generator,
 ) -> Tensor:
     """Return the images under some patches of the pool, which are improved first.
 
-    Patches descend the cross-entropy to their class, averaged over images and places.
+    Patches descend the cross-entropy to their class, averaged over their images and places.
 
     Args:
         batch: the images, and how patches are drawn into them.
         model: the model under attack.
         labels: (N,), the true classes.
-        memory: the pool: `textures` (K, 3, side, side) in [0, 1] and `targets` (K,), -1 where a patch has not started.
-            Filled if it is empty, and changed in place.
+        memory: the pool: `textures` (K, 3, side, side) in [0, 1], `targets` (K,), -1 where a patch has not started, and
+            `steps` (K,), the size of each patch's steps if they are drawn. Filled if it is empty, and changed in place.
+        rules: how the pool is kept.
         side: side of the patches in the pool, in pixels; in the images they have the size of the batch's mask.
         steps: gradient steps.
         generator: draws patches and places.
@@ -82,42 +127,116 @@ def pool_patches(
     Raises:
         UsageError: the patches are larger than the images.
     """
-    device = labels.device
     if not memory:
-        memory["textures"] = torch.zeros(_PATCHES, 3, side, side, device=device)
-        memory["targets"] = torch.full((_PATCHES,), -1, device=device)
-    count = len(labels)
-    turns = torch.randperm(_PATCHES, generator=generator, device=generator.device).to(device)
-    turns = turns[: min(_PATCHES, max(1, count // _IMAGES_EACH))]
-    _start_new_patches(memory, turns, batch.images, labels, generator=generator)
-    patch_of_image = torch.arange(count, device=device) % len(turns)
+        _fill(memory, rules, model, batch.images, side=side, generator=generator)
+    corners: Tensor | None = None
+    if rules.worst_of > 1:
+        chosen, corners = worst_pairs(batch, model, labels, memory, rules, generator=generator)
+        turns, patch_of_image = chosen.unique(return_inverse=True)
+    else:
+        turns, patch_of_image = _take_turns(batch, labels, memory, rules, generator=generator)
     targets = memory["targets"][turns][patch_of_image]
     # An image of the target class itself tells nothing.
     counts = targets != labels
 
     def patched(textures: Tensor) -> Tensor:
         patches = shrunk(textures, batch.patch_size)[patch_of_image]
-        return batch.with_patches(patches, batch.draw_corners(generator))
+        return batch.with_patches(patches, batch.draw_corners(generator) if corners is None else corners)
 
     def losses(textures: Tensor) -> Tensor:
         return cross_entropy(model(patched(textures)), targets, reduction="none") * counts
 
-    (textures,) = descend([Variable(memory["textures"][turns], NormalizedSteps())], losses, steps=steps)
-    memory["textures"][turns] = textures
+    rule = SignSteps(memory["steps"][turns]) if rules.step_sizes == "drawn" else NormalizedSteps()
+    before = memory["textures"][turns]
+    (textures,) = descend([Variable(before, rule)], losses, steps=steps)
+    memory["textures"][turns] = before.lerp(textures, rules.write_back)
     with torch.no_grad():
         return patched(textures)
 
 
+@torch.no_grad()
+def worst_pairs(
+    batch: PatchedBatch,
+    model: Model,
+    labels: Tensor,
+    memory: Memory,
+    rules: PoolRules,
+    *,
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor]:
+    """Return the patch (N,), by its number, and the place (N, 2) of highest loss for each image.
+
+    Each try of the `rules.worst_of` costs a forward pass; the loss is the cross-entropy to the true class.
+
+    Args:
+        batch: the images, and how patches are drawn into them.
+        model: the model under attack.
+        labels: (N,), the true classes.
+        memory: the pool; patches that have not started begin.
+        rules: how the pool is kept.
+        generator: draws patches and places.
+    """
+    device, count = labels.device, len(labels)
+    chosen = torch.zeros(count, dtype=torch.int64, device=device)
+    corners = torch.zeros(count, 2, dtype=torch.int64, device=device)
+    highest = torch.full((count,), -torch.inf, device=device)
+    for _ in range(rules.worst_of):
+        tried = torch.randint(rules.size, (count,), generator=generator, device=generator.device).to(device)
+        places = batch.draw_corners(generator).to(device)
+        _start_new_patches(memory, tried.unique(), batch.images, labels, rules, generator=generator)
+        images = batch.with_patches(shrunk(memory["textures"][tried], batch.patch_size), places)
+        losses = cross_entropy(model(images).float(), labels, reduction="none")
+        worse = losses > highest
+        highest = torch.where(worse, losses, highest)
+        chosen = torch.where(worse, tried, chosen)
+        corners = torch.where(worse[:, None], places, corners)
+    return chosen, corners
+
+
+def _take_turns(
+    batch: PatchedBatch, labels: Tensor, memory: Memory, rules: PoolRules, *, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Return the numbers of the patches whose turn it is, (P,), and which of them each image has, (N,)."""
+    device, count = labels.device, len(labels)
+    turns = torch.randperm(rules.size, generator=generator, device=generator.device).to(device)
+    turns = turns[: min(rules.size, max(1, count // _IMAGES_EACH))]
+    _start_new_patches(memory, turns, batch.images, labels, rules, generator=generator)
+    return turns, torch.arange(count, device=device) % len(turns)
+
+
+def _fill(
+    memory: Memory, rules: PoolRules, model: Model, images: Tensor, *, side: int, generator: torch.Generator
+) -> None:
+    """Make the pool of patches that have not started."""
+    device = images.device
+    memory["textures"] = torch.zeros(rules.size, 3, side, side, device=device)
+    memory["targets"] = torch.full((rules.size,), -1, device=device)
+    if rules.targets == "turns":
+        with torch.no_grad():
+            memory["classes"] = torch.tensor(model(images[:1]).shape[1], device=device)
+    if rules.step_sizes == "drawn":
+        low, high = (torch.tensor(size).log() for size in _DRAWN_STEPS)
+        draws = torch.rand(rules.size, generator=generator, device=generator.device).to(device)
+        memory["steps"] = (low + draws * (high - low)).exp()
+
+
 def _start_new_patches(
-    memory: Memory, turns: Tensor, pictures: Tensor, labels: Tensor, *, generator: torch.Generator
+    memory: Memory,
+    turns: Tensor,
+    pictures: Tensor,
+    labels: Tensor,
+    rules: PoolRules,
+    *,
+    generator: torch.Generator,
 ) -> None:
     """Replace those patches among `turns` (their numbers) that have not started, and a few others, by pictures."""
     textures, targets = memory["textures"], memory["targets"]
     draws = torch.rand(2, len(turns), generator=generator, device=generator.device).to(labels.device)
-    replaced = (targets[turns] < 0) | (draws[0] < _RENEWED)
+    replaced = (targets[turns] < 0) | (draws[0] < rules.renewed)
     drawn = (draws[1] * len(labels)).long()[replaced]
-    textures[turns[replaced]] = shrunk(pictures[drawn], (textures.shape[-2], textures.shape[-1]))
-    targets[turns[replaced]] = labels[drawn]
+    begun = turns[replaced]
+    textures[begun] = shrunk(pictures[drawn], (textures.shape[-2], textures.shape[-1]))
+    targets[begun] = begun % memory["classes"] if rules.targets == "turns" else labels[drawn]
 
 
 @dataclass(frozen=True, kw_only=True)

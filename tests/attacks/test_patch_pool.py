@@ -1,9 +1,13 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from pydantic import ValidationError
+from torch.nn.functional import cross_entropy
 
 from qadtr_brevitas.attacks.a_qapa import AQapa
 from qadtr_brevitas.attacks.fake_quantize import fake_quantize
+from qadtr_brevitas.attacks.patch_pool import PatchedBatch, PoolRules, worst_pairs
 from qadtr_brevitas.attacks.starts import shrunk
 from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.core.precision import Precision
@@ -22,11 +26,12 @@ def turn(toy, memory, *, seed=0, count=160, bits=32, **fields):
     return images, labels, patched
 
 
-def wrong_share(toy, memory):
+def wrong_share(toy, memory, **fields):
     """How many of the training images are misclassified under the patches as they are, mean over some steps."""
     shares = []
     for seed in range(100, 110):
-        _, labels, patched = turn(toy, {name: kept.clone() for name, kept in memory.items()}, seed=seed, steps=0)
+        copied = {name: kept.clone() for name, kept in memory.items()}
+        _, labels, patched = turn(toy, copied, seed=seed, steps=0, **fields)
         shares.append((predictions(toy, patched) != labels).float().mean().item())
     return sum(shares) / len(shares)
 
@@ -130,4 +135,117 @@ def test_universal_patches_need_a_memory(toy):
 @pytest.mark.parametrize("fields", [{"keep_best": True}, {"targeted": True}, {"target": 1}])
 def test_fields_that_exclude_universal_patches(fields):
     with pytest.raises(ValidationError, match=r"leave out target, targeted and keep_best"):
+        AQapa(universal=0.5, **fields)
+
+
+MAT = {
+    "pool_size": 50,
+    "pool_targets": "turns",
+    "pool_step_sizes": "drawn",
+    "pool_worst_of": 5,
+    "pool_write_back": 0.25,
+    "pool_renewed": 0.0,
+}
+RULES = PoolRules(size=20, worst_of=1, renewed=0.0)
+
+
+def bare_batch(toy, count=60):
+    images, labels = sample(toy, count)
+    mask = torch.ones(SIDE, SIDE, dtype=torch.bool)
+    return PatchedBatch(images=images, background=images, mask=mask, bits=32, step_error=0.0), labels
+
+
+def pair_losses(toy, batch, labels, textures, chosen, corners):
+    with torch.no_grad():
+        patched = batch.with_patches(shrunk(textures[chosen], (SIDE, SIDE)), corners)
+        return cross_entropy(toy.model(patched), labels, reduction="none")
+
+
+def test_the_worst_of_several_pairs_is_never_weaker_than_one_of_them(toy):
+    batch, labels = bare_batch(toy)
+    memory = {}
+    turn(toy, memory, steps=3, pool_size=20, pool_worst_of=40, pool_renewed=0.0)
+    assert (memory["targets"] >= 0).all()
+    losses = []
+    for worst_of in (1, 4, 12):
+        rules = replace(RULES, worst_of=worst_of)
+        chosen, corners = worst_pairs(batch, toy.model, labels, memory, rules, generator=generator(0))
+        losses.append(pair_losses(toy, batch, labels, memory["textures"], chosen, corners))
+    one, four, twelve = losses
+    assert (four >= one).all()
+    assert (twelve >= four).all()
+    assert twelve.mean() > one.mean() + 0.1
+
+
+def test_targets_are_the_classes_in_turn_and_steps_are_drawn_log_uniformly(toy):
+    memory = {}
+    for seed in range(4):
+        turn(toy, memory, seed=seed, steps=0, **{**MAT, "pool_size": 600})
+    begun = (memory["targets"] >= 0).nonzero()[:, 0]
+    classes = toy.model(sample(toy, 1)[0]).shape[1]
+    assert len(begun) > 300
+    assert torch.equal(memory["targets"][begun], begun % classes)
+    exponents = memory["steps"].log10()
+    assert exponents.min() >= -4.001
+    assert exponents.max() <= -0.999
+    torch.testing.assert_close(
+        exponents.quantile(torch.tensor([0.25, 0.5, 0.75])), torch.tensor([-3.25, -2.5, -1.75]), rtol=0, atol=0.2
+    )
+
+
+def test_a_quarter_of_the_change_is_written_back(toy):
+    """What lies on the images is the improved patch; the pool moves a quarter of the way to it."""
+    whole, quarter = {}, {}
+    for memory in (whole, quarter):
+        turn(toy, memory, steps=0, **MAT)
+    before = whole["textures"].clone()
+    assert torch.equal(before, quarter["textures"])
+    patched = [
+        turn(toy, memory, seed=1, steps=2, **{**MAT, "pool_write_back": weight})[2]
+        for memory, weight in ((whole, 1.0), (quarter, 0.25))
+    ]
+    assert torch.equal(*patched)
+    moved = whole["textures"] - before
+    # Patches that started in this turn have no texture before it.
+    known = quarter["targets"] >= 0
+    known &= (before != 0).flatten(1).any(1)
+    assert moved[known].any()
+    torch.testing.assert_close((quarter["textures"] - before)[known], 0.25 * moved[known])
+
+
+def test_no_patch_moves_by_more_than_its_steps(toy):
+    memory = {}
+    for seed in range(3):
+        turn(toy, memory, seed=seed, steps=0, **MAT)
+    before = memory["textures"].clone()
+    turn(toy, memory, seed=3, steps=3, **{**MAT, "pool_write_back": 1.0})
+    known = (before != 0).flatten(1).any(1)
+    moved = (memory["textures"] - before).abs().amax((1, 2, 3))
+    assert (moved <= 3.001 * memory["steps"])[known].all()
+    assert moved[known].any()
+
+
+@pytest.mark.slow
+def test_a_pool_by_other_rules_gets_strong_too(toy):
+    young, old = {}, {}
+    rules = {**MAT, "pool_size": 20}
+    turn(toy, young, **rules)
+    for seed in range(25):
+        turn(toy, old, seed=seed, steps=5, **rules)
+    assert wrong_share(toy, old, **rules) > wrong_share(toy, young, **rules) + 0.1
+
+
+def test_a_pool_that_was_saved_goes_on_bit_for_bit(toy):
+    one, saved = {}, {}
+    for seed in range(2):
+        turn(toy, one, seed=seed, **MAT)
+    saved = {name: kept.clone() for name, kept in one.items()}
+    last = [turn(toy, memory, seed=2, **MAT)[2] for memory in (one, saved)]
+    assert torch.equal(*last)
+    assert all(torch.equal(one[name], saved[name]) for name in one)
+
+
+@pytest.mark.parametrize("fields", [{"pool_write_back": 1.5}, {"pool_size": 0}, {"pool_targets": "random"}])
+def test_bad_rules(fields):
+    with pytest.raises(ValidationError, match=next(iter(fields))):
         AQapa(universal=0.5, **fields)
