@@ -166,6 +166,18 @@ class OptimizerSection(RecipeSection):
     threshold_lr_scale: float = Field(
         default=1.0, ge=0, description="factor on the learning rate of quantizer thresholds"
     )
+    threshold_rule: Literal["constant", "alrs"] = Field(
+        default="constant",
+        description="learning rate of thresholds: that of the weights, or adapted to each bit-width (ALRS, with SGD)",
+    )
+
+    @model_validator(mode="after")
+    def _alrs_needs_gradients_as_they_are(self) -> OptimizerSection:
+        # Optimizers that normalize gradients undo what ALRS takes from their size.
+        if self.threshold_rule == "alrs" and self.name not in ("sgd", "nesterov", "momentum"):
+            rule = f"alrs goes with sgd, nesterov or momentum, got the optimizer {self.name}: give constant"
+            raise located_error([(("threshold_rule",), rule)])
+        return self
 
 
 class SchedulerSection(RecipeSection):
@@ -240,6 +252,10 @@ class TrainSection(RecipeSection):
     regularizers: tuple[RegularizerSlot, ...] = Field(default=(), description="losses added to the cross entropy")
     gradient: GradientSlot | None = Field(default=None, description="how gradients are changed before a step")
     label_smoothing: float = Field(default=0.0, ge=0, lt=1, description="label smoothing of the cross entropy")
+    update: Literal["mean", "each"] = Field(
+        default="mean",
+        description="of a step at several precisions: one update by their mean loss, or one after each precision",
+    )
     clip_grad_norm: float | None = Field(default=None, gt=0, description="largest norm of the gradient")
     amp: Literal["no", "bf16", "fp16"] = Field(default="no", description="automatic mixed precision")
     validate_every: int = Field(default=1, ge=1, description="epochs between two validations")

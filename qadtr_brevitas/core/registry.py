@@ -216,6 +216,10 @@ REGULARIZERS = Registry(
     "qadtr_brevitas.training.regularizers:Regularizer",
     {
         "distillation": ("qadtr_brevitas.training.regularizers:Distillation", "match the logits of a float teacher"),
+        "weight-distribution": (
+            "qadtr_brevitas.training.weight_distribution:WeightDistribution",
+            "weights that spread evenly: kurtosis and skewness (EQ-Net)",
+        ),
     },
 )
 

@@ -19,6 +19,7 @@ from qadtr_brevitas.quant.products import products_not_intercepted
 from qadtr_brevitas.quant.proxies import SwitchableActProxy, SwitchableWeightProxy
 from qadtr_brevitas.quant.ptq import PtqMethod, PtqState
 from qadtr_brevitas.quant.switch import Switch, SwitchState
+from qadtr_brevitas.quant.switchable_quant import WIDE_BITS
 
 # Torch has no public way to move hooks.
 _HOOKS = (
@@ -112,6 +113,16 @@ class SwitchableConv2d(_FastPath, QuantConv2d):  # pyright: ignore[reportIncompa
 
 class SwitchableLinear(_FastPath, QuantLinear):  # pyright: ignore[reportIncompatibleVariableOverride]
     """QuantLinear with switchable quantizers."""
+
+
+def low_bit_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Return the float weights, by module name, of the layers that are quantized to less than 8 bit."""
+    return {
+        name: module.weight
+        for name, module in model.named_modules()
+        if isinstance(module, SwitchableConv2d | SwitchableLinear)
+        and module.weight_quant.quantizer.min_bits < WIDE_BITS
+    }
 
 
 def brevitas_twin(module: nn.Module, conv: Any, linear: Any, **quantizers: Any) -> nn.Module:

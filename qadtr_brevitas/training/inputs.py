@@ -20,7 +20,7 @@ from qadtr_brevitas.data.split import Split, epoch_order
 from qadtr_brevitas.quant import SwitchableModel, frozen_weights
 from qadtr_brevitas.training.masks import TrainingMasks
 from qadtr_brevitas.training.objectives import ordinary_loss
-from qadtr_brevitas.training.step import AdversarialBatch, ForwardOutput, StepLoss, TrainingStep
+from qadtr_brevitas.training.step import AdversarialBatch, EarlierPass, ForwardOutput, StepLoss, TrainingStep
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -145,6 +145,7 @@ def make_step(
     precision: Precision,
     *,
     attacked: bool,
+    earlier: EarlierPass | None = None,
 ) -> TrainingStep:
     """Return what an objective sees of one batch at one precision.
 
@@ -157,6 +158,7 @@ def make_step(
         number: optimizer steps done.
         precision: the precision of the loss.
         attacked: whether images are attacked and masked.
+        earlier: what the same optimizer step computed at the precision before.
     """
     train = inputs.recipe.train
 
@@ -181,6 +183,7 @@ def make_step(
         attack=attack,
         default_loss=default_loss,
         default_features=[pattern for regularizer in train.regularizers for pattern in regularizer.features],
+        earlier=earlier,
     )
 
 

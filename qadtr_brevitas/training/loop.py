@@ -24,6 +24,7 @@ from qadtr_brevitas.pipeline.build import build_splits, build_switchable, fit_da
 from qadtr_brevitas.pipeline.calibration import calibrate_on, calibration_count
 from qadtr_brevitas.pipeline.directories import LAST_FOLDER
 from qadtr_brevitas.quant import SwitchableModel, set_precision
+from qadtr_brevitas.training.alrs import adapt_learning_rates
 from qadtr_brevitas.training.gradient_rules import GradientRuleOptimizer
 from qadtr_brevitas.training.inputs import NormBatches, TrainingInputs, make_step
 from qadtr_brevitas.training.log import StepRecord, TrainingObserver, as_figures
@@ -209,7 +210,7 @@ class _Trainer:
         optimizer: torch.optim.Optimizer,
         rule: GradientRuleOptimizer | None,
     ) -> None:
-        """Take one optimizer step, at one precision or at several with their losses averaged."""
+        """Take one step, at one precision or at several: one update by their mean loss, or one after each."""
         started = time.perf_counter()
         train, number = self.recipe.train, self.counters.step
         # For layers that draw from the global stream, such as dropout.
@@ -218,31 +219,31 @@ class _Trainer:
         images, labels = self.inputs.batch(number, steps_per_epoch=phase.steps_per_epoch)
         objective = train.objective if phase.is_quantized else CrossEntropy()
         lr: float = optimizer.param_groups[0]["lr"]
-        optimizer.zero_grad()
-        loss = 0.0
-        for precision in precisions:
-            set_precision(self.model, precision)
-            step = make_step(
-                self.inputs,
-                self.accelerator,
-                self.model,
-                images,
-                labels,
-                number,
-                precision,
-                attacked=phase.is_quantized,
-            )
-            with self.accelerator.autocast():
-                part: Tensor = forward(objective, step)
-            loss += self._agree_on(part, precision, lr) / len(precisions)
-            self.accelerator.backward(part / len(precisions))
-        if train.clip_grad_norm is not None:
-            # Not the accelerator's clipping: it would unscale once more for the optimizer of the float epochs.
-            self.accelerator.unscale_gradients(optimizer)
-            nn.utils.clip_grad_norm_(self.model.parameters(), train.clip_grad_norm)
-        if rule is not None:
-            rule.set_context(step=number, precision=min(precisions))
-        optimizer.step()
+        loss, earlier = 0.0, None
+        updates = [(precision,) for precision in precisions] if train.update == "each" else [precisions]
+        for index, together in enumerate(updates):
+            optimizer.zero_grad()
+            for precision in together:
+                set_precision(self.model, precision)
+                step = make_step(
+                    self.inputs,
+                    self.accelerator,
+                    self.model,
+                    images,
+                    labels,
+                    number,
+                    precision,
+                    attacked=phase.is_quantized,
+                    earlier=earlier,
+                )
+                with self.accelerator.autocast():
+                    part: Tensor = forward(objective, step)
+                earlier = step.passed
+                loss += self._agree_on(part, precision, lr) / len(precisions)
+                self.accelerator.backward(part / len(together))
+            if rule is not None:
+                rule.set_context(step=number * len(updates) + index, precision=min(together))
+            self._update(optimizer)
         average_norm_statistics(self.model, self.accelerator)
         self.counters.step += 1
         self.writer.log_step(
@@ -257,6 +258,19 @@ class _Trainer:
                 metrics=as_figures({**self.loss_forward.metrics, **(rule.metrics() if rule else {})}),
             )
         )
+
+    def _update(self, optimizer: torch.optim.Optimizer) -> None:
+        """Let the optimizer use the gradients."""
+        train = self.recipe.train
+        adapts = train.optimizer.threshold_rule == "alrs"
+        if adapts or train.clip_grad_norm is not None:
+            # Not the accelerator's clipping: it would unscale once more for the optimizer of the float epochs.
+            self.accelerator.unscale_gradients(optimizer)
+        if train.clip_grad_norm is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), train.clip_grad_norm)
+        if adapts:
+            adapt_learning_rates(optimizer)
+        optimizer.step()
 
     def _agree_on(self, loss: Tensor, precision: Precision, lr: float) -> float:
         """Return the mean loss of all processes, and note whether one of them is to stop.

@@ -13,8 +13,10 @@ from torch import nn
 from qadtr_brevitas.config import OptimizerSection, Recipe, TrainSection
 from qadtr_brevitas.core.errors import UsageError, suggest
 from qadtr_brevitas.quant import precisions_or_all, quantizer_parameters
+from qadtr_brevitas.training.alrs import threshold_groups
 from qadtr_brevitas.training.gir import GIR_KEY
 from qadtr_brevitas.training.phases import TrainingPhase
+from qadtr_brevitas.training.regularizers import Distillation
 from qadtr_brevitas.training.step import FLOAT
 
 _WARMUP_START = 0.01
@@ -39,6 +41,18 @@ def check_precisions(model: nn.Module, recipe: Recipe) -> None:
     also_run = [precision for plugin in (train.objective, *train.regularizers) for precision in plugin.precisions]
     for precision in (*also_run, *([FLOAT] if train.float_epochs else [])):
         precisions_or_all(model, (precision,))
+    _check_chains(recipe)
+
+
+def _check_chains(recipe: Recipe) -> None:
+    """Check that a chain of teachers has several precisions a step."""
+    train = recipe.train
+    drawn = train.precision.precisions(0, seed=recipe.seed, epoch=0, epochs=train.epochs)
+    if len(drawn) == 1 and any(isinstance(r, Distillation) and r.teacher == "chain" for r in train.regularizers):
+        raise UsageError(
+            "distillation with teacher=chain needs several precisions a step: give train.precision.schedule=sandwich, "
+            "or teacher=float"
+        )
 
 
 def check_optimizer(section: OptimizerSection) -> OptimInfo:
@@ -110,11 +124,13 @@ def _parameter_groups(model: nn.Module, section: OptimizerSection) -> list[dict[
             is_threshold = id(parameter) in threshold_ids
             group = thresholds if is_threshold else weights if parameter.ndim > 1 else without_decay
             group.append(parameter)
+    of_thresholds = threshold_groups(model) if section.threshold_rule == "alrs" else [{"params": thresholds}]
+    # timm's schedulers multiply the learning rate by lr_scale. GIR's normalized gradient of a single number is its
+    # sign: a threshold would take steps of one size, however flat the loss.
+    settings: dict[str, Any] = {"weight_decay": 0.0, "lr_scale": section.threshold_lr_scale, GIR_KEY: False}
     groups: list[dict[str, Any]] = [
         {"params": weights},
         {"params": without_decay, "weight_decay": 0.0},
-        # timm's schedulers multiply the learning rate by lr_scale. GIR's normalized gradient of a single number is its
-        # sign: a threshold would take steps of one size, however flat the loss.
-        {"params": thresholds, "weight_decay": 0.0, "lr_scale": section.threshold_lr_scale, GIR_KEY: False},
+        *({**group, **settings} for group in of_thresholds),
     ]
     return [group for group in groups if group["params"]]

@@ -21,6 +21,7 @@ from qadtr_brevitas.core.errors import UsageError, suggest
 from qadtr_brevitas.core.precision import FLOAT_BITS, Precision
 from qadtr_brevitas.core.seeding import generator
 from qadtr_brevitas.quant import SwitchableModel, allowed_precisions, at_precision
+from qadtr_brevitas.quant.layers import low_bit_weights
 from qadtr_brevitas.quant.switch import evaluating
 
 FLOAT = Precision(FLOAT_BITS, FLOAT_BITS)
@@ -45,6 +46,14 @@ class ForwardOutput(NamedTuple):
 
     logits: Tensor
     features: dict[str, Tensor]
+
+
+class EarlierPass(NamedTuple):
+    """What an optimizer step computed at a precision before: the images (N, 3, H, W) and their logits, detached."""
+
+    precision: Precision
+    images: Tensor
+    logits: Tensor
 
 
 class AdversarialBatch(NamedTuple):
@@ -72,6 +81,10 @@ class TrainingStep:
         attack: makes the batch that is attacked and masked; called at most once.
         default_loss: computes the ordinary loss of a forward pass on the adversarial batch.
         default_features: patterns of the features that `default_loss` needs.
+        earlier: what the same optimizer step computed at the precision before; None for its first.
+
+    Attributes:
+        passed: the pass that `default_loss` saw, as the next precision's `earlier`; None before.
     """
 
     def __init__(
@@ -87,12 +100,15 @@ class TrainingStep:
         attack: Callable[[], AdversarialBatch],
         default_loss: Callable[[TrainingStep, ForwardOutput], StepLoss],
         default_features: Sequence[str] = (),
+        earlier: EarlierPass | None = None,
     ) -> None:
         self.images, self.labels = images, labels
         self.precision, self.number = precision, number
         self._model, self._seed, self._rank = model, seed, rank
         self._attack = attack
         self._default_loss, self._default_features = default_loss, tuple(default_features)
+        self._earlier = earlier
+        self.passed: EarlierPass | None = None
 
     @property
     def precisions(self) -> tuple[Precision, ...]:
@@ -144,6 +160,22 @@ class TrainingStep:
             # Autocast would give its copies of the weights, made without gradients here, to later forward passes.
             torch.clear_autocast_cache()
 
+    def earlier_logits(self) -> Tensor | None:
+        """Return logits (N, classes) of the precision that the optimizer step computed before, on `adversarial.images`.
+
+        Those of its training pass where it saw the same images, else those of `teacher`. None for the first precision.
+        """
+        if self._earlier is None:
+            return None
+        images = self.adversarial.images
+        if images is self._earlier.images:
+            return self._earlier.logits
+        return self.teacher(images, precision=self._earlier.precision).logits
+
+    def low_bit_weights(self) -> dict[str, Tensor]:
+        """Return the float weights, by module name, of the layers that are quantized to less than 8 bit."""
+        return low_bit_weights(self._model)
+
     def input_gradient(self, loss: Tensor, images: Tensor) -> Tensor:
         """Return the gradient of a loss with respect to images, differentiable itself.
 
@@ -167,6 +199,7 @@ class TrainingStep:
         """
         if output is None:
             output = self.forward(self.adversarial.images, features=self._default_features)
+        self.passed = EarlierPass(self.precision, self.adversarial.images, output.logits.detach())
         return self._default_loss(self, output)
 
 

@@ -1,12 +1,14 @@
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor
 
 from qadtr_brevitas.core.precision import Precision
+from qadtr_brevitas.quant import set_precision
 from qadtr_brevitas.training.regularizers import Distillation
-from qadtr_brevitas.training.step import AdversarialBatch, ForwardOutput, TrainingStep
+from qadtr_brevitas.training.step import AdversarialBatch, ForwardOutput, StepLoss, TrainingStep
+from tests.training.support import calibrated_model
 
 FOUR, FLOAT = Precision(4, 4), Precision(32, 32)
 IMAGES = torch.zeros(2, 3, 4, 4)
@@ -55,3 +57,38 @@ def test_is_zero_for_equal_logits_and_has_a_gradient_otherwise() -> None:
 
 def test_adds_nothing_at_32_bit() -> None:
     assert distill(LOGITS, Distillation(), FLOAT) is None
+
+
+def chained(step: TrainingStep) -> Tensor | None:
+    result = Distillation(weight=1.0, teacher="chain").compute(step, step.forward(step.images))
+    return None if result is None else result.loss
+
+
+@pytest.mark.parametrize("attacked", [False, True])
+def test_a_chain_learns_from_the_precision_before(attacked: bool) -> None:
+    model = calibrated_model()
+    model.net.drop.p = 0.0
+    images, labels = torch.rand(8, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 3
+    found: list[TrainingStep] = []
+    for precision in (FLOAT, FOUR, Precision(2, 2)):
+
+        def attack(precision: Precision = precision) -> AdversarialBatch:
+            return AdversarialBatch(images * (1 - 1 / precision.act), 8) if attacked else AdversarialBatch(images, 0)
+
+        earlier = found[-1].passed if found else None
+        keys: dict[str, Any] = {"number": 0, "seed": 0, "rank": 0, "attack": attack, "earlier": earlier}
+        ordinary = lambda step, output: StepLoss(output.logits.sum())  # noqa: E731
+        set_precision(model.train(), precision)
+        step = TrainingStep(model, images, labels, precision=precision, default_loss=ordinary, **keys)
+        step.default_loss()
+        found.append(step)
+    first, second, third = found
+    assert chained(first) is None
+    expected = found[0].passed.logits if not attacked else step_teacher(second, FLOAT)
+    torch.testing.assert_close(second.earlier_logits(), expected, rtol=0, atol=0)
+    assert not torch.equal(third.earlier_logits(), second.earlier_logits())
+    assert chained(third) > 0
+
+
+def step_teacher(step: TrainingStep, precision: Precision) -> Tensor:
+    return step.teacher(step.adversarial.images, precision=precision).logits

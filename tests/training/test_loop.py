@@ -145,6 +145,24 @@ def test_sandwich_trains_three_precisions_a_step(tmp_path: Path) -> None:
     assert any("gir_cosine" in record.metrics for record in recorder.steps)
 
 
+@pytest.mark.parametrize(("update", "updates"), [("mean", 1), ("each", 3)])
+def test_weights_are_updated_once_a_step_or_after_each_precision(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, update: str, updates: int
+) -> None:
+    steps: list[int] = []
+    original = torch.optim.SGD.step
+
+    def step(self: torch.optim.SGD, *args: Any) -> Any:
+        steps.append(1)
+        return original(self, *args)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", step)
+    precision = {"schedule": "sandwich", "choices": [32, 4, 2]}
+    recorder = observe(make_recipe(**SHORT, precision=precision, update=update), tmp_path)
+    assert len(recorder.steps) == 6
+    assert len(steps) == 6 * updates
+
+
 @pytest.mark.parametrize(
     "keys",
     [
