@@ -184,6 +184,7 @@ SCHEDULES = Registry(
     "schedule",
     "qadtr_brevitas.training.schedules:Schedule",
     {
+        "curriculum": ("qadtr_brevitas.training.schedules:Curriculum", "precisions enter one after another (TriQDef)"),
         "cycle": ("qadtr_brevitas.training.schedules:Cycle", "each precision for some epochs in turn"),
         "fixed": ("qadtr_brevitas.training.schedules:Fixed", "one precision throughout (standard QAT)"),
         "sandwich": ("qadtr_brevitas.training.schedules:Sandwich", "highest, random and lowest precision each step"),
@@ -199,6 +200,10 @@ OBJECTIVES = Registry(
         "cross-entropy": (
             "qadtr_brevitas.training.objectives:CrossEntropy",
             "cross-entropy with label smoothing, and the regularizers of the recipe",
+        ),
+        "triqdef": (
+            "qadtr_brevitas.training.triqdef:TriQDef",
+            "features and input gradients unlike at two precisions (TriQDef)",
         ),
     },
 )

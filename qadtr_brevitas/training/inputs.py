@@ -145,6 +145,7 @@ def make_step(
     precision: Precision,
     *,
     attacked: bool,
+    active: Sequence[Precision] = (),
     earlier: EarlierPass | None = None,
 ) -> TrainingStep:
     """Return what an objective sees of one batch at one precision.
@@ -158,6 +159,7 @@ def make_step(
         number: optimizer steps done.
         precision: the precision of the loss.
         attacked: whether images are attacked and masked.
+        active: the precisions that the schedule draws from at this time.
         earlier: what the same optimizer step computed at the precision before.
     """
     train = inputs.recipe.train
@@ -183,6 +185,7 @@ def make_step(
         attack=attack,
         default_loss=default_loss,
         default_features=[pattern for regularizer in train.regularizers for pattern in regularizer.features],
+        active=active,
         earlier=earlier,
     )
 

@@ -234,6 +234,7 @@ class _Trainer:
                     number,
                     precision,
                     attacked=phase.is_quantized,
+                    active=phase.active(train.precision, number),
                     earlier=earlier,
                 )
                 with self.accelerator.autocast():

@@ -50,6 +50,12 @@ class TrainingPhase:
         epoch = step // self.steps_per_epoch - self.first_epoch
         return schedule.precisions(step, seed=seed, epoch=epoch, epochs=self.epochs)
 
+    def active(self, schedule: Schedule, step: int) -> tuple[Precision, ...]:
+        """Return the precisions that the schedule draws from in the epoch of a step."""
+        if not self.is_quantized:
+            return (FLOAT,)
+        return schedule.active(epoch=step // self.steps_per_epoch - self.first_epoch, epochs=self.epochs)
+
 
 def plan_phases(train: TrainSection, images: int) -> list[TrainingPhase]:
     """Return the phases of a run over `images` training images; the last incomplete batch of an epoch is dropped.

@@ -5,6 +5,7 @@ A draw depends on (seed, step) only: every rank draws the same, and a resumed ru
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from random import Random
 from typing import Annotated
@@ -36,6 +37,10 @@ class Schedule(ABC):
     @abstractmethod
     def possible(self) -> tuple[Precision, ...]:
         """Return every precision that a step may get; the model must have them."""
+
+    def active(self, *, epoch: int, epochs: int) -> tuple[Precision, ...]:
+        """Return the precisions that the steps of an epoch may get; arguments are those of `precisions`."""
+        return self.possible()
 
 
 Choices = Annotated[
@@ -108,6 +113,34 @@ class Cycle(Schedule):
     def possible(self) -> tuple[Precision, ...]:
         """Return the precisions that a step may get; see `Schedule.possible`."""
         return self.choices
+
+
+@plugin
+class Curriculum(Schedule):
+    """One precision a step, all equally likely, from a set that grows (TriQDef, Guesmi et al. 2025: 32 and 8 first).
+
+    The first `first` of the choices are there from the start; the others enter one after the other, at equal distances
+    over a share `until` of the epochs, so that all are trained for the rest. The paper gives the order, but not when.
+    """
+
+    choices: Choices = _ALL
+    first: Annotated[int, Field(ge=1, description="how many of the choices are trained from the start")] = 2
+    until: Annotated[float, Field(gt=0, le=1, description="share of the epochs after which all are trained")] = 0.5
+
+    def precisions(self, step: int, *, seed: int, epoch: int, epochs: int) -> tuple[Precision, ...]:
+        """Return one precision of those that have entered; see `Schedule.precisions`."""
+        return (_step_random(seed, step).choice(self.active(epoch=epoch, epochs=epochs)),)
+
+    def possible(self) -> tuple[Precision, ...]:
+        """Return the precisions that a step may get; see `Schedule.possible`."""
+        return self.choices
+
+    def active(self, *, epoch: int, epochs: int) -> tuple[Precision, ...]:
+        """Return the precisions that have entered by an epoch."""
+        later = len(self.choices) - self.first
+        # A run of a single epoch trains all.
+        share = min(1.0, epoch / (self.until * epochs)) if epochs > 1 else 1.0
+        return self.choices[: self.first + math.floor(share * later + 1e-9)] if later > 0 else self.choices
 
 
 @plugin

@@ -81,9 +81,11 @@ class TrainingStep:
         attack: makes the batch that is attacked and masked; called at most once.
         default_loss: computes the ordinary loss of a forward pass on the adversarial batch.
         default_features: patterns of the features that `default_loss` needs.
+        active: the precisions that the schedule draws from at this time; empty for all of the model.
         earlier: what the same optimizer step computed at the precision before; None for its first.
 
     Attributes:
+        default_features: patterns of the features that an output given to `default_loss` must have.
         passed: the pass that `default_loss` saw, as the next precision's `earlier`; None before.
     """
 
@@ -100,13 +102,15 @@ class TrainingStep:
         attack: Callable[[], AdversarialBatch],
         default_loss: Callable[[TrainingStep, ForwardOutput], StepLoss],
         default_features: Sequence[str] = (),
+        active: Sequence[Precision] = (),
         earlier: EarlierPass | None = None,
     ) -> None:
         self.images, self.labels = images, labels
         self.precision, self.number = precision, number
         self._model, self._seed, self._rank = model, seed, rank
         self._attack = attack
-        self._default_loss, self._default_features = default_loss, tuple(default_features)
+        self._default_loss, self.default_features = default_loss, tuple(default_features)
+        self._active = tuple(active)
         self._earlier = earlier
         self.passed: EarlierPass | None = None
 
@@ -115,14 +119,25 @@ class TrainingStep:
         """All precisions of the model."""
         return allowed_precisions(self._model)
 
+    @property
+    def active(self) -> tuple[Precision, ...]:
+        """The precisions that the schedule draws from at this time."""
+        return self._active or self.precisions
+
     @cached_property
     def adversarial(self) -> AdversarialBatch:
         """The batch as the recipe's attack and masks make it, when this is first read."""
         return self._attack()
 
-    def generator(self, purpose: str) -> torch.Generator:
-        """Return a random stream on the CPU for one purpose, a function of seed, step, precision, rank and purpose."""
-        return generator(self._seed, "objective", purpose, self.number, str(self.precision), self._rank)
+    def generator(self, purpose: str, *, shared: bool = False) -> torch.Generator:
+        """Return a random stream on the CPU for one purpose, a function of seed, step, precision, rank and purpose.
+
+        Args:
+            purpose: a name of its own for each thing that is drawn.
+            shared: leave out the rank, so that all processes draw the same.
+        """
+        own = () if shared else (self._rank,)
+        return generator(self._seed, "objective", purpose, self.number, str(self.precision), *own)
 
     def forward(
         self, images: Tensor, *, precision: Precision | None = None, features: Sequence[str] = ()
@@ -198,7 +213,7 @@ class TrainingStep:
                 already; None to run it.
         """
         if output is None:
-            output = self.forward(self.adversarial.images, features=self._default_features)
+            output = self.forward(self.adversarial.images, features=self.default_features)
         self.passed = EarlierPass(self.precision, self.adversarial.images, output.logits.detach())
         return self._default_loss(self, output)
 

@@ -122,7 +122,7 @@ def test_the_message_starts_with_file_and_line(write) -> None:
         (
             "train: {precision: {choices: [4]}}",
             "train.precision.schedule",
-            "must name a schedule: choose from cycle, fixed, sandwich, uniform, weighted",
+            "must name a schedule: choose from curriculum, cycle, fixed, sandwich, uniform, weighted",
         ),
         ("train: {attack: a-qap}", "train.attack.name", "unknown attack 'a-qap': did you mean 'a-qapa'?"),
         ("data: {dataset: {name: 3}}", "data.dataset.name", "must name a dataset: choose from"),
