@@ -258,6 +258,9 @@ class TrainSection(RecipeSection):
     )
     clip_grad_norm: float | None = Field(default=None, gt=0, description="largest norm of the gradient")
     amp: Literal["no", "bf16", "fp16"] = Field(default="no", description="automatic mixed precision")
+    compile: bool = Field(
+        default=False, description="run training passes through torch.compile: a wait per precision, then faster steps"
+    )
     validate_every: int = Field(default=1, ge=1, description="epochs between two validations")
     checkpoint_every: int = Field(default=200, ge=1, description="steps between two states to resume from")
     norm_batches: int = Field(default=0, ge=0, description="batches that recalibrate norms at the end; 0: keep them")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -145,6 +145,7 @@ def make_step(
     precision: Precision,
     *,
     attacked: bool,
+    compiled: Callable[[Tensor], Tensor] | None = None,
     active: Sequence[Precision] = (),
     earlier: EarlierPass | None = None,
 ) -> TrainingStep:
@@ -159,6 +160,7 @@ def make_step(
         number: optimizer steps done.
         precision: the precision of the loss.
         attacked: whether images are attacked and masked.
+        compiled: a faster form of the model for training passes.
         active: the precisions that the schedule draws from at this time.
         earlier: what the same optimizer step computed at the precision before.
     """
@@ -185,6 +187,7 @@ def make_step(
         attack=attack,
         default_loss=default_loss,
         default_features=[pattern for regularizer in train.regularizers for pattern in regularizer.features],
+        compiled=compiled,
         active=active,
         earlier=earlier,
     )

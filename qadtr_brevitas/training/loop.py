@@ -25,6 +25,7 @@ from qadtr_brevitas.pipeline.calibration import calibrate_on, calibration_count
 from qadtr_brevitas.pipeline.directories import LAST_FOLDER
 from qadtr_brevitas.quant import SwitchableModel, set_precision
 from qadtr_brevitas.training.alrs import adapt_learning_rates
+from qadtr_brevitas.training.compiled import compile_training
 from qadtr_brevitas.training.gradient_rules import GradientRuleOptimizer
 from qadtr_brevitas.training.inputs import NormBatches, TrainingInputs, make_step
 from qadtr_brevitas.training.log import StepRecord, TrainingObserver, as_figures
@@ -43,6 +44,7 @@ from qadtr_brevitas.training.processes import (
 from qadtr_brevitas.training.run_writer import RunWriter
 from qadtr_brevitas.training.setup import check_optimizer, check_precisions, make_optimizer, make_scheduler
 from qadtr_brevitas.training.state import RunCounters, TrainingState, check_finite, open_run
+from qadtr_brevitas.training.step import FLOAT
 from qadtr_brevitas.training.stop import Interrupted, StopRequest
 from qadtr_brevitas.training.validation import Validation
 
@@ -142,6 +144,10 @@ class _Trainer:
         memory = memory_of_rank(saved.memory, self.rank, self.device) if saved else {}
         masks = TrainingMasks.of(recipe, self.train_split.image_size, mean=self.info.mean, device=self.device)
         self.inputs = TrainingInputs(recipe, self.train_split, self.rank, self.processes, self.device, masks, memory)
+        self.compiled = None
+        if recipe.train.compile:
+            drawn = len({*recipe.train.precision.possible(), *([FLOAT] if recipe.train.float_epochs else [])})
+            self.compiled = compile_training(self.model, precisions=drawn, processes=self.processes)
         self.loss_forward = LossForward(self.model)
         self.writer = RunWriter(run, self.counters, self.info, observer, is_main=accelerator.is_main_process)
         self.validation = Validation(self.model, val, test, recipe.train.validate_every, self.writer, accelerator)
@@ -234,6 +240,7 @@ class _Trainer:
                     number,
                     precision,
                     attacked=phase.is_quantized,
+                    compiled=self.compiled,
                     active=phase.active(train.precision, number),
                     earlier=earlier,
                 )
@@ -312,6 +319,8 @@ class _Trainer:
 
     def _report_start(self) -> None:
         """Tell the user what the run starts from, where that is not obvious."""
+        if self.recipe.train.compile and self.compiled is None:
+            self.writer.message("train.compile: there is no C++ compiler (g++ or CXX), so training is not compiled")
         if self.saved is None:
             if cost := self.recipe.train.mask_search_cost:
                 self.writer.message(cost)

@@ -81,6 +81,7 @@ class TrainingStep:
         attack: makes the batch that is attacked and masked; called at most once.
         default_loss: computes the ordinary loss of a forward pass on the adversarial batch.
         default_features: patterns of the features that `default_loss` needs.
+        compiled: a faster form of the model for training passes; None if there is none.
         active: the precisions that the schedule draws from at this time; empty for all of the model.
         earlier: what the same optimizer step computed at the precision before; None for its first.
 
@@ -102,6 +103,7 @@ class TrainingStep:
         attack: Callable[[], AdversarialBatch],
         default_loss: Callable[[TrainingStep, ForwardOutput], StepLoss],
         default_features: Sequence[str] = (),
+        compiled: Callable[[Tensor], Tensor] | None = None,
         active: Sequence[Precision] = (),
         earlier: EarlierPass | None = None,
     ) -> None:
@@ -110,7 +112,7 @@ class TrainingStep:
         self._model, self._seed, self._rank = model, seed, rank
         self._attack = attack
         self._default_loss, self.default_features = default_loss, tuple(default_features)
-        self._active = tuple(active)
+        self._active, self._compiled = tuple(active), compiled
         self._earlier = earlier
         self.passed: EarlierPass | None = None
 
@@ -161,7 +163,12 @@ class TrainingStep:
                 return a tensor.
         """
         with at_precision(self._model, precision or self.precision), _captured(self._model, features) as found:
-            return ForwardOutput(self._model(images), found)
+            return ForwardOutput(self._fastest(images, features)(images), found)
+
+    def _fastest(self, images: Tensor, features: Sequence[str]) -> Callable[[Tensor], Tensor]:
+        """Return the compiled model where it can do what is asked: neither features nor gradients of gradients."""
+        plain = self._model.training and torch.is_grad_enabled() and not features and not images.requires_grad
+        return self._compiled if self._compiled is not None and plain else self._model
 
     def teacher(self, images: Tensor, *, precision: Precision = FLOAT, features: Sequence[str] = ()) -> ForwardOutput:
         """Run the model in evaluation mode without gradients; its precision and mode are as before afterwards.

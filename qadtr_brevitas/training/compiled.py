@@ -1,0 +1,48 @@
+"""The training pass through torch.compile: one graph for each precision, and the eager pass for all else."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qadtr_brevitas.core.errors import UsageError
+
+# Torch gives up on a function, and runs it eagerly, after so many graphs; some are for batches of other sizes.
+_GRAPHS_EACH, _SPARE_GRAPHS = 2, 8
+
+
+def compile_training(
+    model: nn.Module, *, precisions: int, processes: int, backend: str = "inductor"
+) -> Callable[[Tensor], Tensor] | None:
+    """Return a compiled form of a model for training passes; None if this machine has no C++ compiler.
+
+    The first pass at each precision compiles its graph. It shares all parameters and buffers with the model, and its
+    results are those of the model up to float rounding; layers that draw random numbers draw others.
+
+    Args:
+        model: a switchable model.
+        precisions: how many precisions are trained.
+        processes: of the run.
+        backend: of torch.compile.
+
+    Raises:
+        UsageError: there are several processes.
+    """
+    if processes > 1:
+        raise UsageError("train.compile is for one process: give train.compile=false under torchrun")
+    if backend == "inductor" and not torch.cuda.is_available() and not _has_compiler():
+        return None
+    # Loaded at its first use, which takes a second.
+    config: Any = torch._dynamo.config  # pyright: ignore
+    config.recompile_limit = max(config.recompile_limit, _GRAPHS_EACH * precisions + _SPARE_GRAPHS)
+    return torch.compile(model, backend=backend)
+
+
+def _has_compiler() -> bool:
+    return shutil.which(os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")) is not None
