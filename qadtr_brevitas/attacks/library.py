@@ -12,9 +12,6 @@ from torch import Tensor, nn
 from qadtr_brevitas.attacks.base import Model
 from qadtr_brevitas.attacks.losses import check_target
 
-BRIGHTEST = 253 / 255
-"""A value of a pixel that no input quantizer clips, as close to white as an 8-bit image allows."""
-
 
 class InputGradientModel(nn.Module):
     """A network as a module whose backward pass reaches the images and nothing else.
@@ -34,7 +31,7 @@ class InputGradientModel(nn.Module):
         self.eval()
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the logits (N, classes) of images (N, 3, H, W).
+        """Return the logits (N, classes) of images (N, C, H, W).
 
         Raises:
             UsageError: the model has no class `target`.
@@ -54,30 +51,23 @@ class _InputGradient(torch.autograd.Function):
         with torch.enable_grad():
             ctx.images = images.detach().requires_grad_()
             ctx.logits = model(ctx.images)
-            ctx.model = model
         return ctx.logits.detach()
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
-        # FAB calls backward once for every class.
-        (gradient,) = torch.autograd.grad(ctx.logits, ctx.images, grad_outputs[0], retain_graph=True)
-        stuck = (ctx.images == 1) & (gradient == 0)
-        if bool(stuck.any()):
-            gradient = torch.where(stuck, _gradient_below_white(ctx.model, ctx.images, grad_outputs[0]), gradient)
+        if not ctx.logits.requires_grad:
+            # The network cuts the way back, and attacks find no gradient, as anyone would.
+            return torch.zeros_like(ctx.images), None
+        try:
+            # FAB calls backward once for every class.
+            (gradient,) = torch.autograd.grad(
+                ctx.logits, ctx.images, grad_outputs[0], retain_graph=True, allow_unused=True, materialize_grads=True
+            )
+        except NotImplementedError:
+            # What torch raises for an operation without a backward pass.
+            return torch.zeros_like(ctx.images), None
         # Outputs that overflow have gradients that are not numbers, and a step along them would lose the image.
         return gradient.nan_to_num(0, 0, 0), None
-
-
-def _gradient_below_white(model: Model, images: Tensor, grad_output: Tensor) -> Tensor:
-    """Return the gradient two levels of an 8-bit image below white.
-
-    The input quantizer of a quantized network clips white by half a step, and clipped values have no gradient. Without
-    one, a pixel that an attack has made white could never change again.
-    """
-    with torch.enable_grad():
-        darker = images.detach().clamp(max=BRIGHTEST).requires_grad_()
-        (gradient,) = torch.autograd.grad(model(darker), darker, grad_output)
-    return gradient
 
 
 @contextmanager

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from qadtr_brevitas.attacks.base import Passes
-from qadtr_brevitas.attacks.descent import input_gradients
+from qadtr_brevitas.attacks.descent import clip_to_pixels, input_gradients
 from qadtr_brevitas.attacks.image_streams import ImageStreams
-from qadtr_brevitas.attacks.library import BRIGHTEST
 from qadtr_brevitas.attacks.per_image import PatchTask
 from qadtr_brevitas.attacks.relocation import AllowedCorners
 from qadtr_brevitas.attacks.results import AttackResult
@@ -55,7 +54,7 @@ class PlateauSearch:
         return Passes(1 + steps + (steps // _MOVE_EVERY if moves else 0), steps)
 
     def run(self, patches: Tensor, corners: Tensor) -> AttackResult:
-        """Return the best result of every image, from patches (N, 3, h, w) at corners (N, 2)."""
+        """Return the best result of every image, from patches (N, C, h, w) at corners (N, 2)."""
         return _Run(self, patches, corners).result()
 
 
@@ -88,7 +87,7 @@ class _Run:
 
     def __init__(self, search: PlateauSearch, patches: Tensor, corners: Tensor) -> None:
         self.search, self.task, self.streams = search, search.task, search.streams
-        patches, self.left = _clip(patches), torch.arange(len(patches), device=patches.device)
+        patches, self.left = clip_to_pixels(patches), torch.arange(len(patches), device=patches.device)
         gradients, found = self._assess(patches, corners)
         self.best = found
         self.state = _State(
@@ -124,10 +123,10 @@ class _Run:
 
     def _step(self, number: int) -> None:
         state = self.state
-        ahead = _clip(state.patches - state.step[:, None, None, None] * state.gradients.sign())
+        ahead = clip_to_pixels(state.patches - state.step[:, None, None, None] * state.gradients.sign())
         if number > 1:
             carried = state.patches + _MOMENTUM * (ahead - state.patches)
-            ahead = _clip(carried + (1 - _MOMENTUM) * (state.patches - state.before))
+            ahead = clip_to_pixels(carried + (1 - _MOMENTUM) * (state.patches - state.before))
         state.before, state.patches = state.patches, ahead
         state.gradients, found = self._assess(ahead, state.corners, gradients=number < self.search.steps)
         state.falls += found.losses < state.losses
@@ -190,11 +189,6 @@ class _Run:
             found = task.assess(values, corners)
             (gradient,) = input_gradients(found.losses, [values])
         return gradient, found.detach()
-
-
-def _clip(patches: Tensor) -> Tensor:
-    """Clip patches to the pixel values where every network has a gradient: white would never change again."""
-    return patches.clamp(0, BRIGHTEST)
 
 
 def checkpoint_lengths(steps: int) -> Iterator[tuple[int, int]]:

@@ -108,7 +108,14 @@ class ConversionPlan:
         granularity = self.weight_quantizer.granularity or ("channel" if self.per_channel else "tensor")
         return granularity != "tensor" and product.name in ROWS_ARE_CHANNELS
 
-    def activation(self, *, signed: bool, min_bits: int, max_threshold: float | None = None) -> Any:
+    def operand(self, operand: Operand, product: Product) -> Any:
+        """Return the injector of the quantizer of an operand of a product that is no weight."""
+        is_image = operand.origin == IMAGE
+        return self.activation(signed=not operand.nonnegative, min_bits=self.min_bits(product), reads_pixels=is_image)
+
+    def activation(
+        self, *, signed: bool, min_bits: int, max_threshold: float | None = None, reads_pixels: bool = False
+    ) -> Any:
         """Return the injector of a quantizer of activations."""
         bits = tuple(p.act for p in self.switch.allowed if p.act != FLOAT_BITS)
         return act_injector(
@@ -119,6 +126,7 @@ class ConversionPlan:
             max_threshold=max_threshold,
             scheme=self.act_quantizer,
             dynamic=self.activations == "dynamic",
+            reads_pixels=reads_pixels,
         )
 
     def weight(self, shape: tuple[int, ...], *, min_bits: int) -> Any:

@@ -151,6 +151,7 @@ class _ActInjector(_Injector):
     max_threshold = None
     scheme = Uniform()
     shape = ()
+    reads_pixels = False
 
 
 class _DynamicInjector(_ActInjector):

@@ -71,6 +71,11 @@ class Quantizer(ABC):
             out: the tensor to write the result to, if given.
         """
 
+    def passing(self, levels: Levels) -> tuple[float, float]:
+        """Return the values, in steps, strictly between which gradients pass."""
+        high = float(self.steps_per_threshold(levels))
+        return -high if levels[0] < 0 else 0.0, high
+
     def nearest_threshold(self, threshold: Tensor, levels: Levels, *, limit: float | None, above: bool) -> Tensor:
         """Return the nearest possible threshold, or the next one above; the same tensor if every one is possible.
 
@@ -106,8 +111,8 @@ class Quantizer(ABC):
         def rounding(scaled: Tensor) -> Tensor:
             return self.round(scaled, levels)
 
-        high = float(self.steps_per_threshold(levels))
-        return quantize_by(rounding, w, scale, low=-high if levels[0] < 0 else 0.0, high=high)
+        low, high = self.passing(levels)
+        return quantize_by(rounding, w, scale, low=low, high=high)
 
     def quantize_images(self, x: Tensor, scale: Tensor, levels: Levels, *, low: float, high: float) -> Tensor:
         """Quantize and dequantize activations with a fixed step per image, with straight-through gradients.

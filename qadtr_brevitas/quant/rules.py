@@ -130,13 +130,10 @@ def _float_note(module: nn.Module) -> str:
 
 def _layer(product: Product, module: nn.Module, plan: ConversionPlan) -> nn.Module:
     assert isinstance(module, nn.Conv2d | nn.Linear)
-    min_bits = plan.min_bits(product)
     shape = plan.weight_shape(module.weight.shape, linear=isinstance(module, nn.Linear))
     read, _ = product.operands
-    input_quant = None
-    if not plan.is_quantized(read, product):
-        input_quant = plan.activation(signed=not read.nonnegative, min_bits=min_bits)
-    weight_quant = plan.weight(shape, min_bits=min_bits)
+    input_quant = None if plan.is_quantized(read, product) else plan.operand(read, product)
+    weight_quant = plan.weight(shape, min_bits=plan.min_bits(product))
     return brevitas_twin(module, SwitchableConv2d, SwitchableLinear, weight_quant=weight_quant, input_quant=input_quant)
 
 
@@ -181,11 +178,10 @@ def _quantized_product(product: Product, plan: ConversionPlan) -> QuantizedProdu
 
 
 def _operand_quant(operand: Operand, product: Product, plan: ConversionPlan) -> Any:
-    min_bits = plan.min_bits(product)
     if not _is_weight(operand, product):
-        return plan.activation(signed=not operand.nonnegative, min_bits=min_bits)
+        return plan.operand(operand, product)
     # A filter that is not learned, as in a blur pool, was not made for few levels.
-    min_bits = min_bits if operand.parameters else WIDE_BITS
+    min_bits = plan.min_bits(product) if operand.parameters else WIDE_BITS
     shape = (operand.shape[0], *(1,) * (len(operand.shape) - 1)) if plan.is_per_channel(product) else ()
     return plan.computed_weight(shape, min_bits=min_bits)
 

@@ -38,6 +38,9 @@ class Uniform(Quantizer):
         lo, hi = levels
         return (hi - lo) / 2 if lo < 0 else hi
 
+    def passing(self, levels: Levels) -> tuple[float, float]:
+        return float(levels[0]), float(levels[1])
+
     def round(self, scaled: Tensor, levels: Levels, *, out: Tensor | None = None) -> Tensor:
         return torch.round(scaled, out=out).clamp_(*levels)
 

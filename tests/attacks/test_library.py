@@ -62,3 +62,9 @@ def test_the_global_random_state_is_restored():
     with seeded(generator(0), torch.device("cpu")) as again:
         assert torch.equal(torch.rand(3), first)
     assert seed == again
+
+
+def test_a_network_that_cuts_the_way_back_has_no_gradient(network, images):
+    guarded = images.clone().requires_grad_()
+    InputGradientModel(lambda images: network(images.detach()))(guarded).sum().backward()
+    assert torch.equal(guarded.grad, torch.zeros_like(images))

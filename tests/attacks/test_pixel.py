@@ -2,10 +2,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from pydantic import ValidationError
+from torch import nn
 
 from qadtr_brevitas.attacks.pixel import Fgsm, MiFgsm, Pgd
 from qadtr_brevitas.config import Recipe
 from qadtr_brevitas.core.seeding import generator
+from qadtr_brevitas.quant import calibrate, convert
 from tests.attacks.support import accuracy, attacked, sample, target_rate
 
 EPS = 0.06
@@ -138,26 +140,16 @@ def test_a_step_without_a_gradient_does_not_end_mi_fgsm(toy):
 
 
 @each
-def test_white_pixels_that_a_quantizer_clips_can_get_darker(attack):
-    """An 8-bit input quantizer has 127 steps for values of up to 127.5: white is clipped and has no gradient."""
-
-    class Clipped(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, images):
-            ctx.save_for_backward(images * 127.5 < 127)
-            return (images * 127.5).round().clamp(max=127) / 127.5
-
-        @staticmethod
-        def backward(ctx, gradient):
-            return gradient * ctx.saved_tensors[0]
-
-    def bright(images):
-        light = Clipped.apply(images).mean((1, 2, 3))
-        return torch.stack([light, 0.9 - light], 1)
-
+def test_white_pixels_of_a_quantized_network_can_get_darker(attack):
+    """An 8-bit input quantizer has 127 steps for values of up to 127.5, so that white is clipped."""
+    network = nn.Sequential(nn.Conv2d(3, 2, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    with torch.no_grad():
+        network[0].weight.copy_(torch.tensor([1.0, -1.0])[:, None, None, None].expand(2, 3, 1, 1))
+    model = convert(network.eval(), [8], mean=[0.5] * 3, std=[0.5] * 3, image_size=(4, 4))
+    calibrate(model, [torch.stack([torch.zeros(3, 4, 4), torch.ones(3, 4, 4)])], method="minmax")
     images = torch.full((2, 3, 4, 4), 0.5)
     images[..., :2] = 1.0
-    adversarial = type(attack)(eps=EPS).run(bright, images, torch.zeros(2, dtype=torch.long), generator=generator(0))
+    adversarial = type(attack)(eps=EPS).run(model, images, torch.zeros(2, dtype=torch.long), generator=generator(0))
     torch.testing.assert_close(adversarial, images - EPS, rtol=0, atol=1e-5)
 
 

@@ -14,6 +14,7 @@ from qadtr_brevitas.core.registry import QUANTIZERS
 from qadtr_brevitas.quant import SwitchableModel, at_precision, calibrate, convert, freeze, frozen_weights
 from qadtr_brevitas.quant.log2 import Log2
 from qadtr_brevitas.quant.quantizer import Levels, Quantizer
+from qadtr_brevitas.quant.switchable_quant import SwitchableActQuant
 from qadtr_brevitas.quant.uniform import PowerOfTwo, Uniform
 from qadtr_brevitas.testing.quantizers import check_quantizer
 
@@ -183,3 +184,32 @@ def test_impossible_quantizers_are_refused(settings: dict[str, Any], facts: list
     with pytest.raises(UsageError) as caught:
         switchable(**settings)
     assert all(fact in str(caught.value) for fact in facts), caught.value
+
+
+@pytest.mark.parametrize("mean", [0.0, 0.5], ids=["unsigned", "signed"])
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("quantizer", ["uniform", "power-of-two", "log2"])
+def test_white_and_black_pixels_have_a_gradient(quantizer: str, bits: int, mean: float) -> None:
+    settings = {"mean": [mean] * 3, "std": [1 - mean] * 3, "act_quantizer": quantizer}
+    model = convert(Small().eval(), [bits], image_size=(8, 8), first_last="same", **settings)
+    ends = torch.stack([torch.zeros(3, 8, 8), torch.ones(3, 8, 8)])
+    calibrate(model, [ends], method="minmax")
+    images = ends.clone().requires_grad_()
+    logits = model(images)
+    (gradient,) = torch.autograd.grad(logits[:, 0].sum(), images)
+    # Some ReLUs are open, so that every pixel matters.
+    assert (gradient != 0).flatten(1).any(1).all()
+    with torch.no_grad():
+        assert torch.equal(model(ends), logits)
+
+
+def test_only_values_that_round_to_the_ends_have_a_gradient_there() -> None:
+    model = convert(Small().eval(), [8], image_size=(8, 8), mean=[0.5] * 3, std=[0.5] * 3)
+    calibrate(model, [torch.stack([torch.zeros(3, 8, 8), torch.ones(3, 8, 8)])], method="minmax")
+    first, *others = (module for module in model.modules() if isinstance(module, SwitchableActQuant))
+    assert first.reads_pixels
+    assert not any(other.reads_pixels for other in others)
+    values = torch.tensor([-128.6, -128.4, -127.9, 0.0, 126.9, 127.4, 127.6]) * first.scale(8).detach()
+    values.requires_grad_()
+    (gradient,) = torch.autograd.grad(first.quantize(values).sum(), values)
+    assert gradient.tolist() == [0, 1, 1, 1, 1, 1, 0]
