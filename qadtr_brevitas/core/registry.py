@@ -176,6 +176,7 @@ DATASETS = Registry(
             "qadtr_brevitas.data.image_folder:ImageFolder",
             "ROOT/{train,test}/<class>/*.<image>, or ROOT/<class>/*.<image>",
         ),
+        "gtsrb": ("qadtr_brevitas.data.gtsrb:Gtsrb", "GTSRB traffic signs, as published or as tar, 43 classes"),
         "shapes": ("qadtr_brevitas.data.shapes:Shapes", "procedural colored shapes, any size and number"),
     },
 )
