@@ -28,6 +28,7 @@ from qadtr_brevitas.core.progress import Progress
 from qadtr_brevitas.data.batches import Loader
 from qadtr_brevitas.evaluation import Grid, Transfer
 from qadtr_brevitas.evaluation import evaluate as evaluate_grid
+from qadtr_brevitas.evaluation.ensemble import EnsembleVersion, missing_ensembles
 from qadtr_brevitas.evaluation.report import EvaluationReport, ImageAttackFacts, PatchFacts, Rate
 from qadtr_brevitas.evaluation.report.files import write_report
 from qadtr_brevitas.evaluation.report.summaries import terminal_tables
@@ -135,6 +136,7 @@ def evaluate(
     attacks: Sequence[AttackLike] = (),
     precisions: Sequence[PrecisionLike | InferenceMode] | None = None,
     transfer: Transfer = "all",
+    ensemble: EnsembleVersion | None = "fast",
     images: int | None = None,
     seed: int = 0,
     batch_size: int = 256,
@@ -154,6 +156,8 @@ def evaluate(
         precisions: precisions to score, `8+4` for the mean over several; None for all of each model.
         transfer: `all` scores attacks on every model and precision, `float` those made at 32 bit, and `none` only where
             they were made. Patches made in Python do not say where: they count as transferred.
+        ensemble: version of the ensemble `patch-auto` that is made beside each attack that searches a patch for each
+            image, of its size, so that the worst case is not that of a single search; None for no ensemble.
         images: at most this many images, drawn class-balanced; None for all.
         seed: of placements, attacks and the draw of images.
         batch_size: images in one forward pass.
@@ -168,13 +172,15 @@ def evaluate(
     """
     where = resolve_device(device)
     loaded = as_named_models(model)
+    named = as_named_attacks(attacks)
+    added = [] if ensemble is None else missing_ensembles(named, ensemble)
     with prepared(loaded, device=where):
         grid = Grid(
             loaded_models=loaded,
             patches=as_named_patches(patches),
             split=as_split(loader, loaded[0], images=images, seed=seed),
             data_name="loader",
-            attacks=as_named_attacks(attacks),
+            attacks=[*named, *added],
             precisions=precisions,
             transfer=transfer,
             seed=seed,

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from qadtr_brevitas.auditing import AuditReport
-    from qadtr_brevitas.evaluation import CellStore, Grid
+    from qadtr_brevitas.evaluation import CellStore, Grid, NamedAttack
     from qadtr_brevitas.evaluation.entries import NamedPatch
     from qadtr_brevitas.evaluation.report import EvaluationReport
     from qadtr_brevitas.evaluation.sharding import Shard
@@ -135,11 +135,14 @@ def _plan(
     from qadtr_brevitas.evaluation import Grid, NamedAttack
     from qadtr_brevitas.evaluation.certification import Certification
     from qadtr_brevitas.evaluation.defended import defended
+    from qadtr_brevitas.evaluation.ensemble import missing_ensembles
     from qadtr_brevitas.evaluation.entries import load_models, load_patches
     from qadtr_brevitas.evaluation.grid import read_means
     from qadtr_brevitas.evaluation.variants import PatchVariants
 
     attacks = [NamedAttack.of(plugin) for plugin in plugins]
+    added = [] if given.ensemble == "no" else missing_ensembles(attacks, given.ensemble)
+    attacks += added
     means = read_means(given.eot, attacks)
     models = load_models([*given.model_dirs, *given.surrogates], device=device)
     patches = load_patches(_patch_places(given))
@@ -171,6 +174,7 @@ def _plan(
         batch_size=given.batch_size,
     )
     _tell_certification_cost(grid)
+    _tell_ensemble_cost(grid, added)
     _tell_left_out(patches, grid, alone=not (attacks or given.certify or given.audit))
     return grid, patches
 
@@ -179,6 +183,17 @@ def _tell_certification_cost(grid: Grid) -> None:
     for certification in grid.certifications:
         count, passes = grid.certified_count, certification.passes_to_prove(grid.split.image_size)
         say(f"certifying {count} images against {certification}, at each precision: {passes} passes for a proved image")
+
+
+def _tell_ensemble_cost(grid: Grid, added: Sequence[NamedAttack]) -> None:
+    for attack in added:
+        assert attack.passes is not None
+        sources = sum(sourced.attack is attack for sourced, _ in grid.sourced_attacks)
+        say(
+            f"adding {attack.family} for the worst case: at most {attack.passes[0]:,} forward and "
+            f"{attack.passes[1]:,} backward passes of each image, {sources} times (models and precisions); "
+            "--ensemble no leaves it out, --ensemble standard is stronger"
+        )
 
 
 def _tell_left_out(patches: Sequence[NamedPatch], grid: Grid, *, alone: bool) -> None:

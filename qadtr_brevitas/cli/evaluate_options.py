@@ -35,6 +35,7 @@ class EvaluateOptions:
     attacks: tuple[str, ...]
     surrogates: tuple[Path, ...]
     eot: tuple[str, ...]
+    ensemble: Literal["fast", "standard", "no"]
     precisions: str | None
     transfer: Literal["all", "float", "none"]
     at: tuple[int, int] | None
@@ -158,6 +159,14 @@ plan_options = option_block(
         "--precision",
         "precisions",
         help="What to score, as 32,8,4,random(8+4),vote(8+4+2).  [default: each precision a model has]",
+    ),
+    click.option(
+        "--ensemble",
+        type=click.Choice(["fast", "standard", "no"]),
+        default="fast",
+        show_default=True,
+        help="Beside an --attack that searches a patch for each image, make the ensemble patch-auto of its size too, "
+        "for the worst case; or do not.",
     ),
     click.option(
         "--transfer",

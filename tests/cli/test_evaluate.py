@@ -214,6 +214,24 @@ def test_models_without_patches_can_be_attacked(tmp_path: Path) -> None:
     assert "asr.png" in result.stderr
 
 
+@pytest.mark.slow
+def test_the_ensemble_is_added_for_the_worst_case_unless_refused(runs: list[Path], tmp_path: Path) -> None:
+    search = "{name: lavan, size: 4, steps: 1, place: [0, 0], target: null}"
+    arguments = [runs[0], "--attack", search, "--precision", 4, "--images", 4, "--json", "-o", tmp_path]
+    result = evaluate(*arguments)
+    assert result.exit_code == 0, result.output
+    assert "patch-auto size=4 place=[0, 0] version=fast" in result.stderr
+    assert "--ensemble no" in result.stderr
+    content = json.loads(result.stdout)
+    assert [attack["attack"] for attack in content["attacks"]] == ["lavan", "patch-auto"]
+    alone = evaluate(*arguments, "--ensemble", "no")
+    without = json.loads(alone.stdout)
+    assert [attack["attack"] for attack in without["attacks"]] == ["lavan"]
+    counts = [[case["attacks"] for case in document["worst_case"]] for document in (content, without)]
+    assert [more - fewer for more, fewer in zip(*counts, strict=True)] == [1, 1]
+    assert "patch-auto" not in alone.stderr
+
+
 def test_patches_that_are_not_scored_are_told(runs: list[Path], tmp_path: Path) -> None:
     result = evaluate(runs[0], "--patches", runs[1] / "patches", "--transfer", "none", "--images", 6, "-o", tmp_path)
     assert result.exit_code == 2

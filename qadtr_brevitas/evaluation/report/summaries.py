@@ -91,11 +91,14 @@ def worst_case_table(report: EvaluationReport) -> Table:
 
 
 def _missing_ensemble(report: EvaluationReport) -> tuple[str, ...]:
+    with_pixels = [attack for attack in report.attacks if "eps" in attack.settings]
     if any(attack.attack == _ENSEMBLE for attack in report.attacks):
+        return ()
+    if not report.patches and len(with_pixels) == len(report.attacks):
         return ()
     return (
         f"The attacks do not include {_ENSEMBLE}, an ensemble of searches for a patch on each image, with which the "
-        f"worst case is lower: --attack {_ENSEMBLE}.",
+        f"worst case is lower: --attack '{{name: {_ENSEMBLE}, size: 8}}'.",
     )
 
 
