@@ -1,4 +1,4 @@
-"""The checks G1 to G20, by their numbers."""
+"""The checks G1 to G21, by their numbers."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from qadtr_brevitas.auditing.gradient_checks import smooth_loss, usable_gradient
 from qadtr_brevitas.auditing.loss_checks import other_losses, targeted
 from qadtr_brevitas.auditing.output_checks import mean_over_precisions, outputs_are_logits, random_outputs
 from qadtr_brevitas.auditing.picture_checks import pictures
+from qadtr_brevitas.auditing.pixel_checks import pixel_attacks
 from qadtr_brevitas.auditing.size_checks import larger_patches
 from qadtr_brevitas.auditing.transfer_checks import other_gradients, transfer, undefended_twin
 from qadtr_brevitas.auditing.worst_case_checks import ensemble
@@ -25,7 +26,7 @@ class Check:
     """One check.
 
     Args:
-        id: G1 to G20.
+        id: G1 to G21.
         title: what is compared, in a few words.
         measure: runs the check.
         attacks: whether it needs images that are classified correctly.
@@ -80,4 +81,5 @@ CHECKS = (
     Check("G18", "parts of the defense", ablated),
     Check("G19", "pictures against noise", pictures),
     Check("G20", "ensemble at chosen places", ensemble),
+    Check("G21", "PGD against AutoAttack", pixel_attacks),
 )

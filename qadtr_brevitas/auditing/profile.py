@@ -23,6 +23,8 @@ class AuditProfile:
         directions: random directions around each start in which the loss is probed.
         draws: outputs of a random network that are averaged in one step.
         ensemble: version of the ensemble `patch-auto`.
+        pixel_steps: steps of PGD, whose success is compared with that of AutoAttack.
+        autoattack: version of AutoAttack.
     """
 
     steps: int
@@ -33,6 +35,8 @@ class AuditProfile:
     directions: int
     draws: int
     ensemble: Literal["fast", "standard"] = "fast"
+    pixel_steps: int = 20
+    autoattack: Literal["fast", "standard"] = "fast"
 
 
 PROFILES: dict[str, AuditProfile] = {
@@ -48,6 +52,8 @@ PROFILES: dict[str, AuditProfile] = {
         directions=100,
         draws=20,
         ensemble="standard",
+        pixel_steps=50,
+        autoattack="standard",
     ),
 }
 

@@ -47,13 +47,13 @@ def audit(
     folder: Path | None = None,
     progress: Progress | None = None,
 ) -> AuditReport:
-    """Run the checks G1 to G20 on a model at each precision, on the same images at the same places.
+    """Run the checks G1 to G21 on a model at each precision, on the same images at the same places.
 
     A check warns if a difference is larger than its threshold and larger than chance could make it on so many images;
     the numbers hold both. A check that cannot measure anything is skipped, with the reason.
 
     Args:
-        model: a loaded model, a network, or any function from images (N, 3, H, W) in [0, 1] to logits. A network is
+        model: a loaded model, a network, or any function from images (N, C, H, W) in [0, 1] to logits. A network is
             put in eval mode on the device during the audit, and none of its parameters receives a gradient.
         split: labeled test images; `images` of them are drawn, balanced over the classes.
         precisions: precisions to audit; None for all that a switchable model allows.

@@ -46,6 +46,12 @@ class Stub:
         return images, labels
 
 
+def test_the_fast_version_breaks_what_a_few_steps_break(toy):
+    fast = attacked(toy, AutoAttack(eps=0.07, version="fast"), count=8)
+    assert accuracy(toy, fast) <= accuracy(toy, attacked(toy, Pgd(eps=0.07, steps=5), count=8))
+    assert (fast - sample(toy, 8)[0]).abs().max() <= 0.07 + 1e-6
+
+
 def test_arguments_passed_to_the_library(toy, monkeypatch):
     import pyautoattack
 
@@ -69,7 +75,7 @@ def test_a_missing_package_is_named(toy, monkeypatch):
         attacked(toy, AutoAttack(), count=2)
 
 
-@pytest.mark.parametrize(("version", "classes"), [("standard", 3), ("rand", 2)])
+@pytest.mark.parametrize(("version", "classes"), [("standard", 3), ("rand", 2), ("fast", 3)])
 def test_too_few_classes_are_refused(version, classes):
     images, labels = torch.rand(2, 3, 8, 8), torch.zeros(2, dtype=torch.long)
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from qadtr_brevitas.auditing import size_checks
+from qadtr_brevitas.attacks.autoattack import AutoAttack
+from qadtr_brevitas.auditing import pixel_checks, size_checks
 from qadtr_brevitas.auditing.audited_model import AuditedModel, ForwardCounter
 from qadtr_brevitas.auditing.context import AuditContext
 from qadtr_brevitas.auditing.search import SearchTrace
@@ -142,3 +143,18 @@ def test_an_attacker_who_chooses_every_pixel_must_succeed(
 ) -> None:
     monkeypatch.setattr(size_checks, "_broken", lambda context, size: broken(IMAGES - left))
     assert run_checks(context, "G3")["G3"].status == status
+
+
+@pytest.mark.parametrize(("by_autoattack", "status"), [(4, "pass"), (60, "WARN")])
+def test_pgd_must_not_leave_far_more_than_autoattack(
+    context: AuditContext, monkeypatch: pytest.MonkeyPatch, by_autoattack: int, status: str
+) -> None:
+    def outcome(context: AuditContext, attack: object, index: Tensor, *, start: int) -> Tensor:
+        assert len(index) == (IMAGES if (type(attack).__name__, start) == ("Pgd", 0) else IMAGES - 100)
+        return broken(100 + (by_autoattack if isinstance(attack, AutoAttack) else start))
+
+    monkeypatch.setattr(pixel_checks, "_broken", outcome)
+    finding = run_checks(context, "G21")["G21"]
+    assert finding.status == status
+    assert finding.numbers["gain"] == pytest.approx((by_autoattack - 1) / IMAGES)
+    assert ("--attack autoattack" in finding.meaning) == (status == "WARN")

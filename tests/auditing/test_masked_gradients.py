@@ -134,3 +134,11 @@ def test_a_network_that_is_blind_to_noise_is_detected_by_pictures(trained: Train
     assert "report attacks with init=image" in findings["G19"].meaning
     assert findings["G19"].numbers["gain"] > 0.05
     assert trained.findings(trained.net, "G19")["G19"].status == "pass"
+
+
+def test_pgd_that_follows_misleading_gradients_is_detected_by_autoattack(trained: Trained) -> None:
+    # PGD's cross-entropy saturates, and AutoAttack's ratio of margins does not.
+    finding = trained.findings(lambda images: 1e4 * trained.net(images), "G21")["G21"]
+    assert finding.status == "WARN"
+    assert finding.numbers["asr pgd 20 steps"] < finding.numbers["asr pgd 20 steps and autoattack"] - 0.4
+    assert "--attack autoattack" in finding.meaning
