@@ -152,14 +152,14 @@ class AQapa(RememberingAttack, TargetedAttack, IterativeAttack):
 
         Args:
             model: in evaluation mode, at `precision`.
-            images: (N, 3, H, W) in [0, 1].
+            images: (N, C, H, W) in [0, 1].
             labels: (N,), the true classes.
             generator: draws sizes, shapes, places, bit-widths and starts.
             precision: precision the model runs at; None means not quantized.
             memory: keeps universal patches over the training; changed in place.
 
         Returns:
-            (N, 3, H, W) in [0, 1]; outside the masks equal to the images, quantized if `quantize_image`.
+            (N, C, H, W) in [0, 1]; outside the masks equal to the images, quantized if `quantize_image`.
 
         Raises:
             UsageError: a size is larger than the images, the model has no class `target`, or `universal` is not 0 and
@@ -258,12 +258,12 @@ class AQapa(RememberingAttack, TargetedAttack, IterativeAttack):
         return self.sizes or tuple(max(1, round(share * side)) for share in _SIDES)
 
     def _starts(self, images: Tensor, size: tuple[int, int], generator: torch.Generator) -> Tensor:
-        """Return patches (N, 3, h, w) to start from.
+        """Return patches (N, C, h, w) to start from.
 
         No picture is chosen for its loss, which would cost forward passes.
         """
         count = len(images)
-        noise = _draw(count, 3, *size, like=images, generator=generator)
+        noise = _draw(count, images.shape[1], *size, like=images, generator=generator)
         if self.init == "uniform":
             return noise
         pictures = shrunk(images, size)[_draw(count, like=images, generator=generator).argsort()]
@@ -289,7 +289,7 @@ class _Start:
         target: class to be predicted; None for any wrong one, or if there are `shifts`.
         shifts: (N,) in [0, 1), which draw a target class for each image; None if there is one for all, or none.
         corners: (N, 2), the places of the patches.
-        patches: (N, 3, h, w) in [0, 1].
+        patches: (N, C, h, w) in [0, 1].
     """
 
     model: Model

@@ -19,7 +19,7 @@ from qadtr_brevitas.core.precision import Precision
 from qadtr_brevitas.core.progress import Progress
 
 Model: TypeAlias = Callable[[Tensor], Tensor]
-"""Images (N, 3, H, W) in [0, 1] to logits (N, classes). In evaluation mode, at the precision to be attacked."""
+"""Images (N, C, H, W) in [0, 1] to logits (N, classes). In evaluation mode, at the precision to be attacked."""
 
 Memory: TypeAlias = dict[str, Tensor]
 """What an attack keeps from one training step to the next: empty before the first, saved with the run."""
@@ -61,13 +61,13 @@ class ImageAttack(Attack, ABC):
 
         Args:
             model: the model under attack. Its parameters receive no gradients.
-            images: (N, 3, H, W) in [0, 1].
+            images: (N, C, H, W) in [0, 1].
             labels: (N,), the true classes.
             generator: source of all random draws.
             precision: precision the model runs at; None if it is not quantized or the precision is not known.
 
         Returns:
-            (N, 3, H, W) in [0, 1].
+            (N, C, H, W) in [0, 1].
         """
 
 
@@ -109,16 +109,16 @@ class IndexedAttack(ImageAttack):
 
         Args:
             model: the model under attack. Its parameters receive no gradients.
-            images: (N, 3, H, W) in [0, 1].
+            images: (N, C, H, W) in [0, 1].
             labels: (N,), the true classes.
             generator: gives the seed of all draws.
             precision: precision the model runs at; None if it is not quantized or the precision is not known.
             indices: numbers of the images in their data set; None for 0, 1, 2, ...
-            pictures: images (K, 3, H, W) in [0, 1] and labels (K,) that the attack may start from; None for the images
+            pictures: images (K, C, H, W) in [0, 1] and labels (K,) that the attack may start from; None for the images
                 of the batch, on which an image's result then depends.
 
         Returns:
-            (N, 3, H, W) in [0, 1].
+            (N, C, H, W) in [0, 1].
         """
 
 
@@ -151,7 +151,7 @@ class PatchAttack(Attack, ABC):
 
         Args:
             model: the model under attack.
-            images: (N, 3, H, W), uint8 or float in [0, 1], on the model's device.
+            images: (N, C, H, W), uint8 or float in [0, 1], on the model's device.
             labels: (N,), the true classes.
             held_out: images and labels on which the best patch is chosen, not those it is scored on; None to take a
                 fifth of the images for it.
@@ -219,12 +219,12 @@ class RememberingAttack(TrainingAttack):
 
         Args:
             model: the model under attack. Its parameters receive no gradients.
-            images: (N, 3, H, W) in [0, 1].
+            images: (N, C, H, W) in [0, 1].
             labels: (N,), the true classes.
             generator: source of all random draws.
             precision: precision the model runs at; None if it is not quantized or the precision is not known.
             memory: tensors that training keeps from step to step and saves with the run; changed in place.
 
         Returns:
-            (N, 3, H, W) in [0, 1].
+            (N, C, H, W) in [0, 1].
         """

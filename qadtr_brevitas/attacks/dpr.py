@@ -150,7 +150,7 @@ class ShapeSearch:
         """Run the search.
 
         Returns:
-            The best patch by held-out score, with its exact mask; the last texture (3, h, w), not rounded; and the last
+            The best patch by held-out score, with its exact mask; the last texture (C, h, w), not rounded; and the last
             exact mask (h, w).
 
         Raises:
@@ -187,7 +187,7 @@ class ShapeSearch:
         return self._search.loss(patched, labels) + self._dpr.area_weight * excess
 
     def _cut(self, texture: Tensor, rays: Tensor) -> tuple[Tensor, Tensor]:
-        """Cut a texture (3, *window), and the exact mask, to the box around the mask."""
+        """Cut a texture (C, *window), and the exact mask, to the box around the mask."""
         mask = polygon_mask(rays, self._bounds.window)
         row, column, height, width = bounding_box(mask)
         box = slice(row, row + height), slice(column, column + width)
@@ -204,7 +204,7 @@ class ShapeSearch:
         return ScoredPatch(texture=texture, mask=mask, score=score)
 
     def start_texture(self) -> Tensor:
-        """Return a texture (3, h, w) for the window.
+        """Return a texture (C, h, w) for the window.
 
         A picture fills the box around the first shape; what rays may reach later continues its border.
         """

@@ -1,6 +1,6 @@
 """Where patches lie and how they are drawn into images: places, pasting, blending. Vectorized over images.
 
-A patch has a texture (3, h, w), a mask (h, w) of the pixels it covers, and a corner per image: row and column
+A patch has a texture (C, h, w), a mask (h, w) of the pixels it covers, and a corner per image: row and column
 of its top left pixel. Every function takes all images of a batch at once.
 """
 
@@ -136,13 +136,13 @@ def paste(images: Tensor, texture: Tensor, mask: Tensor, corners: Tensor) -> Ten
     images; the backward pass reads the patch's window only.
 
     Args:
-        images: (N, 3, H, W).
-        texture: (3, h, w), or one per image (N, 3, h, w).
+        images: (N, C, H, W).
+        texture: (C, h, w), or one per image (N, C, h, w).
         mask: boolean (h, w), or one per image (N, h, w).
         corners: (N, 2) row and column of the top left pixel, integers.
 
     Returns:
-        New images (N, 3, H, W); pixels outside the mask are the same floats.
+        New images (N, C, H, W); pixels outside the mask are the same floats.
 
     Raises:
         UsageError: the patch is larger than the image, or a corner puts part of it outside.
@@ -159,14 +159,14 @@ def blend(images: Tensor, texture: Tensor, cover: Tensor, corners: Tensor) -> Te
     """Blend a texture into images under a soft mask: `x * (1 - M) + p * M`, differentiable in texture and mask.
 
     Args:
-        images: (N, 3, H, W).
-        texture: (3, h, w).
+        images: (N, C, H, W).
+        texture: (C, h, w).
         cover: M (h, w) in [0, 1].
         corners: (N, 2) row and column of the top left pixel, integers; a window may hang over the border by half its
             size, and is cut there.
 
     Returns:
-        New images (N, 3, H, W); pixels under a zero of the mask are the same floats.
+        New images (N, C, H, W); pixels under a zero of the mask are the same floats.
 
     Raises:
         UsageError: a corner puts more than half of the window outside.
@@ -183,7 +183,7 @@ def blend(images: Tensor, texture: Tensor, cover: Tensor, corners: Tensor) -> Te
 
 
 def crop(images: Tensor, size: tuple[int, int], corners: Tensor) -> Tensor:
-    """Return the windows (N, 3, h, w) of `images` (N, 3, H, W) at corners (N, 2): what `paste` would replace."""
+    """Return the windows (N, C, h, w) of `images` (N, C, H, W) at corners (N, 2): what `paste` would replace."""
     return images.flatten(2).gather(2, _window_index(images, size, corners)).unflatten(2, size)
 
 
@@ -220,7 +220,7 @@ def _check_corners(images: Tensor, size: tuple[int, int], corners: Tensor) -> No
 
 
 def _window_index(images: Tensor, size: tuple[int, int], corners: Tensor) -> Tensor:
-    """Return the flat pixel numbers (N, 3, h * w) of each image's window."""
+    """Return the flat pixel numbers (N, C, h * w) of each image's window."""
     width = images.shape[-1]
     offsets = torch.arange(size[0])[:, None] * width + torch.arange(size[1])
     starts = corners[:, 0] * width + corners[:, 1]

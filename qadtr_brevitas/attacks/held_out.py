@@ -21,7 +21,7 @@ class HeldOut:
     They only rank textures; the reported success rate comes from the evaluation.
 
     Args:
-        images: (N, 3, H, W), uint8 or float in [0, 1].
+        images: (N, C, H, W), uint8 or float in [0, 1].
         labels: (N,), the true classes.
         target: class to be predicted; None for any wrong one.
     """
@@ -62,7 +62,7 @@ def divide_for_choice(images: Tensor, labels: Tensor, *, seed: int) -> tuple[Ten
     """Take a fifth of the images, at random, to choose the best patch on.
 
     Args:
-        images: (N, 3, H, W).
+        images: (N, C, H, W).
         labels: (N,).
         seed: decides which.
 

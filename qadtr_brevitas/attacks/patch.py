@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from qadtr_brevitas.attacks.drawing import as_rgba
 from qadtr_brevitas.attacks.fake_quantize import PATCH_FILE_BITS, fake_quantize
 from qadtr_brevitas.attacks.geometry import Box, Place, paste, place_corners
 from qadtr_brevitas.core.errors import CheckpointError, UsageError
@@ -34,7 +35,8 @@ class Patch:
     """A universal patch.
 
     Args:
-        texture: (3, h, w) in [0, 1], on the grid of 8-bit images, so that what is saved is what was scored.
+        texture: (C, h, w) in [0, 1], of as many channels as the images, on the grid of 8-bit images, so that what is
+            saved is what was scored.
         mask: boolean (h, w), True where the patch covers the image. Never derived from the texture.
         place: `random`, or (row, column) of the top left pixel.
         keep_out: (row, column, height, width) of a box that random places leave free, for instance the main object's.
@@ -53,10 +55,10 @@ class Patch:
     meta: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.texture.ndim != 3 or self.texture.shape[0] != 3 or self.texture.shape[1:] != self.mask.shape:
+        if self.texture.ndim != 3 or len(self.texture) == 0 or self.texture.shape[1:] != self.mask.shape:
             raise UsageError(
                 f"texture {tuple(self.texture.shape)} and mask {tuple(self.mask.shape)} do not match: "
-                "give (3, h, w) and (h, w)"
+                "give (channels, h, w) and (h, w)"
             )
         if not _is_on_grid(self.texture):
             raise UsageError("the texture is not on the grid of 8-bit images in [0, 1]: give fake_quantize(texture, 8)")
@@ -65,6 +67,11 @@ class Patch:
     def size(self) -> tuple[int, int]:
         """(h, w) in pixels."""
         return self.mask.shape[0], self.mask.shape[1]
+
+    @property
+    def channels(self) -> int:
+        """Number of channels."""
+        return self.texture.shape[0]
 
     @property
     def pixels(self) -> int:
@@ -82,7 +89,7 @@ class Patch:
     def apply(
         self, images: Tensor, *, corners: Tensor | None = None, generator: torch.Generator | None = None
     ) -> Tensor:
-        """Paste the patch into images (N, 3, H, W) in [0, 1]; pixels outside the mask stay the same floats.
+        """Paste the patch into images (N, C, H, W) in [0, 1]; pixels outside the mask stay the same floats.
 
         Args:
             images: on the patch's device.
@@ -90,14 +97,28 @@ class Patch:
             generator: draws random places; needed if `place` is random and no corners are given.
 
         Raises:
-            UsageError: the patch does not fit on the image, or its place is random and there is no generator.
+            UsageError: the patch does not fit on the image or has another number of channels, or its place is random
+                and there is no generator.
         """
+        self.check_channels(images.shape[1])
         if corners is None:
             image_size = images.shape[-2], images.shape[-1]
             corners = place_corners(
                 self.place, len(images), image_size, self.size, generator=generator, keep_out=self.keep_out
             )
         return paste(images, self.texture, self.mask, corners)
+
+    def check_channels(self, channels: int) -> None:
+        """Check that images have as many channels as the patch.
+
+        Raises:
+            UsageError: they have not.
+        """
+        if channels != self.channels:
+            raise UsageError(
+                f"the patch has {self.channels} channels and the images have {channels}: give a patch that was made on "
+                "such images"
+            )
 
     def save(self, path: str | Path) -> Path:
         """Write NAME.safetensors and a picture, NAME.png, and return the path of the first.
@@ -146,7 +167,7 @@ class Patch:
 
     def _draw(self, path: Path) -> None:
         """Draw the patch enlarged without smoothing; pixels outside the mask are transparent."""
-        pixels = torch.cat([self.texture, self.mask[None].float()]).mul(255).round().to(torch.uint8).cpu()
+        pixels = as_rgba(self.texture, self.mask).mul(255).round().to(torch.uint8).cpu()
         scale = max(1, _PICTURE_SIDE // max(self.size))
         enlarged = pixels.repeat_interleave(scale, 1).repeat_interleave(scale, 2).permute(1, 2, 0).contiguous()
         Image.fromarray(enlarged.numpy(), "RGBA").save(path, format="PNG")

@@ -125,7 +125,7 @@ class PatchAuto(PatchSettings, IndexedAttack, TargetedAttack):
 
         Args:
             model: in evaluation mode, at the precision to attack.
-            images: (N, 3, H, W) in [0, 1].
+            images: (N, C, H, W) in [0, 1].
             labels: (N,), the true classes.
             generator: gives the seed of all draws.
             precision: not used; patches have 8 bit.
@@ -133,7 +133,7 @@ class PatchAuto(PatchSettings, IndexedAttack, TargetedAttack):
             pictures: images and labels to start from; None for the images themselves.
 
         Returns:
-            (N, 3, H, W) in [0, 1]; pixels outside the masks are those of the images.
+            (N, C, H, W) in [0, 1]; pixels outside the masks are those of the images.
 
         Raises:
             UsageError: the patch does not fit on the images or beside the box, or the model has no class `target`.
@@ -169,7 +169,7 @@ class Ensemble:
         places: where patches may lie, or a place (N, 2) for each image.
         moves: whether patches move while they are searched; not at places that are given.
         streams: draw for each image.
-        pictures: images (K, 3, H, W) and labels (K,) to start from.
+        pictures: images (K, C, H, W) and labels (K,) to start from.
     """
 
     parts: Sequence[Part]
@@ -230,9 +230,9 @@ class Ensemble:
 
     @torch.no_grad()
     def _start(self, part: GradientPart, task: PatchTask, corners: Tensor, streams: ImageStreams) -> Tensor:
-        """Return patches (N, 3, h, w) of noise, or the pictures of other classes with the lowest loss."""
+        """Return patches (N, C, h, w) of noise, or the pictures of other classes with the lowest loss."""
         count, size = len(task.images), task.patch_size
-        patches = streams.uniform(count, 3, *size)
+        patches = streams.uniform(count, task.channels, *size)
         if part.start == "noise":
             return patches
         pictures, classes = self.pictures

@@ -114,7 +114,7 @@ def pool_patches(
         batch: the images, and how patches are drawn into them.
         model: the model under attack.
         labels: (N,), the true classes.
-        memory: the pool: `textures` (K, 3, side, side) in [0, 1], `targets` (K,), -1 where a patch has not started, and
+        memory: the pool: `textures` (K, C, side, side) in [0, 1], `targets` (K,), -1 where a patch has not started, and
             `steps` (K,), the size of each patch's steps if they are drawn. Filled if it is empty, and changed in place.
         rules: how the pool is kept.
         side: side of the patches in the pool, in pixels; in the images they have the size of the batch's mask.
@@ -122,7 +122,7 @@ def pool_patches(
         generator: draws patches and places.
 
     Returns:
-        (N, 3, H, W) in [0, 1].
+        (N, C, H, W) in [0, 1].
 
     Raises:
         UsageError: the patches are larger than the images.
@@ -209,7 +209,7 @@ def _fill(
 ) -> None:
     """Make the pool of patches that have not started."""
     device = images.device
-    memory["textures"] = torch.zeros(rules.size, 3, side, side, device=device)
+    memory["textures"] = torch.zeros(rules.size, images.shape[1], side, side, device=device)
     memory["targets"] = torch.full((rules.size,), -1, device=device)
     if rules.targets == "turns":
         with torch.no_grad():
@@ -244,7 +244,7 @@ class PatchedBatch:
     """Images as a quantized network sees them, and what all patches on them have in common (QADT-R, eq. 1).
 
     Args:
-        images: (N, 3, H, W) in [0, 1].
+        images: (N, C, H, W) in [0, 1].
         background: the same images as they are around the patches, quantized or not.
         mask: boolean (h, w) of the pixels a patch covers.
         bits: bit-width of the patches.
@@ -272,6 +272,6 @@ class PatchedBatch:
         return random_corners(len(self.images), image_size, self.patch_size, generator=generator)
 
     def with_patches(self, patches: Tensor, corners: Tensor) -> Tensor:
-        """Return images (N, 3, H, W) with the patches (N, 3, h, w), quantized, at corners (N, 2)."""
+        """Return images (N, C, H, W) with the patches (N, C, h, w), quantized, at corners (N, 2)."""
         quantized = fake_quantize(patches, self.bits, step_error=self.step_error)
         return paste(self.background, quantized, self.mask, corners)

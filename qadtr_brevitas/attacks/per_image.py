@@ -21,7 +21,7 @@ from qadtr_brevitas.core.plugin import plugin
 from qadtr_brevitas.core.precision import Precision
 
 AssessPatches: TypeAlias = Callable[[Tensor, Tensor], AttackResult]
-"""Patches (N, 3, h, w) and corners (N, 2) to the result with them; differentiable in the patches."""
+"""Patches (N, C, h, w) and corners (N, 2) to the result with them; differentiable in the patches."""
 
 Relocate: TypeAlias = Callable[[AssessPatches, Tensor, Tensor, AttackResult], tuple[Tensor, AttackResult]]
 """(assess, patches, corners, result there) -> corners to go on from, and the result with the patches there."""
@@ -33,7 +33,7 @@ class PatchTask:
 
     Args:
         model: the model under attack.
-        images: (N, 3, H, W) in [0, 1].
+        images: (N, C, H, W) in [0, 1].
         mask: boolean (h, w), the pixels that each patch covers; on the images' device.
         goal: what the model is to predict.
     """
@@ -53,15 +53,20 @@ class PatchTask:
         """Height and width of the patches."""
         return self.mask.shape[0], self.mask.shape[1]
 
+    @property
+    def channels(self) -> int:
+        """Channels of images and patches."""
+        return self.images.shape[1]
+
     def assess(self, patches: Tensor, corners: Tensor) -> AttackResult:
-        """Paste patches (N, 3, h, w), rounded to 8 bit, at corners (N, 2), and return the result.
+        """Paste patches (N, C, h, w), rounded to 8 bit, at corners (N, 2), and return the result.
 
         Differentiable in the patches.
         """
         return self.judge(paste(self.images, fake_quantize(patches, PATCH_FILE_BITS), self.mask, corners))
 
     def judge(self, images: Tensor) -> AttackResult:
-        """Return the result of finished images (N, 3, H, W), in which it is differentiable."""
+        """Return the result of finished images (N, C, H, W), in which it is differentiable."""
         return self.goal.assess(images, self.model(images))
 
     def with_loss(self, loss: AttackLoss) -> PatchTask:
@@ -89,7 +94,7 @@ def search_patches(
 
     Args:
         assess: how patches do at given places.
-        patches: (N, 3, h, w) in [0, 1] to start from.
+        patches: (N, C, h, w) in [0, 1] to start from.
         corners: (N, 2) to start at.
         rule: how patches follow their gradients.
         steps: number of steps.
@@ -143,13 +148,13 @@ class PerImagePatch(PatchSettings, ImageAttack):
 
         Args:
             model: in evaluation mode, at the precision to attack.
-            images: (N, 3, H, W) in [0, 1].
+            images: (N, C, H, W) in [0, 1].
             labels: (N,), the true classes.
             generator: draws places, starts and whatever else the search draws.
             precision: not used; patches have 8 bit.
 
         Returns:
-            (N, 3, H, W) in [0, 1]; pixels outside the masks are those of the images.
+            (N, C, H, W) in [0, 1]; pixels outside the masks are those of the images.
 
         Raises:
             UsageError: the patch does not fit on the images or beside the box, or the model has no class `target`.

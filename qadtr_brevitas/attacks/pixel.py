@@ -63,13 +63,13 @@ class TorchAttack(PixelAttack, TargetedAttack):
 
         Args:
             model: in evaluation mode, at the precision to attack.
-            images: (N, 3, H, W) in [0, 1].
+            images: (N, C, H, W) in [0, 1].
             labels: (N,), the true classes.
             generator: draws random starts.
             precision: not used.
 
         Returns:
-            (N, 3, H, W) in [0, 1].
+            (N, C, H, W) in [0, 1].
 
         Raises:
             UsageError: the model has no class `target`.

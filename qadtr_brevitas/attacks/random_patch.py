@@ -47,7 +47,7 @@ class RandomPatch(PerImagePatch, PatchAttack):
 
         Args:
             model: not called.
-            images: (N, 3, H, W); only their size is used.
+            images: (N, C, H, W); only their shape is used.
             labels: not used.
             held_out: not used.
             seed: the same seed gives the same patch.
@@ -57,7 +57,8 @@ class RandomPatch(PerImagePatch, PatchAttack):
             UsageError: the patch does not fit on the images.
         """
         mask = self.mask((images.shape[-2], images.shape[-1]))
-        drawn = start_texture("uniform", (mask.shape[0], mask.shape[1]), generator=generator(seed, "random patch"))
+        draws = generator(seed, "random patch")
+        drawn = start_texture("uniform", (mask.shape[0], mask.shape[1]), channels=images.shape[1], generator=draws)
         meta = {
             "attack": "random-patch",
             "settings": plugin_settings(self),

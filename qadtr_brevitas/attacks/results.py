@@ -17,7 +17,7 @@ class AttackResult:
     """One adversarial version of every image, and how it does.
 
     Args:
-        images: (N, 3, H, W) in [0, 1], what the network saw.
+        images: (N, C, H, W) in [0, 1], what the network saw.
         losses: (N,), lower is better.
         success: (N,) boolean, whether the network predicted what the attack wants. It ranks results only; whether the
             attack counts as successful is decided by the evaluation.

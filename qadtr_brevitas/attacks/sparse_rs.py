@@ -75,7 +75,8 @@ _ENOUGH_SQUARES_A_PIXEL = 8
 _SCHEDULE = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 """Queries, of 10,000, after each of which the share of the patch that a change covers is halved."""
 _FIRST_REACH = 0.75
-_CHANNELS = 3
+_MOST_IN_A_NUMBER = 32
+"""Channels whose set one random integer draws; of more, the empty set is too rare to matter."""
 
 
 class Draws(Protocol):
@@ -171,9 +172,9 @@ class RandomSearch:
         return self.task.mask.shape[0], self.task.mask.shape[1]
 
     def _start(self) -> Tensor:
-        """Return patches (N, 3, h, w) painted over with small squares of random colors."""
+        """Return patches (N, C, h, w) painted over with small squares of random colors."""
         count, (height, width) = len(self.task.images), self._size
-        patches = self.task.images.new_zeros(count, _CHANNELS, height, width)
+        patches = self.task.images.new_zeros(count, self.task.channels, height, width)
         largest = max(1, math.ceil(math.sqrt(min(height, width))) - 1)
         # Where patches are small the rest would only cover each other.
         for _ in range(min(_START_SQUARES, _ENOUGH_SQUARES_A_PIXEL * height * width)):
@@ -212,14 +213,17 @@ class RandomSearch:
         return torch.minimum((drawn * highs).long(), highs - 1)
 
     def _colors(self) -> Tensor:
-        """Draw a color (N, 3, 1, 1) for each image: black, white or one of the six full colors."""
-        return self.draws.integers(0, 2, len(self.task.images), _CHANNELS, 1, 1).to(self.task.images)
+        """Draw a color (N, C, 1, 1) for each image: each channel full or empty."""
+        return self.draws.integers(0, 2, len(self.task.images), self.task.channels, 1, 1).to(self.task.images)
 
     def _flips(self, query: int) -> Tensor:
-        """Draw the channels to invert, boolean (N, 3, 1, 1): one, or any set that changes the color."""
-        channels = torch.arange(_CHANNELS, device=self.task.images.device)
+        """Draw the channels to invert, boolean (N, C, 1, 1): one, or any set that changes the color."""
+        count = self.task.channels
+        channels = torch.arange(count, device=self.task.images.device)
         if query >= self.single_channels_from:
-            flips = self.draws.integers(0, _CHANNELS, len(self.task.images))[:, None] == channels
+            flips = self.draws.integers(0, count, len(self.task.images))[:, None] == channels
+        elif count <= _MOST_IN_A_NUMBER:
+            flips = (self.draws.integers(1, 2**count, len(self.task.images))[:, None] >> channels) & 1 == 1
         else:
-            flips = (self.draws.integers(1, 2**_CHANNELS, len(self.task.images))[:, None] >> channels) & 1 == 1
+            flips = self.draws.integers(0, 2, len(self.task.images), count) == 1
         return flips[:, :, None, None]

@@ -25,11 +25,13 @@ _PICTURES_PER_IMAGE = 8
 """Pictures that are tried for a patch of a single image."""
 
 
-def start_texture(init: Literal["uniform", "gray"], size: tuple[int, int], *, generator: torch.Generator) -> Tensor:
-    """Return a texture (3, h, w) to start from: uniform noise in [0, 1], or mid-gray."""
+def start_texture(
+    init: Literal["uniform", "gray"], size: tuple[int, int], *, channels: int, generator: torch.Generator
+) -> Tensor:
+    """Return a texture (C, h, w) to start from: uniform noise in [0, 1], or mid-gray."""
     if init == "gray":
-        return torch.full((3, *size), 0.5)
-    return torch.rand(3, *size, generator=generator, device=generator.device)
+        return torch.full((channels, *size), 0.5)
+    return torch.rand(channels, *size, generator=generator, device=generator.device)
 
 
 @torch.no_grad()
@@ -39,13 +41,13 @@ def best_picture(
     """Return the picture with the lowest loss, of some that are drawn and shrunk to the size of a patch.
 
     Args:
-        pictures: (N, 3, H, W) in [0, 1], not empty.
+        pictures: (N, C, H, W) in [0, 1], not empty.
         size: (h, w) of the patch.
-        loss: loss of a texture (3, h, w).
+        loss: loss of a texture (C, h, w).
         generator: draws the pictures that are tried.
 
     Returns:
-        (3, h, w) in [0, 1].
+        (C, h, w) in [0, 1].
     """
     drawn = torch.randperm(len(pictures), generator=generator, device=generator.device)[:_PICTURES]
     tried = shrunk(pictures[drawn.to(pictures.device)], size)
@@ -53,7 +55,7 @@ def best_picture(
 
 
 def start_patches(init: Init, task: PatchTask, corners: Tensor, *, generator: torch.Generator) -> Tensor:
-    """Return a patch (N, 3, h, w) to start from for each image of a task.
+    """Return a patch (N, C, h, w) to start from for each image of a task.
 
     Pictures are the other images of the task: of those tried at an image's corner, the one with the lowest loss. So
     with them, and only with them, an image's patch depends on what else is in its batch.
@@ -64,7 +66,7 @@ def start_patches(init: Init, task: PatchTask, corners: Tensor, *, generator: to
         corners: (N, 2) where the patches lie.
         generator: draws noise and pictures.
     """
-    shape, device = (len(task.images), 3, *task.mask.shape), task.images.device
+    shape, device = (len(task.images), task.channels, *task.mask.shape), task.images.device
     if init == "gray":
         return torch.full(shape, 0.5, device=device)
     noise = torch.rand(shape, generator=generator, device=generator.device).to(device)
@@ -89,5 +91,5 @@ def _with_pictures(task: PatchTask, corners: Tensor, patches: Tensor, *, generat
 
 
 def shrunk(pictures: Tensor, size: tuple[int, int]) -> Tensor:
-    """Return pictures (N, 3, H, W) in [0, 1] shrunk to the size of a patch, (N, 3, h, w)."""
+    """Return pictures (N, C, H, W) in [0, 1] shrunk to the size of a patch, (N, C, h, w)."""
     return interpolate(pictures, size=size, mode="bilinear", antialias=True).clamp(0, 1)

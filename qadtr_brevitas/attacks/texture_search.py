@@ -48,8 +48,8 @@ def search_texture(
     rounding, with the gradient passed straight through.
 
     Args:
-        start: (3, h, w) in [0, 1].
-        images: (N, 3, H, W), uint8 or float in [0, 1], on the device to compute on.
+        start: (C, h, w) in [0, 1].
+        images: (N, C, H, W), uint8 or float in [0, 1], on the device to compute on.
         labels: (N,).
         loss: (texture, images, labels) -> scalar to be made small. Draws placements and the like itself.
         score: texture -> success rate on held-out images. The same texture must score the same.

@@ -25,7 +25,7 @@ def transform_patch(
     """Rotate and scale a patch about its middle, once per image, and shift it within windows of one size.
 
     Args:
-        texture: (3, h, w) in [0, 1].
+        texture: (C, h, w) in [0, 1].
         mask: boolean (h, w).
         size: (H', W') of the windows, in pixels; what lies outside is cut off.
         degrees: (N,) rotation, counterclockwise as seen.
@@ -33,7 +33,7 @@ def transform_patch(
         shift: (N, 2) pixels, down and to the right, from the middle of the window to the middle of the patch.
 
     Returns:
-        Textures (N, 3, H', W') in [0, 1] and boolean masks (N, H', W').
+        Textures (N, C, H', W') in [0, 1] and boolean masks (N, H', W').
     """
     grid = _sampling_grid(mask, size, degrees, scale, shift)
     weighted, weights = _interpolated(texture, mask, grid)
@@ -48,7 +48,7 @@ class RotatedPatch:
     """A rotated patch in the smallest box that holds it.
 
     Args:
-        texture: (3, h, w) in [0, 1].
+        texture: (C, h, w) in [0, 1].
         mask: boolean (h, w).
         offset: rows and columns from the top left pixel of the patch as it was to that of this box.
     """
@@ -68,7 +68,7 @@ def rotate_patch(texture: Tensor, mask: Tensor, degrees: float) -> RotatedPatch:
     a pixel to the left.
 
     Args:
-        texture: (3, h, w) in [0, 1].
+        texture: (C, h, w) in [0, 1].
         mask: boolean (h, w).
         degrees: counterclockwise as seen.
     """
@@ -110,7 +110,7 @@ def _deepest(weights: Tensor, pixels: int) -> Tensor:
 
 
 def relight(textures: Tensor, *, contrast: Tensor, brightness: Tensor) -> Tensor:
-    """Return textures (N, 3, h, w) times `contrast` (N,) plus `brightness` (N,), clipped to [0, 1]."""
+    """Return textures (N, C, h, w) times `contrast` (N,) plus `brightness` (N,), clipped to [0, 1]."""
     return (textures * contrast.view(-1, 1, 1, 1) + brightness.view(-1, 1, 1, 1)).clamp(0, 1)
 
 
@@ -137,11 +137,11 @@ def _size(mask: Tensor) -> tuple[int, int]:
 
 
 def _interpolated(texture: Tensor, mask: Tensor, grid: Tensor) -> tuple[Tensor, Tensor]:
-    """Return sums (N, 3, H, W) of the colors of the mask's pixels, by bilinear weights, and of the weights alone."""
+    """Return sums (N, C, H, W) of the colors of the mask's pixels, by bilinear weights, and of the weights alone."""
     covered = mask.to(texture.dtype)
     both = torch.cat([texture * covered, covered[None]]).expand(len(grid), -1, -1, -1)
     drawn = F.grid_sample(both, grid, mode="bilinear", align_corners=False)
-    return drawn[:, :3], drawn[:, 3]
+    return drawn[:, :-1], drawn[:, -1]
 
 
 def _sampling_grid(mask: Tensor, size: tuple[int, int], degrees: Tensor, scale: Tensor, shift: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ _DEFAULT_LR = {"sgd": 1.0, "sign": 0.05, "adam": 0.1}
 _LR_FROM_PICTURE = {**_DEFAULT_LR, "adam": 0.05}
 
 ApplyTexture: TypeAlias = Callable[[Tensor, Tensor, torch.Generator], Tensor]
-"""(texture (3, h, w), images, generator) -> patched images; places and transforms are drawn. Differentiable."""
+"""(texture (C, h, w), images, generator) -> patched images; places and transforms are drawn. Differentiable."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ class ScoredPatch:
     """A patch that one search made, and its score.
 
     Args:
-        texture: (3, h, w) on the 8-bit grid.
+        texture: (C, h, w) on the 8-bit grid.
         mask: boolean (h, w).
         score: success rate on the held-out images.
     """
@@ -119,7 +119,7 @@ class UniversalPatch(PatchSettings, PatchAttack, TargetedAttack, IterativeAttack
 
         Args:
             model: at the precision to attack; a module is put in evaluation mode meanwhile.
-            images: (N, 3, H, W), uint8 or float in [0, 1], on the model's device.
+            images: (N, C, H, W), uint8 or float in [0, 1], on the model's device.
             labels: (N,), the true classes.
             held_out: images and labels on which the best texture is chosen, not those of the final score; None to take
                 a fifth of the images for it.
@@ -200,9 +200,9 @@ class UniversalSearch:
     Args:
         attack: the attack and its settings.
         model: the model under attack.
-        images: (N, 3, H, W), those of the target class left out.
+        images: (N, C, H, W), those of the target class left out.
         labels: (N,).
-        pictures: (M, 3, H, W), what `init=image` starts from: images of the target class, or all.
+        pictures: (M, C, H, W), what `init=image` starts from: images of the target class, or all.
         held_out: the images that choose the patch.
         seed: of the whole attack.
         restart: number of this restart, from 0.
@@ -244,7 +244,7 @@ class UniversalSearch:
             self.progress(self.restart * steps + step, self.attack.restarts * steps, f"held-out ASR {best:.1%}")
 
     def start_texture(self, size: tuple[int, int], apply_texture: ApplyTexture) -> Tensor:
-        """Return the texture (3, h, w) that this restart begins with.
+        """Return the texture (C, h, w) that this restart begins with.
 
         Args:
             size: (h, w) in pixels.
@@ -252,7 +252,8 @@ class UniversalSearch:
         """
         draws = self.stream("start")
         if self.attack.init != "image":
-            return start_texture(self.attack.init, size, generator=draws).to(self.images.device)
+            start = start_texture(self.attack.init, size, channels=self.images.shape[1], generator=draws)
+            return start.to(self.images.device)
         index = torch.randperm(len(self.images), generator=draws)[: self.attack.batch_size].to(self.images.device)
         images, labels = as_float(self.images[index]), self.labels[index]
 
@@ -271,7 +272,7 @@ def search_under_mask(
     Args:
         search: the restart.
         mask: boolean (h, w), on the device to compute on.
-        start: (3, h, w) in [0, 1]; None for the attack's own start.
+        start: (C, h, w) in [0, 1]; None for the attack's own start.
         steps_done: how many of the restart's steps are used up.
 
     Raises:

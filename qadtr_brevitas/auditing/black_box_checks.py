@@ -60,8 +60,8 @@ def noise_patches(context: AuditContext) -> CheckResult:
     noise_draws, broken_by_any = context.generator("noise"), torch.zeros(len(context), dtype=torch.bool)
     single, white_box = 0.0, context.broken_by_white_box
     for _ in range(draws):
-        noise = torch.rand(len(context.images), 3, *context.patch_size, generator=noise_draws).to(context.images.device)
-        broken = context.broken_by(noise[context.correct])
+        noise = torch.rand(*context.images.shape[:2], *context.patch_size, generator=noise_draws)
+        broken = context.broken_by(noise.to(context.images.device)[context.correct])
         single += rate(broken) / draws
         broken_by_any |= broken
     comparison = compare(
@@ -82,7 +82,7 @@ def noise_patches(context: AuditContext) -> CheckResult:
 
 
 def random_search(context: AuditContext, model: Model, attacked: AttackedImages) -> Tensor:
-    """Return images (N, 3, H, W) with patches found by the search of Sparse-RS (Croce et al. 2022).
+    """Return images (N, C, H, W) with patches found by the search of Sparse-RS (Croce et al. 2022).
 
     Patches stay at their places: if they moved, places would be compared with the white-box attack, not textures.
     """

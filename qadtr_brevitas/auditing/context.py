@@ -44,7 +44,7 @@ class AuditContext:
     Args:
         audited: the model, and what its attacker has besides.
         profile: sizes of the attacks.
-        images: all images of the audit, (N, 3, H, W) in [0, 1].
+        images: all images of the audit, (N, C, H, W) in [0, 1].
         labels: (N,), their true classes.
         seed: decides places and starts.
         batch_size: images in one pass.
@@ -103,9 +103,10 @@ class AuditContext:
         return (unit * room).long().to(self.images.device)[self.correct]
 
     def start(self, restart: int = 0, size: tuple[int, int] | None = None) -> Tensor:
-        """Return patches (n, 3, h, w) of uniform noise."""
+        """Return patches (n, C, h, w) of uniform noise."""
         height, width = size or self.patch_size
-        noise = torch.rand(len(self.images), 3, height, width, generator=self.generator("start", restart, height))
+        draws = self.generator("start", restart, height)
+        noise = torch.rand(len(self.images), self.images.shape[1], height, width, generator=draws)
         return noise.to(self.images.device)[self.correct]
 
     def generator(self, *purpose: int | str) -> torch.Generator:
@@ -163,7 +164,7 @@ class AuditContext:
         return broken
 
     def broken_by(self, patches: Tensor) -> Tensor:
-        """Return the images that patches (n, 3, h, w) at their places break, and record them."""
+        """Return the images that patches (n, C, h, w) at their places break, and record them."""
         return self.record_broken(self.is_wrong(self.attacked.with_patches(patches), self.attacked.labels))
 
     def broken_with_gradients_of(
@@ -225,7 +226,7 @@ class AuditContext:
         return torch.stack([self.broken_by_white_box, *self._broken]).any(0)
 
     def is_wrong(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Return (m,) whether images (m, 3, H, W) are classified wrongly, by most outputs of a random network."""
+        """Return (m,) whether images (m, C, H, W) are classified wrongly, by most outputs of a random network."""
         draws = VOTES if self.is_random else 1
         wrong = torch.zeros(len(labels), dtype=torch.int64, device=labels.device)
         with torch.no_grad():
@@ -240,7 +241,7 @@ class AuditContext:
 
 
 def predictions(model: Model, images: Tensor, *, batch_size: int) -> Tensor:
-    """Return the classes (N,) that a model predicts for images (N, 3, H, W)."""
+    """Return the classes (N,) that a model predicts for images (N, C, H, W)."""
     with torch.no_grad():
         return torch.cat([model(batch).argmax(1) for batch in images.split(batch_size)])
 

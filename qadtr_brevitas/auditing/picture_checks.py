@@ -54,7 +54,7 @@ def pictures(context: AuditContext) -> CheckResult:
 
 
 def _starts(context: AuditContext) -> Tensor:
-    """Return for each image (n, 3, h, w) the most misleading of some other images, shrunk to the size of a patch."""
+    """Return for each image (n, C, h, w) the most misleading of some other images, shrunk to the size of a patch."""
     starts: list[Tensor] = []
     attacked = context.attacked
     mask = torch.ones(context.patch_size, dtype=torch.bool, device=attacked.images.device)

@@ -27,7 +27,7 @@ class AttackedImages:
     """Images under attack, and the fixed place of each one's patch.
 
     Args:
-        images: (N, 3, H, W) in [0, 1].
+        images: (N, C, H, W) in [0, 1].
         labels: (N,), the true classes.
         corners: (N, 2), row and column of each patch.
         targets: (N,) classes that the loss is given instead of the labels.
@@ -39,7 +39,7 @@ class AttackedImages:
     targets: Tensor | None = None
 
     def with_patches(self, patches: Tensor) -> Tensor:
-        """Return the images with patches (N, 3, h, w), rounded to 8 bit; differentiable in the patches."""
+        """Return the images with patches (N, C, h, w), rounded to 8 bit; differentiable in the patches."""
         mask = torch.ones(patches.shape[-2:], dtype=torch.bool, device=patches.device)
         return paste(self.images, fake_quantize(patches, PATCH_FILE_BITS), mask, self.corners)
 
@@ -54,7 +54,7 @@ class SearchTrace:
     """The course of one search.
 
     Args:
-        best: after so many steps, the patches (N, 3, h, w) with the smallest margin until then.
+        best: after so many steps, the patches (N, C, h, w) with the smallest margin until then.
         last: the patches after the last step.
         losses: (steps + 1, N), of the patches before each step and after the last one.
         zero: (steps, N), where the gradient in the patch was exactly zero.
@@ -83,7 +83,7 @@ def search(
     Args:
         model: where the gradients come from.
         attacked: the images and the places of their patches.
-        start: patches (N, 3, h, w) in [0, 1].
+        start: patches (N, C, h, w) in [0, 1].
         steps: forward and backward passes, at least 1; one more forward pass judges the last patches.
         loss: what is descended.
         marks: numbers of steps after which to record the best patches; they are always recorded after the last step.
@@ -168,7 +168,7 @@ class MomentumSteps(StepRule):
 
 
 def gradient_of(losses: Tensor, patches: Tensor) -> Tensor:
-    """Return the gradient of the sum of losses (N,) in patches (N, 3, h, w).
+    """Return the gradient of the sum of losses (N,) in patches (N, C, h, w).
 
     It is zero where the losses do not depend on the patches differentiably.
     """

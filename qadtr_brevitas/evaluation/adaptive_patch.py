@@ -27,7 +27,7 @@ class AdaptivePatches:
     """What the attack made.
 
     Args:
-        images: (N, 3, H, W) in [0, 1], patched.
+        images: (N, C, H, W) in [0, 1], patched.
         corners: (N, 2), row and column of each patch's upper left corner.
         standing: (N,), masks over the patch that no second mask contradicts; where there is one, the defense can tell.
     """
@@ -52,7 +52,7 @@ def adaptive_patches(
 
     Args:
         network: a defended model under double masking, in eval mode, at the precision to attack, weights frozen.
-        images: (N, 3, H, W) in [0, 1], on the device of the network.
+        images: (N, C, H, W) in [0, 1], on the device of the network.
         labels: (N,), the true classes.
         size: of the patch; None for the size that is defended against.
         steps: sign steps of the texture.
@@ -81,7 +81,7 @@ def adaptive_patches(
     chosen = (standing * (len(masks) + 1) + kinds.sum(dim=1)).argmin(dim=1)
     corners = torch.stack([_middle(number == kind, places.shape[1]) for kind in chosen])
     target = _wrong_class(under_pairs, kinds[chosen], labels)
-    texture = torch.rand(len(images), 3, patch.height, patch.width, generator=generator).to(images.device)
+    texture = torch.rand(*images.shape[:2], patch.height, patch.width, generator=generator).to(images.device)
     shape = torch.ones(patch.height, patch.width, dtype=torch.bool, device=images.device)
     for _ in range(steps):
         texture.requires_grad_()

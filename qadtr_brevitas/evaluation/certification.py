@@ -75,9 +75,9 @@ class Certification:
         """Return defended predictions of images, and which of them are proved.
 
         Args:
-            model: images (n, 3, H, W) in [0, 1] -> logits, the same whenever it is asked; in eval mode.
-            images: (N, 3, H, W) in [0, 1].
-            fill: (3, 1, 1), color of what masks cover.
+            model: images (n, C, H, W) in [0, 1] -> logits, the same whenever it is asked; in eval mode.
+            images: (N, C, H, W) in [0, 1].
+            fill: (C, 1, 1), color of what masks cover.
             batch_size: masked images in one forward pass.
             prove: whether to prove predictions; in one round the proof costs nothing.
         """

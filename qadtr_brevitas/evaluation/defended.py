@@ -36,7 +36,7 @@ class DefendedModel(nn.Module):
         batch_size: masked images in one forward pass.
 
     Attributes:
-        fill: (3, 1, 1), color of what masks cover.
+        fill: (C, 1, 1), color of what masks cover.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class DefendedModel(nn.Module):
         """Return defended predictions at the current precision, and which of them are proved.
 
         Args:
-            images: (N, 3, H, W) in [0, 1].
+            images: (N, C, H, W) in [0, 1].
             prove: whether to prove predictions; without, it is faster.
         """
         return self.certification.run(

@@ -67,7 +67,7 @@ class DefendedClassifier:
         """Classify images; mode and precision of the network are as before afterwards.
 
         Args:
-            images: (N, 3, H, W), uint8 or in [0, 1], on the device of the network.
+            images: (N, C, H, W), uint8 or in [0, 1], on the device of the network.
             prove: whether to certify; without, no image is, and most take one pass for each mask.
 
         Raises:
@@ -76,7 +76,7 @@ class DefendedClassifier:
         height, width = self.loaded.info.image_size
         if images.ndim != 4 or images.shape[2:] != (height, width):
             raise DataError(
-                f"images of shape {tuple(images.shape)} do not fit: the masks are for a batch (N, 3, {height}, {width})"
+                f"images of shape {tuple(images.shape)} do not fit: the masks are for a batch (N, C, {height}, {width})"
             )
         pixels = images.float() / 255 if images.dtype == torch.uint8 else images
         with self._answering() as network:
@@ -90,7 +90,7 @@ class DefendedClassifier:
         """Patch images where the two-mask test fails (`adaptive_patches`): how much the defense holds beyond its proof.
 
         Args:
-            images: (N, 3, H, W) in [0, 1], on the device of the network.
+            images: (N, C, H, W) in [0, 1], on the device of the network.
             labels: (N,), the true classes.
             size: of the patch; None for the size that is defended against.
             steps: sign steps of the texture.

@@ -223,6 +223,7 @@ class Grid:
         source = patch_entry.facts.source
         try:
             placements(patch_entry.patch, 1, self.split.image_size, seed=self.seed)
+            patch_entry.patch.check_channels(self.split.images.shape[1])
             if source is not None:
                 parse_mode(source.precision)
         except UsageError as error:

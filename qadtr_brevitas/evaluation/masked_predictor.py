@@ -33,10 +33,10 @@ class MaskedPredictor:
     """Shows masked images to a model, several images at once.
 
     Args:
-        model: images (n, 3, H, W) in [0, 1] -> logits (n, classes), the same whenever it is asked; in eval mode.
-        images: (N, 3, H, W) in [0, 1].
+        model: images (n, C, H, W) in [0, 1] -> logits (n, classes), the same whenever it is asked; in eval mode.
+        images: (N, C, H, W) in [0, 1].
         masks: boolean (M, H, W), on the device of the images.
-        fill: (3, 1, 1), color of what is covered.
+        fill: (C, 1, 1), color of what is covered.
         batch_size: masked images in one forward pass.
         passes: (N,) int64, passes of each image so far; changed in place.
     """

@@ -98,12 +98,12 @@ def one_round(
     A prediction is proved if all masks agree: wherever a patch lies, the masks over it still show the class.
 
     Args:
-        model: images (n, 3, H, W) in [0, 1] -> logits (n, classes), the same whenever it is asked; in eval mode, with
+        model: images (n, C, H, W) in [0, 1] -> logits (n, classes), the same whenever it is asked; in eval mode, with
             its weights frozen.
-        images: (N, 3, H, W) in [0, 1].
+        images: (N, C, H, W) in [0, 1].
         masks: boolean (M, H, W), as `line_masks` returns them.
         patch: its size.
-        fill: (3, 1, 1), color of what is covered, in [0, 1].
+        fill: (C, 1, 1), color of what is covered, in [0, 1].
         batch_size: masked images in one forward pass.
 
     Raises:

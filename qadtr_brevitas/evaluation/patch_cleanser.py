@@ -39,11 +39,11 @@ def double_masking(
     masks the model is least sure, until one fails.
 
     Args:
-        model: images (n, 3, H, W) in [0, 1] -> logits (n, classes), the same whenever it is asked; in eval mode, with
+        model: images (n, C, H, W) in [0, 1] -> logits (n, classes), the same whenever it is asked; in eval mode, with
             its weights frozen.
-        images: (N, 3, H, W) in [0, 1].
+        images: (N, C, H, W) in [0, 1].
         masks: boolean (M, H, W) that cover any patch, see `masks.covering_masks`.
-        fill: (3, 1, 1), color of what is covered, in [0, 1].
+        fill: (C, 1, 1), color of what is covered, in [0, 1].
         patch: its size, for which the masks are checked; None to trust them.
         batch_size: masked images in one forward pass; the outcome does not depend on it.
         prove: whether to prove predictions; without, none is, and images on which all masks agree take M passes.

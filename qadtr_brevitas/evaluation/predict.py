@@ -27,7 +27,7 @@ def predict(
     The caller has put the model in eval mode and at a precision.
 
     Args:
-        model: images (N, 3, H, W) in [0, 1] -> logits (N, classes).
+        model: images (N, C, H, W) in [0, 1] -> logits (N, classes).
         split: the images.
         patch: put on every image before the forward pass; `placements` says where.
         seed: seed of the placements.

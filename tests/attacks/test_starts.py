@@ -14,8 +14,8 @@ from qadtr_brevitas.core.seeding import generator
 
 
 def test_noise_and_gray():
-    assert (start_texture("gray", (2, 3), generator=generator(0)) == 0.5).all()
-    uniform = start_texture("uniform", (50, 50), generator=generator(0))
+    assert (start_texture("gray", (2, 3), channels=3, generator=generator(0)) == 0.5).all()
+    uniform = start_texture("uniform", (50, 50), channels=3, generator=generator(0))
     assert uniform.shape == (3, 50, 50)
     assert abs(uniform.mean() - 0.5) < 0.02
 

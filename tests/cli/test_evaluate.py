@@ -176,9 +176,9 @@ def test_patch_of_another_channel_count(runs: list[Path], tmp_path: Path) -> Non
     header = {"format": "qadtr_brevitas.patch", "version": "1", "place": '"random"', "meta": "{}"}
     save_file(tensors, tmp_path / "gray.safetensors", metadata=header)
     result = evaluate(runs[0], "--patches", tmp_path, "-o", tmp_path / "out")
-    assert result.exit_code == 1
-    assert "gray.safetensors" in result.stderr
-    assert "give (3, h, w)" in result.stderr
+    assert result.exit_code == 2
+    assert "patch 'gray'" in result.stderr
+    assert "1 channels and the images have 3" in result.stderr
 
 
 def test_attacks_on_each_image_are_made_on_every_source(runs: list[Path], tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from qadtr_brevitas.attacks.drawing import as_rgb, as_rgba
 from qadtr_brevitas.core.precision import Precision
 from qadtr_brevitas.data.split import Split
 from qadtr_brevitas.evaluation.entries import LoadedModel, NamedPatch
@@ -51,7 +52,7 @@ def draw_pictures(
     drawn = [draw_asr(report, folder / "asr.png")] if families(report) else []
     if not patches:
         return drawn
-    textures = {c.name: torch.cat([c.patch.texture, c.patch.mask[None].float()]) for c in patches[:_PATCHES]}
+    textures = {c.name: as_rgba(c.patch.texture, c.patch.mask) for c in patches[:_PATCHES]}
     drawn.append(draw_patches(report, textures, folder / "patches.png"))
     for loaded in loaded_models:
         own = _own_patches(report, loaded, patches)
@@ -126,4 +127,4 @@ def _add(
 ) -> None:
     for row, image, guess, label in zip(rows, images, predicted.tolist(), labels.tolist(), strict=True):
         verdict = "right" if guess == label else "target" if guess == target else "wrong"
-        row.append(Tile(image, split.classes[guess], verdict))
+        row.append(Tile(as_rgb(image), split.classes[guess], verdict))

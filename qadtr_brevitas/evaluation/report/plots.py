@@ -152,7 +152,7 @@ def draw_patches(report: EvaluationReport, textures: dict[str, Tensor], path: Pa
 
     Args:
         report: says what each patch is.
-        textures: name of the patch -> (4, h, w) in [0, 1], transparent outside the mask.
+        textures: name of the patch -> (4, h, w) in [0, 1], red, green, blue and opacity.
         path: the PNG to write.
 
     Raises:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qadtr_brevitas.attacks.drawing import as_rgb
 from qadtr_brevitas.attacks.lavan import Lavan
 from qadtr_brevitas.attacks.pixel import Pgd
 from qadtr_brevitas.config.slots import Slot
@@ -195,7 +196,7 @@ def _records(model: str, attacked: _AttackedImages, gradients: Mapping[Precision
 def _gradient_row(model: str, attacked: _AttackedImages, gradients: Mapping[Precision, Tensor]) -> _GradientRow:
     """Return the first image and the sizes of its gradients."""
     tiles = [Tile(heat_map(gradient[0].abs().sum(dim=0))) for gradient in gradients.values()]
-    return f"{model}\n{attacked.attack}", (Tile(attacked.images[0].cpu()), *tiles)
+    return f"{model}\n{attacked.attack}", (Tile(as_rgb(attacked.images[0].cpu())), *tiles)
 
 
 def _draw_maps(context: AnalysisContext, rows: Sequence[_GradientRow], columns: Sequence[Precision]) -> Picture:
