@@ -61,6 +61,7 @@ if TYPE_CHECKING:
         "qadtr-brevitas evaluate runs/qadtr --attack pgd --attack '{name: pgd, eps: 0.03, steps: 20}' --eot 8+4+2",
         "qadtr-brevitas evaluate runs/qadtr --audit --twin runs/qat",
         "qadtr-brevitas evaluate runs/qadtr --clean --certify 8 --images 500",
+        "qadtr-brevitas evaluate runs/qadtr --patches sticker.png --patch-size 6,8 --rotate 15",
         "qadtr-brevitas evaluate runs/qadtr --at 2,2 --shift 6,12,18 --rotate 15,45",
         "torchrun --standalone --nproc-per-node 2 -m qadtr_brevitas evaluate runs/qat runs/qadtr",
     ),
@@ -145,7 +146,7 @@ def _plan(
     attacks += added
     means = read_means(given.eot, attacks)
     models = load_models([*given.model_dirs, *given.surrogates], device=device)
-    patches = load_patches(_patch_places(given))
+    patches = load_patches(_patch_places(given), sizes=given.patch_sizes or ())
     split = load_split(dataset, "test", limit=given.images, seed=given.seed)
     if given.images is not None:
         # Refuses more images than there are.

@@ -32,6 +32,7 @@ class EvaluateOptions:
     model_dirs: tuple[Path, ...]
     clean: bool
     patches: tuple[Path, ...]
+    patch_sizes: tuple[PatchSize, ...] | None
     attacks: tuple[str, ...]
     surrogates: tuple[Path, ...]
     eot: tuple[str, ...]
@@ -133,7 +134,15 @@ plan_options = option_block(
         "--patches",
         multiple=True,
         type=click.Path(path_type=Path),
-        help="Patch file or folder; repeat for more.  [default: MODEL_DIR/patches of each]",
+        help="Patch file or folder, or a picture of your own (transparency is its shape); repeat for more.  [default: "
+        "MODEL_DIR/patches of each]",
+    ),
+    click.option(
+        "--patch-size",
+        "patch_sizes",
+        metavar="SIZE[,SIZE...]",
+        type=PatchSizes(),
+        help="Scale patches of your own to fit into these sizes, as 8 or 6x10.",
     ),
     click.option(
         "--attack",
@@ -156,17 +165,17 @@ plan_options = option_block(
         help="Make each --attack on the mean of the logits over these precisions too; repeat for more.",
     ),
     click.option(
-        "--precision",
-        "precisions",
-        help="What to score, as 32,8,4,random(8+4),vote(8+4+2).  [default: each precision a model has]",
-    ),
-    click.option(
         "--ensemble",
         type=click.Choice(["fast", "standard", "no"]),
         default="fast",
         show_default=True,
         help="Beside an --attack that searches a patch for each image, make the ensemble patch-auto of its size too, "
         "for the worst case; or do not.",
+    ),
+    click.option(
+        "--precision",
+        "precisions",
+        help="What to score, as 32,8,4,random(8+4),vote(8+4+2).  [default: each precision a model has]",
     ),
     click.option(
         "--transfer",

@@ -10,9 +10,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from qadtr_brevitas.attacks.own_patch import PICTURE_SUFFIXES, read_picture, read_tensors, scaled
 from qadtr_brevitas.attacks.patch import Patch
 from qadtr_brevitas.core.errors import DataError, UsageError
 from qadtr_brevitas.core.files import fingerprint_tensors
+from qadtr_brevitas.core.patch_size import PatchSize
 from qadtr_brevitas.data.split import Split, differing_class
 from qadtr_brevitas.evaluation.report import PatchFacts, SourceFacts, VariantFacts
 from qadtr_brevitas.pipeline.checkpoint import (
@@ -20,7 +22,13 @@ from qadtr_brevitas.pipeline.checkpoint import (
     fingerprint_model_dir,
     load_model,
 )
-from qadtr_brevitas.pipeline.directories import MODEL_FOLDERS, patch_files, resolve_model_dir
+from qadtr_brevitas.pipeline.directories import (
+    MODEL_FOLDERS,
+    PATCH_SUFFIX,
+    is_patch,
+    patch_files,
+    resolve_model_dir,
+)
 from qadtr_brevitas.quant import SwitchableModel
 from qadtr_brevitas.quant.model_info import ModelInfo
 
@@ -104,6 +112,11 @@ class NamedPatch:
         height, width = patch.size
         return cls(name or f"{patch.meta.get('attack', 'patch')}-{height}x{width}", patch)
 
+    @property
+    def is_own(self) -> bool:
+        """Whether it is a user's own patch, which no attack of this package made."""
+        return bool(self.patch.meta.get("own"))
+
     @cached_property
     def facts(self) -> PatchFacts:
         """The patch's entry in the report."""
@@ -141,16 +154,46 @@ def load_models(paths: Sequence[Path], *, device: torch.device | str = "cpu") ->
     return [_load_entry(path, name, device) for path, name in zip(paths, unique_names(paths), strict=True)]
 
 
-def load_patches(places: Sequence[Path]) -> list[NamedPatch]:
-    """Load patch files and all patches of folders, each named by its file.
+def load_patches(places: Sequence[Path], *, sizes: Sequence[PatchSize] = ()) -> list[NamedPatch]:
+    """Load patch files, all patches of folders, and patches of one's own, each named by its file.
+
+    Patches of one's own are pictures, and tensor files of several patches (`attacks.own_patch`).
+
+    Args:
+        places: files and folders.
+        sizes: boxes that each patch of one's own is scaled to; none to leave it as large as it is.
 
     Raises:
-        UsageError: a place does not exist, or a folder holds no patches.
+        UsageError: a place does not exist, a folder holds no patches, or there are sizes and no patch of one's own.
         CheckpointError: a file is no patch.
     """
     files = list(dict.fromkeys(file for place in places for file in _patch_files(place)))
     names = unique_names([file.with_suffix("") for file in files])
-    return [NamedPatch(name, Patch.load(file), str(file)) for file, name in zip(files, names, strict=True)]
+    found: list[NamedPatch] = []
+    for file, name in zip(files, names, strict=True):
+        own = _own_patches(file)
+        if own is None:
+            found.append(NamedPatch(name, Patch.load(file), str(file)))
+            continue
+        numbered = {f"{name} {number}" if len(own) > 1 else name: patch for number, patch in enumerate(own)}
+        for label, patch in numbered.items():
+            found += [NamedPatch(f"{label} {size}", scaled(patch, size), str(file)) for size in sizes]
+            found += [] if sizes else [NamedPatch(label, patch, str(file))]
+    if sizes and not any(patch_entry.is_own for patch_entry in found):
+        raise UsageError(
+            "sizes are for patches of one's own, and there are none: give a picture as --patches, or make patches of "
+            "other sizes with `qadtr-brevitas attack MODEL_DIR size=N`"
+        )
+    return found
+
+
+def _own_patches(file: Path) -> list[Patch] | None:
+    """Return the patches of a file that this package did not write; None of one that it wrote."""
+    if file.suffix.lower() in PICTURE_SUFFIXES:
+        return [read_picture(file)]
+    if file.suffix == PATCH_SUFFIX and not is_patch(file):
+        return read_tensors(file)
+    return None
 
 
 def unique_names(paths: Sequence[Path]) -> list[str]:
@@ -198,4 +241,6 @@ def _patch_files(place: Path) -> list[Path]:
         return files
     if not place.exists():
         raise UsageError(f"there are no patches at {place}: make some with `qadtr-brevitas attack MODEL_DIR`")
-    return [place]
+    # The picture that is written beside a patch file is enlarged.
+    beside = place.with_suffix(PATCH_SUFFIX)
+    return [beside if place.suffix == ".png" and beside.is_file() else place]

@@ -227,7 +227,8 @@ class Grid:
             if source is not None:
                 parse_mode(source.precision)
         except UsageError as error:
-            raise UsageError(f"patch {patch_entry.name!r}: {error}") from error
+            cure = "; scale it with --patch-size N" if patch_entry.is_own else ""
+            raise UsageError(f"patch {patch_entry.name!r}: {error}{cure}") from error
         cure = "choose the data set it was made on with --data"
         self._check_target(f"patch {patch_entry.name!r}", patch_entry.facts.target, cure)
 

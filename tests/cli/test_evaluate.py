@@ -181,6 +181,28 @@ def test_patch_of_another_channel_count(runs: list[Path], tmp_path: Path) -> Non
     assert "1 channels and the images have 3" in result.stderr
 
 
+def test_a_sticker_of_ones_own_is_scaled_turned_and_scored(runs: list[Path], tmp_path: Path) -> None:
+    from PIL import Image
+
+    picture = tmp_path / "sticker.png"
+    Image.new("RGBA", (40, 40), (255, 0, 0, 255)).save(picture)
+    arguments = [runs[0], "--patches", picture, "--images", 6, "--precision", 4, "-o", tmp_path / "out"]
+    result = evaluate(*arguments, "--patch-size", "4,3x6", "--at", "2,2", "--rotate", 45, "--json")
+    assert result.exit_code == 0, result.output
+    content = json.loads(result.stdout)
+    made = [patch for patch in content["patches"] if not patch["variant"] and not patch["control"]]
+    assert [(patch["name"], patch["attack"], patch["height"]) for patch in made] == [
+        ("sticker 4x4", "sticker", 4),
+        ("sticker 3x6", "sticker", 3),
+    ]
+    assert {patch["variant"]["degrees"] for patch in content["patches"] if patch["variant"]} == {0, 45}
+    assert "ASR as given" in (tmp_path / "out" / "report.md").read_text()
+    large = evaluate(*arguments)
+    assert large.exit_code == 2
+    assert "40x40 patch is larger than the 16x16 image" in large.stderr
+    assert "--patch-size" in large.stderr
+
+
 def test_attacks_on_each_image_are_made_on_every_source(runs: list[Path], tmp_path: Path) -> None:
     slot = "{name: a-qapa, steps: 1, sizes: [4], quantize_image: false}"
     arguments = [runs[0], "--surrogate", runs[1], "--attack", slot, "--eot", "4+32", "--images", "6", "-o", tmp_path]

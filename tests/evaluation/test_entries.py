@@ -4,8 +4,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from qadtr_brevitas.core.errors import CheckpointError, DataError, UsageError
+from qadtr_brevitas.core.patch_size import PatchSize
 from qadtr_brevitas.evaluation.entries import LoadedModel, load_models, load_patches, unique_names
 from qadtr_brevitas.pipeline.checkpoint import load_model
 from qadtr_brevitas.pipeline.directories import patch_folder
@@ -64,6 +66,27 @@ def test_missing_patches_are_named(tmp_path: Path) -> None:
     (tmp_path / "broken.safetensors").write_bytes(b"no patch")
     with pytest.raises(CheckpointError, match="broken"):
         load_patches([tmp_path])
+
+
+def test_patches_of_ones_own_are_scaled_to_the_sizes_asked_for(tmp_path: Path) -> None:
+    Image.new("RGB", (20, 10), "red").save(tmp_path / "photo.jpg")
+    made = white_patch().patch.save(tmp_path / "white")
+    found = load_patches([tmp_path / "photo.jpg", made], sizes=[PatchSize(4, 4), PatchSize(6, 6)])
+    assert [(entry.name, entry.patch.size) for entry in found] == [
+        ("photo 4x4", (2, 4)),
+        ("photo 6x6", (3, 6)),
+        ("white", (2, 2)),
+    ]
+    assert [entry.is_own for entry in found] == [True, True, False]
+    assert found[0].facts.source is None
+    with pytest.raises(UsageError, match="sizes are for patches of one's own"):
+        load_patches([made], sizes=[PatchSize(4, 4)])
+
+
+def test_the_enlarged_picture_beside_a_patch_stands_for_the_patch(tmp_path: Path) -> None:
+    white_patch().patch.save(tmp_path / "white")
+    (found,) = load_patches([tmp_path / "white.png"])
+    assert (found.patch.size, found.facts.attack) == ((2, 2), "lavan")
 
 
 def test_data_of_other_or_otherwise_ordered_classes_are_refused() -> None:

@@ -50,6 +50,8 @@ class View:
     @cached_property
     def knowledge(self) -> str:
         """What attacks of this family know of a model that they are made on, as tables call it."""
+        if self._is_given:
+            return "as given"
         blind = any(isinstance(facts, ImageAttackFacts) and facts.black_box for facts in self._members)
         return "black-box" if blind else "white-box"
 
@@ -59,8 +61,9 @@ class View:
         return next((cell.accuracy for cell in self.report.clean if (cell.model, cell.precision) == where), None)
 
     def white_box(self, precision: str, what: Figure | None = None) -> Mean | None:
-        """Mean over what was made on this model at this precision."""
-        return _mean([cell for cell, _ in self._cells(precision) if cell.threat == "white-box"], what)
+        """Mean over what was made on this model at this precision; of given patches, whose source is unknown, all."""
+        wanted = "transfer" if self._is_given else "white-box"
+        return _mean([cell for cell, _ in self._cells(precision) if cell.threat == wanted], what)
 
     def eot(self, precision: str, what: Figure | None = None) -> Mean | None:
         """Mean over what was made on a mean over precisions of this model."""
@@ -87,6 +90,11 @@ class View:
     @cached_property
     def _members(self) -> list[_Facts]:
         return [facts for facts in self._facts.values() if self._is_member(facts)]
+
+    @cached_property
+    def _is_given(self) -> bool:
+        """Whether nothing is known of where the patches of the family were made."""
+        return all(facts.source is None for facts in self._members)
 
     def _is_member(self, facts: _Facts) -> bool:
         if isinstance(facts, ImageAttackFacts):
