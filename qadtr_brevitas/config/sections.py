@@ -125,6 +125,16 @@ class CalibrationSection(RecipeSection):
     weights: tuple[PtqMethodSlot, ...] = Field(default=(), description="PTQ methods that run afterwards, in order")
 
 
+class FeatureClipSection(RecipeSection):
+    """Clip the L2 norm of each position's features, a defense against universal patches without training.
+
+    Thresholds are those of calibration, at each precision by itself.
+    """
+
+    after: tuple[str, ...] = Field(min_length=1, description="modules whose outputs are clipped, as layer1")
+    percentile: float = Field(default=99.0, gt=0, le=100, description="of the norms on the images of the calibration")
+
+
 class QuantSection(RecipeSection):
     """Which layers are quantized, and to what."""
 
@@ -152,6 +162,9 @@ class QuantSection(RecipeSection):
     )
     act_quantizer: QuantizerSlot | None = Field(
         default=None, description="how activations become levels; null: the target's own, or uniform"
+    )
+    feature_clip: FeatureClipSection | None = Field(
+        default=None, description="clip the norms of features after some modules; null: nowhere"
     )
     calibration: CalibrationSection = Field(default_factory=CalibrationSection, description="first quantizer ranges")
 

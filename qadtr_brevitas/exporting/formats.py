@@ -14,6 +14,7 @@ from qadtr_brevitas.core.precision import FLOAT_BITS, Precision
 from qadtr_brevitas.core.registry import FORMATS
 from qadtr_brevitas.exporting.compiler import Compiler
 from qadtr_brevitas.exporting.integers import IntegerLayers
+from qadtr_brevitas.quant.feature_clip import feature_clips
 from qadtr_brevitas.quant.switchable_quant import SwitchableDynamicQuant, SwitchableQuant
 
 Classifier: TypeAlias = Callable[[Tensor], Tensor]
@@ -77,7 +78,7 @@ def blockers(model: nn.Module, form: Format) -> list[str]:
         model: a switchable model, at the precision to export.
         form: the format.
     """
-    return [*_too_many_bits(model, form), *_dynamic(model, form)]
+    return [*_too_many_bits(model, form), *_dynamic(model, form), *_feature_clips(model, form)]
 
 
 def _too_many_bits(model: nn.Module, form: Format) -> Iterator[str]:
@@ -92,4 +93,13 @@ def _dynamic(model: nn.Module, form: Format) -> Iterator[str]:
         yield (
             f"its activations take their ranges from each image, which {form.name} has no word for: convert it again "
             "without --dynamic"
+        )
+
+
+def _feature_clips(model: nn.Module, form: Format) -> Iterator[str]:
+    names = ", ".join(clip.name for clip in feature_clips(model))
+    if names and form.compiler is not None:
+        yield (
+            f"it clips the norms of features after {names}, and {form.name} computes with integers: convert it without "
+            "feature_clip, or export to qcdq, qonnx or ort"
         )

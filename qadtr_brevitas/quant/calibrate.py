@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from qadtr_brevitas.core.progress import Progress
 from qadtr_brevitas.core.registry import PTQ_METHODS, RANGE_METHODS
 from qadtr_brevitas.data.batches import ImageBatches, Loader
+from qadtr_brevitas.quant.feature_clip import calibrate_feature_clips, feature_clips
 from qadtr_brevitas.quant.norm import copy_float_statistics
 from qadtr_brevitas.quant.observations import Observations
 from qadtr_brevitas.quant.ptq import PtqMethod, ptq_states
 from qadtr_brevitas.quant.range_methods import LevelGrid, RangeMethod
 from qadtr_brevitas.quant.ranges import Sample, all_of
-from qadtr_brevitas.quant.switch import Observer, observing, switch_of
+from qadtr_brevitas.quant.switch import Observer, evaluating, observing, switch_of
 from qadtr_brevitas.quant.switchable_quant import SwitchableActQuant, SwitchableQuant, SwitchableWeightQuant
 
 
@@ -62,7 +63,7 @@ def calibrate(
     ranges: RangeMethod = RANGE_METHODS.make(method)
     improvements: list[PtqMethod] = [PTQ_METHODS.make(value) for value in weights]
     batches = ImageBatches(loader, device=next(model.parameters()).device)
-    for state in ptq_states(model):
+    for state in (*ptq_states(model), *feature_clips(model)):
         state.reset()
     for improvement in improvements:
         improvement.prepare(model)
@@ -81,6 +82,9 @@ def calibrate(
     copy_float_statistics(model)
     for run in runs:
         run.improve(batches, count_batch)
+    if feature_clips(model):
+        with evaluating(model):
+            calibrate_feature_clips(model, batches)
 
 
 def _counter(progress: Progress | None, total: int) -> Callable[[], None]:

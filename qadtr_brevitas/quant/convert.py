@@ -15,6 +15,7 @@ from qadtr_brevitas.core.precision import DEFAULT_BITS, FLOAT_BITS, PrecisionLik
 from qadtr_brevitas.core.registry import PTQ_METHODS
 from qadtr_brevitas.models.channels import ImageFormat, image_format
 from qadtr_brevitas.quant.conversion_report import ConversionReport, LayerReport
+from qadtr_brevitas.quant.feature_clip import FeatureClipping, feature_clips, insert_feature_clips
 from qadtr_brevitas.quant.layers import keep_hooks
 from qadtr_brevitas.quant.model import SwitchableModel
 from qadtr_brevitas.quant.norm import BATCH_NORMS
@@ -48,6 +49,7 @@ def convert(
     act_quantizer: Quantizer | str | Mapping[str, Any] | None = None,
     ptq: Sequence[PtqMethod | str | Mapping[str, Any]] = (),
     wide_head_input: bool = True,
+    feature_clip: FeatureClipping | Mapping[str, Any] | Sequence[str] | None = None,
     in_place: bool = False,
 ) -> SwitchableModel:
     """Convert a float network to a switchable model.
@@ -90,6 +92,9 @@ def convert(
             them.
         wide_head_input: with `first_last="8bit"`, keep 8 bit or more for a ReLU that the last layer reads directly too;
             false for models of versions before 0.2.
+        feature_clip: clip the norm of each position's features (`FeatureClipping`): the names of the modules after
+            which, or `{"after": [...], "percentile": 99}`; `calibrate()` sets the thresholds. At 32 bit too the model
+            is then another function than the float network.
         in_place: use the modules of the float network instead of copies, which saves the memory of its weights. The
             float network cannot be used afterwards.
 
@@ -112,10 +117,13 @@ def convert(
     training = model.training
     switch = Switch(parse_precisions(precisions))
     device = next(net.parameters()).device
+    clipping = None if feature_clip is None else FeatureClipping.parse(feature_clip)
+    # Before the network is traced: what is clipped has other levels, and is quantized again where it is read.
+    clips = None if clipping is None else insert_feature_clips(net, switch, clipping).to(device)
     images, found = _probed(net, device, mean=mean, std=std, image_size=image_size, sums=compiler is not None)
     _check_products(net, found)
     if compiler is not None:
-        _check_target(compiler, found, first_last, activations)
+        _check_target(compiler, found, first_last, activations, clipping)
     mark_first_and_last(net, found)
     plan = ConversionPlan(
         switch=switch,
@@ -135,7 +143,7 @@ def convert(
     sizes = {str(precision): _size(net, plan, precision.weight) for precision in switch.allowed}
     replaced: dict[nn.Module, str] = {}
     reports = [*_convert_called(net, modules, plan, replaced), *_uncalled(modules, found)]
-    switchable = SwitchableModel(net, switch, mean=images.mean, std=images.std).to(device)
+    switchable = SwitchableModel(net, switch, mean=images.mean, std=images.std, feature_clips=clips).to(device)
     switchable.train(training)
     if not in_place:
         replaced |= {module: name or "the network" for name, module in model.named_modules()}
@@ -148,6 +156,12 @@ def convert(
         method.prepare(switchable)
     switchable.image_size, switchable.num_classes = images.size[1:], found.logits.shape[1]
     switchable.wide_head_input = any(map(plan.is_wide_end, found.calls))
+    reports += [
+        LayerReport(
+            f"{clip.name} (clip)", "FeatureClip", False, f"clips norms at their percentile {clip.percentile:g}", 0
+        )
+        for clip in feature_clips(switchable)
+    ]
     switchable.report = ConversionReport(tuple(reports), sizes)
     return switchable
 
@@ -220,8 +234,15 @@ def _quantizer(given: Quantizer | str | Mapping[str, Any] | None, target: Target
     return quantizer
 
 
-def _check_target(target: Target, found: Probe, first_last: FirstLast, activations: Activations) -> None:
+def _check_target(
+    target: Target, found: Probe, first_last: FirstLast, activations: Activations, clipping: FeatureClipping | None
+) -> None:
     """Raise if a target does not support a setting or a product."""
+    if clipping is not None and target.products is not None:
+        raise UsageError(
+            f"{target.name} computes with integers, and feature_clip (after {', '.join(clipping.after)}) divides by "
+            "norms of features: leave it out, or convert without target and export to qcdq, qonnx or ort"
+        )
     for name, given in (("first_last", first_last), ("activations", activations)):
         if given in ("float", "dynamic"):
             raise UsageError(

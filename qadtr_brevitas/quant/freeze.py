@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.core.precision import PrecisionLike
+from qadtr_brevitas.quant.feature_clip import FeatureClip, feature_clips
 from qadtr_brevitas.quant.layers import (
     SwitchableConv2d,
     SwitchableGate,
@@ -43,10 +44,12 @@ class FrozenModel(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, net: nn.Module, mean: Tensor, std: Tensor, switch: Switch) -> None:
+    def __init__(self, net: nn.Module, mean: Tensor, std: Tensor, switch: Switch, clips: list[FeatureClip]) -> None:
         super().__init__()
         self.net = net
         self._switch = switch
+        # Hooks of the network call them.
+        self.feature_clips = nn.ModuleList(clips)
         self.register_buffer("mean", mean.clone())
         self.register_buffer("std", std.clone())
 
@@ -89,7 +92,7 @@ def freeze(model: SwitchableModel, precision: PrecisionLike) -> FrozenModel:
             if isinstance(module, QuantizedFunctions):
                 _freeze_products(module)
         _exclude_stock_layers(copied.net)
-        frozen = FrozenModel(copied.net, copied.mean, copied.std, copied.switch)
+        frozen = FrozenModel(copied.net, copied.mean, copied.std, copied.switch, feature_clips(copied))
         return frozen.to(copied.mean.device).eval()
 
 

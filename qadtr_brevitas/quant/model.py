@@ -23,6 +23,7 @@ class SwitchableModel(nn.Module):
         switch: the switch its layers read.
         mean: per channel, of pixels in [0, 1].
         std: per channel, of pixels in [0, 1].
+        feature_clips: the clips that hooks of the network call; None for none.
 
     Attributes:
         image_size: height and width of the images it was converted for, in pixels.
@@ -40,9 +41,19 @@ class SwitchableModel(nn.Module):
     wide_head_input: bool = False
     info: ModelInfo | None
 
-    def __init__(self, net: nn.Module, switch: Switch, *, mean: Sequence[float], std: Sequence[float]) -> None:
+    def __init__(
+        self,
+        net: nn.Module,
+        switch: Switch,
+        *,
+        mean: Sequence[float],
+        std: Sequence[float],
+        feature_clips: nn.ModuleList | None = None,
+    ) -> None:
         super().__init__()
         self.net = net
+        if feature_clips is not None:
+            self.feature_clips = feature_clips
         self.switch = switch
         self.info = None
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1))

@@ -188,3 +188,16 @@ def test_more_bits_than_a_format_has_room_for_are_refused(tmp_path: Path) -> Non
     narrow = replace(find_format("qcdq"), name="narrow", max_bits=4)
     with pytest.raises(ExportError, match=r"net\.conv1.* has 8 bits, more than the 4 that narrow has room for"):
         export(loaded("cnn"), Precision.parse(4), narrow, tmp_path / "out", split=None)
+
+
+@pytest.mark.parametrize("name", ["qcdq", "qonnx", "ort"])
+def test_clipped_features_are_exported(name: str, tmp_path: Path) -> None:
+    model = loaded("cnn", feature_clip={"after": ["layer1", "layer2"], "percentile": 50})
+    report = export(model, Precision(8, 8), find_format(name), tmp_path / name, split=SPLIT)
+    assert report.agreement is not None
+
+
+def test_compilers_refuse_clipped_features_by_name(tmp_path: Path) -> None:
+    model = loaded("cnn", feature_clip=["layer1"])
+    with pytest.raises(ExportError, match=r"norms of features after layer1"):
+        export(model, Precision(8, 8), find_format("finn"), tmp_path / "finn", split=SPLIT)
