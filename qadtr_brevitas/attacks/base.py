@@ -12,9 +12,10 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qadtr_brevitas.attacks.patch import Patch
+from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.core.precision import Precision
 from qadtr_brevitas.core.progress import Progress
 
@@ -120,6 +121,47 @@ class IndexedAttack(ImageAttack):
         Returns:
             (N, C, H, W) in [0, 1].
         """
+
+
+class DefenseAttack(ImageAttack):
+    """An image attack on a defended prediction, which has to know the defense and not only its outputs."""
+
+    @abstractmethod
+    def accepts(self, network: nn.Module) -> bool:
+        """Return whether a model is behind the defense that this attack is for."""
+
+    @abstractmethod
+    def run_against(self, defended: nn.Module, images: Tensor, labels: Tensor, *, generator: torch.Generator) -> Tensor:
+        """Return adversarial versions of images, as `ImageAttack.run` does.
+
+        Args:
+            defended: a model that the attack accepts, in evaluation mode, at the precision to be attacked.
+            images: (N, C, H, W) in [0, 1].
+            labels: (N,), the true classes.
+            generator: source of all random draws.
+
+        Returns:
+            (N, C, H, W) in [0, 1].
+        """
+
+    def run(
+        self,
+        model: Model,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        generator: torch.Generator,
+        precision: Precision | None = None,
+    ) -> Tensor:
+        """Refuse a model without its defense.
+
+        Raises:
+            UsageError: always.
+        """
+        raise UsageError(
+            f"{type(self).__name__} attacks a defended prediction: give `evaluate` --defend SIZE with it, or leave it "
+            "out"
+        )
 
 
 class PatchAttack(Attack, ABC):

@@ -152,6 +152,10 @@ ATTACKS = Registry(
     "qadtr_brevitas.attacks.base:Attack",
     {
         "a-qapa": ("qadtr_brevitas.attacks.a_qapa:AQapa", "patches made inside the quantized network (QADT-R, eq. 1)"),
+        "adaptive-patch": (
+            "qadtr_brevitas.evaluation.adaptive_attack:AdaptivePatch",
+            "per-image patch against --defend: where the masks fail",
+        ),
         "autoattack": ("qadtr_brevitas.attacks.autoattack:AutoAttack", "four pixel attacks (Croce & Hein 2020)"),
         "dpr": ("qadtr_brevitas.attacks.dpr:Dpr", "universal patch of searched shape and texture (Chen et al. 2022)"),
         "fgsm": ("qadtr_brevitas.attacks.pixel:Fgsm", "pixel attack of one step (Goodfellow et al. 2015)"),
@@ -172,11 +176,11 @@ DATASETS = Registry(
     {
         "cifar10": ("qadtr_brevitas.data.image_folder:Cifar10", "CIFAR-10 as image folder or tar, 32x32, 10 classes"),
         "digits": ("qadtr_brevitas.data.digits:Digits", "UCI handwritten digits drawn in color, 32x32, embedded"),
+        "gtsrb": ("qadtr_brevitas.data.gtsrb:Gtsrb", "GTSRB traffic signs, as published or as tar, 43 classes"),
         "image-folder": (
             "qadtr_brevitas.data.image_folder:ImageFolder",
             "ROOT/{train,test}/<class>/*.<image>, or ROOT/<class>/*.<image>",
         ),
-        "gtsrb": ("qadtr_brevitas.data.gtsrb:Gtsrb", "GTSRB traffic signs, as published or as tar, 43 classes"),
         "shapes": ("qadtr_brevitas.data.shapes:Shapes", "procedural colored shapes, any size and number"),
     },
 )

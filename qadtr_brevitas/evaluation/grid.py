@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 
+from qadtr_brevitas.attacks.base import DefenseAttack
 from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.core.files import fingerprint_tensors
 from qadtr_brevitas.core.precision import FLOAT_BITS, Precision, PrecisionLike
@@ -90,6 +91,7 @@ class Grid:
         for attack in self.attacks:
             self._check_target(f"attack {attack.name}", attack.target, "choose one of its classes as target")
         _check_names("attacks", [attack.facts.name for attack, _ in self.sourced_attacks], cure="give each attack once")
+        self._check_defenses()
         self._check_certifications()
 
     @cached_property
@@ -150,6 +152,8 @@ class Grid:
         for attack in self.attacks:
             for loaded in (*self.loaded_models, *self.surrogates):
                 for source in self._sources(loaded):
+                    if not attack.can_be_made_on(loaded.model, source):
+                        continue
                     sourced = SourcedAttack(attack, loaded, source)
                     victims = tuple(victim for victim in self.victims if self._is_wanted(sourced.facts.source, victim))
                     found += [(sourced, victims)] if victims else []
@@ -231,6 +235,15 @@ class Grid:
             raise UsageError(f"patch {patch_entry.name!r}: {error}{cure}") from error
         cure = "choose the data set it was made on with --data"
         self._check_target(f"patch {patch_entry.name!r}", patch_entry.facts.target, cure)
+
+    def _check_defenses(self) -> None:
+        made = {attack.attack.name for attack, _ in self.sourced_attacks}
+        for attack in self.attacks:
+            if isinstance(attack.plugin, DefenseAttack) and attack.name not in made:
+                raise UsageError(
+                    f"{attack.name} attacks a prediction defended by double masking, and there is none: add --defend "
+                    f"SIZE, for instance --defend 5, or leave {attack.name} out"
+                )
 
     def _check_certifications(self) -> None:
         _check_names("certifications", list(map(str, self.certifications)), cure="give each patch size once")

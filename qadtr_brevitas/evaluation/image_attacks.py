@@ -8,9 +8,16 @@ from functools import cached_property, partial
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from qadtr_brevitas.attacks.base import Attack, ImageAttack, IndexedAttack, PatchAttack, TargetedAttack
+from qadtr_brevitas.attacks.base import (
+    Attack,
+    DefenseAttack,
+    ImageAttack,
+    IndexedAttack,
+    PatchAttack,
+    TargetedAttack,
+)
 from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.core.files import fingerprint_facts
 from qadtr_brevitas.core.plugin import plugin_settings
@@ -19,6 +26,7 @@ from qadtr_brevitas.core.seeding import derive_seed, generator
 from qadtr_brevitas.core.version import __version__
 from qadtr_brevitas.evaluation.entries import LoadedModel
 from qadtr_brevitas.evaluation.report import ImageAttackFacts, SourceFacts
+from qadtr_brevitas.quant import at_precision
 from qadtr_brevitas.quant.inference import InferenceMode, logits_at
 
 _TOLERANCE = 1e-5
@@ -78,6 +86,10 @@ class NamedAttack:
         if not isinstance(self.plugin, IndexedAttack):
             return None
         return self.plugin.passes.forward, self.plugin.passes.backward
+
+    def can_be_made_on(self, network: nn.Module, mode: InferenceMode) -> bool:
+        """Return whether the attack works on a model at an inference mode: one on a defense needs the defense."""
+        return not isinstance(self.plugin, DefenseAttack) or (mode.is_single and self.plugin.accepts(network))
 
     @property
     def is_black_box(self) -> bool:
@@ -150,14 +162,14 @@ class SourcedAttack:
         an `IndexedAttack` not on the chunk either, but on each image's index.
 
         Args:
-            images: (n, 3, H, W) in [0, 1], on the device of the model.
+            images: (n, C, H, W) in [0, 1], on the device of the model.
             labels: (n,), the true classes.
             seed: seed of the evaluation.
             chunk: indices of the images in the test split.
             pictures: images and labels that an `IndexedAttack` may start from; None for those of the chunk.
 
         Returns:
-            (n, 3, H, W) in [0, 1].
+            (n, C, H, W) in [0, 1].
 
         Raises:
             UsageError: the attack returned images of another shape or range.
@@ -168,6 +180,11 @@ class SourcedAttack:
         if isinstance(plugin, IndexedAttack):
             run = partial(plugin.run, indices=chunk, pictures=pictures)
         precision = self.mode.precisions[0] if self.mode.is_single else None
+        draws = generator(seed, *keys)
+        if isinstance(plugin, DefenseAttack):
+            with at_precision(self.loaded.model, self.mode.precisions[0]), torch.enable_grad():
+                found = plugin.run_against(self.loaded.model, images, labels, generator=draws)
+            return _checked(found.detach(), images, self.attack.name)
         # Attacks from libraries draw from the global generators, whose state must be the same afterwards.
         with torch.random.fork_rng(_cuda_devices(images)):
             torch.manual_seed(derive_seed(seed, *keys, "global"))
@@ -175,7 +192,7 @@ class SourcedAttack:
                 logits_at(self.loaded.model, self.mode, draws=generator(seed, *keys, "precisions")),
                 images,
                 labels,
-                generator=generator(seed, *keys),
+                generator=draws,
                 precision=precision,
             )
         return _checked(found.detach(), images, self.attack.name)

