@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Annotated, ClassVar
 
@@ -12,7 +13,7 @@ from qadtr_brevitas.core.plugin import Field, plugin
 from qadtr_brevitas.core.progress import Progress
 from qadtr_brevitas.data.base import Dataset
 from qadtr_brevitas.data.decode import read_images, size_of
-from qadtr_brevitas.data.listing import ClassOrder, Listing, find_root, list_images
+from qadtr_brevitas.data.listing import DEFAULT_HOLDOUT, ClassOrder, Listing, find_root, list_images, needs_holdout
 from qadtr_brevitas.data.split import Split, balanced_indices
 
 SIZES_SAMPLED = 64
@@ -22,7 +23,8 @@ SIZES_SAMPLED = 64
 class ImageFolder(Dataset):
     """Any images (png, jpg, webp, tiff, ...) laid out as ROOT/{train,test}/<class>/<image>; `val` also serves as test.
 
-    If ROOT has only one of these folders, or the class folders themselves, `holdout` divides the images. Folders
+    If ROOT has only one of these folders, or the class folders themselves, `holdout` divides the images; commands that
+    need both splits set it to 5 themselves, and say so. Folders
     inside class folders belong to the class. Classes are numbered in the order of their names; where numbers or capital
     letters in them make torchvision's order differ from timm's, `class_order` is required.
 
@@ -100,6 +102,23 @@ class ImageFolder(Dataset):
             crop: timm's crop_pct of the model.
         """
         return replace(self, image_size=image_size, crop=crop if self.crop is None else self.crop)
+
+    def completed(self, needed: Collection[str]) -> tuple[ImageFolder, str | None]:
+        """Return this data set with a holdout where its images lie in one place, and a sentence that says so."""
+        # A named data set has both splits, or is not that data set.
+        if self.holdout is not None or self.folder_name is not None:
+            return self, None
+        try:
+            root = find_root(self.root)
+        # Reading the images raises this error too, where it is expected.
+        except DataError:
+            return self, None
+        if not needs_holdout(root, needed):
+            return self, None
+        return replace(self, holdout=DEFAULT_HOLDOUT), (
+            f"{root} does not divide its images into train and test: every {DEFAULT_HOLDOUT}th image is kept for tests "
+            f"and the others are for training and calibration (data.dataset.holdout={DEFAULT_HOLDOUT})"
+        )
 
     def _list(self, split: str) -> Listing:
         root = find_root(self.root, name=self.folder_name)

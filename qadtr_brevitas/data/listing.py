@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
@@ -27,6 +27,8 @@ FOLDERS = {"train": ("train", "training"), "test": ("test", "val", "valid", "val
 _ONE_FOLDER_FOR_ALL = {"images"}
 # macOS adds this folder to archives.
 _NO_CLASSES = ("__MACOSX",)
+DEFAULT_HOLDOUT = 5
+"""Of images in one place, the first of so many is for tests."""
 LAYOUT = "ROOT/{train,test}/<class>/<image>"
 
 ClassOrder: TypeAlias = Literal["name", "natural"]
@@ -120,6 +122,22 @@ def list_images(root: Path, split: str, *, holdout: int | None = None, order: Cl
     return listing.pick(indices, part=f"{split} of holdout {holdout}")
 
 
+def needs_holdout(root: Path, needed: Collection[str]) -> bool:
+    """Return whether images lie in one place that have to serve for training and for tests.
+
+    Args:
+        root: as in `list_images`.
+        needed: splits that will be listed; those of the class folders themselves always need a holdout.
+
+    Raises:
+        DataError: as in `list_images`, for class folders.
+    """
+    there = {name for name in FOLDERS if _split_folder(root, name)}
+    if there:
+        return len(there) == 1 and not there >= set(needed)
+    return any(map(_has_images, _class_folders(root).values()))
+
+
 def _no_split(root: Path, split: str) -> DataError:
     wanted = {"train": "train", "test": "test or val"}[split]
     other = _split_folder(root)
@@ -127,8 +145,8 @@ def _no_split(root: Path, split: str) -> DataError:
         return DataError(f"{root} has no folder {wanted}: images must lie in {LAYOUT}")
     there = f"only {other.name}" if other else "class folders at once"
     return DataError(
-        f"{root} has no folder {wanted}, {there}: set data.dataset.holdout=5 to test on every fifth image there is and "
-        "train on the others"
+        f"{root} has no folder {wanted}, {there}: set data.dataset.holdout={DEFAULT_HOLDOUT} to test on every fifth "
+        "image there is and train on the others"
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile, ZipFile
@@ -96,7 +96,9 @@ def _is_counter(name: str) -> bool:
     return name == "n_averaged" or last in ("total_ops", "total_params")
 
 
-def load_into(model: nn.Module, weights: Mapping[str, Tensor], *, source: str, name: str) -> None:
+def load_into(
+    model: nn.Module, weights: Mapping[str, Tensor], *, source: str, name: str, new_head: bool = False
+) -> int:
     """Copy weights into a float model, in place; every parameter must be there and have the right shape.
 
     A normalization that is stored beside them (`mu` and `sigma`, or `mean` and `std`) becomes that of the model's
@@ -108,32 +110,62 @@ def load_into(model: nn.Module, weights: Mapping[str, Tensor], *, source: str, n
             missing.
         source: where the weights are from, for the error.
         name: name of the model, for the error.
+        new_head: whether weights for another number of classes are taken too; the last layer stays as it is.
+
+    Returns:
+        How many classes the weights are for.
 
     Raises:
         CheckpointError: the weights are those of another network, or for another number of classes.
     """
     own = model.state_dict()
+    classes = _outputs(model, own)
     weights, statistics = without_normalization(without_prefix(weights, own), own)
     wrong_shape = [key for key in own if key in weights and weights[key].shape != own[key].shape]
     missing = [key for key in own if key not in weights and not key.endswith("num_batches_tracked")]
     unknown = [key for key in weights if key not in own]
-    classifier = _classifier_keys(model)
-    if wrong_shape and not missing and not unknown and set(wrong_shape) <= set(classifier):
-        given, wanted = len(weights[wrong_shape[0]]), len(own[wrong_shape[0]])
-        raise CheckpointError(
-            f"{source} has weights for {given} classes, but {wanted} are needed: "
-            f"use data with {given} classes, or weights for {wanted}"
-        )
+    if not missing and not unknown and (given := _other_classes(model, own, weights, wrong_shape)):
+        if not new_head:
+            raise CheckpointError(
+                f"{source} has weights for {given} classes, but {classes} are needed: use data with {given} classes, "
+                f"or weights for {classes}; training (`qadtr-brevitas train`) replaces the last layer"
+            )
+        weights = {key: value for key, value in weights.items() if key not in wrong_shape}
+        missing, unknown, wrong_shape, classes = [], [], [], given
     if differing := [*missing, *wrong_shape, *unknown]:
         shared = len(own.keys() & weights.keys()) - len(wrong_shape)
         raise CheckpointError(
             f"{source} does not fit {name}: they share {shared} tensors, but differ in {len(differing)}, for instance "
             f"{', '.join(differing[:3])}; set model.name and model.args to those of the network it comes from"
         )
-    model.load_state_dict(dict(weights))
+    model.load_state_dict({**own, **weights})
     if statistics is not None:
         config = getattr(model, "pretrained_cfg", None) or {}
         model.pretrained_cfg = {**config, **statistics}  # pyright: ignore[reportArgumentType]
+    return classes
+
+
+def classes_of_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> int | None:
+    """Return how many classes weights are for, if they differ from a network's in that alone; else None."""
+    own = model.state_dict()
+    weights, _ = without_normalization(without_prefix(weights, own), own)
+    wrong_shape = [key for key in own if key in weights and weights[key].shape != own[key].shape]
+    return _other_classes(model, own, weights, wrong_shape)
+
+
+def _other_classes(
+    model: nn.Module, own: Mapping[str, Tensor], weights: Mapping[str, Tensor], wrong_shape: Sequence[str]
+) -> int | None:
+    """Return the number of classes of weights whose tensors of other shapes are those of the last layer; else None."""
+    is_head = set(wrong_shape) <= set(_classifier_keys(model, own))
+    # Whatever is not counted by class has to agree.
+    inner = all(weights[key].shape[1:] == own[key].shape[1:] for key in wrong_shape)
+    return len(weights[wrong_shape[0]]) if wrong_shape and is_head and inner else None
+
+
+def _outputs(model: nn.Module, own: Mapping[str, Tensor]) -> int:
+    """Return the number of classes of a network."""
+    return next((len(own[key]) for key in _classifier_keys(model, own) if key in own), 0)
 
 
 def _read_safetensors(file: Path) -> Any:
@@ -188,7 +220,9 @@ def _plain_name(name: str) -> str:
     return name
 
 
-def _classifier_keys(model: nn.Module) -> list[str]:
-    classifier = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
-    names = (classifier,) if isinstance(classifier, str) else classifier
+def _classifier_keys(model: nn.Module, own: Mapping[str, Tensor]) -> list[str]:
+    """Return the names of the weights of the last layer: as timm names it, else that of the last weights."""
+    classifier = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
+    names = (classifier,) if isinstance(classifier, str) else tuple(classifier)
+    names = names or tuple(name.rpartition(".")[0] for name in list(own)[-1:])
     return [f"{name}.{key}" for name in names for key in ("weight", "bias")]

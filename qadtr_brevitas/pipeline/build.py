@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from timm.data import resolve_data_config
-from torch import nn
+from torch import Tensor, nn
 
 from qadtr_brevitas.config import DataSection, ModelSection, Recipe
 from qadtr_brevitas.core.errors import DataError, UsageError
 from qadtr_brevitas.core.progress import Progress
 from qadtr_brevitas.core.seeding import derive_seed
-from qadtr_brevitas.data.split import Split, differing_class, numbered
+from qadtr_brevitas.data.split import SPLITS, Split, differing_class, numbered
 from qadtr_brevitas.models.channels import image_format
 from qadtr_brevitas.models.create import create_float_model, fixed_size_args, model_config, own_image_size
 from qadtr_brevitas.models.python_functions import is_function_name
-from qadtr_brevitas.models.weights import load_into, load_weights
+from qadtr_brevitas.models.weights import classes_of_weights, load_into, load_weights
 from qadtr_brevitas.pipeline.checkpoint import read_float_weights, read_info
 from qadtr_brevitas.quant import SwitchableModel, convert
 from qadtr_brevitas.quant.model_info import ModelInfo
@@ -32,14 +32,29 @@ class Splits(NamedTuple):
     test: Split
 
 
-def fit_data(recipe: Recipe) -> Recipe:
-    """Return the recipe with the image size and crop of its model, if the images of the data set differ in size.
+Report: TypeAlias = Callable[[str], None]
+"""Called with sentences for people."""
+
+
+def fit_data(recipe: Recipe, *, report: Report | None = None) -> Recipe:
+    """Return the recipe with what its data set leaves open: test images, and the size of images that differ in size.
+
+    Images that all lie in one place are divided into train and test, and images of different sizes get the size and
+    crop of the model.
+
+    Args:
+        recipe: the recipe.
+        report: called with a sentence if images are held out for tests.
 
     Raises:
         DataError: the data are missing or damaged, or the images of the model are not square.
         UsageError, CheckpointError: as in `build_model`.
     """
-    dataset, section = recipe.data.dataset, recipe.model
+    dataset, decision = recipe.data.dataset.completed(SPLITS)
+    if decision is not None:
+        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"dataset": dataset})})
+        _tell(report, decision)
+    section = recipe.model
     if not dataset.needs_size():
         return recipe
     size, crop = own_image_size(section.name, section.args)
@@ -110,13 +125,23 @@ def no_images(section: ModelSection) -> Split:
     return Split(torch.empty(0, 3, size, size, dtype=torch.uint8), labels, classes)
 
 
-def build_model(section: ModelSection, *, num_classes: int, image_size: tuple[int, int]) -> nn.Module:
+def build_model(
+    section: ModelSection,
+    *,
+    num_classes: int,
+    image_size: tuple[int, int],
+    new_head: bool = False,
+    report: Report | None = None,
+) -> nn.Module:
     """Make the float network, with weights if the section names any.
 
     Args:
         section: name, arguments and weights of the network.
         num_classes: number of outputs.
         image_size: height and width of the images, in pixels.
+        new_head: whether weights for another number of classes are taken too, all but those of the last layer, which
+            is then random and has to be trained.
+        report: called with a sentence if the last layer is random.
 
     Raises:
         UsageError: the name or an argument is unknown.
@@ -126,12 +151,38 @@ def build_model(section: ModelSection, *, num_classes: int, image_size: tuple[in
     args = _all_args(section, image_size)
     model = create_float_model(section.name, pretrained=section.pretrained, num_classes=num_classes, args=args)
     if section.checkpoint is not None:
-        read = read_float_weights if _is_model_dir(section.checkpoint) else load_weights
-        load_into(model, read(section.checkpoint), source=section.checkpoint, name=section.name)
+        source, weights = section.checkpoint, _read_weights(section.checkpoint)
+        given = load_into(model, weights, source=source, name=section.name, new_head=new_head)
+    else:
+        published = getattr(model, "pretrained_cfg", None) or {}
+        source = f"pretrained {section.name}"
+        given = published.get("num_classes", num_classes) if section.pretrained else num_classes
+    if given != num_classes:
+        _tell(
+            report,
+            f"{source} has weights for {given} classes: the last layer, for {num_classes}, is new and random, all "
+            "others start from these weights",
+        )
     return model
 
 
-def build_switchable(recipe: Recipe, train: Split, *, only_ranges: bool = False) -> tuple[SwitchableModel, ModelInfo]:
+def _tell(report: Report | None, sentence: str) -> None:
+    if report is not None:
+        report(sentence)
+
+
+def _read_weights(checkpoint: str) -> Mapping[str, Tensor]:
+    return (read_float_weights if _is_model_dir(checkpoint) else load_weights)(checkpoint)
+
+
+def build_switchable(
+    recipe: Recipe,
+    train: Split,
+    *,
+    only_ranges: bool = False,
+    new_head: bool = False,
+    report: Report | None = None,
+) -> tuple[SwitchableModel, ModelInfo]:
     """Make the float network for the images and convert it, without calibration.
 
     Args:
@@ -139,6 +190,8 @@ def build_switchable(recipe: Recipe, train: Split, *, only_ranges: bool = False)
         train: the training images, for their size and classes.
         only_ranges: whether the images only serve to choose ranges; a network with weights then keeps its classes and
             their names, whatever the classes of the images are.
+        new_head: as in `build_model`: whether the network is trained, from weights for any number of classes.
+        report: as in `build_model`.
 
     Returns:
         The switchable model, and what it was made of, which is its `info` too.
@@ -156,7 +209,9 @@ def build_switchable(recipe: Recipe, train: Split, *, only_ranges: bool = False)
         check_classes(recipe.model.num_classes or len(classes), train)
     # Random weights are those of the seed, whatever ran before.
     torch.manual_seed(derive_seed(recipe.seed, "build"))
-    net = build_model(recipe.model, num_classes=len(classes), image_size=train.image_size)
+    net = build_model(
+        recipe.model, num_classes=len(classes), image_size=train.image_size, new_head=new_head, report=report
+    )
     mean, std = _pixel_statistics(recipe.model, net)
     unused = {"calibration"} | ({"feature_clip"} if recipe.quant.feature_clip is None else set[str]())
     quant = recipe.quant.model_dump(mode="json", exclude=unused)
@@ -221,8 +276,18 @@ def _kept_classes(
         if len(stored.classes) != len(images.classes) or differing_class(stored.classes, images.classes) is not None:
             return stored.classes, stored.data
         return (images.classes if stored.classes == numbered(len(stored.classes)) else stored.classes), data
-    count = section.num_classes or (own_classes(section) if section.pretrained else len(images.classes))
+    count = section.num_classes or _classes_of(section, images)
     return (images.classes, data) if count == len(images.classes) else (numbered(count), None)
+
+
+def _classes_of(section: ModelSection, images: Split) -> int:
+    """Return how many classes the weights of a section are for; without weights, those of the images."""
+    count = len(images.classes)
+    if section.checkpoint is None:
+        return own_classes(section) if section.pretrained else count
+    args = _all_args(section, images.image_size)
+    net = create_float_model(section.name, num_classes=count, args=args)
+    return classes_of_weights(net, load_weights(section.checkpoint)) or count
 
 
 def _is_model_dir(checkpoint: str) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -48,13 +48,27 @@ def parse_dataset_choice(choice: str) -> dict[str, Any]:
     return {"name": name, **({"root": root} if root else {})}
 
 
-def find_dataset(model_dirs: Sequence[Path], choice: str | None) -> Dataset:
+def find_dataset(
+    model_dirs: Sequence[Path], choice: str | None, *, report: Callable[[str], None] | None = None
+) -> Dataset:
     """Return the data set chosen as NAME[:ROOT], or the one that all model directories were made on.
+
+    Args:
+        model_dirs: model or run directories.
+        choice: the data set chosen; None for that of the models.
+        report: called with a sentence if test images have to be held out from images that lie in one place.
 
     Raises:
         UsageError: the data set does not exist; or none is chosen, and the models record none or different ones.
         CheckpointError: none is chosen, and a directory holds no model.
     """
+    dataset, decision = _find(model_dirs, choice).completed(("test",))
+    if decision is not None and report is not None:
+        report(decision)
+    return dataset
+
+
+def _find(model_dirs: Sequence[Path], choice: str | None) -> Dataset:
     if choice is not None:
         return make_dataset(parse_dataset_choice(choice))
     found = [_dataset_of_model(path) for path in model_dirs]

@@ -125,15 +125,16 @@ class _Trainer:
         self.rank, self.processes = accelerator.process_index, accelerator.num_processes
         self.device = accelerator.device
         self.counters = saved.counters if saved else RunCounters()
+        report = observer.on_message if accelerator.is_main_process and not saved else None
         torch.manual_seed(derive_seed(recipe.seed, "build"))
         # The run's own recipe stays as it was given: a resumed run is compared with it.
-        fitted = fit_data(recipe)
+        fitted = fit_data(recipe, report=report)
         self.train_split, val, test = build_splits(fitted.data, seed=recipe.seed)
         self.phases = plan_phases(recipe.train, len(self.train_split))
         if not all(precision.is_float for precision in recipe.quant.precisions):
             # Too few images are reported here, and not after the float epochs.
             calibration_count(recipe.quant.calibration, len(self.train_split))
-        model, self.info = build_switchable(fitted, self.train_split)
+        model, self.info = build_switchable(fitted, self.train_split, new_head=True, report=report)
         check_precisions(model, recipe)
         check_optimizer(recipe.train.optimizer)
         if saved:

@@ -10,7 +10,7 @@ from timm.data import create_transform
 
 from qadtr_brevitas.core.errors import DataError, UsageError
 from qadtr_brevitas.data.archives import unpack
-from qadtr_brevitas.data.image_folder import ImageFolder
+from qadtr_brevitas.data.image_folder import Cifar10, ImageFolder
 from tests.data.support import picture, tar_of
 
 
@@ -109,6 +109,16 @@ class TestHoldout:
         with pytest.raises(DataError, match=r"data.dataset.holdout=5"):
             ImageFolder(root=str(single)).load(absent)
 
+    def test_a_holdout_is_made_where_a_split_is_needed_that_is_not_there(self, single: Path) -> None:
+        there = next((name for name in ("train", "val", "test") if (single / name).is_dir()), None)
+        for needed in (["train"], ["test"], ["train", "test"]):
+            dataset, decision = ImageFolder(root=str(single)).completed(needed)
+            is_whole = needed == ["train"] if there == "train" else there is not None and needed == ["test"]
+            assert (dataset.holdout, decision is None) == ((None, True) if is_whole else (5, False))
+            assert sum(len(dataset.load(split)) for split in needed) in (2, 7, 9)
+        own = ImageFolder(root=str(single), holdout=4)
+        assert own.completed(["train", "test"]) == (own, None)
+
     def test_a_tar_of_class_folders(self, single: Path, tmp_path: Path) -> None:
         archive = tar_of(single, tmp_path / "photos.tar", "photos")
         assert len(ImageFolder(root=str(archive), holdout=4).load("test")) == 3
@@ -120,6 +130,15 @@ class TestHoldout:
             assert [len(dataset.load(split)) for split in ("train", "test")] == [6, 3]
             assert len(dataset.load("train", limit=2)) == 2
         assert len(list((cache / "decoded").iterdir())) == 3
+
+
+def test_nothing_is_held_out_of_two_splits_or_of_nothing(folder: Path) -> None:
+    for dataset in (
+        ImageFolder(root=str(folder)),
+        ImageFolder(root=str(folder / "nowhere")),
+        Cifar10(root=str(folder)),
+    ):
+        assert dataset.completed(["train", "test"]) == (dataset, None)
 
 
 def test_a_holdout_of_two_splits_is_refused(folder: Path) -> None:

@@ -1,15 +1,16 @@
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from timm import create_model
 from torch import nn
 
 from qadtr_brevitas.core.errors import CheckpointError
 from qadtr_brevitas.models.create import create_float_model
-from qadtr_brevitas.models.weights import load_into, load_weights
+from qadtr_brevitas.models.weights import classes_of_weights, load_into, load_weights
 
 
 class Code:
@@ -208,3 +209,28 @@ def test_weights_for_another_number_of_classes() -> None:
     model = create_float_model("cifar_resnet20", num_classes=7)
     with pytest.raises(CheckpointError, match=r"a.pth has weights for 10 classes, but 7 are needed: use data with 10"):
         load_into(model, weights(), source="a.pth", name="cifar_resnet20")
+
+
+def own_network(classes: int, width: int = 4) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(3, width, 3), nn.Flatten(), nn.Linear(width, classes))
+
+
+@pytest.mark.parametrize("make", [own_network, lambda classes: create_model("test_resnet", num_classes=classes)])
+def test_all_but_the_last_layer_of_weights_for_other_classes(make: Callable[[int], nn.Module]) -> None:
+    weights, model = make(7).state_dict(), make(3)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert classes_of_weights(model, weights) == 7
+    with pytest.raises(CheckpointError, match="for 7 classes, but 3 are needed"):
+        load_into(model, weights, source="file", name="net")
+    assert load_into(model, weights, source="file", name="net", new_head=True) == 7
+    head = list(weights)[-2:]
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, (before if name in head else weights)[name])
+    assert load_into(make(7), weights, source="file", name="net", new_head=True) == 7
+
+
+def test_another_network_is_not_taken_for_one_of_other_classes() -> None:
+    weights = own_network(7, width=5).state_dict()
+    assert classes_of_weights(own_network(3), weights) is None
+    with pytest.raises(CheckpointError, match="does not fit net"):
+        load_into(own_network(3), weights, source="file", name="net", new_head=True)

@@ -160,9 +160,10 @@ def test_a_folder_that_timm_saved_can_be_given_and_forgotten(tmp_path: Path) -> 
 def photos(tmp_path: Path) -> Path:
     """Return a folder of images of different sizes."""
     for number in range(4):
-        folder = tmp_path / "photos" / "train" / f"class{number % 2}"
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (40 + number, 50)).save(folder / f"{number}.png")
+        for split in ("train", "test"):
+            folder = tmp_path / "photos" / split / f"class{number % 2}"
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (40 + number, 50)).save(folder / f"{number}.png")
     return tmp_path / "photos"
 
 
