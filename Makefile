@@ -20,7 +20,7 @@ IN_PARALLEL := --numprocesses logical --dist loadscope --no-loadscope-reorder
 # More OpenMP threads than free cores slow small networks down by far.
 quickstart test test-fast test-lowest bench sweep: export OMP_NUM_THREADS ?= 1
 
-.PHONY: help quickstart test test-fast test-lowest compilers lint types bench sweep format clean
+.PHONY: help quickstart test test-fast test-lowest compilers lint types docs bench sweep format clean
 .DEFAULT_GOAL := help
 
 help: ## show this text
@@ -53,6 +53,10 @@ lint: $(INSTALLED) ## check style and formatting
 types: $(INSTALLED) ## check types, strictly
 	$(BIN)/pyright
 
+docs: $(INSTALLED) .venv-docs/.installed ## build the documentation site into site/; a warning is an error
+	$(BIN)/python docs/generate.py
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet
+
 bench: $(INSTALLED) ## measure speed and memory against the float model, stock Brevitas and ART
 	$(BIN)/python examples/benchmark.py --output bench.json
 	$(BIN)/python examples/benchmark_attacks.py --output bench_attacks.json
@@ -68,7 +72,7 @@ format: $(INSTALLED) ## put the code into shape
 	$(BIN)/ruff format .
 
 clean: ## remove the environment, caches and build outputs; keeps runs
-	rm -rf $(VENV) .venv-finn .venv-hls4ml .venv-lowest build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-finn .venv-hls4ml .venv-lowest .venv-docs site build dist .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # pip knows dependency groups from 25.1 on.
@@ -85,6 +89,11 @@ $(INSTALLED): pyproject.toml
 	.venv-lowest/bin/python -m pip install --quiet uv
 	.venv-lowest/bin/uv pip install --quiet --python .venv-lowest/bin/python -r requirements/lowest.txt
 	.venv-lowest/bin/uv pip install --quiet --python .venv-lowest/bin/python --no-deps --editable .
+	touch $@
+
+.venv-docs/.installed: requirements/docs.txt
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --quiet -r requirements/docs.txt
 	touch $@
 
 # The compilers pin versions of their own, and need neither torch nor this package.
