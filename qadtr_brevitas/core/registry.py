@@ -307,6 +307,16 @@ PTQ_METHODS = Registry(
             "qadtr_brevitas.quant.bias_correction:BiasCorrection",
             "mean outputs of layers as in the float network (Nagel et al. 2019)",
         ),
+        "coordinate-descent": (
+            "qadtr_brevitas.quant.coordinate_descent:CoordinateDescent",
+            "each weight at its best level given all others (QuantEase, CDQuant)",
+        ),
+        "gpfq": ("qadtr_brevitas.quant.brevitas_ptq:Gpfq", "greedy path following, by Brevitas"),
+        "gptq": ("qadtr_brevitas.quant.gptq:Gptq", "later weights make up for rounding errors (Frantar et al. 2022)"),
+        "qronos": (
+            "qadtr_brevitas.quant.brevitas_ptq:Qronos",
+            "past and future errors, by Brevitas (Zhang et al. 2025)",
+        ),
     },
 )
 

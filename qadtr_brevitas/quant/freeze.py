@@ -141,6 +141,10 @@ def _frozen_linear(module: SwitchableConv2d | SwitchableLinear) -> nn.Module:
     if module.bias_correction is not None:
         bias = module.bias_correction(module.bias, module.bias_correction.switch.precision)
         module.bias = None if bias is None else nn.Parameter(bias.detach())
+    proxy = module.weight_quant
+    if proxy.is_quant_enabled and proxy.quantizer.rounding is not None:
+        # Rounded to the nearest level, they stay as they are.
+        module.weight = nn.Parameter(proxy.quantizer.quantize(module.weight).detach())
     return brevitas_twin(
         module, QuantConv2d, QuantLinear, weight_quant=_weight_quant(module.weight_quant), input_quant=input_quant
     )

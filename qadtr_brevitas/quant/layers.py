@@ -14,13 +14,16 @@ from brevitas.proxy import ActQuantProxyFromInjector
 from brevitas.quant_tensor import QuantTensor
 from torch import Tensor, nn
 
+from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.core.precision import Precision
 from qadtr_brevitas.quant.products import products_not_intercepted
 from qadtr_brevitas.quant.proxies import SwitchableActProxy, SwitchableWeightProxy
-from qadtr_brevitas.quant.ptq import PtqMethod, PtqState
+from qadtr_brevitas.quant.ptq import CHANGES_SHARED_WEIGHTS, PtqMethod, PtqState
 from qadtr_brevitas.quant.switch import Switch, SwitchState
 from qadtr_brevitas.quant.switchable_quant import WIDE_BITS
 
+# Brevitas's algorithms keep the float weights here before they change them.
+_BACKUP_OF_BREVITAS = "weight_orig"
 # Torch has no public way to move hooks.
 _HOOKS = (
     "_forward_hooks",
@@ -105,6 +108,11 @@ class _FastPath:
 
     def reset_parameters(self) -> None:
         """Do nothing: the weights are those of a float layer."""
+
+    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
+        if name == _BACKUP_OF_BREVITAS:
+            raise UsageError(CHANGES_SHARED_WEIGHTS)
+        super().register_buffer(name, tensor, persistent)  # pyright: ignore
 
 
 class SwitchableConv2d(_FastPath, QuantConv2d):  # pyright: ignore[reportIncompatibleVariableOverride]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.quant.conversion_report import ConversionReport
 from qadtr_brevitas.quant.model_info import ModelInfo
+from qadtr_brevitas.quant.ptq import CHANGES_SHARED_WEIGHTS
 from qadtr_brevitas.quant.switch import Switch, frozen_weights
 
 
@@ -62,6 +63,12 @@ class SwitchableModel(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.switch.let_go()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Brevitas's modes replace the forward before anything else, and would leave it so after a later refusal.
+        if name == "forward" and getattr(value, "__name__", "") == "catch_stopfwd":
+            raise UsageError(CHANGES_SHARED_WEIGHTS)
+        super().__setattr__(name, value)
 
     def frozen_weights(self) -> AbstractContextManager[None]:
         """Quantize each weight once for all forward passes of a block (`quant.frozen_weights`)."""

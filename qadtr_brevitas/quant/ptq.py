@@ -16,6 +16,12 @@ from qadtr_brevitas.core.plugin import plugin
 from qadtr_brevitas.core.precision import Precision
 from qadtr_brevitas.quant.switch import allowed_precisions
 
+CHANGES_SHARED_WEIGHTS = (
+    "Brevitas's GPTQ, GPFQ, Qronos and MagR change the weights that all precisions share: call "
+    "calibrate(model, images, weights=['gptq']), which keeps levels per precision, or call them on "
+    "freeze(model, precision)"
+)
+
 
 class PtqRun(ABC):
     """One run of a PTQ method on one model, with what it remembers between its passes over the images."""

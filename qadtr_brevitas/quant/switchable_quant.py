@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.core.precision import FLOAT_BITS, Precision
+from qadtr_brevitas.quant.fake_quantize import quantize_by
 from qadtr_brevitas.quant.frozen import version_of
 from qadtr_brevitas.quant.quantizer import SMALLEST_THRESHOLD, Levels, Quantizer
+from qadtr_brevitas.quant.rounding import WeightRounding
 from qadtr_brevitas.quant.switch import Switch, SwitchState
 
 # First and last layers and residual streams keep at least this many bits by default.
@@ -61,6 +63,8 @@ class SwitchableQuant(nn.Module):
         self.shape = shape
         self.max_threshold = max_threshold
         self.scheme = scheme
+        # Where a PTQ method chose the levels of weights.
+        self.register_module("rounding", None)
         held = sorted({max(b, min_bits) for b in bits})
         learned = [] if self.dynamic else held
         self.thresholds = nn.ParameterDict({str(b): nn.Parameter(torch.ones(shape)) for b in learned})
@@ -225,6 +229,8 @@ class SwitchableWeightQuant(SwitchableQuant):
     The shape of a threshold per group is (out, groups, 1, ...): one dimension more than the weight has.
     """
 
+    rounding: WeightRounding | None
+
     def nominal_bits(self, precision: Precision) -> int:
         return precision.weight
 
@@ -237,33 +243,56 @@ class SwitchableWeightQuant(SwitchableQuant):
         """
         now = self.switch.states.now if now is None else now
         bits, frozen = self.bits_at(now.precision), now.frozen
+        offset = None if self.rounding is None else self.rounding.offset(now.precision)
         if frozen is None:
-            return self._quantize(w, bits)
-        return frozen.get((id(self), bits, self._changes(bits)), w, lambda weight: self._quantize(weight, bits))
+            return self._quantize(w, bits, offset)
+        key = (id(self), bits, *self._changes(bits, offset))
+        return frozen.get(key, w, lambda weight: self._quantize(weight, bits, offset))
 
-    def _changes(self, bits: int) -> int:
-        """Return how often the threshold at a bit-width was changed in place."""
-        return version_of(self.thresholds[str(bits)])
+    def _changes(self, bits: int, offset: Tensor | None) -> tuple[int, ...]:
+        """Return how often the threshold and the rounding were changed in place, and which rounding it is."""
+        changes = version_of(self.thresholds[str(bits)])
+        return (changes,) if offset is None else (changes, id(offset), version_of(offset))
+
+    def nearest_levels(self, w: Tensor, bits: int) -> Tensor:
+        """Return the level that is nearest to each weight at a bit-width, in steps, in the shape of the weight."""
+        levels = self.levels(bits)
+        return self.scheme.round(w.detach() / self.step_of_each(w, bits), levels)
+
+    def step_of_each(self, w: Tensor, bits: int) -> Tensor:
+        """Return the step at a bit-width, in a shape that broadcasts to a weight."""
+        scale = self.scale(bits)
+        if not self.is_grouped(w):
+            return scale
+        return scale.repeat_interleave(w.shape[1] // scale.shape[1], dim=1).squeeze(2)
 
     def forward(self, w: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Brevitas's contract: (dequantized value, scale, zero point, bit-width)."""
         now = self.switch.states.now
         bits = self.bits_at(now.precision)
-        scale = self.scale(bits)
-        if self.is_grouped(w):
-            scale = scale.repeat_interleave(w.shape[1] // scale.shape[1], dim=1).squeeze(2)
+        scale = self.step_of_each(w, bits)
         return self.quantize(w, now), scale, self.zero_point(), self.bit_widths[str(bits)]()
 
     def is_grouped(self, w: Tensor) -> bool:
         """Return whether each group of input channels of a weight has a threshold of its own."""
         return len(self.shape) == w.dim() + 1
 
-    def _quantize(self, w: Tensor, bits: int) -> Tensor:
+    def _quantize(self, w: Tensor, bits: int, offset: Tensor | None) -> Tensor:
         scale, levels = self.scale(bits), self.levels(bits)
         if not self.is_grouped(w):
+            return self._rounded(w, scale, levels, offset)
+        groups = scale.shape[1]
+        offset = None if offset is None else offset.unflatten(1, (groups, -1))
+        return self._rounded(w.unflatten(1, (groups, -1)), scale, levels, offset).flatten(1, 2)
+
+    def _rounded(self, w: Tensor, scale: Tensor, levels: Levels, offset: Tensor | None) -> Tensor:
+        if offset is None:
             return self.scheme.quantize_weight(w, scale, levels)
-        groups = w.unflatten(1, (scale.shape[1], -1))
-        return self.scheme.quantize_weight(groups, scale, levels).flatten(1, 2)
+
+        def rounding(scaled: Tensor) -> Tensor:
+            return (self.scheme.round(scaled, levels) + offset).clamp(*levels)
+
+        return quantize_by(rounding, w, scale, low=levels[0], high=levels[1])
 
 
 def quantizer_parameters(model: nn.Module) -> list[nn.Parameter]:

@@ -77,9 +77,9 @@ def test_each_weight_is_quantized_once(two: SwitchableModel, monkeypatch: pytest
     quantized: list[Tensor] = []
     plain = SwitchableWeightQuant._quantize
 
-    def counting(self: SwitchableWeightQuant, w: Tensor, bits: int) -> Tensor:
+    def counting(self: SwitchableWeightQuant, w: Tensor, bits: int, offset: Tensor | None) -> Tensor:
         quantized.append(w)
-        return plain(self, w, bits)
+        return plain(self, w, bits, offset)
 
     monkeypatch.setattr(SwitchableWeightQuant, "_quantize", counting)
     with frozen_weights(two), torch.no_grad():
