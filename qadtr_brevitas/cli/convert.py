@@ -21,7 +21,7 @@ from qadtr_brevitas.cli.common import (
 )
 from qadtr_brevitas.cli.conversion_table import conversion_table
 from qadtr_brevitas.core.errors import UsageError
-from qadtr_brevitas.core.registry import RANGE_METHODS, TARGETS
+from qadtr_brevitas.core.registry import PTQ_METHODS, RANGE_METHODS, TARGETS
 from qadtr_brevitas.pipeline.directories import check_model_output, name_of_model
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ class _ConvertOptions:
     method: str | None
     percentile: float | None
     samples: int | None
+    weights: tuple[str, ...]
     bias_correction: bool
     dynamic: bool
     target: str | None
@@ -63,11 +64,15 @@ class _ConvertOptions:
             "data.dataset": None if self.data is None else parse_dataset_choice(self.data),
             f"{calibration}.method": self._method(),
             f"{calibration}.samples": self.samples,
-            f"{calibration}.weights": ["bias-correction"] if self.bias_correction else None,
+            f"{calibration}.weights": self._ptq_methods() or None,
             "quant.activations": "dynamic" if self.dynamic else None,
             "quant.target": self.target,
         }
         return {path: value for path, value in options.items() if value is not None}
+
+    def _ptq_methods(self) -> list[str]:
+        last = ["bias-correction"] if self.bias_correction and "bias-correction" not in self.weights else []
+        return [*self.weights, *last]
 
     def _method(self) -> str | dict[str, Any] | None:
         if self.percentile is None:
@@ -89,6 +94,13 @@ _calibration_options = option_block(
     click.option("--method", type=click.Choice(RANGE_METHODS.names()), help="How a range is chosen.  [default: mse]"),
     click.option("--percentile", type=float, help="Percent of the magnitudes not to clip.  [default: 99.99]"),
     click.option("--samples", type=int, help="Training images to look at.  [default: 512, or all of fewer]"),
+    click.option(
+        "--weights",
+        "-w",
+        multiple=True,
+        type=click.Choice(PTQ_METHODS.names()),
+        help="Choose levels of weights by outputs, gptq for instance; again for one method after another.",
+    ),
     click.option("--bias-correction", is_flag=True, help="Keep mean outputs of layers at those of the float network."),
     click.option("--dynamic", is_flag=True, help="Take the ranges of activations from each image, at run time."),
 )
@@ -99,6 +111,7 @@ _calibration_options = option_block(
     epilog=examples(
         "qadtr-brevitas convert cifar_resnet20 --checkpoint resnet20_cifar10.safetensors --calibrate cifar10",
         "qadtr-brevitas convert resnet18 --pretrained --calibrate image-folder:photos --method percentile",
+        "qadtr-brevitas convert runs/float --weights gptq -o models/float_gptq",
         "qadtr-brevitas convert runs/float --method minmax --samples 256 -o models/float_ptq",
         "qadtr-brevitas convert alexnet --calibrate image-folder:photos data.dataset.holdout=5 --dynamic",
         "qadtr-brevitas convert runs/float --target finn -o models/float_finn",

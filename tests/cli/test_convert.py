@@ -9,6 +9,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
+from brevitas.nn import QuantConv2d, QuantLinear
 from click.testing import CliRunner, Result
 from PIL import Image
 from safetensors.torch import save_file
@@ -43,6 +44,29 @@ def test_a_model_for_a_compiler_says_so_and_loads_again(tmp_path: Path) -> None:
     assert info.quant["target"] == "finn"
     twice = convert("--data", "shapes", "--target", "finn", "quant.target=hls4ml", "--dry-run")
     assert "quant.target=hls4ml is also set by an option" in twice.stderr
+
+
+def test_levels_that_a_ptq_method_chose_are_in_the_model_directory(tmp_path: Path) -> None:
+    plain, chosen = tmp_path / "plain", tmp_path / "chosen"
+    common = ["--data", "shapes", *SMALL, "quant.precisions=[32,3]", "--seed", 1]
+    for output, options in ((plain, []), (chosen, ["--weights", "gptq", "-w", "coordinate-descent"])):
+        result = convert(*common, *options, "-o", output)
+        assert result.exit_code == 0, result.output
+    images = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    logits: dict[tuple[Path, int], torch.Tensor] = {}
+    for output in (plain, chosen):
+        model, _ = load_model(output)
+        for bits in (32, 3):
+            with at_precision(model, bits), torch.no_grad():
+                logits[output, bits] = model(images)
+    assert torch.equal(logits[plain, 32], logits[chosen, 32])
+    assert not torch.allclose(logits[plain, 3], logits[chosen, 3])
+    weights = sum(
+        module.weight.numel() for module in load_model(chosen)[0].modules() if hasattr(module, "weight_quant")
+    )
+    grown = (chosen / "model.safetensors").stat().st_size - (plain / "model.safetensors").stat().st_size
+    # Offsets of 3-bit weights take 4 bits, those of the first and last layer 9.
+    assert weights / 2 < grown < weights / 2 * 1.3
 
 
 def test_writes_a_calibrated_model_and_says_what_was_done(tmp_path: Path) -> None:
