@@ -38,7 +38,7 @@ PATCH_FORMAT = "qadtr_brevitas.patch"
 # Report folder
 REPORT_FILE, REPORT_TEXT_FILE = "report.json", "report.md"
 CELLS_CSV_FILE, WORST_CASE_FILE, CERTIFIED_FILE = "cells.csv", "worst_case.csv", "certified.csv"
-PICTURE_PATTERNS = ("asr.png", "patches.png", "examples-*.png")
+PICTURE_PATTERNS = ("asr.png", "certified.png", "patches.png", "examples-*.png")
 AUDIT_FILE = "audit.json"
 CELL_FOLDER, AUDIT_FOLDER = "cells", "audit"
 

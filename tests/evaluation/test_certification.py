@@ -89,7 +89,13 @@ def test_tables_and_files_show_what_is_proved(tmp_path: Path) -> None:
         *(
             f"{name}: {what}"
             for name in ("2x2, 16 masks", "3x3, 4 masks")
-            for what in ("defended", "certified", "95 % interval", "passes per image")
+            for what in (
+                "defended",
+                "defended, 95 % interval",
+                "certified",
+                "certified, 95 % interval",
+                "passes per image",
+            )
         ),
     ]
     assert "certified" in (tmp_path / "report.md").read_text()

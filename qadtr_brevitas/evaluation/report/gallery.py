@@ -14,6 +14,7 @@ from qadtr_brevitas.data.split import Split
 from qadtr_brevitas.evaluation.entries import LoadedModel, NamedPatch
 from qadtr_brevitas.evaluation.predict import placements
 from qadtr_brevitas.evaluation.report import EvaluationReport
+from qadtr_brevitas.evaluation.report.certified_plot import draw_certified
 from qadtr_brevitas.evaluation.report.plots import ImageGrid, Tile, draw_asr, draw_patches, draw_sheet
 from qadtr_brevitas.evaluation.report.views import families
 from qadtr_brevitas.quant import at_precision, frozen_weights
@@ -33,7 +34,7 @@ def draw_pictures(
     folder: Path,
     device: torch.device | str = "cpu",
 ) -> list[Path]:
-    """Draw asr.png and, of patches, patches.png and for each model with patches of its own examples-MODEL.png.
+    """Draw asr.png, certified.png and, of patches, patches.png and for each model with own patches examples-MODEL.png.
 
     Args:
         report: the finished evaluation of these models and patches.
@@ -44,12 +45,13 @@ def draw_pictures(
         device: where the models are.
 
     Returns:
-        The files written; none without patches and attacks.
+        The files written; none without patches, attacks and certificates.
 
     Raises:
         CheckpointError: a file cannot be written.
     """
     drawn = [draw_asr(report, folder / "asr.png")] if families(report) else []
+    drawn += [draw_certified(report, folder / "certified.png")] if report.certified else []
     if not patches:
         return drawn
     textures = {c.name: as_rgba(c.patch.texture, c.patch.mask) for c in patches[:_PATCHES]}

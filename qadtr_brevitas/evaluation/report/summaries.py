@@ -11,7 +11,14 @@ from qadtr_brevitas.core.table import Table
 from qadtr_brevitas.evaluation.report.layout import EMPTY, Rows, bits, blocks, interval, percent, percent_range, sizes
 from qadtr_brevitas.evaluation.report.matrices import model_matrix, precision_matrices, size_tables, variant_tables
 from qadtr_brevitas.evaluation.report.schema import EvaluationReport, Scope, WorstCase
-from qadtr_brevitas.evaluation.report.views import FLOAT, View, attacked_precisions, families, targets_note
+from qadtr_brevitas.evaluation.report.views import (
+    FLOAT,
+    View,
+    attacked_precisions,
+    families,
+    family_members,
+    targets_note,
+)
 
 ASR_NOTE = (
     "ASR: images that the attack turns into the target class (untargeted: into any wrong class), of the n images that "
@@ -22,6 +29,7 @@ MEAN_NOTE = (
     "interval is that of the smallest n, because all of them meet the same images."
 )
 _ENSEMBLE = "patch-auto"
+_NOT_IN_SUMMARY = ("clean accuracy", "passes per image")
 WORST_NOTE = (
     "Worst case: images that are classified correctly clean and under every one of the attacks. Mean: of the attacks' "
     "robust accuracies. Own attacks: made on this model, at this precision or on a mean over precisions, with "
@@ -75,7 +83,8 @@ def white_box_table(report: EvaluationReport, family: str) -> Table:
         MEAN_NOTE,
         _seed_note(report, family),
     )
-    title = f"{family}: each precision under what was made at it"
+    given = all(facts.source is None for facts in family_members(report, family))
+    title = f"{family}: each precision under {'the patches as given' if given else 'what was made at it'}"
     return Table(title, _header(report), _model_blocks(report, family, _white_box), notes, labels=2)
 
 
@@ -150,7 +159,7 @@ def _summary(view: View, columns: Sequence[str]) -> Rows:
         "n of ASR": [sizes(view.any(p)) for p in columns],
         "ASR over all images": [percent(view.white_box(p, lambda cell: cell.asr_all)) for p in columns],
         "robust accuracy": [percent(view.white_box(p, lambda cell: cell.robust_accuracy)) for p in columns],
-        **{name: row for name, row in _certified(view, columns).items() if name.endswith(("certified", "defended"))},
+        **{name: row for name, row in _certified(view, columns).items() if not name.endswith(_NOT_IN_SUMMARY)},
     }
 
 
@@ -194,9 +203,12 @@ def _certified(view: View, columns: Sequence[str]) -> Rows:
     for name in dict.fromkeys(cell.label for cell in mine):
         found = {cell.precision: cell for cell in mine if cell.label == name}
         rates = [found[p].certified_accuracy if p in found else None for p in columns]
-        rows[f"{name}: defended"] = [percent(found[p].clean_accuracy) if p in found else EMPTY for p in columns]
-        rows[f"{name}: certified"] = [percent(rate) for rate in rates]
-        rows[f"{name}: 95 % interval"] = [percent_range((rate.low, rate.high)) if rate else EMPTY for rate in rates]
+        kept = [found[p].clean_accuracy if p in found else None for p in columns]
+        for kind, shares in (("defended", kept), ("certified", rates)):
+            rows[f"{name}: {kind}"] = [percent(rate) for rate in shares]
+            rows[f"{name}: {kind}, 95 % interval"] = [
+                percent_range((rate.low, rate.high)) if rate else EMPTY for rate in shares
+            ]
         passes = [found[p].passes if p in found else None for p in columns]
         if any(passes):
             rows[f"{name}: passes per image"] = [EMPTY if mean is None else f"{mean:.0f}" for mean in passes]

@@ -26,6 +26,7 @@ _PAPER_TABLES: Mapping[str, str] = {"gradients": "figure04", "size": "table21", 
 """The table or figure of the paper that an analysis is compared with."""
 _CAPTIONS = {
     "asr": "ASR against precision, a panel for each kind of attack.",
+    "certified": "Accuracy that no patch can change (certified), and that of the prediction under masks (defended).",
     "patches": "The patches.",
     "examples": "Clean and patched images, and what the model sees.",
 }

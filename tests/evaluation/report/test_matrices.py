@@ -121,7 +121,11 @@ def test_worst_case_table_leaves_out_transfers_where_there_are_none(tmp_path: Pa
 def test_worst_case_without_the_ensemble_of_patches_is_said_to_be_one(tmp_path: Path) -> None:
     images = NamedAttack("whiten", Whiten())
     report = evaluate(make_grid([reader()], attacks=[images], transfer="none"), output=tmp_path)
-    assert "--attack patch-auto" in worst_case_table(report).notes[-1]
+    assert "--attack '{name: patch-auto, size: 8}'" in worst_case_table(report).notes[-1]
+    pixels = tuple(facts.model_copy(update={"settings": {"eps": 0.03}}) for facts in report.attacks)
+    # Another kind of attack, beside which a patch has no place.
+    with_pixels_only = report.model_copy(update={"attacks": pixels})
+    assert not any("--attack" in note for note in worst_case_table(with_pixels_only).notes)
     with_ensemble = report.model_copy(
         update={"attacks": tuple(facts.model_copy(update={"attack": "patch-auto"}) for facts in report.attacks)}
     )

@@ -10,7 +10,8 @@ from PIL import Image
 
 from qadtr_brevitas.core.errors import CheckpointError
 from qadtr_brevitas.evaluation import NamedAttack, evaluate
-from qadtr_brevitas.evaluation.report import gallery, plots
+from qadtr_brevitas.evaluation.certification import Certification
+from qadtr_brevitas.evaluation.report import certified_plot, gallery, plots
 from qadtr_brevitas.evaluation.report.gallery import draw_pictures
 from qadtr_brevitas.evaluation.report.plots import ImageGrid, Tile, draw_asr, draw_sheet
 from qadtr_brevitas.evaluation.variants import PatchVariants
@@ -43,6 +44,33 @@ def test_no_pictures_without_patches(tmp_path: Path) -> None:
 def test_asr_picture_has_a_color_for_each_model(tmp_path: Path) -> None:
     path = draw_asr(small_report(tmp_path, models=("reader", "other")), tmp_path / "asr.png")
     assert {(0, 114, 178), (213, 94, 0)} <= colors(path)
+
+
+def test_certified_accuracy_is_drawn_by_precision_and_by_patch_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures: list[Figure] = []
+    monkeypatch.setattr(certified_plot, "save_figure", lambda figure, path: figures.append(figure) or path)
+    sizes = [Certification(2), Certification("2x4")]
+    report = evaluate(make_grid([reader()], [], certifications=sizes), output=tmp_path)
+    # The values that the picture has to show.
+    rates = {(cell.precision, cell.label): cell.certified_accuracy.value for cell in report.certified}
+    certified_plot.draw_certified(report, tmp_path / "certified.png")
+    by_precision, by_size = figures[0].axes
+    assert [label.get_text() for label in by_precision.get_xticklabels()] == ["8", "4"]
+    assert [label.get_text() for label in by_size.get_xticklabels()] == ["4", "8"]
+    for axes, points in ((by_precision, 2), (by_size, 2)):
+        # Certified and defended for each of two sizes, or two precisions; each with its intervals.
+        assert len(axes.containers) == 4
+        line = axes.containers[0].lines[0]
+        assert len(line.get_xdata()) == points
+    first = by_precision.containers[0]
+    label = first.get_label().removeprefix("reader, ").removesuffix(": certified")
+    assert list(first.lines[0].get_ydata()) == [100 * rates[precision, label] for precision in ("8", "4")]
+    one = evaluate(make_grid([reader()], [], certifications=sizes[:1]), output=tmp_path)
+    certified_plot.draw_certified(one, tmp_path / "certified.png")
+    assert len(figures[1].axes) == 1
+    assert draw_pictures(one, [reader()], [], coded_split(), folder=tmp_path) == [tmp_path / "certified.png"]
 
 
 def test_sheet_leaves_places_empty(tmp_path: Path) -> None:
