@@ -22,6 +22,9 @@ from qadtr_brevitas.quant import convert as convert_network
 from qadtr_brevitas.quant.model_info import ModelInfo
 from qadtr_brevitas.quant.quantizer import Quantizer
 
+# Settings that are no JSON values, or that saving finds in the model.
+_OF_THE_MODEL = ("mean", "std", "in_place", "ptq", "feature_clip")
+
 
 def convert(
     model: nn.Module,
@@ -47,7 +50,7 @@ def convert(
             "package.module:function". None for the name that timm's own networks carry.
         args: further keyword arguments of what makes the network.
         settings: as of `qadtr_brevitas.quant.convert`: mean, std, first_last, residual, norm, narrow_range,
-            per_channel, activations, target, weight_quantizer, act_quantizer, ptq.
+            per_channel, activations, target, weight_quantizer, act_quantizer, ptq, feature_clip.
 
     Raises:
         UsageError: the network returns something else than logits, has no parameters, has nothing to quantize or
@@ -58,7 +61,7 @@ def convert(
     if classes is not None and len(classes) != outputs:
         raise UsageError(f"{len(classes)} names of classes for a network of {outputs} outputs: give one for each")
     name, found_args = describe_network(model, architecture, args, num_classes=outputs)
-    quant = {key: _as_json(value) for key, value in settings.items() if key not in ("mean", "std", "in_place", "ptq")}
+    quant = {key: _as_json(value) for key, value in settings.items() if key not in _OF_THE_MODEL}
     converted.info = ModelInfo(
         name=name,
         args=found_args,

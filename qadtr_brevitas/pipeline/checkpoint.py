@@ -24,10 +24,13 @@ from qadtr_brevitas.models.create import create_float_model
 from qadtr_brevitas.models.weights import load_weights
 from qadtr_brevitas.pipeline.directories import CONFIG_FILE, WEIGHTS_FILE, resolve_model_dir
 from qadtr_brevitas.quant import SwitchableModel, allowed_precisions, convert
+from qadtr_brevitas.quant.feature_clip import feature_clips
 from qadtr_brevitas.quant.model_info import ModelInfo
 from qadtr_brevitas.quant.ptq import ptq_methods
 
 FORMAT = 1
+# Settings that the model itself knows, whatever it was converted with.
+_OF_THE_MODEL = ("ptq", "wide_head_input", "feature_clip")
 _NET = "net."
 
 
@@ -63,11 +66,13 @@ def stored_tensors(model: SwitchableModel) -> dict[str, Tensor]:
 def stored_info(model: SwitchableModel, info: ModelInfo) -> ModelInfo:
     """Return what a model was made of as its directory holds it: with the precisions and PTQ methods it has."""
     precisions = [p.weight if p.is_tied else str(p) for p in allowed_precisions(model)]
-    settings = {key: value for key, value in info.quant.items() if key not in ("ptq", "wide_head_input")}
+    settings = {key: value for key, value in info.quant.items() if key not in _OF_THE_MODEL}
     methods = [{"name": slot_name(method), **plugin_settings(method)} for method in ptq_methods(model)]
     # Only what differs from a plain conversion, so that equal models have equal fingerprints.
-    added = {"ptq": methods} if methods else {}
+    added: dict[str, Any] = {"ptq": methods} if methods else {}
     added |= {"wide_head_input": True} if model.wide_head_input else {}
+    if clips := feature_clips(model):
+        added["feature_clip"] = {"after": [clip.name for clip in clips], "percentile": clips[0].percentile}
     return replace(info, quant={**settings, **added, "precisions": precisions})
 
 

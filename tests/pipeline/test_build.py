@@ -25,6 +25,7 @@ from qadtr_brevitas.pipeline.build import (
 from qadtr_brevitas.pipeline.calibration import calibrate_on
 from qadtr_brevitas.pipeline.checkpoint import load_model, read_info, save_model
 from qadtr_brevitas.quant import allowed_precisions, at_precision, convert
+from qadtr_brevitas.quant.feature_clip import feature_clips
 from qadtr_brevitas.quant.model_info import ModelInfo
 
 SHAPES = {"name": "shapes", "image_size": 16, "classes": 3, "train_images": 60, "test_images": 30}
@@ -350,3 +351,19 @@ def test_images_of_a_model_that_are_not_square_are_not_made_so(tmp_path: Path) -
     other = Recipe.model_validate({"model": {"checkpoint": str(tmp_path / "model")}, "data": section})
     with pytest.raises(DataError, match="is for images of 16x24, but those of the data have different sizes"):
         fit_data(other)
+
+
+@pytest.mark.slow
+def test_a_recipe_clips_features_with_the_thresholds_of_its_calibration() -> None:
+    clipping = {"after": ["layer1"], "percentile": 50}
+    wanted = recipe(name="cifar_resnet8").model_dump(mode="json")
+    wanted["quant"]["feature_clip"] = clipping
+    images = build_split(data_section(), "train", seed=0)
+    model, info = build_switchable(Recipe.model_validate(wanted), images)
+    (clip,) = feature_clips(model)
+    assert info.quant["feature_clip"] == clipping
+    assert min(float(threshold) for threshold in clip.buffers()) > 1e20
+    calibrate_on(model, images, Recipe.model_validate(wanted).quant.calibration, seed=0)
+    assert max(float(threshold) for threshold in clip.buffers()) < 1e3
+    # Other models' configs do not change.
+    assert "feature_clip" not in build_switchable(recipe(name="cifar_resnet8"), images)[1].quant

@@ -12,6 +12,7 @@ from qadtr_brevitas.pipeline import checkpoint
 from qadtr_brevitas.pipeline.checkpoint import load_model, save_model
 from qadtr_brevitas.pipeline.directories import resolve_model_dir
 from qadtr_brevitas.quant import SwitchableModel, allowed_precisions, at_precision, calibrate, convert
+from qadtr_brevitas.quant.feature_clip import feature_clips
 from qadtr_brevitas.quant.model_info import ModelInfo
 
 INFO = ModelInfo(
@@ -73,6 +74,21 @@ def test_what_ptq_methods_found_is_saved_and_loaded(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.slow
+def test_clipped_features_are_saved_and_loaded(tmp_path: Path) -> None:
+    net = create_float_model(INFO.name, num_classes=INFO.num_classes)
+    settings = {**INFO.quant, "precisions": [32, 4]}
+    clipped = convert(net, image_size=INFO.image_size, feature_clip=["layer1", "layer3.0"], **settings).eval()
+    calibrate(clipped, [IMAGES])
+    # What the model was made of need not say so.
+    save_model(tmp_path / "model", clipped, INFO)
+    loaded, info = load_model(tmp_path / "model")
+    assert info.quant["feature_clip"] == {"after": ["layer1", "layer3.0"], "percentile": 99.0}
+    assert [float(buffer) for clip in feature_clips(loaded) for buffer in clip.buffers()] == [
+        float(buffer) for clip in feature_clips(clipped) for buffer in clip.buffers()
+    ]
+
+
 def test_models_of_older_versions_keep_the_inputs_of_their_last_layer(tmp_path: Path) -> None:
     net = create_float_model("alexnet", num_classes=3)
     info = replace(INFO, name="alexnet", args={}, image_size=(64, 64), quant={"precisions": [32, 4]})
