@@ -151,7 +151,8 @@ def evaluate(
     Args:
         model: a switchable model, the folder of one, several of them, or a mapping from names to them.
         loader: labeled test images; pixels in [0, 1] or uint8.
-        patches: patches or patch files; beside each, noise of its size and shape is scored as control.
+        patches: patches, patch files, or pictures of one's own (transparency is their shape); beside each, noise of its
+            size and shape is scored as control.
         attacks: per-image attacks or their names, each made on every model at every precision.
         precisions: precisions to score, `8+4` for the mean over several; None for all of each model.
         transfer: `all` scores attacks on every model and precision, `float` those made at 32 bit, and `none` only where
