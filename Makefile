@@ -58,14 +58,14 @@ docs: $(INSTALLED) .venv-docs/.installed ## build the documentation site into si
 	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet
 
 bench: $(INSTALLED) ## measure speed and memory against the float model, stock Brevitas and ART
-	$(BIN)/python examples/benchmark.py --output bench.json
-	$(BIN)/python examples/benchmark_attacks.py --output bench_attacks.json
-	$(BIN)/python examples/benchmark_ptq.py --output bench_ptq.json
-	$(BIN)/python examples/benchmark_export.py --output bench_export.json
-	$(BIN)/python examples/benchmark_certify.py --output bench_certify.json
+	$(BIN)/python benchmarks/benchmark.py --output bench.json
+	$(BIN)/python benchmarks/benchmark_attacks.py --output bench_attacks.json
+	$(BIN)/python benchmarks/benchmark_ptq.py --output bench_ptq.json
+	$(BIN)/python benchmarks/benchmark_export.py --output bench_export.json
+	$(BIN)/python benchmarks/benchmark_certify.py --output bench_certify.json
 
 sweep: $(INSTALLED) ## convert and check the smallest network of every timm module (about an hour on one core)
-	$(BIN)/python -m examples.timm_sweep --table docs/timm.md
+	$(BIN)/python -m benchmarks.timm_sweep --table docs/timm.md
 
 format: $(INSTALLED) ## put the code into shape
 	$(BIN)/ruff check --fix .

@@ -33,7 +33,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]
 
 def test_every_script_has_a_test_and_a_line_in_the_list() -> None:
     scripts = {path.stem for path in EXAMPLES.glob("*.py")} - {"digits_network", "__init__"}
-    assert {name for name in scripts if not name.startswith("benchmark")} == set(BUDGETS)
+    assert scripts == set(BUDGETS)
     text = (EXAMPLES / "README.md").read_text(encoding="utf-8")
     assert all(f"({name}.py)" in text for name in BUDGETS)
 

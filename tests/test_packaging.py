@@ -71,4 +71,4 @@ def test_the_wheel_has_the_type_marker_recipes_and_templates(tmp_path: Path) -> 
     assert "qadtr_brevitas/py.typed" in names
     assert packaged <= names
     assert {f"qadtr_brevitas/{path.relative_to(REPOSITORY)}" for path in REPOSITORY.glob("recipes/**/*.yaml")} <= names
-    assert not [name for name in names if name.startswith(("tests/", "examples/"))]
+    assert not [name for name in names if name.startswith(("tests/", "examples/", "benchmarks/"))]

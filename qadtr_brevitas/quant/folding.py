@@ -3,7 +3,7 @@
 In eval mode y = g (w * x + b - mean) / sqrt(var + eps) + beta is a convolution with other weights (Jacob et al. 2018,
 section 3.2). The weights are quantized first, as in the network, and folded afterwards: the function stays the same up
 to float rounding, which may move a value to the next level of a quantizer. Reported scores are therefore never computed
-in this form. `examples/benchmark_attacks.py` measures what it saves.
+in this form. `benchmarks/benchmark_attacks.py` measures what it saves.
 
 ReLUs at 32 bit work in place where nothing else reads their input: a convolution does not need its result again.
 

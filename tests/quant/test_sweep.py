@@ -27,11 +27,11 @@ from timm.models.vgg import VGG
 from timm.models.xcit import Xcit
 from torch import Tensor, nn
 
-from examples.timm_sweep.check import WrongResult, check_conversion
-from examples.timm_sweep.choose import all_modules, smallest_input, smallest_model
-from examples.timm_sweep.levels import count_levels, seen_levels
-from examples.timm_sweep.processes import Record, run_all
-from examples.timm_sweep.table import markdown
+from benchmarks.timm_sweep.check import WrongResult, check_conversion
+from benchmarks.timm_sweep.choose import all_modules, smallest_input, smallest_model
+from benchmarks.timm_sweep.levels import count_levels, seen_levels
+from benchmarks.timm_sweep.processes import Record, run_all
+from benchmarks.timm_sweep.table import markdown
 from qadtr_brevitas.quant import freeze
 from qadtr_brevitas.quant.fake_quantize import quantize_weight
 
@@ -152,12 +152,12 @@ BREAKS: dict[str, tuple[str, Any, str]] = {
         "at 8 bit net.conv.weight and 2 more get no gradient",
     ),
     "freezing": (
-        "examples.timm_sweep.check.freeze",
+        "benchmarks.timm_sweep.check.freeze",
         lambda model, bits: freeze(model, 32 if bits == 32 else 8),
         "at 4 bit the frozen network does not equal the switchable one",
     ),
     "exactness": (
-        "examples.timm_sweep.check.freeze",
+        "benchmarks.timm_sweep.check.freeze",
         lambda model, bits: freeze(model, 8),
         "at 32 bit the frozen network does not equal the float one",
     ),

@@ -1,6 +1,6 @@
 """What does quantization after training cost? Conversion and calibration against float forwards, time and memory.
 
-    make bench                                # or: python examples/benchmark_ptq.py --method percentile
+    make bench                                # or: python benchmarks/benchmark_ptq.py --method percentile
 
 For each network, with random weights: (a) the processor seconds of `convert` and `calibrate` over those of as many
 float forwards as they make, of one thread; each batch is run in float just before calibration takes it, so that other

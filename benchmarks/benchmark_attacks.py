@@ -1,6 +1,6 @@
 """Measure how fast the patch attacks and the scoring are, in one run on one machine, interleaved, as ratios.
 
-    make bench                                # or: python examples/benchmark_attacks.py --rounds 9
+    make bench                                # or: python benchmarks/benchmark_attacks.py --rounds 9
 
 All on one float ResNet-20, batch 64, an 8x8 patch:
 

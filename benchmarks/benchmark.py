@@ -1,6 +1,6 @@
 """How fast is switchable quantization? Everything in one run on one machine, interleaved, as medians and ratios.
 
-    make bench                                # or: python examples/benchmark.py --rounds 15 --output bench.json
+    make bench                                # or: python benchmarks/benchmark.py --rounds 15 --output bench.json
 
 (a) training step of ResNet-20, batch 128: switchable, mean over 32, 8, 5, 4 and 2 bit, against float; stock
     Brevitas (QuantConv2d and QuantReLU, 4 bit) beside it; the same in bfloat16 (`train.amp=bf16`) against itself;

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from examples.timm_sweep.levels import Seen, seen_levels
+from benchmarks.timm_sweep.levels import Seen, seen_levels
 from qadtr_brevitas.quant import ConversionReport, SwitchableModel, at_precision, calibrate, convert, freeze
 from qadtr_brevitas.quant.layers import SwitchableConv2d, SwitchableLinear, SwitchableReLU
 from qadtr_brevitas.quant.products import ROWS_ARE_CHANNELS, QuantizedProduct

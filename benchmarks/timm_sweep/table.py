@@ -14,7 +14,7 @@ The smallest model (by parameters) of every module of timm, and of the modules o
 lacks, with random weights, at the smallest square image it takes. Made with
 
 ```
-python -m examples.timm_sweep
+python -m benchmarks.timm_sweep
 ```
 
 on {date}, {versions}; seeds 0 and up, two images of noise, one thread.

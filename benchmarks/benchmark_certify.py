@@ -1,6 +1,6 @@
 """Measure what a certificate costs: forward passes and time per image, against the two-mask test as it is defined.
 
-    make bench                                # or: python examples/benchmark_certify.py --images 32 --model runs/masked
+    make bench                       # or: python benchmarks/benchmark_certify.py --images 32 --model runs/masked
 
 ResNet-20 at 4 bit against patches of 5x5 pixels, 36 masks, weights frozen, on the same images:
 

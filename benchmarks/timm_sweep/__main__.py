@@ -1,6 +1,6 @@
 """Converts the smallest model of every module of timm and checks what comes out.
 
-    make sweep                                # or: python -m examples.timm_sweep [MODULE ...] [--jobs N]
+    make sweep                                # or: python -m benchmarks.timm_sweep [MODULE ...] [--jobs N]
 
 Each model runs in a process of its own. Results are appended to a file, one line of JSON each, so that an interrupted
 sweep goes on where it stopped; modules that are named are checked again. The table is written at the end.
@@ -16,10 +16,10 @@ from pathlib import Path
 
 import torch
 
-from examples.timm_sweep.choose import all_modules
-from examples.timm_sweep.one import check_module
-from examples.timm_sweep.processes import Record, run_all
-from examples.timm_sweep.table import markdown
+from benchmarks.timm_sweep.choose import all_modules
+from benchmarks.timm_sweep.one import check_module
+from benchmarks.timm_sweep.processes import Record, run_all
+from benchmarks.timm_sweep.table import markdown
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,6 +1,6 @@
 """What does an exported network cost on a CPU? onnxruntime in integers against float ONNX and PyTorch, in one run.
 
-    make bench                                # or: python examples/benchmark_export.py --images 320
+    make bench                                # or: python benchmarks/benchmark_export.py --images 320
 
 For each network, converted with --target ort and calibrated at 8 bit: processor seconds for a batch of one thread, the
 least of several rounds in which all forms take turns, so that other work on the machine slows them alike; bytes of the

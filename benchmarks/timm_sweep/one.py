@@ -6,9 +6,9 @@ import time
 from collections.abc import Iterator
 from itertools import count
 
-from examples.timm_sweep.check import WrongResult, check_conversion
-from examples.timm_sweep.choose import create, smallest_input, smallest_model
-from examples.timm_sweep.processes import Record
+from benchmarks.timm_sweep.check import WrongResult, check_conversion
+from benchmarks.timm_sweep.choose import create, smallest_input, smallest_model
+from benchmarks.timm_sweep.processes import Record
 from qadtr_brevitas.core.errors import UsageError
 
 
