@@ -18,6 +18,8 @@ from qadtr_brevitas.cli.common import (
     say,
     work_options,
 )
+from qadtr_brevitas.cli.completion import complete_plugins
+from qadtr_brevitas.cli.start import check_data, check_models, load_libraries
 from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.core.extras import require
 from qadtr_brevitas.core.registry import ANALYSES
@@ -42,7 +44,7 @@ if TYPE_CHECKING:
         "qadtr-brevitas analyze pixel runs/qat attacks='[fgsm, pgd, autoattack]' eps='[0, 0.015, 0.03]'",
     ),
 )
-@click.argument("analysis", metavar="|".join(ANALYSES.names()))
+@click.argument("analysis", metavar="|".join(ANALYSES.names()), shell_complete=complete_plugins(ANALYSES))
 @click.argument("arguments", nargs=-1, required=True, metavar="MODEL_DIR... [key=value ...]")
 @click.option("--images", type=click.IntRange(min=1), help="Use only so many test images, balanced over classes.")
 @click.option("--batch-size", "-b", type=click.IntRange(min=1), default=256, show_default=True, help="Images at once.")
@@ -64,8 +66,12 @@ def command(
     The keys of key=value are those of the analysis; `list analyses` describes them.
     """
     paths, settings = _divide(arguments)
+    ANALYSES.describe(analysis)
+    check_models(paths)
+    check_data(data)
     output = output or paths[0] / ANALYSIS_FOLDER / analysis
     require("matplotlib", extra="report", purpose="analyze")
+    load_libraries()
 
     from qadtr_brevitas.config.plugins import make_plugin
     from qadtr_brevitas.core.device import resolve_device
@@ -75,7 +81,7 @@ def command(
     from qadtr_brevitas.reproduce.analyses.document import read_analysis
 
     plugin = make_plugin(ANALYSES, analysis, settings)
-    dataset = find_dataset(paths, data)
+    dataset = find_dataset(paths, data, report=say)
     where = resolve_device(device)
     models = load_models(paths, device=where)
     with progress(f"analyzing {analysis}") as report_progress:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qadtr_brevitas.cli.common import command_of, emit, examples, load_split, progress, say, work_options
+from qadtr_brevitas.cli.completion import complete_plugins
+from qadtr_brevitas.cli.start import check_data, check_models, load_libraries
 from qadtr_brevitas.core.errors import UsageError, suggest
 from qadtr_brevitas.core.registry import ATTACKS
 from qadtr_brevitas.core.table import Table
@@ -34,7 +36,13 @@ _HELD_OUT = 1_000
 )
 @click.argument("model_dir", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, metavar="[key=value ...]")
-@click.option("--attack", default="lavan", show_default=True, help="Attack; see `list attacks`.")
+@click.option(
+    "--attack",
+    default="lavan",
+    show_default=True,
+    help="Attack; see `list attacks`.",
+    shell_complete=complete_plugins(ATTACKS),
+)
 @click.option(
     "--precision",
     "precisions",
@@ -79,6 +87,9 @@ def command(
     Images come from the training split, so that none of them is in the evaluation. The keys of key=value are
     the attack's, for instance size, steps or lr.
     """
+    check_models([model_dir])
+    check_data(data)
+    load_libraries()
     plugin = _make_attack(attack, overrides)
 
     from qadtr_brevitas.config.slots import slot_name
@@ -91,7 +102,7 @@ def command(
     from qadtr_brevitas.quant.inference import parse_modes
 
     wanted = parse_modes(precisions) if precisions else None
-    dataset = find_dataset([model_dir], data)
+    dataset = find_dataset([model_dir], data, report=say)
     default = patch_folder(model_dir) / protocol if protocol else patch_folder(model_dir)
     output = output or default
     where = resolve_device(device)

@@ -30,12 +30,17 @@ from click.core import ParameterSource
 from qadtr_brevitas.core.progress import Progress
 
 if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
     from rich.console import Console, RenderableType
 
     from qadtr_brevitas.data.base import Dataset
     from qadtr_brevitas.data.split import Split
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
+
+# Columns of a terminal with room for a long bar; the shortest text worth showing; and the time left with the spaces
+# between all parts of a bar.
+_WIDE, _SHORTEST, _TIME_AND_SPACES = 100, 8, 12
 
 QUIET, JSON, DEBUG = (f"qadtr_brevitas.{name}" for name in ("quiet", "json", "debug"))
 
@@ -48,7 +53,7 @@ def examples(*lines: str) -> str:
 def output_options(command: _Command) -> _Command:
     """Add --json, -q/--quiet and --debug; `emit`, `say`, `progress` and the error handler obey them."""
     command = debug_option(command)
-    command = _flag("--quiet", "-q", key=QUIET, help="Print results and errors only.")(command)
+    command = _flag("--quiet", "-q", key=QUIET, help="Print results, warnings and errors only.")(command)
     return _flag("--json", "json_", key=JSON, help="Print one JSON document on standard output.")(command)
 
 
@@ -102,13 +107,20 @@ def work_options(*, data: str, output: str) -> Callable[[_Command], _Command]:
         output: the default of --output, in words.
     """
     return option_block(
-        click.option("--data", help=f"Data set as NAME[:ROOT].  [default: {data}]"),
+        click.option("--data", help=f"Data set as NAME[:ROOT].  [default: {data}]", shell_complete=_complete_datasets),
         click.option("--output", "-o", type=click.Path(path_type=Path), help=f"Folder.  [default: {output}]"),
         device_option,
         seed_option(),
         threads_option,
         output_options,
     )
+
+
+def _complete_datasets(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    from qadtr_brevitas.cli.completion import complete_plugins
+    from qadtr_brevitas.core.registry import DATASETS
+
+    return complete_plugins(DATASETS)(context, parameter, incomplete)
 
 
 def stdout() -> Console:
@@ -152,6 +164,11 @@ def say(message: str) -> None:
         stderr().print(message, markup=False)
 
 
+def warn(message: str) -> None:
+    """Print on stderr what makes a result worthless if it is overlooked, under -q too."""
+    stderr().print(f"WARNING: {message}", style="bold yellow", markup=False)
+
+
 def command_of(*words: object) -> str:
     """Return a command of this package to type next, in which paths with spaces and signs are quoted."""
     return shlex.join(["qadtr-brevitas", *map(str, words)])
@@ -178,15 +195,28 @@ def progress(description: str) -> Generator[Progress]:
     from rich.progress import Progress as ProgressBar
 
     console = stderr()
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    bar_width = 40 if console.width >= _WIDE else 12
+    name = _shortened(description, max(_SHORTEST, console.width // 3))
+    columns = TextColumn("{task.description}", markup=False), BarColumn(bar_width), MofNCompleteColumn()
+    note_column = TextColumn("{task.fields[note]}", markup=False)
     disabled = is_quiet() or not console.is_terminal
-    with ProgressBar(*columns, TextColumn("{task.fields[note]}"), console=console, disable=disabled) as bar:
-        task = bar.add_task(description, total=None, note="")
+    with ProgressBar(*columns, TimeRemainingColumn(), note_column, console=console, disable=disabled) as bar:
+        task = bar.add_task(name, total=None, note="")
 
         def report(done: int, total: int, note: str = "") -> None:
-            bar.update(task, completed=done, total=total or None, note=note)
+            # The count and the time left stay visible; what does not fit beside them is cut off.
+            count = 2 * len(str(total)) + 1
+            room = console.width - len(name) - bar_width - count - _TIME_AND_SPACES
+            bar.update(task, completed=done, total=total or None, note=_shortened(note, room))
 
         yield report
+
+
+def _shortened(text: str, room: int) -> str:
+    """Return a text cut off at so many characters; nothing where there is no room for a word."""
+    if len(text) <= room:
+        return text
+    return f"{text[: room - 1]}…" if room >= _SHORTEST else ""
 
 
 def load_split(dataset: Dataset, split: str, *, limit: int | None = None, seed: int = 0) -> Split:

@@ -18,8 +18,11 @@ from qadtr_brevitas.cli.common import (
     say,
     seed_option,
     threads_option,
+    warn,
 )
+from qadtr_brevitas.cli.completion import complete_keys
 from qadtr_brevitas.cli.conversion_table import conversion_table
+from qadtr_brevitas.cli.start import check_data, load_libraries
 from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.core.registry import PTQ_METHODS, RANGE_METHODS, TARGETS
 from qadtr_brevitas.pipeline.directories import check_model_output, name_of_model
@@ -113,13 +116,13 @@ _calibration_options = option_block(
         "qadtr-brevitas convert resnet18 --pretrained --calibrate image-folder:photos --method percentile",
         "qadtr-brevitas convert runs/float --weights gptq -o models/float_gptq",
         "qadtr-brevitas convert runs/float --method minmax --samples 256 -o models/float_ptq",
-        "qadtr-brevitas convert alexnet --calibrate image-folder:photos data.dataset.holdout=5 --dynamic",
+        "qadtr-brevitas convert alexnet --pretrained --calibrate image-folder:photos --dynamic",
         "qadtr-brevitas convert runs/float --target finn -o models/float_finn",
         "qadtr-brevitas convert deit_base_patch16_224 quant.first_last=same quant.precisions=[32,4] --dry-run",
     ),
 )
 @click.argument("model")
-@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...", shell_complete=complete_keys)
 @click.option("--checkpoint", help="Float weights: .safetensors, .pth, or a run or model directory.")
 @click.option("--pretrained", is_flag=True, help="Load the weights that timm or torchvision knows for the name.")
 @_calibration_options
@@ -143,6 +146,8 @@ def command(**options: Any) -> None:
     sections model, data and quant, for instance quant.first_last=same; some of them have an option.
     """
     given = _ConvertOptions(**options)
+    check_data(given.data, option="--calibrate")
+    load_libraries()
     recipe, has_data = _make_recipe(given)
     output = given.output or Path("models") / name_of_model(given.model)
     if output.exists() and not (given.overwrite or given.dry_run):
@@ -150,14 +155,30 @@ def command(**options: Any) -> None:
     if not given.dry_run:
         check_model_output(output, advice="choose another folder with -o")
     report = _convert(recipe, has_data, None if given.dry_run else output)
-    emit(report.to_dict() | {"output": None if given.dry_run else str(output)}, conversion_table(report))
+    random = _has_random_weights(recipe)
+    facts = {"output": None if given.dry_run else str(output), "random_weights": random}
+    emit(report.to_dict() | facts, conversion_table(report))
     if given.dry_run:
         say("nothing written; without --dry-run the model is calibrated and saved")
+    elif random:
+        warn(
+            f"{output} has RANDOM weights, as {recipe.model.name} was made without any: its accuracy is that of "
+            "guessing, and attacks on it show nothing"
+        )
+        say(f"wrote {output}; next: the same command with --pretrained or --checkpoint FILE, and --overwrite")
     else:
         from qadtr_brevitas.pipeline.checkpoint import read_info
 
         data = "" if read_info(output).data else " --data NAME[:ROOT]"
         say(f"wrote {output}; next: {command_of('attack', output)}{data}")
+
+
+def _has_random_weights(recipe: Recipe) -> bool:
+    """Whether nothing gives the network weights; a function of the user's may load its own."""
+    from qadtr_brevitas.models.python_functions import is_function_name
+
+    section = recipe.model
+    return section.checkpoint is None and not section.pretrained and not is_function_name(section.name)
 
 
 def _make_recipe(given: _ConvertOptions) -> tuple[Recipe, bool]:
@@ -226,10 +247,10 @@ def _convert(recipe: Recipe, has_data: bool, output: Path | None) -> ConversionR
 
     if output is None and not has_data:
         return build_switchable(recipe, no_images(recipe.model))[0].report
-    recipe = fit_data(recipe)
+    recipe = fit_data(recipe, report=say)
     section = recipe.quant.calibration
     train = _load(recipe, only_size=output is None)
-    model, info = build_switchable(recipe, train, only_ranges=True)
+    model, info = build_switchable(recipe, train, only_ranges=True, report=warn)
     if info.num_classes != len(train.classes):
         say(
             f"the network keeps its {info.num_classes} classes: "

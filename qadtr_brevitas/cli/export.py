@@ -22,6 +22,7 @@ from qadtr_brevitas.cli.common import (
     was_given,
 )
 from qadtr_brevitas.cli.export_tables import export_tables
+from qadtr_brevitas.cli.start import check_data, check_models, load_libraries
 from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.core.precision import Precision
 from qadtr_brevitas.core.registry import FORMATS
@@ -128,6 +129,9 @@ def command(**options: Any) -> None:
     given = _ExportOptions(**options)
     _check_unverified(given)
     outputs = _outputs(given)
+    check_models([given.model_dir])
+    check_data(given.data)
+    load_libraries()
 
     from qadtr_brevitas.evaluation.entries import load_models
     from qadtr_brevitas.exporting import BuildTarget, check_build_options, export, find_format
@@ -136,7 +140,7 @@ def command(**options: Any) -> None:
 
     form, build = find_format(given.form), BuildTarget(board=given.board, fps=given.fps, part=given.part)
     check_build_options([name for name in _BUILD if was_given(name)], build, form.compiler, form.name)
-    dataset = find_dataset([given.model_dir], given.data) if given.verify else None
+    dataset = find_dataset([given.model_dir], given.data, report=say) if given.verify else None
     (loaded,) = load_models([given.model_dir])
     # Before the first of several is made.
     precisions_or_all(loaded.model, list(outputs))

@@ -8,6 +8,7 @@ from fnmatch import fnmatch
 import click
 
 from qadtr_brevitas.cli.common import emit, examples, output_options
+from qadtr_brevitas.cli.completion import complete_names
 from qadtr_brevitas.config import shipped
 from qadtr_brevitas.core.errors import UsageError, suggest
 from qadtr_brevitas.core.registry import REGISTRIES
@@ -25,7 +26,7 @@ KINDS = ("models", *REGISTRIES, "recipes", "defenses", "studies")
         "qadtr-brevitas list recipes --json",
     ),
 )
-@click.argument("kind", metavar="|".join(KINDS))
+@click.argument("kind", metavar="|".join(KINDS), shell_complete=complete_names(lambda: dict.fromkeys(KINDS, "")))
 @click.argument("pattern", default="*", metavar="[GLOB]")
 @click.option("--keys", is_flag=True, help="Show the keys of each: allowed values, defaults and what they do.")
 @output_options

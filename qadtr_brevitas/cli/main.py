@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 import traceback
@@ -115,6 +116,15 @@ def cli() -> None:
     """
 
 
+class _Talk(logging.Handler):
+    """Says what the package logs, such as that it fills a cache; one process of torchrun does."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Say the message."""
+        if os.environ.get("RANK", "0") == "0":
+            common.say(record.getMessage())
+
+
 def _stop_on_sigterm() -> list[int]:
     """Have SIGTERM stop a command as Ctrl-C does, so that it cleans up; return the list that it is then recorded in."""
     received: list[int] = []
@@ -138,6 +148,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     terminated = _stop_on_sigterm()
     # Brevitas looks for a compiler, and PyTorch says that there is no GPU for it.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    logger = logging.getLogger("qadtr_brevitas")
+    if not any(isinstance(handler, _Talk) for handler in logger.handlers):
+        logger.addHandler(_Talk())
+        logger.setLevel(logging.INFO)
     for stream in (sys.stdout, sys.stderr):
         # A name that a terminal cannot show must not cost the results that stand beside it.
         if isinstance(stream, TextIOWrapper):

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from qadtr_brevitas.cli.common import command_of, emit, examples, output_options, say
+from qadtr_brevitas.cli.completion import complete_keys, complete_recipes
 from qadtr_brevitas.config import shipped
 from qadtr_brevitas.core.table import Table
 
@@ -49,8 +50,8 @@ def list_(pattern: str) -> None:
         "qadtr-brevitas recipes show --keys digits_qadtr train.epochs=3",
     )
 )
-@click.argument("recipe")
-@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.argument("recipe", shell_complete=complete_recipes)
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...", shell_complete=complete_keys)
 @click.option("--keys", is_flag=True, help="Write out every key, with its value and what it is.")
 @output_options
 def show(recipe: str, overrides: tuple[str, ...], keys: bool) -> None:
@@ -67,7 +68,7 @@ def show(recipe: str, overrides: tuple[str, ...], keys: bool) -> None:
 
 
 @command.command(epilog=examples("qadtr-brevitas recipes copy digits_qadtr my_recipe.yaml"))
-@click.argument("recipe")
+@click.argument("recipe", shell_complete=complete_recipes)
 @click.argument("target", type=click.Path(path_type=Path), default=Path())
 @click.option("--force", is_flag=True, help="Overwrite a file that is already there.")
 @output_options
@@ -79,8 +80,8 @@ def copy(recipe: str, target: Path, force: bool) -> None:
 
 
 @command.command(epilog=examples("qadtr-brevitas recipes validate my_recipe.yaml train.epochs=3"))
-@click.argument("recipe")
-@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.argument("recipe", shell_complete=complete_recipes)
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...", shell_complete=complete_keys)
 @output_options
 def validate(recipe: str, overrides: tuple[str, ...]) -> None:
     """Check a recipe, with overrides as `train` takes them; every mistake is listed at once, with its line."""

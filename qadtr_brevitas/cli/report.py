@@ -7,6 +7,8 @@ from pathlib import Path
 import click
 
 from qadtr_brevitas.cli.common import RecordedCommand, command_line, emit, examples, output_options, say
+from qadtr_brevitas.cli.start import load_libraries
+from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.core.extras import require
 
 
@@ -30,8 +32,12 @@ def command(folders: tuple[Path, ...], title: str, output: Path) -> None:
     The page is one file with its pictures inside. The warnings of audits stand above the tables they concern, and every
     number comes with the command, recipe and seed behind it. The same tables are written as Markdown and CSV.
     """
+    for folder in folders:
+        if not folder.is_dir():
+            raise UsageError(f"there is no folder {folder}: give one that `evaluate`, `analyze` or `study` wrote")
     for package in ("jinja2", "matplotlib"):
         require(package, extra="report", purpose="report")
+    load_libraries()
     from qadtr_brevitas.reproduce.page import build_page, check_path, read_inputs, write_page
 
     check_path(output)

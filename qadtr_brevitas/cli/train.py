@@ -19,6 +19,9 @@ from qadtr_brevitas.cli.common import (
     seed_option,
     threads_option,
 )
+from qadtr_brevitas.cli.completion import complete_keys, complete_recipes
+from qadtr_brevitas.cli.start import load_libraries
+from qadtr_brevitas.config import shipped
 from qadtr_brevitas.pipeline.directories import METRICS_FILE, MODEL_FOLDERS
 
 
@@ -30,8 +33,8 @@ from qadtr_brevitas.pipeline.directories import METRICS_FILE, MODEL_FOLDERS
         "torchrun --standalone --nproc-per-node 2 -m qadtr_brevitas train digits_qadtr",
     ),
 )
-@click.argument("recipe")
-@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.argument("recipe", shell_complete=complete_recipes)
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...", shell_complete=complete_keys)
 @click.option("--output", "-o", type=click.Path(path_type=Path), help="Run directory.  [default: runs/RECIPE]")
 @click.option(
     "--resume",
@@ -59,9 +62,15 @@ def command(
     KEY=VALUE changes a key of the recipe, for instance train.epochs=3; --seed is short for seed=. Repeat the command
     to resume an interrupted run.
     """
+    # A name that is wrong is found before anything heavy is imported.
+    first, *defenses = shipped.split_name(recipe)
+    shipped.find_recipe(first)
+    for defense in defenses:
+        shipped.find_defense(defense)
+    load_libraries()
+
     from qadtr_brevitas.config import load_recipe
 
-    # Checked before anything heavy is imported.
     resolved = load_recipe(recipe, (*overrides, *([] if seed is None else [f"seed={seed}"])))
     run = output or Path("runs") / Path(recipe).stem
     # Under torchrun only the first process talks.

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 
 from rich.table import Table
 
 from qadtr_brevitas.cli.common import is_quiet, say, stderr
-from qadtr_brevitas.core.progress import Progress
+from qadtr_brevitas.core.progress import Progress, format_seconds
 from qadtr_brevitas.training.log import EpochRecord, StepRecord, TrainingObserver
+
+# The time left is told once, after so many steps beyond the first ones, which are slower than others.
+_WARM_UP, _TIMED = 3, 20
 
 
 class TrainingProgress(TrainingObserver):
@@ -23,6 +27,7 @@ class TrainingProgress(TrainingObserver):
         self._progress = progress
         self._console = stderr()
         self.total_steps = self.epochs = 0
+        self._steps, self._since = 0, 0.0
 
     def on_start(self, *, step: int, total_steps: int, epochs: int) -> None:
         self.total_steps, self.epochs = total_steps, epochs
@@ -31,6 +36,16 @@ class TrainingProgress(TrainingObserver):
     def on_step(self, record: StepRecord) -> None:
         note = f"epoch {record.epoch + 1}/{self.epochs} loss {record.loss:.3f} {record.images_per_s:.0f} images/s"
         self._progress(record.step, self.total_steps, note)
+        self._tell_time(self.total_steps - record.step)
+
+    def _tell_time(self, left: int) -> None:
+        """Say how long the training will take, once and in logs too, if it will take a while."""
+        self._steps += 1
+        if self._steps == _WARM_UP:
+            self._since = time.monotonic()
+        if self._steps == _WARM_UP + _TIMED and left > 2 * _TIMED:
+            seconds = (time.monotonic() - self._since) / _TIMED * left
+            say(f"{left} steps are left, about {format_seconds(seconds)} at the speed of the first {_TIMED}")
 
     def on_epoch(self, record: EpochRecord) -> None:
         if is_quiet():

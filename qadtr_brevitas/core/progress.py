@@ -29,3 +29,11 @@ def part_of(progress: Progress | None, number: int, parts: int, label: str = "")
 
 def silent(done: int, total: int, note: str = "", /) -> None:
     """Note nothing."""
+
+
+def format_seconds(seconds: float) -> str:
+    """Return a time of two units at most, such as `3 h 20 min`, `12 min` or `40 s`."""
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import tarfile
@@ -12,6 +13,8 @@ from pathlib import Path
 from tempfile import mkdtemp
 
 from qadtr_brevitas.core.errors import DataError
+
+logger = logging.getLogger(__name__)
 
 DATA_VARIABLE = "QADTR_BREVITAS_DATA"
 ARCHIVE_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".zip")
@@ -43,6 +46,7 @@ def unpack(archive: Path) -> Path:
     target = cache_folder() / "unpacked" / f"{archive.stem}-{key}"
     if target.is_dir():
         return target
+    logger.info("unpacking %s (%.0f MB) once, into %s", archive, stat.st_size / 1e6, target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(mkdtemp(prefix=f".{archive.stem}-", dir=target.parent))

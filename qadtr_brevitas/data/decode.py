@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import blake2b
-from math import floor
+from math import floor, prod
 from pathlib import Path
 from typing import TypeAlias
 
@@ -20,6 +21,8 @@ from qadtr_brevitas.core.progress import Progress
 from qadtr_brevitas.data.archives import cache_folder
 from qadtr_brevitas.data.listing import Listing, printable
 
+logger = logging.getLogger(__name__)
+
 Pixels: TypeAlias = "numpy.ndarray[tuple[int, ...], numpy.dtype[numpy.uint8]]"
 
 CHUNK = 128
@@ -28,6 +31,8 @@ THREADS = 8
 _GRAYS_OF_16_BIT = ("PNG", "PPM")
 # Pixels of a resized image: 0.6 GB on 8 threads.
 LARGEST_RESIZED = 25_000_000
+# Reading fewer bytes is done before one has read a message about it.
+_TOLD_FROM = 20_000_000
 # Decoding that takes less time is not worth a file.
 CACHE_FROM_SECONDS = 2.0
 
@@ -62,6 +67,7 @@ def read_images(
     cache = _cache_file(listing, image_size, crop)
     if (kept := _read_cache(cache, shape)) is not None:
         return kept
+    _tell_cache(shape)
     started = time.monotonic()
     images = numpy.empty(shape, dtype=numpy.uint8)
     shorter = floor(image_size / crop) if image_size else None
@@ -76,6 +82,17 @@ def read_images(
     if time.monotonic() - started > CACHE_FROM_SECONDS:
         _write_cache(cache, images)
     return images
+
+
+def _tell_cache(shape: tuple[int, ...]) -> None:
+    size = prod(shape)
+    if size >= _TOLD_FROM:
+        logger.info(
+            "reading %s images for the first time: they are kept decoded in %s (%.0f MB; XDG_CACHE_HOME moves it)",
+            f"{shape[0]:,}",
+            cache_folder(),
+            size / 1e6,
+        )
 
 
 def _chunks(count: int) -> Iterator[range]:

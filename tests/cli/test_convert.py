@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from timm import create_model
 
+from qadtr_brevitas.cli.common import command_of
 from qadtr_brevitas.cli.conversion_table import percent
 from qadtr_brevitas.cli.convert import _ConvertOptions, _make_recipe, command
 from qadtr_brevitas.cli.main import cli
@@ -78,7 +79,7 @@ def test_writes_a_calibrated_model_and_says_what_was_done(tmp_path: Path) -> Non
     assert re.search(r"quantized: \d+\.\d% of the parameters, \d+\.\d% of [\d.]+ M multiply-acc", result.stdout)
     assert re.search(r"not quantized: *\n +\d+ x float, statistics per precision", result.stdout)
     assert re.search(r"weights: .* MB at 32, .* MB at 4", result.stdout)
-    assert f"wrote {output}; next: qadtr-brevitas attack {output}" in result.stderr
+    assert f"wrote {output}; next: the same command with --pretrained or --checkpoint" in result.stderr
     model, info = load_model(output)
     assert allowed_precisions(model) == parse_precisions([32, 4])
     assert get_precision(model).is_float
@@ -195,16 +196,18 @@ def test_photos_of_any_size_are_brought_to_that_of_the_model(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     output = tmp_path / "model"
-    data = ["--calibrate", f"image-folder:{photos}", "data.dataset.holdout=3"]
+    data = ["--calibrate", f"image-folder:{photos}"]
     arguments = ["convert", "cifar_resnet8", *data, "quant.precisions=[32,8]", "-o", str(output)]
     result = CliRunner().invoke(cli, arguments)
     assert result.exit_code == 0, result.output
+    assert "every 5th image is kept for tests" in result.stderr
     _, info = load_model(output)
     assert (info.image_size, info.num_classes) == ((32, 32), 3)
     dataset = find_dataset([output], None)
-    assert (dataset.image_size, dataset.crop, dataset.holdout) == (32, 1.0, 3)
-    assert len(dataset.load("test")) == PHOTOS // 3
-    small = CliRunner().invoke(cli, [*arguments[:-1], str(tmp_path / "other"), "--samples", "17"])
+    assert (dataset.image_size, dataset.crop, dataset.holdout) == (32, 1.0, 5)
+    assert len(dataset.load("test")) == 5
+    few = ["data.dataset.holdout=3", "--samples", "17"]
+    small = CliRunner().invoke(cli, [*arguments[:-1], str(tmp_path / "other"), *few])
     assert small.exit_code == 1
     assert "there are only 16 training images" in small.stderr
 
@@ -216,13 +219,24 @@ def test_a_published_network_keeps_its_classes_and_asks_for_data(
     weights = tmp_path / "weights.safetensors"
     save_file(create_model("cifar_resnet8").state_dict(), weights)
     published = f"model.args.pretrained_cfg_overlay={{file: {weights}}}"
-    data = ["--calibrate", f"image-folder:{photos}", "data.dataset.holdout=3", "quant.precisions=[32,8]"]
-    result = convert("--pretrained", published, *data, "-o", tmp_path / "model")
+    data = ["--calibrate", f"image-folder:{photos}", "quant.precisions=[32,8]"]
+    for name, given in {"model": ["--pretrained", published], "of a file": ["--checkpoint", weights]}.items():
+        output = tmp_path / name
+        result = convert(*given, *data, "-o", output)
+        assert result.exit_code == 0, result.output
+        assert "the network keeps its 10 classes: the images, of 3 classes, only serve to choose" in result.stderr
+        assert "WARNING" not in result.stderr
+        assert f"next: {command_of('attack', output)} --data NAME[:ROOT]" in result.stderr
+        _, info = load_model(output)
+        assert (info.num_classes, info.data) == (10, None)
+
+
+def test_random_weights_are_warned_of_whatever_is_asked_for(tmp_path: Path) -> None:
+    result = convert("--data", "shapes", *SMALL, "quant.precisions=[32,4]", "-o", tmp_path / "model", "-q", "--json")
     assert result.exit_code == 0, result.output
-    assert "the network keeps its 10 classes: the images, of 3 classes, only serve to choose ranges" in result.stderr
-    assert f"next: qadtr-brevitas attack {tmp_path / 'model'} --data NAME[:ROOT]" in result.stderr
-    _, info = load_model(tmp_path / "model")
-    assert (info.num_classes, info.data) == (10, None)
+    assert "WARNING" in result.stderr
+    assert "RANDOM weights" in result.stderr
+    assert json.loads(result.stdout)["random_weights"] is True
 
 
 def test_keeps_a_directory_that_is_there(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from statistics import fmean
 
+from qadtr_brevitas.core.progress import format_seconds
 from qadtr_brevitas.reproduce.study.steps import StudyStep
 
 
@@ -28,11 +29,3 @@ def describe_remaining_time(steps: Sequence[StudyStep]) -> str:
         return ""
     at_least = "at least " if len(expected) < len(unfinished) else "about "
     return at_least + format_seconds(sum(expected))
-
-
-def format_seconds(seconds: float) -> str:
-    """Return a time of two units at most, such as `3 h 20 min`, `12 min` or `40 s`."""
-    minutes = round(seconds / 60)
-    if seconds < 90:
-        return f"{max(1, round(seconds))} s"
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"

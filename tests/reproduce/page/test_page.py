@@ -135,7 +135,7 @@ def test_csv_has_every_cell_with_its_row_and_column(study: Path) -> None:
 
 
 def test_a_file_that_is_not_html_is_refused_before_anything_is_read(tmp_path: Path) -> None:
-    result = report(tmp_path / "nowhere", "-o", tmp_path / "report.pdf")
+    result = report(tmp_path, "-o", tmp_path / "report.pdf")
     assert result.exit_code == 2
     assert ".html" in result.stderr
     with pytest.raises(UsageError, match=r"page\.html"):
