@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
+
+from rich.console import Console
 
 from qadtr_brevitas.api.inputs import ModelLike, as_loaded, as_split, prepared
 from qadtr_brevitas.core.device import resolve_device
@@ -17,6 +20,9 @@ from qadtr_brevitas.evaluation import evaluate as evaluate_grid
 from qadtr_brevitas.evaluation.certification import Certification, CertifyMethod
 from qadtr_brevitas.evaluation.defended_classifier import DefendedClassifier
 from qadtr_brevitas.evaluation.report import CertifiedCell, EvaluationReport, Rate
+from qadtr_brevitas.reproduce.headline import headline
+
+_WIDTH = 100
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,12 @@ class CertificationResult:
     def certified_accuracy(self) -> dict[str, Rate]:
         """Images whose defended prediction is right whatever one such patch shows and wherever it is."""
         return {self._key(cell): cell.certified_accuracy for cell in self.report.certified}
+
+    def __str__(self) -> str:
+        text, first = StringIO(), headline(self.report)
+        if first is not None:
+            Console(file=text, width=_WIDTH).print(first.rich())
+        return text.getvalue()
 
     def _key(self, cell: CertifiedCell) -> str:
         several = len({other.size for other in self.report.certified}) > 1

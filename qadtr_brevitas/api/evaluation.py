@@ -33,6 +33,7 @@ from qadtr_brevitas.evaluation.report import EvaluationReport, ImageAttackFacts,
 from qadtr_brevitas.evaluation.report.files import write_report
 from qadtr_brevitas.evaluation.report.summaries import terminal_tables
 from qadtr_brevitas.quant.inference import InferenceMode
+from qadtr_brevitas.reproduce.headline import headline
 
 if TYPE_CHECKING:
     from pandas import DataFrame  # pyright: ignore[reportMissingImports]
@@ -89,7 +90,8 @@ class EvaluationResult:
         Raises:
             CheckpointError: a file cannot be written.
         """
-        return write_report(self.report, Path(folder))
+        first = headline(self.report)
+        return write_report(self.report, Path(folder), summary=first.markdown() if first else "")
 
     @cached_property
     def _rows(self) -> list[dict[str, Any]]:
@@ -119,8 +121,9 @@ class EvaluationResult:
         return precision if len(self.report.models) == 1 else f"{model}/{precision}"
 
     def __str__(self) -> str:
-        text = StringIO()
-        Console(file=text, width=_WIDTH).print(Group(*(table.rich() for table in terminal_tables(self.report))))
+        text, first = StringIO(), headline(self.report)
+        tables = [table.rich() for table in terminal_tables(self.report)]
+        Console(file=text, width=_WIDTH).print(Group(*([first.rich()] if first else []), *tables))
         return text.getvalue()
 
 

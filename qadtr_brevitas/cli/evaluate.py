@@ -21,6 +21,7 @@ from qadtr_brevitas.cli.common import (
 )
 from qadtr_brevitas.cli.evaluate_options import (
     EvaluateOptions,
+    all_option,
     audit_options,
     certify_options,
     check_audit_options,
@@ -31,6 +32,7 @@ from qadtr_brevitas.cli.evaluate_options import (
     run_audits,
     work_division,
 )
+from qadtr_brevitas.cli.start import check_data, check_models, load_libraries
 from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.core.extras import require
 from qadtr_brevitas.core.registry import ATTACKS
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
     from qadtr_brevitas.evaluation.report import EvaluationReport
     from qadtr_brevitas.evaluation.sharding import Shard
     from qadtr_brevitas.quant.inference import InferenceMode
+    from qadtr_brevitas.reproduce.headline import Headline
 
 
 @click.command(
@@ -74,6 +77,7 @@ if TYPE_CHECKING:
 @audit_options
 @certify_options
 @work_division
+@all_option
 @work_options(data="the one the models were trained on", output="MODEL_DIR/evaluation")
 def command(**options: Any) -> None:
     """Score models under attack at every precision and write a report.
@@ -89,7 +93,11 @@ def command(**options: Any) -> None:
     check_audit_options(given)
     check_clean(given)
     check_certify(given)
+    twin = [given.twin] if given.twin else []
+    check_models([*given.model_dirs, *given.surrogates, *twin, *given.ablations])
+    check_data(given.data)
     require("matplotlib", extra="report", purpose="evaluate")
+    load_libraries()
 
     from qadtr_brevitas.config.plugins import parse_plugin
     from qadtr_brevitas.core.device import resolve_device
@@ -100,7 +108,7 @@ def command(**options: Any) -> None:
 
     plugins = [parse_plugin(ATTACKS, text, option="--attack") for text in given.attacks]
     wanted = parse_modes(given.precisions) if given.precisions else None
-    dataset = find_dataset(given.model_dirs, given.data)
+    dataset = find_dataset(given.model_dirs, given.data, report=say)
     processes = process_share()
     shard = Shard.parse(given.shard) if given.shard else None
     if shard and processes.of > 1:
@@ -251,31 +259,38 @@ def _report(
     from qadtr_brevitas.evaluation import make_report
     from qadtr_brevitas.evaluation.report.files import write_report
     from qadtr_brevitas.evaluation.report.gallery import draw_pictures
+    from qadtr_brevitas.reproduce.headline import headline
 
     report = make_report(grid, store, device=str(device), command=command_line())
     pictures = draw_pictures(report, grid.loaded_models, patches, grid.split, folder=output, device=device)
-    written = write_report(report, output, pictures=pictures)
+    first = headline(report)
+    written = write_report(report, output, pictures=pictures, summary=first.markdown() if first else "")
     document = report.model_dump(mode="json")
     audits = run_audits(grid, given, output=output, device=device) if given.audit else []
     if audits:
+        first = headline(report, audits)
+        write_report(report, output, pictures=pictures, summary=first.markdown() if first else "")
         written.append(write_audits(audits, output))
         document["audit"] = [audit.model_dump(mode="json") for audit in audits]
-    emit(document, _terminal(report, audits))
+    emit(document, _terminal(report, audits, first, show_all=given.show_all))
     say(f"wrote {', '.join(path.name for path in [*written, *pictures])} to {output}")
-    first = grid.loaded_models[0].path
+    model = grid.loaded_models[0].path
     more = (
-        command_of("evaluate", first, "OTHER_MODEL_DIR", "-o", "FOLDER")
+        command_of("evaluate", model, "OTHER_MODEL_DIR", "-o", "FOLDER")
         if len(grid.loaded_models) == 1
-        else command_of("attack", first, "--target", "all")
+        else command_of("attack", model, "--target", "all")
     )
-    say(f"read {output / 'report.md'}; next: {more}")
+    tables = "" if given.show_all else "; every table: --all, or report.md"
+    say(f"read {output / 'report.md'}; next: {more}{tables}")
 
 
-def _terminal(report: EvaluationReport, audits: Sequence[AuditReport]) -> RenderableType:
+def _terminal(
+    report: EvaluationReport, audits: Sequence[AuditReport], first: Headline | None, *, show_all: bool
+) -> RenderableType:
     from rich.console import Group
 
     from qadtr_brevitas.auditing.tables import audit_tables
     from qadtr_brevitas.evaluation.report.summaries import terminal_tables
 
-    tables = terminal_tables(report) + (audit_tables(audits) if audits else [])
-    return Group(*(table.rich() for table in tables))
+    tables = [*terminal_tables(report), *(audit_tables(audits) if audits else [])] if show_all else []
+    return Group(*([first.rich()] if first else []), *(table.rich() for table in tables))

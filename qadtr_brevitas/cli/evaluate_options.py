@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from qadtr_brevitas.cli.common import option_block, progress, was_given
+from qadtr_brevitas.cli.completion import complete_plugins
 from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.core.patch_size import PatchSize
 from qadtr_brevitas.core.progress import part_of
+from qadtr_brevitas.core.registry import ATTACKS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -56,6 +58,7 @@ class EvaluateOptions:
     audit_profile: Literal["quick", "full"]
     twin: Path | None
     ablations: tuple[Path, ...]
+    show_all: bool
     data: str | None
     output: Path | None
     device: str
@@ -150,6 +153,7 @@ plan_options = option_block(
         multiple=True,
         metavar="NAME|{name: NAME, ...}",
         help="Attack each test image by itself, with the settings as in a recipe; repeat for more; see `list attacks`.",
+        shell_complete=complete_plugins(ATTACKS),
     ),
     click.option(
         "--surrogate",
@@ -258,6 +262,10 @@ work_division = option_block(
     ),
 )
 
+
+all_option = click.option(
+    "--all", "show_all", is_flag=True, help="Print every table, and not only the result in short; report.md has them."
+)
 
 audit_options = option_block(
     click.option(

@@ -21,10 +21,16 @@ from qadtr_brevitas.cli.common import (
     say,
     threads_option,
 )
+from qadtr_brevitas.cli.completion import complete_studies
+from qadtr_brevitas.cli.start import load_libraries
+from qadtr_brevitas.config import shipped
+from qadtr_brevitas.core.errors import UsageError, suggest
 from qadtr_brevitas.core.extras import require
-from qadtr_brevitas.pipeline.directories import PAGE_FILE, STUDY_FILE
+from qadtr_brevitas.pipeline.directories import PAGE_FILE, STUDY_FILE, STUDY_TEXT_FILE
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
     from qadtr_brevitas.core.progress import Progress
     from qadtr_brevitas.reproduce.study.plan import StudyPlan
     from qadtr_brevitas.reproduce.study.run import StartProgress
@@ -41,7 +47,7 @@ if TYPE_CHECKING:
         "qadtr-brevitas study my_study.yaml --shard 2/3        # on three machines that share the folders",
     ),
 )
-@click.argument("study")
+@click.argument("study", shell_complete=complete_studies)
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--scale", default="small", show_default=True, help="Which scale of the study: smoke, small or full.")
 @click.option("--output", "-o", type=click.Path(path_type=Path), help="Its folder.  [default: studies/STUDY-SCALE]")
@@ -59,6 +65,7 @@ if TYPE_CHECKING:
     "--processes", type=click.IntRange(min=1), default=1, show_default=True, help="Processes of a training (torchrun)."
 )
 @click.option("--dry-run", is_flag=True, help="Only list the steps and which of them are finished.")
+@click.option("--all", "show_all", is_flag=True, help="Print every table, and not only the result in short.")
 @device_option
 @threads_option
 @output_options
@@ -71,6 +78,7 @@ def command(
     shard: str | None,
     processes: int,
     dry_run: bool,
+    show_all: bool,
     device: str,
 ) -> None:
     """Train, attack, evaluate and analyze everything in STUDY that is missing, and write a report.
@@ -80,6 +88,10 @@ def command(
     keys, for instance budget.images=500. Finished steps are kept: give the same command to resume an interrupted study.
     Other studies use the same networks and patches.
     """
+    if not Path(study).is_file() and study.removesuffix(".yaml") not in shipped.shipped_studies():
+        raise UsageError(f"there is no study {study!r}: {suggest(Path(study).stem, shipped.shipped_studies())}")
+    load_libraries()
+
     from qadtr_brevitas.reproduce.study.file import load_study
 
     checked = load_study(study, overrides, scale=scale)
@@ -106,7 +118,7 @@ def command(
         run_study(
             plan, resources, StepLocks(work / "locks"), shard=own_shard, report=say, start_progress=start_progress
         )
-    _report(checked, plan, output, scale=scale)
+    _report(checked, plan, output, scale=scale, show_all=show_all)
 
 
 @contextmanager
@@ -136,14 +148,26 @@ def _show(plan: StudyPlan) -> None:
     say("run the command without --dry-run to do them")
 
 
-def _report(study: Study, plan: StudyPlan, output: Path, *, scale: str) -> None:
+def _report(study: Study, plan: StudyPlan, output: Path, *, scale: str, show_all: bool) -> None:
     from rich.console import Group
+    from rich.text import Text
 
-    from qadtr_brevitas.reproduce.study.summary import summary_tables, write_study
+    from qadtr_brevitas.reproduce.page import read_inputs
+    from qadtr_brevitas.reproduce.page.build import study_headlines
+    from qadtr_brevitas.reproduce.page.inputs import StudyInput
+    from qadtr_brevitas.reproduce.study.summary import left_open, summary_tables, write_study
 
     written = write_study(study, plan, output, scale=scale, command=command_line())
-    tables = [table.rich() for table in summary_tables(study, plan, scale=scale)]
-    emit({"output": str(output), "study": str(output / STUDY_FILE)}, Group(*tables))
+    tables = summary_tables(study, plan, scale=scale)
+    shown: list[RenderableType] = []
+    for item in read_inputs([output]):
+        if isinstance(item, StudyInput):
+            for name, first in study_headlines(item).items():
+                shown += [Text(f"{item.facts.title}: {name}", style="bold"), first.rich()] if first else []
+    shown += [table.rich() for table in tables] if show_all or not shown else []
+    emit({"output": str(output), "study": str(output / STUDY_FILE)}, Group(*shown))
+    if count := len(left_open(study)):
+        say(f"the paper leaves {count} {'thing' if count == 1 else 'things'} open, see {STUDY_TEXT_FILE}")
     say(f"wrote {', '.join(path.name for path in written)} to {output}, and a report for each network to reports/")
     more = command_of("report", output, "OTHER_STUDY", "-o", "report.html")
     say(f"open {output / PAGE_FILE} in a browser; next: {more}")

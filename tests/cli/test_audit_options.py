@@ -29,7 +29,7 @@ def evaluate(*arguments: object) -> Result:
 
 @pytest.mark.slow
 def test_an_audit_needs_no_patches_and_joins_the_report(runs: list[Path], tmp_path: Path) -> None:
-    result = evaluate(runs[0], "--audit", "--precision", "32,4", "-o", tmp_path)
+    result = evaluate(runs[0], "--audit", "--precision", "32,4", "-o", tmp_path, "--all")
     assert result.exit_code == 0, result.output
     assert "wrote report.json, report.md, cells.csv, worst_case.csv, audit.json" in result.stderr
     report = (tmp_path / "report.md").read_text()

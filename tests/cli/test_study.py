@@ -21,8 +21,9 @@ def test_a_study_runs_from_start_to_report(tmp_path: Path, capsys: pytest.Captur
     assert not any(step["there"] for step in steps)
     assert not (tmp_path / "work").exists()
 
-    assert main([*command, "--shard", "2/2"]) == 0
+    assert main([*command, "--shard", "2/2", "--all"]) == 0
     found = capsys.readouterr()
+    assert "resists best" in found.out
     assert "Plain" in found.out
     assert "clean accuracy" in found.out
     assert "study.json, study.yaml, study.md, figures.csv, report.html" in found.err

@@ -20,7 +20,9 @@ from qadtr_brevitas.pipeline.directories import (
 )
 
 
-def write_report(report: EvaluationReport, folder: Path, *, pictures: Sequence[Path] = ()) -> list[Path]:
+def write_report(
+    report: EvaluationReport, folder: Path, *, pictures: Sequence[Path] = (), summary: str = ""
+) -> list[Path]:
     """Write report.json, report.md, cells.csv, worst_case.csv and, if there are certifications, certified.csv.
 
     Pictures and tables that an earlier report left in the folder are removed if this report does not have them.
@@ -29,6 +31,7 @@ def write_report(report: EvaluationReport, folder: Path, *, pictures: Sequence[P
         report: the report.
         folder: the folder; created if it is missing.
         pictures: PNG files of the report in the same folder, which report.md shows.
+        summary: Markdown to begin report.md with.
 
     Returns:
         The paths of the files.
@@ -37,7 +40,7 @@ def write_report(report: EvaluationReport, folder: Path, *, pictures: Sequence[P
         CheckpointError: a file cannot be written.
     """
     texts = {
-        REPORT_TEXT_FILE: markdown(report, pictures=[picture.name for picture in pictures]),
+        REPORT_TEXT_FILE: markdown(report, pictures=[picture.name for picture in pictures], summary=summary),
         CELLS_CSV_FILE: cells_csv(report),
         WORST_CASE_FILE: worst_case_csv(report),
         **({CERTIFIED_FILE: certified_csv(report)} if report.certified else {}),

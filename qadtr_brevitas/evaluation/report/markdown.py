@@ -10,14 +10,15 @@ from qadtr_brevitas.evaluation.report.schema import EvaluationReport, ImageAttac
 from qadtr_brevitas.evaluation.report.summaries import tables
 
 
-def markdown(report: EvaluationReport, *, pictures: Sequence[str] = ()) -> str:
+def markdown(report: EvaluationReport, *, pictures: Sequence[str] = (), summary: str = "") -> str:
     """Return the whole report as GitHub-flavored Markdown.
 
     Args:
         report: the report.
         pictures: names of PNG files beside the Markdown file, which it shows.
+        summary: Markdown to begin with.
     """
-    parts = ["# Attack report", _origin(report)]
+    parts = ["# Attack report", *([summary] if summary else []), _origin(report)]
     parts += [table.markdown() for table in tables(report)]
     parts += [f"![{Path(picture).stem.replace('-', ' ')}]({picture})" for picture in pictures]
     parts.append(_models(report).markdown())

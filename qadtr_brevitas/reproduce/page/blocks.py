@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from qadtr_brevitas.core.table import Table
+from qadtr_brevitas.reproduce.headline import Headline
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class PageSection:
         remarks: what the paper leaves open, and where it contradicts itself.
         level: level of its heading: 2, or 3 for a part of a study.
         recipes: the recipes of its models: names of the models -> text.
+        headline: what it says, in short; stands above everything else.
     """
 
     title: str
@@ -60,6 +62,17 @@ class PageSection:
     remarks: tuple[str, ...] = ()
     level: int = 2
     recipes: Mapping[str, str] = field(default_factory=dict[str, str])
+    headline: Headline | None = None
+
+    @property
+    def shown(self) -> tuple[PageBlock, ...]:
+        """The blocks to read first."""
+        return tuple(block for block in self.blocks if not block.folded)
+
+    @property
+    def folded(self) -> tuple[PageBlock, ...]:
+        """The blocks that are shown on demand."""
+        return tuple(block for block in self.blocks if block.folded)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from qadtr_brevitas.auditing.tables import audit_tables
 from qadtr_brevitas.evaluation.report import EvaluationReport
 from qadtr_brevitas.evaluation.report.summaries import tables, terminal_tables
 from qadtr_brevitas.evaluation.report.views import attacked_precisions, families
+from qadtr_brevitas.reproduce.headline import Headline, headline
 from qadtr_brevitas.reproduce.page.audit_warnings import audit_warnings
 from qadtr_brevitas.reproduce.page.blocks import Page, PageBlock, PageImage, PageSection
 from qadtr_brevitas.reproduce.page.charts import comparison_curves, family_curves
@@ -58,17 +59,31 @@ def _sections(item: PageInput) -> Iterator[PageSection]:
 
 
 def _study_sections(study: StudyInput) -> Iterator[PageSection]:
+    by_evaluation = _reports_by_evaluation(study)
+    first = next(iter(by_evaluation), None)
     yield PageSection(
         f"{study.facts.title} ({study.facts.scale})",
         study_provenance(study.facts),
         tuple(_study_comparison(study)),
+        headline=None if first is None else study_headlines(study)[first],
         remarks=paper_table(study.facts.paper).notes if study.facts.paper else (),
         recipes=read_recipes([member.report for member in (*study.reports, *study.analyses)]),
     )
-    for evaluation, reports in _reports_by_evaluation(study).items():
-        yield _evaluation_section(evaluation, reports)
+    for evaluation, reports in by_evaluation.items():
+        section = _evaluation_section(evaluation, reports)
+        yield replace(section, headline=None) if evaluation == first else section
     for analysis in study.analyses:
         yield _analysis_section(analysis, level=3, already_compared=study.facts.paper)
+
+
+def study_headlines(study: StudyInput) -> dict[str, Headline | None]:
+    """Return what a study says in short, for each of its evaluations by name."""
+    return {name: _headline(reports) for name, reports in _reports_by_evaluation(study).items()}
+
+
+def _headline(reports: Sequence[ReportInput]) -> Headline | None:
+    audits = [audit for report in reports for audit in report.audits]
+    return headline(merge_reports([report.report for report in reports]), audits)
 
 
 def _reports_by_evaluation(study: StudyInput) -> dict[str, list[ReportInput]]:
@@ -120,6 +135,7 @@ def _report_section(report: ReportInput) -> PageSection:
         report_provenance(report.report),
         (*_report_tables(report.report, [report]), *_report_pictures(report)),
         recipes=read_recipes([report.report]),
+        headline=_headline([report]),
     )
 
 
@@ -128,28 +144,27 @@ def _evaluation_section(name: str, reports: Sequence[ReportInput]) -> PageSectio
     merged = merge_reports([report.report for report in reports])
     pictures = [replace(block, folded=True) for report in reports for block in _report_pictures(report)]
     title = f"Evaluation {name or reports[0].folder.name}"
-    return PageSection(title, report_provenance(merged), (*_report_tables(merged, reports), *pictures), level=3)
+    blocks = (*_report_tables(merged, reports), *pictures)
+    return PageSection(title, report_provenance(merged), blocks, level=3, headline=_headline(reports))
 
 
 def _report_tables(report: EvaluationReport, inputs: Sequence[ReportInput]) -> Iterator[PageBlock]:
-    """Yield the tables to read first, then curves, then all other tables folded."""
+    """Yield the first curves, and folded the other curves and all tables."""
     attacked = families(report)
     warnings = audit_warnings(inputs, [model.name for model in report.models]) if attacked else ()
+    if len(attacked_precisions(report)) > 1:
+        for number, family in enumerate(attacked):
+            yield PageBlock(image=family_curves(report, family), folded=number > 0, warnings=warnings)
     first = terminal_tables(report)
-    for table in first:
+    titles = {table.title for table in first}
+    others = [table for table in tables(report) if table.title not in titles]
+    for table in (*first, *others):
         # The table is empty if no attack was made on the models themselves.
         if table.rows:
-            yield PageBlock(table, warnings=warnings)
-    if len(attacked_precisions(report)) > 1:
-        for family in attacked:
-            yield PageBlock(image=family_curves(report, family), warnings=warnings)
-    titles = {table.title for table in first}
-    for table in tables(report):
-        if table.rows and table.title not in titles:
             yield PageBlock(table, folded=True, warnings=warnings)
     audits = [audit for item in inputs for audit in item.audits]
-    for number, table in enumerate(audit_tables(audits) if audits else ()):
-        yield PageBlock(table, folded=number > 0)
+    for table in audit_tables(audits) if audits else ():
+        yield PageBlock(table, folded=True)
 
 
 def _report_pictures(report: ReportInput) -> Iterator[PageBlock]:
@@ -157,7 +172,7 @@ def _report_pictures(report: ReportInput) -> Iterator[PageBlock]:
         kind = path.stem.partition("-")[0]
         # The page draws its own curves, one picture for each kind of attack, which fit on a phone.
         if kind != "asr":
-            yield PageBlock(image=_image(path, _CAPTIONS[kind]))
+            yield PageBlock(image=_image(path, _CAPTIONS[kind]), folded=kind != "examples")
 
 
 def _analysis_section(analysis: AnalysisInput, *, level: int, already_compared: str | None = None) -> PageSection:

@@ -72,6 +72,8 @@ def markdown(page: Page, folder: Path) -> str:
     parts = [f"# {page.title}"]
     for section in page.sections:
         parts.append(f"{'#' * section.level} {section.title}")
+        if section.headline is not None:
+            parts.append(section.headline.markdown().replace("## ", "#### ", 1))
         parts.append(_facts(section.facts))
         parts += [f"- {remark}" for remark in section.remarks]
         # Each set of warnings stands once, above the first table it concerns.

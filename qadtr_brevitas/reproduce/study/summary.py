@@ -22,6 +22,7 @@ from qadtr_brevitas.pipeline.directories import (
 from qadtr_brevitas.quant.inference import sorted_modes
 from qadtr_brevitas.reproduce.page import build_page, read_inputs, write_page
 from qadtr_brevitas.reproduce.page.study_file import StudyFacts, StudyRow
+from qadtr_brevitas.reproduce.paper import paper_table
 from qadtr_brevitas.reproduce.study.file import dump_json
 from qadtr_brevitas.reproduce.study.plan import NetworkEvaluation, StudyPlan
 from qadtr_brevitas.reproduce.study.scores import StudyScore, study_scores
@@ -86,6 +87,11 @@ def write_study(study: Study, plan: StudyPlan, folder: Path, *, scale: str, comm
 def summary_tables(study: Study, plan: StudyPlan, *, scale: str) -> list[Table]:
     """Return a table for each evaluation: clean accuracy and ASR of every model at every precision."""
     return _tables(_stamped(study, plan, scale), study_scores(plan))
+
+
+def left_open(study: Study) -> tuple[str, ...]:
+    """Return what the paper does not say of the table that a study is of, and what it contradicts."""
+    return paper_table(study.paper).notes if study.paper else ()
 
 
 def _stamped(study: Study, plan: StudyPlan, scale: str) -> Study:
@@ -169,6 +175,8 @@ def _markdown(study: Study, scores: Sequence[StudyScore], *, scale: str, command
     packages = ", ".join(f"{name} {number}" for name, number in versions().items())
     facts = f"- Command: `{command}`\n- Scale {scale}, training seeds {seeds}\n- Versions: {packages}"
     parts = [f"# {study.title}", facts, *(table.markdown() for table in _tables(study, scores))]
+    if open_points := left_open(study):
+        parts += ["## What the paper leaves open", "\n".join(f"- {point}" for point in open_points)]
     return "\n\n".join(parts) + "\n"
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from qadtr_brevitas.reproduce.study.scores import UNSEEN_MEAN
-from qadtr_brevitas.reproduce.study.summary import write_study
+from qadtr_brevitas.reproduce.study.summary import left_open, write_study
 from tests.reproduce.study.support import plan_study, run, write_study_file
 from tests.reproduce.study.test_plan import KINDS, PROTOCOL
 
@@ -37,6 +37,8 @@ def test_a_whole_study_writes_its_scores(tmp_path: Path) -> None:
         "evaluation": "main",
         "precision": "4",
     }
+    assert left_open(study) == ()
+    assert len(left_open(study.model_copy(update={"paper": "table11"}))) > 0
     figures = (tmp_path / "out" / "figures.csv").read_text().splitlines()
     assert figures[0].startswith("model,label,evaluation,seed,precision,what,threat,made_on,made_at")
     rows = list(csv.DictReader(figures))

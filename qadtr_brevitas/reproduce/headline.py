@@ -1,0 +1,230 @@
+"""The first message of a report: how well each model resists, at which bit-width, at what price, and how sure that is.
+
+Everything else that a report says is detail.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from qadtr_brevitas.auditing.finding import AuditReport, PrecisionAudit
+from qadtr_brevitas.core.table import Table
+from qadtr_brevitas.evaluation.report import EvaluationReport, Rate
+from qadtr_brevitas.evaluation.report.layout import EMPTY, bits, percent
+from qadtr_brevitas.evaluation.report.schema import AttackCell, CertifiedCell, WorstCase
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+# More lines are no longer seen at a glance: each model is then shown at the precision where it resists best.
+_MOST_LINES = 12
+_NOT_AUDITED = "not audited"
+
+
+@dataclass(frozen=True)
+class Headline:
+    """What a report says, in a few sentences and a small table.
+
+    Args:
+        sentences: the sentences.
+        table: the figures behind them.
+    """
+
+    sentences: tuple[str, ...]
+    table: Table
+
+    def rich(self) -> RenderableType:
+        """Return the sentences and the table for a rich console."""
+        from rich.console import Group
+        from rich.text import Text
+
+        return Group(*map(Text, self.sentences), Text(), self.table.rich())
+
+    def markdown(self) -> str:
+        """Return the sentences and the table as GitHub-flavored Markdown."""
+        return "\n\n".join(["\n".join(self.sentences), self.table.markdown()])
+
+
+@dataclass(frozen=True)
+class _Line:
+    """What is known of one model at one precision; `robust` is a share of all images, `highest` of those attacked."""
+
+    model: str
+    precision: str
+    clean: Rate
+    robust: WorstCase | None
+    highest: AttackCell | None
+    certified: CertifiedCell | None
+    audit: PrecisionAudit | None
+
+    @property
+    def resists(self) -> float:
+        """By how much one line is better than another."""
+        if self.robust is not None:
+            return self.robust.robust_accuracy.value or 0.0
+        if self.certified is not None:
+            return self.certified.certified_accuracy.value or 0.0
+        return self.clean.value or 0.0
+
+
+def headline(report: EvaluationReport, audits: Iterable[AuditReport] = ()) -> Headline | None:
+    """Return the first message of an evaluation; None for one without any figure.
+
+    Args:
+        report: the evaluation.
+        audits: audits of its models.
+    """
+    lines = _lines(report, {audit.fingerprint: audit for audit in audits})
+    if not lines:
+        return None
+    best = max(lines, key=lambda line: line.resists)
+    sentences = [_resists(best, report), _price(best, lines), _trust(lines)]
+    return Headline(tuple(filter(None, sentences)), _table(lines, report))
+
+
+def _lines(report: EvaluationReport, audits: dict[str | None, AuditReport]) -> list[_Line]:
+    names = {model.name: model.fingerprint for model in report.models}
+    return [
+        _Line(
+            cell.model,
+            cell.precision,
+            cell.accuracy,
+            # With what was transferred: nobody has to attack a network through itself.
+            next((c for c in report.worst_case if _is(c, cell) and c.scope == "all"), None),
+            max((c for c in _attacks(report) if _is(c, cell)), key=lambda c: c.asr.value or 0.0, default=None),
+            min((c for c in report.certified if _is(c, cell)), key=_certified_share, default=None),
+            _audit(audits.get(names.get(cell.model)), cell.precision),
+        )
+        for cell in report.clean
+    ]
+
+
+def _is(found: WorstCase | AttackCell | CertifiedCell, cell: object) -> bool:
+    return (found.model, found.precision) == (getattr(cell, "model", None), getattr(cell, "precision", None))
+
+
+def _attacks(report: EvaluationReport) -> list[AttackCell]:
+    """Return the cells of attacks: what was moved or turned, and patches of noise, tells nothing of the worst."""
+    others = {patch.name for patch in report.patches if patch.control or patch.variant}
+    return [cell for cell in report.cells if cell.attack not in others and cell.asr.n]
+
+
+def _certified_share(cell: CertifiedCell) -> float:
+    return cell.certified_accuracy.value or 0.0
+
+
+def _audit(audit: AuditReport | None, precision: str) -> PrecisionAudit | None:
+    return None if audit is None else next((p for p in audit.precisions if p.precision == precision), None)
+
+
+def _resists(best: _Line, report: EvaluationReport) -> str:
+    where = f"{best.model} at {bits(best.precision)}"
+    n = report.data.images
+    if best.robust is None:
+        proved = _proved(best)
+        return f"{where} is right on {percent(best.clean)} % of {n} test images; no attack was made." + proved
+    count = best.robust.attacks
+    under = "under the attack" if count == 1 else f"under all {count} attacks together"
+    several = len(report.models) > 1 or len(report.clean) > 1
+    kept = percent(best.robust.robust_accuracy)
+    return (
+        f"{where} resists{' best' if several else ''}: it is right on {percent(best.clean)} % of {n} test images, and "
+        f"still on {kept} % {under}." + _proved(best)
+    )
+
+
+def _proved(best: _Line) -> str:
+    if best.certified is None:
+        return ""
+    size = best.certified.label.partition(",")[0]
+    return f" Proved: on {percent(best.certified.certified_accuracy)} % no patch of {size} can change the answer."
+
+
+def _price(best: _Line, lines: Sequence[_Line]) -> str:
+    """Return what the best line costs in accuracy beside the most accurate one."""
+    top = max(lines, key=lambda line: line.clean.value or 0.0)
+    lost = 100 * ((top.clean.value or 0.0) - (best.clean.value or 0.0))
+    if len(lines) == 1:
+        return ""
+    if top is best or round(lost, 1) <= 0:
+        return "Price: none here; nothing else is more accurate without an attack."
+    return (
+        f"Price: {lost:.1f} points of accuracy without an attack, beside {top.model} at {bits(top.precision)} "
+        f"({percent(top.clean)} %)."
+    )
+
+
+def _trust(lines: Sequence[_Line]) -> str:
+    """Return whether the figures can be taken as they are."""
+    attacked = [line for line in lines if line.robust is not None or line.audit is not None]
+    if not attacked:
+        return ""
+    words = {_audit_word(line.audit) for line in attacked}
+    if words == {_NOT_AUDITED}:
+        return "Trust: not audited, so a low success rate may be an attack that failed. Add --audit."
+    incomplete = [line for line in attacked if _is_incomplete(line.audit)]
+    if incomplete:
+        part, where = incomplete[0].audit, f"{incomplete[0].model} at {bits(incomplete[0].precision)}"
+        assert part is not None
+        skipped, right = _count(part, "skipped"), part.clean_accuracy
+        return (
+            f"Trust: AUDIT INCOMPLETE. {skipped} of {len(part.findings)} checks measured nothing: {where} is right on "
+            f"{right.count} of the {right.n} audited images. Give more: --audit-images 200."
+        )
+    warned = [(line, line.audit.warnings) for line in attacked if line.audit is not None and line.audit.warnings]
+    if warned:
+        line, findings = warned[0]
+        more = sum(len(found) for _, found in warned) - 1
+        others = f" (and {more} more)" if more else ""
+        return (
+            f"Trust: not yet. Audit {findings[0].id} of {line.model} at {bits(line.precision)}: "
+            f"{findings[0].meaning}{others}"
+        )
+    if _NOT_AUDITED in words:
+        return "Trust: the audit warns of nothing, but not everything was audited."
+    return "Trust: the audit warns of nothing."
+
+
+def _audit_word(part: PrecisionAudit | None) -> str:
+    if part is None:
+        return _NOT_AUDITED
+    if _is_incomplete(part):
+        return "incomplete"
+    return " ".join(finding.id for finding in part.warnings) or "no warning"
+
+
+def _is_incomplete(part: PrecisionAudit | None) -> bool:
+    """Whether most checks measured nothing, so that the absence of warnings says nothing."""
+    return part is not None and 2 * _count(part, "skipped") > len(part.findings)
+
+
+def _count(part: PrecisionAudit, status: str) -> int:
+    return sum(finding.status == status for finding in part.findings)
+
+
+def _table(lines: Sequence[_Line], report: EvaluationReport) -> Table:
+    notes = ["In percent of the test images; the highest ASR, of those that are right without the attack."]
+    if len(lines) > _MOST_LINES:
+        models = dict.fromkeys(line.model for line in lines)
+        own = [[line for line in lines if line.model == model] for model in models]
+        lines = [max(found, key=lambda line: line.resists) for found in own]
+        notes.append("Each model at the bit-width where it resists best.")
+    facts = report.attack_facts()
+    columns: dict[str, list[str]] = {
+        "model": [line.model for line in lines],
+        "at": [bits(line.precision) for line in lines],
+        "right": [percent(line.clean) for line in lines],
+        "under attack": [percent(line.robust.robust_accuracy) if line.robust else EMPTY for line in lines],
+        "highest ASR": [percent(line.highest.asr) if line.highest else EMPTY for line in lines],
+        "by": [facts[line.highest.attack].attack if line.highest else EMPTY for line in lines],
+        "proved": [percent(line.certified.certified_accuracy) if line.certified else EMPTY for line in lines],
+        "audit": [_audit_word(line.audit) for line in lines],
+    }
+    optional = ("under attack", "highest ASR", "by", "proved")
+    shown = {name: cells for name, cells in columns.items() if name not in optional or set(cells) != {EMPTY}}
+    if "under attack" not in shown and set(shown["audit"]) == {_NOT_AUDITED}:
+        del shown["audit"]
+    rows = tuple(zip(*shown.values(), strict=True))
+    return Table("In short", tuple(shown), rows, tuple(notes), labels=2)

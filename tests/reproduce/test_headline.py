@@ -1,0 +1,110 @@
+"""The first message of a report."""
+
+from __future__ import annotations
+
+from io import StringIO
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from qadtr_brevitas.auditing.finding import AuditReport, Finding, PrecisionAudit
+from qadtr_brevitas.evaluation.metrics import Proportion
+from qadtr_brevitas.evaluation.report import EvaluationReport, Rate
+from qadtr_brevitas.reproduce.headline import headline
+from tests.reproduce.page.support import make_report
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> EvaluationReport:
+    """Return a report of `a`, fooled at 8 and 4 bit, and `b`, fooled at 4 bit only."""
+    return make_report(tmp_path_factory.mktemp("report"))
+
+
+def audit(name: str, *statuses: str) -> AuditReport:
+    findings = tuple(
+        Finding(id=f"G{number}", title="x", status=status, meaning="gradients are masked.")  # pyright: ignore
+        for number, status in enumerate(statuses, 1)
+    )
+    rate = Rate.of(Proportion(3, 10))
+    parts = tuple(
+        PrecisionAudit(
+            precision=bits,
+            clean_accuracy=rate,
+            asr=rate,
+            worst_case=rate,
+            side=2,
+            resolution=0.1,
+            passes={},
+            findings=findings,
+        )
+        for bits in ("8", "4")
+    )
+    return AuditReport(
+        model=name, fingerprint=f"{name}-weights", profile="quick", settings={}, seed=0, images=10, precisions=parts
+    )
+
+
+def test_it_says_what_resists_best_at_which_precision_and_price(report: EvaluationReport) -> None:
+    first = headline(report)
+    assert first is not None
+    resists, price, trust = first.sentences
+    assert "b at 8 bit resists best" in resists
+    assert "right on 100.0 % of 40 test images, and still on 100.0 % under all 4 attacks" in resists
+    assert "none" in price
+    assert "not audited" in trust
+    rows = {row[:2]: row[2:] for row in first.table.rows if row}
+    assert list(rows) == [("a", "8 bit"), ("a", "4 bit"), ("b", "8 bit"), ("b", "4 bit")]
+    # Of 40 images the 10 of the target class cannot be turned into it.
+    assert rows["b", "8 bit"] == ("100.0", "100.0", "0.0", "lavan", "not audited")
+    assert rows["a", "8 bit"] == ("100.0", "25.0", "100.0", "lavan", "not audited")
+
+
+@pytest.mark.parametrize(
+    ("statuses", "word", "cell"),
+    [
+        (["pass", "pass", "skipped"], "warns of nothing", "no warning"),
+        (["pass", "WARN", "skipped"], "not yet. Audit G2", "G2"),
+        (["pass", "skipped", "skipped"], "AUDIT INCOMPLETE. 2 of 3 checks", "incomplete"),
+    ],
+)
+def test_whether_the_figures_can_be_trusted(
+    report: EvaluationReport, statuses: list[str], word: str, cell: str
+) -> None:
+    first = headline(report, [audit("a", *statuses), audit("b", *statuses)])
+    assert first is not None
+    assert word in first.sentences[-1]
+    assert {row[-1] for row in first.table.rows if row} == {cell}
+    one = headline(report, [audit("a", "pass")])
+    assert one is not None
+    assert "not everything was audited" in one.sentences[-1]
+
+
+def test_without_attacks_it_is_about_accuracy(report: EvaluationReport) -> None:
+    clean = report.model_copy(update={"cells": (), "worst_case": ()})
+    first = headline(clean)
+    assert first is not None
+    assert "no attack was made" in first.sentences[0]
+    assert first.table.header == ("model", "at", "right")
+    assert headline(clean.model_copy(update={"clean": ()})) is None
+
+
+def test_of_many_models_each_has_one_line(tmp_path: Path) -> None:
+    names = tuple("abcdefg")
+    first = headline(make_report(tmp_path, names=names))
+    assert first is not None
+    assert [row[0] for row in first.table.rows if row] == list(names)
+    assert any("resists best" in note for note in first.table.notes)
+
+
+def test_nothing_breaks_in_a_narrow_terminal(report: EvaluationReport) -> None:
+    first = headline(report, [audit("a", "pass"), audit("b", "WARN")])
+    assert first is not None
+    text = StringIO()
+    Console(file=text, width=80).print(first.rich())
+    lines = text.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    words = text.getvalue().split()
+    for name in ("highest", "ASR", "lavan", "100.0"):
+        assert name in words
+    assert "| a | 8 bit |" in first.markdown()
