@@ -12,6 +12,7 @@ from qadtr_brevitas.auditing.tables import audit_tables
 from qadtr_brevitas.evaluation.report import EvaluationReport
 from qadtr_brevitas.evaluation.report.summaries import tables, terminal_tables
 from qadtr_brevitas.evaluation.report.views import attacked_precisions, families
+from qadtr_brevitas.pipeline.directories import EVALUATION_FOLDER
 from qadtr_brevitas.reproduce.headline import Headline, headline
 from qadtr_brevitas.reproduce.page.audit_warnings import audit_warnings
 from qadtr_brevitas.reproduce.page.blocks import Page, PageBlock, PageImage, PageSection
@@ -130,8 +131,11 @@ def _comparison_block(
 
 
 def _report_section(report: ReportInput) -> PageSection:
+    folder = report.folder.resolve()
+    # An evaluation lies in the folder of its model, unless another one was chosen.
+    name = folder.parent.name if folder.name == EVALUATION_FOLDER else folder.name
     return PageSection(
-        f"Evaluation {report.folder.name}",
+        f"Evaluation {name}",
         report_provenance(report.report),
         (*_report_tables(report.report, [report]), *_report_pictures(report)),
         recipes=read_recipes([report.report]),

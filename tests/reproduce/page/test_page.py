@@ -86,13 +86,13 @@ def test_every_table_and_picture_shows_how_it_was_made(page: str) -> None:
 
 @pytest.mark.slow
 def test_the_page_contains_the_recipes_of_runs(tmp_path: Path) -> None:
-    make_report(tmp_path, names=("a", "b"))
     run = tmp_path / "run"
-    run.mkdir()
+    make_report(run / "evaluation", names=("a", "b"))
     (run / "recipe.yaml").write_text("seed: 0  # <mine>\n")
-    file = tmp_path / "report.json"
+    file = run / "evaluation" / "report.json"
     file.write_text(file.read_text().replace("runs/a", str(run)))
-    page = html(build_page(read_inputs([tmp_path]), title="Results"))
+    page = html(build_page(read_inputs([run / "evaluation"]), title="Results"))
+    assert "<h2>Evaluation run</h2>" in page
     assert "Recipe of a</summary><pre>seed: 0  # &lt;mine&gt;" in page
     assert f"a: {run / 'recipe.yaml'} (toy), b: a recipe (toy)" in page
 
