@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from qadtr_brevitas.api.evaluation import EvaluationResult as EvaluationResult
     from qadtr_brevitas.api.evaluation import evaluate as evaluate
     from qadtr_brevitas.api.exporting import export as export
+    from qadtr_brevitas.api.hub import from_pretrained as from_pretrained
+    from qadtr_brevitas.api.hub import push as push
     from qadtr_brevitas.api.models import convert as convert
     from qadtr_brevitas.api.models import load as load
     from qadtr_brevitas.api.models import save as save
@@ -49,6 +51,8 @@ _HOMES = {
     "EvaluationResult": "api.evaluation",
     "evaluate": "api.evaluation",
     "export": "api.exporting",
+    "from_pretrained": "api.hub",
+    "push": "api.hub",
     "convert": "api.models",
     "load": "api.models",
     "save": "api.models",

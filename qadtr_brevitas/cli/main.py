@@ -29,6 +29,7 @@ COMMANDS = {
     "report": ("qadtr_brevitas.cli.report", "Show results as one HTML page, beside the paper's."),
     "study": ("qadtr_brevitas.cli.study", "Carry out a whole comparison: train, attack, evaluate, report."),
     "export": ("qadtr_brevitas.cli.export", "Write a model for FPGA and edge tools, proved equal."),
+    "push": ("qadtr_brevitas.cli.push", "Upload a model to the Hugging Face Hub, with a model card."),
     "recipes": ("qadtr_brevitas.cli.recipes", "List, show, copy and check recipes."),
     "list": ("qadtr_brevitas.cli.list", "List models, attacks, data sets and other names."),
     "info": ("qadtr_brevitas.cli.info", "Say what a model, run, patch or report is."),
