@@ -11,7 +11,7 @@ from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.core.precision import Precision, PrecisionLike
 from qadtr_brevitas.core.progress import Progress
 from qadtr_brevitas.data.batches import Loader
-from qadtr_brevitas.exporting import ExportReport, find_format
+from qadtr_brevitas.exporting import Batch, ExportReport, find_format
 from qadtr_brevitas.exporting import export as export_loaded
 from qadtr_brevitas.pipeline.directories import check_export_output
 
@@ -25,6 +25,8 @@ def export(
     loader: Loader | None = None,
     patches: Sequence[PatchLike] | Mapping[str, Patch] = (),
     images: int | None = 100,
+    batch: Batch = 1,
+    baseline: bool = False,
     overwrite: bool = False,
     seed: int = 0,
     progress: Progress | None = None,
@@ -39,6 +41,8 @@ def export(
         loader: labeled images to compare on; None to leave the file unverified (`agreement` of the report is None).
         patches: patches or patch files whose success is compared, too.
         images: at most this many images, drawn class-balanced; None for all.
+        batch: how many images the file takes at once, or "dynamic"; one for compilers of FPGAs.
+        baseline: write the float network beside it, as float.onnx.
         overwrite: replace an export that is there, and nothing else.
         seed: of places and the draw of images.
         progress: called after each part of the comparison.
@@ -56,5 +60,15 @@ def export(
         split = None if loader is None else as_split(loader, loaded, images=images, seed=seed)
         named = [(entry.name, entry.patch) for entry in as_named_patches(patches)]
         return export_loaded(
-            loaded, wanted, form, output, split=split, patches=named, seed=seed, command="", progress=progress
+            loaded,
+            wanted,
+            form,
+            output,
+            split=split,
+            patches=named,
+            batch=batch,
+            baseline=baseline,
+            seed=seed,
+            command="",
+            progress=progress,
         )

@@ -46,7 +46,7 @@ def _summary(report: ConversionReport) -> list[str]:
     return [
         "",
         f"quantized: {percent(report.quantized_share, 1)} of the parameters, {macs} of one image",
-        f"weights: {sizes}",
+        f"weights: {sizes} (each at its own bits, with statistics and scales; an ONNX file may keep more)",
         *(["not quantized:"] if kept else []),
         *(f"{count:5} x {note}" for note, count in reasons.most_common()),
         *([f"{idle:5} x {', '.join(_IDLE)}: pass values through, not listed"] if idle else []),

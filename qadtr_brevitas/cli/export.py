@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import floor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,13 +16,13 @@ from qadtr_brevitas.cli.common import (
     examples,
     load_split,
     output_options,
-    progress,
     say,
     seed_option,
     threads_option,
     was_given,
 )
 from qadtr_brevitas.cli.export_tables import export_tables
+from qadtr_brevitas.cli.phases import phases
 from qadtr_brevitas.cli.start import check_data, check_models, load_libraries
 from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.core.precision import Precision
@@ -30,6 +31,7 @@ from qadtr_brevitas.pipeline.directories import check_export_output, name_of_mod
 
 if TYPE_CHECKING:
     from qadtr_brevitas.attacks.patch import Patch
+    from qadtr_brevitas.data.base import Dataset
     from qadtr_brevitas.exporting import ExportReport
 
 
@@ -53,6 +55,8 @@ class _ExportOptions:
     board: str
     fps: int
     part: str
+    batch: str
+    baseline: bool
     data: str | None
     seed: int
 
@@ -108,6 +112,10 @@ class _ExportOptions:
     show_default=True,
     help="Largest difference of the median image's logits, in shares of the largest logit.",
 )
+@click.option(
+    "--batch", default="1", show_default=True, metavar="N|dynamic", help="How many images the file takes at once."
+)
+@click.option("--baseline", is_flag=True, help="Write the float network beside it, as float.onnx.")
 @click.option("--estimate", is_flag=True, help="finn: show look-up tables, memory, multipliers and images per second.")
 @click.option("--board", default="Pynq-Z1", show_default=True, help="finn: board to build for.")
 @click.option(
@@ -124,7 +132,8 @@ def command(**options: Any) -> None:
     qonnx holds any bit-widths, as Brevitas writes them; qcdq is standard ONNX, up to 8 bit, and ort the same with
     BatchNorms merged, which onnxruntime runs in integers (below 8 bit the biases that it rounds often move too much).
     finn and hls4ml are folders to build with these FPGA compilers, for models made by `convert --target`. The file is
-    executed on test images and under the model's patches; one that computes something else is not kept.
+    executed on test images and under the model's patches; one that computes something else than rounding explains is
+    not kept. Beside it lie labels, preprocessing, test vectors, and run.py, which runs it without PyTorch.
     """
     given = _ExportOptions(**options)
     _check_unverified(given)
@@ -134,11 +143,12 @@ def command(**options: Any) -> None:
     load_libraries()
 
     from qadtr_brevitas.evaluation.entries import load_models
-    from qadtr_brevitas.exporting import BuildTarget, check_build_options, export, find_format
+    from qadtr_brevitas.exporting import BuildTarget, check_build_options, export, find_format, parse_batch
     from qadtr_brevitas.pipeline.datasets import find_dataset
     from qadtr_brevitas.quant import precisions_or_all
 
     form, build = find_format(given.form), BuildTarget(board=given.board, fps=given.fps, part=given.part)
+    batch = parse_batch(given.batch)
     check_build_options([name for name in _BUILD if was_given(name)], build, form.compiler, form.name)
     dataset = find_dataset([given.model_dir], given.data, report=say) if given.verify else None
     (loaded,) = load_models([given.model_dir])
@@ -150,7 +160,7 @@ def command(**options: Any) -> None:
         loaded.check_data(split, data=given.data or "of the model")
     reports: list[ExportReport] = []
     for wanted, output in outputs.items():
-        with progress(f"verifying {wanted}") as report_progress:
+        with phases(f"exporting {wanted}") as report_progress:
             report = export(
                 loaded,
                 wanted,
@@ -159,6 +169,9 @@ def command(**options: Any) -> None:
                 split=split,
                 patches=_patches(given, wanted) if given.verify else [],
                 tolerance=given.tolerance,
+                batch=batch,
+                baseline=given.baseline,
+                resize=_resize(dataset),
                 build=build,
                 with_estimate=given.estimate,
                 seed=given.seed,
@@ -166,13 +179,19 @@ def command(**options: Any) -> None:
                 progress=report_progress,
             )
         reports.append(report)
-        say(f"wrote {output}; the network is {output / 'model.onnx'}")
+        say(f"wrote {output}; the network is {output / 'model.onnx'}; next: python {output / 'run.py'} --check")
     if form.compiler is not None and not given.estimate:
         say(f"not checked with {form.compiler.name} itself: build the folder as its README.md says")
     found = [
         report.to_dict() | {"output": str(output)} for report, output in zip(reports, outputs.values(), strict=True)
     ]
     emit(found[0] if len(found) == 1 else found, export_tables(reports))
+
+
+def _resize(dataset: Dataset | None) -> int | None:
+    """Return to how many pixels a data set resizes the shorter side of pictures; None if it does not."""
+    size, crop = getattr(dataset, "image_size", None), getattr(dataset, "crop", None)
+    return floor(size / (crop or 1.0)) if size and hasattr(dataset, "root") else None
 
 
 def _check_unverified(given: _ExportOptions) -> None:

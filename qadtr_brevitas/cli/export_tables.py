@@ -30,7 +30,9 @@ def export_tables(reports: Sequence[ExportReport]) -> RenderableType:
 def _parts(report: ExportReport) -> Iterator[RenderableType]:
     from rich.text import Text
 
-    size = f"{report.format} at {report.precision}: {report.bytes / 1e6:.3g} MB"
+    size = (
+        f"{report.format} at {report.precision}: {report.bytes / 1e6:.3g} MB, weights {_weights(report)} at their bits"
+    )
     yield Text(size if report.agreement else f"{size}, not verified")
     if report.integers is not None:
         yield Text(_integers(report.integers))
@@ -55,14 +57,18 @@ def _integers(found: IntegerLayers) -> str:
 def _agreement(report: ExportReport) -> Table:
     found = report.agreement
     assert found is not None
+    baseline = report.baseline
     rows = [
         ("accuracy (%)", f"{100 * found.accuracy:.1f}", f"{100 * found.exported_accuracy:.1f}"),
+        *([("accuracy in float (%)", "", f"{100 * baseline:.1f}")] if baseline is not None else []),
         *((f"ASR of {p.name} (%)", f"{100 * p.asr:.1f}", f"{100 * p.exported_asr:.1f}") for p in found.patches),
     ]
     notes = [
+        found.sentence(),
         f"{found.images} test images, the same class for {found.same_class:.1%}. Largest difference of two logits: "
-        f"{found.median_difference:.2g} in the median image, {found.max_difference:.2g} in any; the largest logit is "
-        f"{found.largest_logit:.3g}."
+        f"{found.median_difference:.2g} in the median image, {found.max_difference:.2g} in any (the network with sums "
+        f"rounded otherwise: {found.own_median:.2g} and {found.own_difference:.2g}); the largest logit is "
+        f"{found.largest_logit:.3g}.",
     ]
     if (ties := report.ties) is not None:
         notes.append(
@@ -91,7 +97,7 @@ def _costs(report: ExportReport) -> Table:
 
 def _side_by_side(reports: Sequence[ExportReport]) -> Table:
     costs = any(report.estimate is not None for report in reports)
-    header = ("precision", "accuracy (%)", "mean ASR (%)", "MB")
+    header = ("precision", "accuracy (%)", "mean ASR (%)", "weights (MB)", "file (MB)")
     header = (*header, *(name for _, name in _RESOURCES), "images/s") if costs else header
     return Table("Precisions side by side", header, tuple(_row(report, costs=costs) for report in reports), ())
 
@@ -101,7 +107,11 @@ def _row(report: ExportReport, *, costs: bool) -> tuple[str, ...]:
     patches = () if agreement is None else agreement.patches
     asr = f"{100 * sum(p.exported_asr for p in patches) / len(patches):.1f}" if patches else "-"
     accuracy = "-" if agreement is None else f"{100 * agreement.exported_accuracy:.1f}"
-    row = (report.precision, accuracy, asr, f"{report.bytes / 1e6:.3g}")
+    row = (report.precision, accuracy, asr, _weights(report).removesuffix(" MB"), f"{report.bytes / 1e6:.3g}")
     if not costs or estimate is None:
         return row
     return (*row, *(f"{estimate.total(key):g}" for key, _ in _RESOURCES), f"{estimate.fps:.0f}")
+
+
+def _weights(report: ExportReport) -> str:
+    return f"{report.weight_bytes / 1e6:.3g} MB"

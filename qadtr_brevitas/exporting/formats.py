@@ -18,7 +18,7 @@ from qadtr_brevitas.quant.feature_clip import feature_clips
 from qadtr_brevitas.quant.switchable_quant import SwitchableDynamicQuant, SwitchableQuant
 
 Classifier: TypeAlias = Callable[[Tensor], Tensor]
-"""Images (N, 3, H, W) in [0, 1] to logits (N, classes)."""
+"""Images (N, C, H, W) in [0, 1] to logits (N, classes)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,12 +29,15 @@ class Format:
         name: the registered name.
         help: what it is for, in one line.
         max_bits: the most bits a weight or activation may have.
-        write: writes the frozen model, traced on one image (1, 3, H, W), to a file.
+        write: writes the frozen model, traced on images (N, C, H, W), to a file that takes N images at once.
+        write_dynamic: writes it likewise so that the file takes any number of images; None for formats of fixed sizes.
         load: returns what a file computes.
         takes_bytes: the file takes pixels as bytes, so images are rounded to these before anything is compared.
         target: registered name of the target that networks are best converted for; None if that does not matter.
         compiler: the FPGA compiler that it is for, whose files are written beside the model; None for none.
+        exact: the file computes what the network computes, but for the order of additions.
         remedy: what to do where a file computes something else, a sentence.
+        runtimes: what runs the file, for people who are handed it.
         count_integers: tells which layers of a file are computed in integers; None for formats that need no telling.
         packages: optional packages that writing and loading need.
     """
@@ -44,10 +47,13 @@ class Format:
     max_bits: int
     write: Callable[[nn.Module, Tensor, Path], None]
     load: Callable[[Path], Classifier]
+    write_dynamic: Callable[[nn.Module, Tensor, Path], None] | None = None
     takes_bytes: bool = False
     target: str | None = None
     compiler: Compiler | None = None
+    exact: bool = True
     remedy: str = ""
+    runtimes: str = "the tool it is for"
     count_integers: Callable[[Path], IntegerLayers] | None = None
     packages: tuple[str, ...] = ("onnx", "qonnx")
 

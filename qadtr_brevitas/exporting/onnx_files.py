@@ -6,6 +6,7 @@ import copy
 import warnings
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -20,20 +21,25 @@ from qadtr_brevitas.exporting.formats import Classifier, Format
 from qadtr_brevitas.exporting.fuse import fuse
 from qadtr_brevitas.exporting.graph import library
 from qadtr_brevitas.exporting.integers import integer_layers
+from qadtr_brevitas.exporting.narrow import narrow_weights
 from qadtr_brevitas.exporting.rewrite import rewrite
 from qadtr_brevitas.exporting.rules import problems
 from qadtr_brevitas.exporting.shortcuts import replace_shortcuts
 
+INPUT, OUTPUT = "images", "logits"
 # The newest IR that the onnxruntime of the same time reads, whichever onnx wrote the file.
 _IR_VERSION = 10
 # Reduces to the operators that every compiler here knows.
 _OPSET = 17
 
 
-def _write_qonnx(frozen: nn.Module, image: Tensor, path: Path) -> None:
+def _write_qonnx(frozen: nn.Module, images: Tensor, path: Path) -> None:
     """QONNX as Brevitas exports it, with the graph cleaned by qonnx."""
     with _exporting():
-        _save(_cleaned(_export_qonnx(frozen, image, path)), path)
+        model = _cleaned(_export_qonnx(frozen, images, path))
+        for old, new in ((model.graph.input[0].name, INPUT), (model.graph.output[0].name, OUTPUT)):
+            model.rename_tensor(old, new)
+        _save(model, path)
 
 
 def writer_for(compiler: Compiler) -> Callable[[nn.Module, Tensor, Path], None]:
@@ -92,33 +98,59 @@ def _cleaned(model: Any) -> Any:
 
 
 def _save(model: Any, path: Path) -> None:
-    model.model.ir_version = min(model.model.ir_version, _IR_VERSION)
-    model.save(str(path))
+    _save_onnx(model.model, path)
 
 
-def _write_qcdq(frozen: nn.Module, image: Tensor, path: Path) -> None:
-    """Write standard ONNX: QuantizeLinear, Clip and DequantizeLinear."""
-    onnx = library("onnx")
-    with _exporting():
-        library("brevitas.export").export_onnx_qcdq(frozen, args=image, export_path=str(path), **_tracing())
-    written = fold_constants(onnx.load(str(path)), keep=("DequantizeLinear",))
-    written.ir_version = min(written.ir_version, _IR_VERSION)
-    onnx.save(written, str(path))
+def _save_onnx(model: Any, path: Path) -> None:
+    model.ir_version = min(model.ir_version, _IR_VERSION)
+    library("onnx").save(model, str(path))
 
 
-def _write_fused(frozen: nn.Module, image: Tensor, path: Path) -> None:
+def _write_qcdq(frozen: nn.Module, images: Tensor, path: Path, *, dynamic: bool = False) -> None:
+    """Write standard ONNX: QuantizeLinear, Clip and DequantizeLinear, with weights of up to 4 bit as int4."""
+    _save_onnx(narrow_weights(_qcdq(frozen, images, path, dynamic=dynamic)), path)
+
+
+def _write_fused(frozen: nn.Module, images: Tensor, path: Path, *, dynamic: bool = False) -> None:
     """Write standard ONNX as onnxruntime computes it in integers."""
     frozen = copy.deepcopy(frozen)
-    replace_shortcuts(frozen, image)
-    _write_qcdq(frozen, image, path)
-    model = library("qonnx.core.modelwrapper").ModelWrapper(str(path))
+    replace_shortcuts(frozen, images[:1])
+    model = library("qonnx.core.modelwrapper").ModelWrapper(_qcdq(frozen, images, path, dynamic=dynamic))
     fuse(model)
     _save(model, path)
 
 
-def _tracing() -> dict[str, Any]:
+def _qcdq(frozen: nn.Module, images: Tensor, path: Path, *, dynamic: bool) -> Any:
+    with _exporting():
+        tracing = _tracing(dynamic=dynamic)
+        library("brevitas.export").export_onnx_qcdq(frozen, args=images, export_path=str(path), **tracing)
+    return fold_constants(library("onnx").load(str(path)), keep=("DequantizeLinear",))
+
+
+def write_float(network: nn.Module, images: Tensor, path: Path, *, dynamic: bool = False) -> None:
+    """Write a float network as standard ONNX.
+
+    Args:
+        network: images (N, C, H, W) in [0, 1] to logits.
+        images: of which the file takes so many at once.
+        path: the file.
+        dynamic: whether it takes any number of images.
+    """
+    with _exporting():
+        torch.onnx.export(network, (images,), str(path), **_tracing(dynamic=dynamic))
+    _save_onnx(fold_constants(library("onnx").load(str(path))), path)
+
+
+def _tracing(*, dynamic: bool = False) -> dict[str, Any]:
     # The TorchScript exporter writes one file, in the form in which FPGA compilers know pools and Flatten.
-    return {"dynamo": False, "opset_version": _OPSET, "keep_initializers_as_inputs": False, "input_names": ["images"]}
+    return {
+        "dynamo": False,
+        "opset_version": _OPSET,
+        "keep_initializers_as_inputs": False,
+        "input_names": [INPUT],
+        "output_names": [OUTPUT],
+        "dynamic_axes": {INPUT: {0: "batch"}, OUTPUT: {0: "batch"}} if dynamic else None,
+    }
 
 
 @contextmanager
@@ -129,7 +161,8 @@ def _exporting() -> Generator[None]:
         yield
 
 
-def _load_onnxruntime(path: Path) -> Classifier:
+def load_onnxruntime(path: Path) -> Classifier:
+    """Return what a file computes, without the optimizations of onnxruntime."""
     # Fused kernels accumulate in another order; here the file itself is on trial.
     return _load_session(path, "ORT_DISABLE_ALL")
 
@@ -145,8 +178,8 @@ def _load_session(path: Path, level: str) -> Classifier:
     options.graph_optimization_level = getattr(runtime.GraphOptimizationLevel, level)
     options.intra_op_num_threads = torch.get_num_threads()
     session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    name = session.get_inputs()[0].name
-    return _one_by_one(lambda image: session.run(None, {name: image})[0])
+    given = session.get_inputs()[0]
+    return _in_batches(lambda images: session.run(None, {given.name: images})[0], given.shape[0])
 
 
 def load_qonnx(path: Path) -> Classifier:
@@ -159,7 +192,7 @@ def load_qonnx(path: Path) -> Classifier:
     def run(model: Any, images: Any) -> Any:
         return executor.execute_onnx(model, {given: images})[wanted]
 
-    one_by_one = _one_by_one(lambda image: run(model, image))
+    in_batches = _in_batches(lambda images: run(model, images), model.get_tensor_shape(given)[0])
 
     def classify(images: Tensor) -> Tensor:
         many = wrapper.ModelWrapper(str(path))
@@ -170,18 +203,29 @@ def load_qonnx(path: Path) -> Classifier:
         try:
             logits = torch.from_numpy(run(many.transform(infer_shapes.InferShapes()), images.cpu().numpy()))
         except Exception:  # whatever a graph that was traced for one image stumbles over
-            return one_by_one(images)
-        return logits if len(logits) == len(images) else one_by_one(images)
+            return in_batches(images)
+        return logits if len(logits) == len(images) else in_batches(images)
 
     return classify
 
 
-def _one_by_one(run: Callable[[Any], Any]) -> Classifier:
-    """Return a classifier that gives a file one image at a time, as it was traced."""
+def _in_batches(run: Callable[[Any], Any], size: int | str) -> Classifier:
+    """Return a classifier that gives a file as many images at a time as it takes.
+
+    Args:
+        run: computes logits (n, classes) of images (n, C, H, W), arrays.
+        size: how many images it takes at once; a name where it takes any number.
+    """
 
     def classify(images: Tensor) -> Tensor:
-        arrays = (image.numpy() for image in images.cpu().split(1))
-        return torch.cat([torch.from_numpy(run(array)) for array in arrays])
+        if isinstance(size, str):
+            # One alone and the others together: a file that mixes images gives them other logits.
+            parts = images.cpu().tensor_split([1])
+            return torch.cat([torch.from_numpy(run(part.numpy())) for part in parts if len(part)])
+        batches = images.cpu().split(size)
+        # The last batch is filled up.
+        full = (torch.cat([batch, batch[-1:].expand(size - len(batch), -1, -1, -1)]) for batch in batches)
+        return torch.cat([torch.from_numpy(run(batch.numpy())) for batch in full])[: len(images)]
 
     return classify
 
@@ -192,13 +236,16 @@ QONNX = Format(
     max_bits=32,
     write=_write_qonnx,
     load=load_qonnx,
+    runtimes="qonnx and tools that read QONNX (FINN, hls4ml, netron); onnxruntime does not know its Quant nodes",
 )
 QCDQ = Format(
     name="qcdq",
     help="standard ONNX for onnxruntime, up to 8 bit",
     max_bits=8,
     write=_write_qcdq,
-    load=_load_onnxruntime,
+    write_dynamic=partial(_write_qcdq, dynamic=True),
+    load=load_onnxruntime,
+    runtimes="onnxruntime with any execution provider, and OpenVINO",
 )
 ORT = Format(
     name="ort",
@@ -206,7 +253,10 @@ ORT = Format(
     max_bits=8,
     target="ort",
     write=_write_fused,
+    write_dynamic=partial(_write_fused, dynamic=True),
     load=_load_fused,
+    exact=False,
     count_integers=integer_layers,
+    runtimes="onnxruntime on CPUs, for which it is made; OpenVINO loads it too",
     remedy="ort rounds biases to integers, which tells the more the fewer the bits: -f qcdq computes the same.",
 )

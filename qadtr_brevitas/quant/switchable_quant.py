@@ -298,3 +298,12 @@ class SwitchableWeightQuant(SwitchableQuant):
 def quantizer_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Return the learned thresholds of every quantizer, which get no weight decay."""
     return [p for module in model.modules() if isinstance(module, SwitchableQuant) for p in module.parameters()]
+
+
+def has_ranges(model: nn.Module) -> bool:
+    """Return whether any quantizer's threshold was calibrated, learned or loaded, and is not the 1 it is made with.
+
+    A model without thresholds, as with dynamic ranges alone, needs none.
+    """
+    thresholds = [p for m in model.modules() if isinstance(m, SwitchableQuant) for p in m.thresholds.values()]
+    return not thresholds or any(bool((threshold != 1).any()) for threshold in thresholds)

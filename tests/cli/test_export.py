@@ -36,7 +36,8 @@ def export(*arguments: object) -> Result:
 def test_a_folder_with_the_file_and_its_proof(run: Path, tmp_path: Path) -> None:
     result = export(run, "-p", 4, "-f", "qcdq", "--images", 10, "-o", tmp_path / "out")
     assert result.exit_code == 0, result.output
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"model.onnx", "export-report.json"}
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names > {"model.onnx", "export-report.json", "README.md", "run.py"}
     report = json.loads((tmp_path / "out" / "export-report.json").read_text())
     # The patch made at 4 bit, and not the one made at 32.
     assert [patch["name"] for patch in report["agreement"]["patches"]] == ["lavan-4x4-4bit-target0"]
@@ -81,10 +82,15 @@ def test_several_precisions_have_a_folder_each(tmp_path: Path) -> None:
         ("8", str(output / "8")),
         ("4", str(output / "4")),
     ]
-    assert {file.name for file in (output / "4").iterdir()} == {"model.onnx", "export-report.json"}
+    assert (output / "4" / "model.onnx").is_file()
     assert f"{output / '8'} is there already" in export(path, *arguments).stderr
     again = export(path, *arguments, "--overwrite")
     assert "Precisions side by side" in again.stdout
+    # Weights at 4 bit take about half of those at 8, whatever the files take.
+    eight, four = (json.loads((output / bits / "export-report.json").read_text()) for bits in ("8", "4"))
+    assert four["weight_bytes"] < 0.7 * eight["weight_bytes"]
+    assert f"{four['weight_bytes'] / 1e6:.3g}" in again.stdout
+    assert four["bytes"] < eight["bytes"]
 
 
 @pytest.mark.parametrize(
@@ -103,6 +109,9 @@ def test_several_precisions_have_a_folder_each(tmp_path: Path) -> None:
         (["-p", "4", "-f", "qcdq", "--board", "Pynq-Z1"], 2, "--board: the format qcdq is for no board"),
         (["-p", "4", "-f", "hls4ml", "--fps", "10"], 2, "--fps: the format hls4ml reads --part only"),
         (["-p", "4", "-f", "finn", "--part", "xc7z020clg400-1"], 2, "reads --board, --fps only"),
+        (["-p", "4", "-f", "qcdq", "--batch", "many"], 2, "--batch is 'many'"),
+        (["-p", "4", "-f", "finn", "--batch", "16"], 2, "stream one by one"),
+        (["-p", "4", "-f", "qonnx", "--batch", "dynamic"], 2, "--batch dynamic: the tools that read qonnx"),
         (["-p", "4", "-f", "hls4ml", "--part", "no part"], 2, "'no part'"),
         (["-p", "4", "-f", "qcdq", "--data", "digits"], 1, "data set digits has 10 classes"),
         (["-p", "4", "-f", "qcdq", "--patches", "nowhere"], 2, "there are no patches at nowhere"),

@@ -19,6 +19,7 @@ from qadtr_brevitas.models.create import create_float_model
 from qadtr_brevitas.pipeline.directories import ONNX_FILE
 from qadtr_brevitas.quant import at_precision, calibrate, convert, freeze
 from qadtr_brevitas.quant.model_info import ModelInfo
+from qadtr_brevitas.quant.switchable_quant import has_ranges, quantizer_parameters
 
 pytestmark = pytest.mark.slow
 
@@ -29,6 +30,9 @@ NETS = {
         "swin_tiny_patch4_window7_224",
         {"img_size": 16, "patch_size": 2, "window_size": 4, "embed_dim": 16, "depths": (1, 1), "num_heads": (1, 2)},
     ),
+}
+BUNDLE = {
+    *("model.onnx", "export-report.json", "README.md", "labels.txt", "preprocess.json", "run.py", "test_vectors.npz"),
 }
 PRECISIONS = (32, 8, 4, 2, "w4a8", "w4a32")
 IMAGES = torch.randint(256, (6, 3, 16, 16), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
@@ -83,7 +87,7 @@ def test_the_file_computes_what_the_network_computes(net: str, form: str, precis
     assert found.images == 6
     assert found.median_difference < 1e-2 * found.largest_logit
     assert [p.target for p in found.patches] == [1, None]
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"model.onnx", "export-report.json"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == BUNDLE
     content = json.loads((tmp_path / "out" / "export-report.json").read_text())
     assert content["agreement"]["accuracy"] == found.accuracy
     assert (content["format"], content["precision"]) == (form, str(wanted))
@@ -164,6 +168,20 @@ def test_a_file_that_computes_something_else_is_not_kept(tmp_path: Path) -> None
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["old"]
     report = export(loaded("cnn"), Precision.parse(4), lying, tmp_path / "out", split=None)
     assert report.agreement is None
+
+
+def test_a_model_that_was_never_calibrated_is_refused(tmp_path: Path) -> None:
+    given = loaded("cnn")
+    with torch.no_grad():
+        for parameter in quantizer_parameters(given.model):
+            parameter.fill_(1.0)
+    with pytest.raises(UsageError, match=r"cnn was never calibrated.*convert models/cnn --calibrate"):
+        export(given, Precision.parse(4), find_format("qcdq"), tmp_path / "out", split=None)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 196, 4))
+    model = convert(net, PRECISIONS, image_size=(16, 16), mean=(0.0,) * 3, std=(1.0,) * 3)
+    assert not has_ranges(model)
+    calibrate(model, [SPLIT.batch(torch.arange(6))[0]])
+    assert has_ranges(model)
 
 
 @pytest.mark.parametrize("precision", ["32", "w4a32"])

@@ -25,7 +25,10 @@ from tests.exporting.networks import SPLIT, Mobile, head, images_of, loaded, pla
 pytestmark = pytest.mark.slow
 
 NETS = {"plain": plain, "residual": residual, "padded": lambda: residual("A"), "mobile": Mobile}
-COMMON = {ONNX_FILE, EXPORT_REPORT_FILE, "README.md", "input.npy", "expected_output.npy"}
+COMMON = {
+    *(ONNX_FILE, EXPORT_REPORT_FILE, "README.md", "input.npy", "expected_output.npy"),
+    *("labels.txt", "preprocess.json", "run.py", "test_vectors.npz"),
+}
 
 
 def kinds(path: Path) -> list[str]:
