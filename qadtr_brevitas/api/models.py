@@ -14,6 +14,7 @@ from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.core.plugin import plugin_settings
 from qadtr_brevitas.core.precision import DEFAULT_BITS, PrecisionLike
 from qadtr_brevitas.data.split import numbered
+from qadtr_brevitas.exporting import check_for_target
 from qadtr_brevitas.models.describe import describe_network
 from qadtr_brevitas.pipeline.checkpoint import load_model, save_model
 from qadtr_brevitas.pipeline.directories import check_model_output
@@ -55,8 +56,11 @@ def convert(
     Raises:
         UsageError: the network returns something else than logits, has no parameters, has nothing to quantize or
             computes in a way that cannot be followed; or `architecture` makes another network.
+        ExportError: the compiler of `target` cannot take the network, layer by layer (where the libraries of exports
+            are installed).
     """
     converted = convert_network(model, precisions, image_size=image_size, **settings)
+    check_for_target(converted, settings.get("target"))
     outputs = converted.num_classes
     if classes is not None and len(classes) != outputs:
         raise UsageError(f"{len(classes)} names of classes for a network of {outputs} outputs: give one for each")

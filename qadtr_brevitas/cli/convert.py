@@ -241,16 +241,20 @@ def _put(fields: dict[str, Any], parts: list[str], value: Any) -> None:
 def _convert(recipe: Recipe, has_data: bool, output: Path | None) -> ConversionReport:
     from dataclasses import replace
 
+    from qadtr_brevitas.exporting import check_for_target
     from qadtr_brevitas.pipeline.build import build_switchable, fit_data, no_images
     from qadtr_brevitas.pipeline.calibration import calibrate_on
     from qadtr_brevitas.pipeline.checkpoint import save_model
 
     if output is None and not has_data:
-        return build_switchable(recipe, no_images(recipe.model))[0].report
+        model, _ = build_switchable(recipe, no_images(recipe.model))
+        check_for_target(model, recipe.quant.target)
+        return model.report
     recipe = fit_data(recipe, report=say)
     section = recipe.quant.calibration
     train = _load(recipe, only_size=output is None)
     model, info = build_switchable(recipe, train, only_ranges=True, report=warn)
+    check_for_target(model, recipe.quant.target)
     if info.num_classes != len(train.classes):
         say(
             f"the network keeps its {info.num_classes} classes: "

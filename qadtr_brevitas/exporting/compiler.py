@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -58,9 +58,11 @@ class Compiler(ABC):
 
     Attributes:
         name: of the compiler, of its format and of the target that models are converted for.
+        package: its name on PyPI.
         variable: environment variable that names the Python of its environment.
         script: in `exporting/compilers/`, run there to build a folder.
         power_of_two: whether steps have to be powers of two.
+        averages_floats: whether it can average activations that are not quantized.
         rounds_ties_up: whether values halfway between two levels are rounded up, and not to even.
         estimates: whether it can tell what a network costs.
         options: the fields of `BuildTarget` that it reads.
@@ -68,13 +70,24 @@ class Compiler(ABC):
     """
 
     name: ClassVar[str]
+    package: ClassVar[str]
     variable: ClassVar[str]
     script: ClassVar[str]
     power_of_two: ClassVar[bool] = False
+    averages_floats: ClassVar[bool] = False
     rounds_ties_up: ClassVar[bool] = False
     estimates: ClassVar[bool] = False
     options: ClassVar[tuple[str, ...]] = ()
     boards: ClassVar[tuple[str, ...]] = ()
+
+    def limits(self, model: Any, node: Any) -> Iterator[str]:
+        """Yield what this compiler alone cannot take of a node, each with what to do about it.
+
+        Args:
+            model: a qonnx ModelWrapper with all shapes.
+            node: one of its nodes.
+        """
+        yield from ()
 
     @abstractmethod
     def adapt_input(self, model: Any) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from qadtr_brevitas.core.files import write_json
 from qadtr_brevitas.exporting.compiler import CLOCK_NS, BuildTarget, Compiler
 from qadtr_brevitas.exporting.formats import Classifier, Format
 from qadtr_brevitas.exporting.graph import library, nodes_of
@@ -23,6 +24,7 @@ _RESIDUAL = (
     "step_convert_to_hw",
     f"{_LIBRARY}resnet.step_resnet_convert_to_hw",
 )
+_SPECIALIZE = "specialize_layers.json"
 _BEFORE = ("step_qonnx_to_finn", "step_tidy_up")
 _AFTER = (
     "step_minimize_bit_width_initial",
@@ -39,6 +41,7 @@ class Finn(Compiler):
     """AMD's FINN (finn-plus), which builds dataflow accelerators of threshold and matrix units."""
 
     name = "finn"
+    package = "finn-plus"
     variable = "QADTR_BREVITAS_FINN"
     script = "finn_build.py"
     rounds_ties_up = True
@@ -63,6 +66,7 @@ class Finn(Compiler):
     def write_build_files(self, folder: Path, model_file: Path, build: BuildTarget) -> None:
         text = "".join(_config(build, residual=_has_sums(model_file)))
         (folder / "dataflow_build_config.yaml").write_text(text)
+        write_json(folder / _SPECIALIZE, {"Defaults": {"preferred_impl_style": ["hls", ["MVAU", "VVAU"]]}})
         (folder / "README.md").write_text(_README)
 
 
@@ -81,6 +85,8 @@ def _config(build: BuildTarget, *, residual: bool) -> Iterable[str]:
     yield f"synth_clk_period_ns: {CLOCK_NS}\n"
     yield f"target_fps: {build.fps}                        # or folding_config_file: folding_config.json\n"
     yield "standalone_thresholds: true\n"
+    # FINN has no estimate of the look-up tables of those in RTL: it counts 0.
+    yield f"specialize_layers_config_file: {_SPECIALIZE}   # matrix units by high-level synthesis, not RTL\n"
     yield "output_dir: build_output\n"
     yield "generate_outputs: [estimate_reports]   # with Vivado also bitfile, pynq_driver, deployment_package\n"
     yield "verify_steps: [finn_onnx_python, initial_python]\n"
@@ -105,6 +111,8 @@ Build it in this folder, where FINN is installed (made for and tried with finn-p
 
 `input.npy` and `expected_output.npy` are what the build verifies itself with. `target_fps` is where folding starts:
 FINN chooses how many multipliers each layer gets; `report/auto_folding_config.json` of a build is a start of your own.
+`specialize_layers.json` has matrix units made by high-level synthesis, whose look-up tables FINN can estimate; without
+it FINN takes units in RTL from 4 bit on, which put more into multipliers (DSP) and of whose tables it has no estimate.
 `export-report.json` says what was compared with PyTorch, and what rounding ties up, as FINN does, changes.
 """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 from qadtr_brevitas.core.files import write_json
 from qadtr_brevitas.exporting.compiler import CLOCK_NS, BuildTarget, Compiler
 from qadtr_brevitas.exporting.formats import Format
+from qadtr_brevitas.exporting.graph import attribute
 from qadtr_brevitas.exporting.onnx_files import load_qonnx, writer_for
 from qadtr_brevitas.exporting.rewrite import new_node, new_tensor
 
@@ -21,10 +23,25 @@ class Hls4ml(Compiler):
     """hls4ml, which makes C++ for high-level synthesis, in fixed point."""
 
     name = "hls4ml"
+    package = "hls4ml"
     variable = "QADTR_BREVITAS_HLS4ML"
     script = "hls4ml_build.py"
     power_of_two = True
+    averages_floats = True
     options = ("part",)
+
+    def limits(self, model: Any, node: Any) -> Iterator[str]:
+        if node.op_type == "MaxPool":
+            kernel = attribute(node, "kernel_shape")
+            if attribute(node, "strides", [1, 1]) != kernel or any(attribute(node, "pads", [0])):
+                yield "a max pool with a stride other than its kernel, or with padding: pool without overlap"
+        elif node.op_type == "Conv":
+            if max(attribute(node, "dilations", [1])) > 1:
+                yield "a convolution with dilation: leave dilation out"
+            _, channels, *size = model.get_tensor_shape(node.output[0])
+            # hls4ml 1.3.0 then takes a side for the channels ("operands could not be broadcast together").
+            if attribute(node, "group", 1) == channels > 1 and channels in size:
+                yield f"a depthwise convolution of {channels} channels to {channels} pixels: use images of another size"
 
     def adapt_input(self, model: Any) -> None:
         """Normalize pixels, (x - mean) / std, as one BatchNorm, which hls4ml can turn to channels last."""

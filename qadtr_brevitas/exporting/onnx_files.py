@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import tempfile
 import warnings
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -14,7 +15,6 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
-from qadtr_brevitas.core.errors import ExportError
 from qadtr_brevitas.exporting.compiler import Compiler
 from qadtr_brevitas.exporting.constants import fold_constants
 from qadtr_brevitas.exporting.formats import Classifier, Format
@@ -22,9 +22,11 @@ from qadtr_brevitas.exporting.fuse import fuse
 from qadtr_brevitas.exporting.graph import library
 from qadtr_brevitas.exporting.integers import integer_layers
 from qadtr_brevitas.exporting.narrow import narrow_weights
-from qadtr_brevitas.exporting.rewrite import rewrite
-from qadtr_brevitas.exporting.rules import problems
+from qadtr_brevitas.exporting.rewrite import rewrite, transpose_weights
+from qadtr_brevitas.exporting.rules import check_network
 from qadtr_brevitas.exporting.shortcuts import replace_shortcuts
+from qadtr_brevitas.exporting.tracing import KnownPools, exporter_errors
+from qadtr_brevitas.pipeline.directories import ONNX_FILE
 
 INPUT, OUTPUT = "images", "logits"
 # The newest IR that the onnxruntime of the same time reads, whichever onnx wrote the file.
@@ -49,23 +51,40 @@ def writer_for(compiler: Compiler) -> Callable[[nn.Module, Tensor, Path], None]:
     """
 
     def write(frozen: nn.Module, image: Tensor, path: Path) -> None:
-        fold, infer = library("qonnx.transformation.fold_constants"), library("qonnx.transformation.infer_shapes")
-        frozen = copy.deepcopy(frozen)
-        replace_shortcuts(frozen, image)
         with _exporting():
-            # As cleanup does, but for the names, which say what layer a node is from.
-            model = _export_qonnx(frozen, image, path).transform(infer.InferShapes())
-            model = model.transform(fold.FoldConstants(exclude_op_types=["Quant"]))
-            if found := problems(model, power_of_two=compiler.power_of_two):
-                raise ExportError(
-                    f"{compiler.name} cannot take this network. {'. '.join(found)}. Sums and steps come right with "
-                    f"`qadtr-brevitas convert MODEL --target {compiler.name}`, or training with "
-                    f"quant.target={compiler.name}"
-                )
+            model = _traced_for(compiler, frozen, image, path)
             rewrite(model, compiler.adapt_input)
             _save(_cleaned(model), path)
 
     return write
+
+
+def check_traced(compiler: Compiler, frozen: nn.Module, image: Tensor) -> None:
+    """Refuse a network that a compiler would refuse, or compute wrongly.
+
+    Args:
+        compiler: which one.
+        frozen: a frozen model.
+        image: what it takes, (1, C, H, W).
+
+    Raises:
+        ExportError: what is in the way, with the layers that it concerns.
+    """
+    with tempfile.TemporaryDirectory() as folder, _exporting():
+        _traced_for(compiler, frozen, image, Path(folder) / ONNX_FILE)
+
+
+def _traced_for(compiler: Compiler, frozen: nn.Module, image: Tensor, path: Path) -> Any:
+    """Return a QONNX graph that a compiler can take, with the names that PyTorch gave."""
+    fold, infer = library("qonnx.transformation.fold_constants"), library("qonnx.transformation.infer_shapes")
+    frozen = copy.deepcopy(frozen)
+    replace_shortcuts(frozen, image)
+    # As cleanup does, but for the names, which say what layer a node is from.
+    model = _export_qonnx(frozen, image, path).transform(infer.InferShapes())
+    model = model.transform(fold.FoldConstants(exclude_op_types=["Quant"]))
+    transpose_weights(model)
+    check_network(model, compiler)
+    return model
 
 
 def _export_qonnx(frozen: nn.Module, image: Tensor, path: Path) -> Any:
@@ -156,7 +175,7 @@ def _tracing(*, dynamic: bool = False) -> dict[str, Any]:
 @contextmanager
 def _exporting() -> Generator[None]:
     """PyTorch warns of the TorchScript exporter, and of every shape that is fixed by tracing, as is meant."""
-    with warnings.catch_warnings(), torch.no_grad():
+    with warnings.catch_warnings(), torch.no_grad(), KnownPools(), exporter_errors():
         warnings.simplefilter("ignore")
         yield
 

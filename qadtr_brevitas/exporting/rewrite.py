@@ -17,6 +17,43 @@ from qadtr_brevitas.exporting.graph import attribute, library, nodes_of
 PIXELS = 255.0
 
 
+def transpose_weights(model: Any) -> None:
+    """Turn quantized weights around in place where a node does so before each product: linear layers without a bias.
+
+    Args:
+        model: a qonnx ModelWrapper with all shapes, and constants folded.
+    """
+    for turn in nodes_of(model, "Transpose"):
+        quant = model.find_producer(turn.input[0])
+        if quant is None or quant.op_type != "Quant" or model.get_initializer(quant.input[0]) is None:
+            continue
+        order, twin = attribute(turn, "perm"), _copy(quant, turn.output[0])
+        for index, name in enumerate(quant.input):
+            value = model.get_initializer(name)
+            if value.ndim == len(order):
+                twin.input[index] = new_tensor(model, [value.shape[axis] for axis in order], value.transpose(order))
+        model.graph.node.remove(turn)
+        model.graph.node.append(twin)
+        if not model.find_consumers(quant.output[0]):
+            model.graph.node.remove(quant)
+    model.graph.node.sort(key=_order(model))
+
+
+def is_ceiled(model: Any, pool: Any) -> bool:
+    """Return whether a pool has a window that reaches over the border, as `ceil_mode` allows."""
+    kernel = attribute(pool, "kernel_shape")
+    strides, dilations = (attribute(pool, name, [1, 1]) for name in ("strides", "dilations"))
+    top, left, bottom, right = attribute(pool, "pads", [0, 0, 0, 0])
+    sides, outputs = (model.get_tensor_shape(name)[2:] for name in (pool.input[0], pool.output[0]))
+    full = [
+        (side + pad - dilation * (width - 1) - 1) // stride + 1
+        for side, pad, dilation, width, stride in zip(
+            sides, (top + bottom, left + right), dilations, kernel, strides, strict=True
+        )
+    ]
+    return bool(attribute(pool, "ceil_mode", 0)) and list(outputs) != full
+
+
 def rewrite(model: Any, adapt_input: Callable[[Any], None]) -> None:
     """Change a qonnx ModelWrapper in place.
 
@@ -24,10 +61,34 @@ def rewrite(model: Any, adapt_input: Callable[[Any], None]) -> None:
         model: with all shapes, and constants folded.
         adapt_input: changes how it takes pixels, as its compiler wants them.
     """
-    changes = (_split_pools, _replace_global_pools, _replace_average_pools, _quantize_before_flatten, _rectify_unsigned)
-    for change in (*changes, adapt_input):
+    changes = (_pad_explicitly, _split_pools, _replace_global_pools, _replace_average_pools, _quantize_before_flatten)
+    for change in (*changes, _rectify_unsigned, adapt_input):
         change(model)
     model.graph.node.sort(key=_order(model))
+
+
+def _pad_explicitly(model: Any) -> None:
+    """Write the padding "same" as numbers of pixels; and no rounding up where it makes no difference."""
+    for conv in nodes_of(model, "Conv"):
+        if attribute(conv, "auto_pad", b"NOTSET") in (b"NOTSET", b"VALID"):
+            continue
+        dilations = attribute(conv, "dilations", [1, 1])
+        total = [
+            dilation * (side - 1) for dilation, side in zip(dilations, attribute(conv, "kernel_shape"), strict=True)
+        ]
+        before = [pixels // 2 for pixels in total]
+        after = [pixels - half for pixels, half in zip(total, before, strict=True)]
+        _set_attribute(conv, "pads", [*before, *after])
+        _set_attribute(conv, "auto_pad", "NOTSET")
+    for pool in nodes_of(model, "MaxPool"):
+        if not is_ceiled(model, pool):
+            _set_attribute(pool, "ceil_mode", 0)
+
+
+def _set_attribute(node: Any, name: str, value: Any) -> None:
+    for found in [found for found in node.attribute if found.name == name]:
+        node.attribute.remove(found)
+    node.attribute.append(library("onnx").helper.make_attribute(name, value))
 
 
 def _split_pools(model: Any) -> None:
@@ -60,7 +121,7 @@ def _axes(model: Any, pool: Any) -> list[int]:
 def _replace_average_pools(model: Any) -> None:
     for pool in nodes_of(model, "AveragePool"):
         pads = list(attribute(pool, "pads", [0, 0, 0, 0]))
-        if attribute(pool, "ceil_mode", 0) or (any(pads) and not attribute(pool, "count_include_pad", 0)):
+        if is_ceiled(model, pool) or (any(pads) and not attribute(pool, "count_include_pad", 0)):
             continue
         kernel = attribute(pool, "kernel_shape")
         _average(model, pool, pool.output[0], kernel=kernel, strides=attribute(pool, "strides", [1, 1]), pads=pads)

@@ -52,7 +52,9 @@ def test_the_file_computes_what_the_network_computes(name: str, form: str, bits:
     assert report.agreement.max_difference < moved + 1e-5
     assert report.agreement.median_difference < 1e-5
     assert {path.name for path in (tmp_path / "out").iterdir()} == COMMON | (
-        {"dataflow_build_config.yaml"} if form == "finn" else {"hls4ml_config.json", "build.py"}
+        {"dataflow_build_config.yaml", "specialize_layers.json"}
+        if form == "finn"
+        else {"hls4ml_config.json", "build.py"}
     )
 
     # Not by the code under test: the file, on images that it has not seen, against the switchable model.
@@ -162,7 +164,7 @@ def vit() -> nn.Module:
         (vit, {}, "hls4ml", r"blocks\.0\.attn.*: multiplies activations by activations"),
         (smooth, {"target": "finn"}, "finn", r"1: Mul of two activations, as in a gate, has no place|1: Sigmoid"),
         (Gated, {"target": "finn"}, "finn", r"gate\.2.*: Sigmoid has no place between integers"),
-        (Joined, {"target": "finn"}, "finn", r"the network itself: Concat has no place between integers \(joins"),
+        (Joined, {"target": "finn"}, "finn", r"the network itself: Concat has no place between integers \(it joins"),
         (grouped, {"target": "finn"}, "finn", r"3: a convolution in groups that is not depthwise"),
         (vanishing, {"target": "finn"}, "finn", r"4: a kernel larger than 1x1 on an image of 1x1: use larger images"),
         (uneven, {"target": "finn"}, "finn", r"3: an average over fewer pixels at the border"),
