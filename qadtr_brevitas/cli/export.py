@@ -32,7 +32,7 @@ from qadtr_brevitas.pipeline.directories import check_export_output, name_of_mod
 if TYPE_CHECKING:
     from qadtr_brevitas.attacks.patch import Patch
     from qadtr_brevitas.data.base import Dataset
-    from qadtr_brevitas.exporting import ExportReport
+    from qadtr_brevitas.exporting import ExportReport, Format
 
 
 _BUILD = ("board", "fps", "part")
@@ -52,6 +52,7 @@ class _ExportOptions:
     patches: tuple[Path, ...]
     tolerance: float
     estimate: bool
+    emulate: bool | None
     board: str
     fps: int
     part: str
@@ -117,6 +118,11 @@ class _ExportOptions:
 )
 @click.option("--baseline", is_flag=True, help="Write the float network beside it, as float.onnx.")
 @click.option("--estimate", is_flag=True, help="finn: show look-up tables, memory, multipliers and images per second.")
+@click.option(
+    "--emulate/--no-emulate",
+    default=None,
+    help="finn, hls4ml: have the compiler execute what it makes of the network.  [default: where it is installed]",
+)
 @click.option("--board", default="Pynq-Z1", show_default=True, help="finn: board to build for.")
 @click.option(
     "--fps", type=click.IntRange(min=1), default=100, show_default=True, help="finn: images per second to fold for."
@@ -158,6 +164,8 @@ def command(**options: Any) -> None:
     if dataset is not None:
         split = load_split(dataset, "test", limit=given.images, seed=given.seed)
         loaded.check_data(split, data=given.data or "of the model")
+    missing = _missing_compiler(form)
+    emulate = given.verify and form.compiler is not None and not missing if given.emulate is None else given.emulate
     reports: list[ExportReport] = []
     for wanted, output in outputs.items():
         with phases(f"exporting {wanted}") as report_progress:
@@ -174,14 +182,16 @@ def command(**options: Any) -> None:
                 resize=_resize(dataset),
                 build=build,
                 with_estimate=given.estimate,
+                emulate=emulate,
                 seed=given.seed,
                 command=command_line(),
                 progress=report_progress,
             )
         reports.append(report)
         say(f"wrote {output}; the network is {output / 'model.onnx'}; next: python {output / 'run.py'} --check")
-    if form.compiler is not None and not given.estimate:
-        say(f"not checked with {form.compiler.name} itself: build the folder as its README.md says")
+    if form.compiler is not None and not emulate:
+        why = missing or "give --emulate"
+        say(f"not checked with {form.compiler.name} itself, only as a file: {why}, or build as README.md says")
     found = [
         report.to_dict() | {"output": str(output)} for report, output in zip(reports, outputs.values(), strict=True)
     ]
@@ -192,6 +202,18 @@ def _resize(dataset: Dataset | None) -> int | None:
     """Return to how many pixels a data set resizes the shorter side of pictures; None if it does not."""
     size, crop = getattr(dataset, "image_size", None), getattr(dataset, "crop", None)
     return floor(size / (crop or 1.0)) if size and hasattr(dataset, "root") else None
+
+
+def _missing_compiler(form: Format) -> str:
+    """Return why a format's compiler cannot be run; nothing if it can."""
+    from qadtr_brevitas.exporting.estimate import compiler_python
+
+    try:
+        if form.compiler is not None:
+            compiler_python(form.compiler)
+    except UsageError as error:
+        return str(error)
+    return ""
 
 
 def _check_unverified(given: _ExportOptions) -> None:

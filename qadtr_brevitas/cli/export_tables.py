@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from qadtr_brevitas.exporting import ExportReport
+    from qadtr_brevitas.exporting.estimate import Emulation, Estimate
     from qadtr_brevitas.exporting.integers import IntegerLayers
 
 _SHOWN = 4
@@ -38,6 +39,8 @@ def _parts(report: ExportReport) -> Iterator[RenderableType]:
         yield Text(_integers(report.integers))
     if report.agreement is not None:
         yield _agreement(report).rich()
+    if report.emulation is not None:
+        yield Text(_emulation(report.emulation))
     if report.estimate is not None:
         yield _costs(report).rich()
 
@@ -79,6 +82,15 @@ def _agreement(report: ExportReport) -> Table:
     return Table("Exported file against PyTorch", ("", "PyTorch", "exported"), tuple(rows), tuple(notes))
 
 
+def _emulation(found: Emulation) -> str:
+    """Word what a compiler itself computed."""
+    steps = ", ".join(f"{difference:.2g} {step}" for step, difference in found.differences.items())
+    return (
+        f"{found.compiler} {found.version} itself computes {found.images} image as the network does. Largest "
+        f"difference: {steps}; the largest logit is {found.largest:.3g}. Nothing was synthesized."
+    )
+
+
 def _costs(report: ExportReport) -> Table:
     found = report.estimate
     assert found is not None
@@ -86,13 +98,42 @@ def _costs(report: ExportReport) -> Table:
         (layer.name, *(f"{getattr(layer, key):g}" for key, _ in _RESOURCES), f"{layer.cycles}")
         for layer in found.layers
     ]
-    total = ("total", *(f"{found.total(key):g}" for key, _ in _RESOURCES), "")
+    rows.append(("total", *(f"{found.total(key):g}" for key, _ in _RESOURCES), ""))
+    if found.available:
+        rows.append((f"{found.board} has", *(f"{found.available[key]:g}" for key, _ in _RESOURCES), ""))
+        rows.append(("fits", *_fits(found), ""))
+    notes = [*_board_notes(found), *_uncounted_notes(found)]
     note = (
         f"FINN's estimates without synthesis: {found.fps:.0f} images/s and {found.latency_ns / 1e6:.2f} ms from image "
         f"to logits at {1e3 / found.clock_ns:.0f} MHz; the layer with the most cycles sets the pace."
     )
     header = ("layer", *(name for _, name in _RESOURCES), "cycles")
-    return Table(f"Cost of {report.precision} on an FPGA", header, (*rows, total), (note,))
+    return Table(f"Cost of {report.precision} on an FPGA", header, tuple(rows), (note, *notes))
+
+
+def _fits(found: Estimate) -> Iterator[str]:
+    for key, _ in _RESOURCES:
+        yield "yes" if found.total(key) <= found.available[key] else "NO"
+
+
+def _board_notes(found: Estimate) -> Iterator[str]:
+    if found.fits is None:
+        yield f"FINN does not tell what a {found.board} has: whether the network fits is not known."
+    elif not found.fits:
+        over = [name for key, name in _RESOURCES if found.total(key) > found.available[key]]
+        yield (
+            f"It does NOT fit a {found.board}: too much of {', '.join(over)}. Fewer bits, a smaller network, or a "
+            "larger board with --board; fewer images a second with --fps save tables and multipliers, but no memory."
+        )
+    else:
+        yield f"By these estimates it fits a {found.board}; the rest of a design, about its DMA, comes on top."
+
+
+def _uncounted_notes(found: Estimate) -> Iterator[str]:
+    if found.uncounted:
+        shown = ", ".join(found.uncounted[:_SHOWN])
+        more = f" and {len(found.uncounted) - _SHOWN} more" if len(found.uncounted) > _SHOWN else ""
+        yield f"FINN counts no LUT for {shown}{more}: what these take is left out. So are FIFOs between the layers."
 
 
 def _side_by_side(reports: Sequence[ExportReport]) -> Table:

@@ -8,8 +8,11 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,8 @@ from qadtr_brevitas.exporting.compiler import CLOCK_NS, Compiler
 FOLDING_FILE = "folding_config.json"
 _SCRIPTS = Path(__file__).parent / "compilers"
 _LINES = 3
+# Of the largest logit; integers are exact, and what is left are floats at the end.
+_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,25 +48,58 @@ class Estimate:
         fps: images per second, as fast as the slowest layer.
         latency_ns: from an image to its logits.
         clock_ns: clock period.
+        board: what it was folded for.
+        available: what the board has of each resource; empty where FINN does not tell.
+        uncounted: names of the layers of which FINN has no estimate of look-up tables, and counts 0.
     """
 
     layers: tuple[LayerCost, ...]
     fps: float
     latency_ns: float
     clock_ns: float
+    board: str = ""
+    available: Mapping[str, int] = field(default_factory=dict[str, int])
+    uncounted: tuple[str, ...] = ()
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether the board has as much of every resource; None where that is not known."""
+        return all(self.total(name) <= count for name, count in self.available.items()) if self.available else None
 
     def total(self, resource: str) -> float:
         """Sum of a resource, `lut`, `bram_18k`, `uram` or `dsp`, over all layers."""
         return sum(getattr(layer, resource) for layer in self.layers)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Emulation:
+    """What a compiler itself computed, against the network in PyTorch.
+
+    Args:
+        compiler: its name.
+        version: its version.
+        images: how many images it was given.
+        differences: largest absolute difference of two logits, by what was executed.
+        largest: largest absolute logit of the network.
+    """
+
+    compiler: str
+    version: str
+    images: int
+    differences: Mapping[str, float]
+    largest: float
+
+
 def compiler_python(compiler: Compiler) -> Path:
-    """Return the Python of a compiler's environment.
+    """Return the Python that has a compiler: the one that its variable names, this one, or that of `make compilers`.
 
     Raises:
-        UsageError: it is not there.
+        UsageError: none has it.
     """
-    given = Path(os.environ.get(compiler.variable) or f".venv-{compiler.name}/bin/python")
+    named = os.environ.get(compiler.variable)
+    if not named and _is_installed(compiler.package):
+        return Path(sys.executable)
+    given = Path(named or f".venv-{compiler.name}/bin/python")
     if not given.is_file():
         raise UsageError(
             f"there is no Python of {compiler.name} at {given}: make it with `make compilers` in a checkout of "
@@ -69,6 +107,14 @@ def compiler_python(compiler: Compiler) -> Path:
         )
     # Not resolved: the link is what makes it the environment's.
     return given.absolute()
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        version(package)
+    except PackageNotFoundError:
+        return False
+    return True
 
 
 def run_compiler(compiler: Compiler, folder: Path, *options: str) -> dict[str, Any]:
@@ -101,21 +147,60 @@ def run_compiler(compiler: Compiler, folder: Path, *options: str) -> dict[str, A
             last = " ".join(done.stderr.strip().splitlines()[-_LINES:])
             raise ExportError(
                 f"{compiler.name} does not build the network ({last or f'exit code {done.returncode}'}): "
-                f"for all it says, run {python} {script} FOLDER RESULT.json on an export made without --estimate"
+                f"for all it says, run {python} {script} FOLDER RESULT.json on an export made with --no-emulate"
             )
         return json.loads(result.read_text())
 
 
-def estimate(compiler: Compiler, folder: Path) -> Estimate:
-    """FINN's estimates for an exported folder, in which the folding they are for is written.
+def try_compiler(
+    compiler: Compiler, folder: Path, *, emulate: bool, with_estimate: bool
+) -> tuple[Emulation | None, Estimate | None]:
+    """Let a compiler execute an exported folder, and estimate what it costs; the folding is written into the folder.
+
+    Args:
+        compiler: which one.
+        folder: as `export` writes it.
+        emulate: execute what the compiler makes of the network on the folder's image.
+        with_estimate: estimate its costs.
 
     Raises:
-        UsageError, ExportError: as `run_compiler`.
+        UsageError: the compiler is not installed.
+        ExportError: it refuses the network, or computes something else.
     """
-    found = run_compiler(compiler, folder, "--no-execute")
+    if not (emulate or with_estimate):
+        return None, None
+    found = run_compiler(compiler, folder, *(() if emulate else ("--no-execute",)))
+    emulation = _emulation(compiler, found) if emulate else None
+    if not with_estimate:
+        return emulation, None
     write_json(folder / FOLDING_FILE, found["folding"])
+    return emulation, _estimate(found)
+
+
+def _emulation(compiler: Compiler, found: Mapping[str, Any]) -> Emulation:
+    differences: dict[str, float] = found.get("differences") or {"in the emulation": found["difference"]}
+    last, difference = list(differences.items())[-1]
+    if difference > _TOLERANCE * found["largest"]:
+        raise ExportError(
+            f"{compiler.name} itself computes something else ({last}: logits differ by {difference:.3g}, the largest "
+            f"is {found['largest']:.3g}): nothing was kept. To look at the folder all the same, give --no-emulate"
+        )
+    return Emulation(
+        compiler=compiler.name,
+        version=found["version"],
+        images=1,
+        differences=differences,
+        largest=found["largest"],
+    )
+
+
+def _estimate(found: Mapping[str, Any]) -> Estimate:
+    layers = tuple(LayerCost(**layer) for layer in found["layers"])
     return Estimate(
-        layers=tuple(LayerCost(**layer) for layer in found["layers"]),
+        layers=layers,
+        board=found["board"],
+        available=found["available"],
+        uncounted=tuple(layer.name for layer in layers if not layer.lut),
         fps=found["fps"],
         latency_ns=found["latency_ns"],
         clock_ns=CLOCK_NS,

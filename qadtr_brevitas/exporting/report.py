@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from qadtr_brevitas.exporting.batch import Batch
-from qadtr_brevitas.exporting.estimate import Estimate
+from qadtr_brevitas.exporting.estimate import Emulation, Estimate
 from qadtr_brevitas.exporting.integers import IntegerLayers
 from qadtr_brevitas.exporting.ties import Ties
 from qadtr_brevitas.exporting.verify import Agreement
@@ -28,6 +28,7 @@ class ExportReport:
         baseline: accuracy of the float file beside it, on the images compared; None without one.
         agreement: how the file and the network agree; None if it was not verified.
         ties: what rounding ties up changes, as FINN does; None for other formats, or if it was not verified.
+        emulation: what the compiler itself computed; None for other formats, or if it was not tried.
         estimate: what it costs on an FPGA; None if that was not asked for.
         integers: which layers are computed in integers; None for formats that do not tell.
         seed: of the patches' places.
@@ -47,6 +48,7 @@ class ExportReport:
     baseline: float | None
     agreement: Agreement | None
     ties: Ties | None
+    emulation: Emulation | None
     estimate: Estimate | None
     integers: IntegerLayers | None
     seed: int

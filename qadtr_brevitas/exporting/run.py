@@ -26,7 +26,7 @@ from qadtr_brevitas.exporting.batch import Batch, as_traced, check_batch, write
 from qadtr_brevitas.exporting.build_files import write_build_files
 from qadtr_brevitas.exporting.bundle import FLOAT_FILE, Vectors, write_bundle
 from qadtr_brevitas.exporting.compiler import BuildTarget
-from qadtr_brevitas.exporting.estimate import compiler_python, estimate
+from qadtr_brevitas.exporting.estimate import compiler_python, try_compiler
 from qadtr_brevitas.exporting.formats import Format, blockers, check_bits
 from qadtr_brevitas.exporting.graph import library
 from qadtr_brevitas.exporting.onnx_files import load_onnxruntime, write_float
@@ -60,6 +60,7 @@ def export(
     resize: int | None = None,
     build: BuildTarget | None = None,
     with_estimate: bool = False,
+    emulate: bool = False,
     seed: int = 0,
     command: str = "",
     progress: Progress | None = None,
@@ -79,6 +80,7 @@ def export(
         resize: pixels of the shorter side before pictures are cropped to the model's size; None where their size fits.
         build: what to build for, for a format of a compiler.
         with_estimate: have FINN estimate what it costs.
+        emulate: have the compiler itself execute what it makes of the network, on one image.
         seed: seed of the patches' places.
         command: command line, for the report.
         progress: is told (images done, images in all, what is going on); 0 in all where nothing can be counted.
@@ -91,6 +93,8 @@ def export(
     """
     tell = progress or silent
     _check(loaded, precision, form, batch, with_estimate=with_estimate, baseline=baseline)
+    if emulate:
+        _check_emulation(form)
     tell(0, 0, "freezing")
     frozen = freeze(loaded.model, precision)  # pyright: ignore[reportArgumentType]
     has_ties = form.compiler is not None and form.compiler.rounds_ties_up
@@ -102,7 +106,7 @@ def export(
         images = _images(loaded, split, _VECTORS)
         tell(0, 0, f"writing {form.name}")
         write(form, written, images, batch, file)
-        agreement = ties = None
+        agreement = ties = emulation = cost = None
         if split is not None:
             tell(0, 0, "loading the file")
             agreement = _compare(loaded, precision, form, file, split, patches, tolerance, seed, tell)
@@ -114,10 +118,11 @@ def export(
             write_build_files(
                 folder, form.compiler, written, image, build or BuildTarget(), takes_bytes=form.takes_bytes
             )
+            if emulate or with_estimate:
+                tell(0, 0, f"running {form.compiler.name}")
+            emulation, cost = try_compiler(form.compiler, folder, emulate=emulate, with_estimate=with_estimate)
         if baseline:
             tell(0, 0, "writing the float network")
-        if with_estimate:
-            tell(0, 0, "estimating")
         report = ExportReport(
             model=loaded.path or loaded.name,
             fingerprint=loaded.fingerprint,
@@ -129,7 +134,8 @@ def export(
             baseline=_write_baseline(loaded, images, batch, folder, split) if baseline else None,
             agreement=agreement,
             ties=ties,
-            estimate=estimate(form.compiler, folder) if with_estimate and form.compiler is not None else None,
+            emulation=emulation,
+            estimate=cost,
             integers=None if form.count_integers is None else form.count_integers(file),
             seed=seed,
             command=command,
@@ -221,6 +227,12 @@ def _check(
 
 def _weight_bytes(model: Any, precision: Precision) -> int:
     return model.report.sizes[str(precision)]
+
+
+def _check_emulation(form: Format) -> None:
+    if form.compiler is None:
+        raise UsageError(f"{form.name} is for no compiler that could execute it: leave out --emulate")
+    compiler_python(form.compiler)
 
 
 def _images(loaded: LoadedModel, split: Split | None, count: int) -> Tensor:

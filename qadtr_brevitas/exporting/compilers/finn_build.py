@@ -17,6 +17,7 @@ import tempfile
 import types
 from collections import Counter
 from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,27 @@ def _build(folder: Path, scratch: Path, *, execute: bool) -> dict[str, Any]:
             kinds = Counter(node.op_type for node in model.graph.node)
         print(short, dict(Counter(node.op_type for node in model.graph.node)), file=sys.stderr, flush=True)
     report = scratch / "output" / "report"
-    return {"differences": differences, "hardware_layers": dict(kinds), **_estimates(report)}
+    found = {
+        "version": version("finn-plus"),
+        "differences": differences,
+        "largest": _largest(),
+        "hardware_layers": dict(kinds),
+    }
+    return {**found, "board": settings.board, "available": _available(settings.board), **_estimates(report)}
+
+
+def _largest() -> float:
+    return float(abs(import_module("numpy").load("expected_output.npy")).max())
+
+
+def _available(board: str) -> dict[str, int]:
+    """Return the resources of a board; nothing for one that FINN does not tell them of."""
+    platform = import_module("finn.util.platforms").platforms.get(board)
+    if platform is None:
+        return {}
+    # Look-up tables, flip-flops, 18-kbit block RAMs, UltraRAMs and multipliers of each die.
+    lut, _, bram, uram, dsp = (sum(counts) for counts in zip(*platform().compute_resources, strict=True))
+    return {"lut": int(lut), "bram_18k": int(bram), "uram": int(uram), "dsp": int(dsp)}
 
 
 def _difference(model: Any) -> float:
