@@ -18,9 +18,9 @@ RUN := $(BIN)/qadtr-brevitas
 IN_PARALLEL := --numprocesses logical --dist loadscope --no-loadscope-reorder
 
 # More OpenMP threads than free cores slow small networks down by far.
-quickstart test test-fast test-lowest bench sweep: export OMP_NUM_THREADS ?= 1
+quickstart test test-fast test-lowest bench judges sweep: export OMP_NUM_THREADS ?= 1
 
-.PHONY: help quickstart test test-fast test-lowest compilers lint types docs bench sweep format clean
+.PHONY: help quickstart test test-fast test-lowest compilers lint types docs bench judges sweep format clean
 .DEFAULT_GOAL := help
 
 help: ## show this text
@@ -63,6 +63,9 @@ bench: $(INSTALLED) ## measure speed and memory against the float model, stock B
 	$(BIN)/python benchmarks/benchmark_ptq.py --output bench_ptq.json
 	$(BIN)/python benchmarks/benchmark_export.py --output bench_export.json
 	$(BIN)/python benchmarks/benchmark_certify.py --output bench_certify.json
+
+judges: $(INSTALLED) ## have FINN, hls4ml, qonnx and onnxruntime try exports of published networks (hours)
+	$(BIN)/python -m benchmarks.benchmark_judges --output bench_judges.json
 
 sweep: $(INSTALLED) ## convert and check the smallest network of every timm module (about an hour on one core)
 	$(BIN)/python -m benchmarks.timm_sweep --table docs/timm.md
