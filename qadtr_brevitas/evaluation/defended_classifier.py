@@ -76,7 +76,8 @@ class DefendedClassifier:
         height, width = self.loaded.info.image_size
         if images.ndim != 4 or images.shape[2:] != (height, width):
             raise DataError(
-                f"images of shape {tuple(images.shape)} do not fit: the masks are for a batch (N, C, {height}, {width})"
+                f"images of shape {tuple(images.shape)} do not fit: the masks are for a batch (N, "
+                f"{len(self.loaded.info.mean)}, {height}, {width})"
             )
         pixels = images.float() / 255 if images.dtype == torch.uint8 else images
         with self._answering() as network:
