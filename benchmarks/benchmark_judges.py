@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from examples.benchmark_export import CALIBRATION, make_case, quantize_static, session
+from benchmarks.benchmark_export import CALIBRATION, make_case, quantize_static, session
 
 if TYPE_CHECKING:
     from torch import Tensor
