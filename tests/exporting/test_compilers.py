@@ -1,6 +1,6 @@
 """The compilers themselves on what is exported: FINN to estimates of hardware, hls4ml to its bit-accurate emulation.
 
-They run where `make compilers` has put them. Networks are small; `benchmarks/benchmark_judges.py` builds published ones.
+They run where `make compilers` has put them. Networks are small; `make judges` builds published ones.
 """
 
 from __future__ import annotations
