@@ -10,6 +10,7 @@ from torch import Generator as RandomGenerator
 from torch import Tensor, nn
 
 from qadtr_brevitas.core.seeding import generator
+from qadtr_brevitas.quant.switch import SwitchState
 from qadtr_brevitas.quant.switchable_quant import SwitchableActQuant
 
 # In shares of the largest value. On ResNet-20, EfficientNet-Lite0 and DeiT-T this moves logits on as many images as
@@ -36,12 +37,12 @@ def rounded_otherwise(model: nn.Module, *, seed: int = 0) -> Generator[None]:
             quantizer.__dict__.pop("quantize", None)
 
 
-def _moved(quantize: Callable[[Tensor], Tensor], random: RandomGenerator) -> Callable[[Tensor], Tensor]:
-    def moved(x: Tensor) -> Tensor:
+def _moved(quantize: Callable[..., Tensor], random: RandomGenerator) -> Callable[..., Tensor]:
+    def moved(x: Tensor, *now: SwitchState) -> Tensor:
         # The functions called here are not part of a module that quantizes its own products.
         with torch._C.DisableTorchFunction():  # pyright: ignore[reportPrivateUsage]
             noise = 2 * torch.rand(x.shape, generator=random) - 1
             x = x + noise.to(x.device) * (_SHARE * x.abs().amax())
-        return quantize(x)
+        return quantize(x, *now)
 
     return moved
