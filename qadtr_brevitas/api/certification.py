@@ -10,6 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from qadtr_brevitas.api.inputs import ModelLike, as_loaded, as_split, prepared
+from qadtr_brevitas.auditing.headline import headline
 from qadtr_brevitas.core.device import resolve_device
 from qadtr_brevitas.core.patch_size import PatchSizeLike
 from qadtr_brevitas.core.precision import PrecisionLike
@@ -20,7 +21,6 @@ from qadtr_brevitas.evaluation import evaluate as evaluate_grid
 from qadtr_brevitas.evaluation.certification import Certification, CertifyMethod
 from qadtr_brevitas.evaluation.defended_classifier import DefendedClassifier
 from qadtr_brevitas.evaluation.report import CertifiedCell, EvaluationReport, Rate
-from qadtr_brevitas.reproduce.headline import headline
 
 _WIDTH = 100
 

@@ -21,6 +21,7 @@ from qadtr_brevitas.api.inputs import (
     as_split,
     prepared,
 )
+from qadtr_brevitas.auditing.headline import headline
 from qadtr_brevitas.core.device import resolve_device
 from qadtr_brevitas.core.extras import require
 from qadtr_brevitas.core.precision import PrecisionLike
@@ -33,7 +34,6 @@ from qadtr_brevitas.evaluation.report import EvaluationReport, ImageAttackFacts,
 from qadtr_brevitas.evaluation.report.files import write_report
 from qadtr_brevitas.evaluation.report.summaries import terminal_tables
 from qadtr_brevitas.quant.inference import InferenceMode
-from qadtr_brevitas.reproduce.headline import headline
 
 if TYPE_CHECKING:
     from pandas import DataFrame  # pyright: ignore[reportMissingImports]

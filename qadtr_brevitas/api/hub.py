@@ -9,7 +9,10 @@ import torch
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
+from qadtr_brevitas.auditing.headline import headline
+from qadtr_brevitas.auditing.store import read_audits
 from qadtr_brevitas.core.errors import CheckpointError, UsageError
+from qadtr_brevitas.evaluation.report import read_report
 from qadtr_brevitas.models.python_functions import is_function_name
 from qadtr_brevitas.pipeline.checkpoint import load_model, read_info
 from qadtr_brevitas.pipeline.directories import (
@@ -22,8 +25,6 @@ from qadtr_brevitas.pipeline.directories import (
 )
 from qadtr_brevitas.quant import SwitchableModel
 from qadtr_brevitas.quant.model_info import ModelInfo
-from qadtr_brevitas.reproduce.headline import headline
-from qadtr_brevitas.reproduce.page.inputs import ReportInput, read_inputs
 
 CARD_FILE = "README.md"
 _FRONT_MATTER = """---
@@ -139,7 +140,9 @@ def _measured(model_dir: Path, report: str | Path | None) -> str:
     folder = model_dir / EVALUATION_FOLDER if report is None else Path(report)
     if report is None and not (folder / REPORT_FILE).is_file():
         return "## How well it resists\n\nNot measured. `qadtr-brevitas evaluate` does it."
-    (found,) = read_inputs([folder])
-    first = headline(found.report, found.audits) if isinstance(found, ReportInput) else None
+    if not (folder / REPORT_FILE).is_file():
+        raise UsageError(f"{folder} holds no {REPORT_FILE}: give a folder that `qadtr-brevitas evaluate` wrote")
+    found = read_report(folder)
+    first = headline(found, read_audits(folder, found))
     text = first.markdown().replace("## In short\n\n", "") if first else "The report holds no figures."
     return f"## How well it resists\n\n{text}"

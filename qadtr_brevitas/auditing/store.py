@@ -1,4 +1,4 @@
-"""Finished precisions of an audit, kept so that an interrupted audit can be resumed."""
+"""What audits leave in folders: finished precisions, so that an interrupted one can be resumed, and their reports."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from qadtr_brevitas.auditing.audited_model import AuditedModel, ModelToAudit
-from qadtr_brevitas.auditing.finding import AUDIT_SCHEMA_VERSION, PrecisionAudit
+from qadtr_brevitas.auditing.finding import AUDIT_SCHEMA_VERSION, AuditReport, PrecisionAudit
+from qadtr_brevitas.core.errors import CheckpointError
 from qadtr_brevitas.core.files import fingerprint_facts, fingerprint_tensors, write_json
 from qadtr_brevitas.core.version import __version__
 from qadtr_brevitas.data.split import Split
 from qadtr_brevitas.evaluation.entries import LoadedModel
-from qadtr_brevitas.pipeline.directories import AUDIT_FOLDER
+from qadtr_brevitas.evaluation.report import EvaluationReport
+from qadtr_brevitas.pipeline.directories import AUDIT_FILE, AUDIT_FOLDER
 
 
 @dataclass(frozen=True)
@@ -72,3 +74,21 @@ class AuditStore:
 def _fingerprint(part: ModelToAudit) -> tuple[str, str]:
     assert isinstance(part, LoadedModel)
     return part.name, part.fingerprint
+
+
+def read_audits(folder: Path, report: EvaluationReport) -> tuple[AuditReport, ...]:
+    """Return the audits of the models of an evaluation, from its folder.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    file = folder / AUDIT_FILE
+    if not file.is_file():
+        return ()
+    try:
+        audits = TypeAdapter(tuple[AuditReport, ...]).validate_json(file.read_bytes())
+    except ValidationError as error:
+        raise CheckpointError(f"{file} is damaged: run `qadtr-brevitas evaluate --audit` again") from error
+    # A later evaluation without --audit keeps the file of an earlier one, perhaps of other weights.
+    evaluated = {model.fingerprint for model in report.models}
+    return tuple(audit for audit in audits if audit.fingerprint in evaluated)

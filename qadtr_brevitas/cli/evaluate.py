@@ -45,12 +45,12 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from qadtr_brevitas.auditing import AuditReport
+    from qadtr_brevitas.auditing.headline import Headline
     from qadtr_brevitas.evaluation import CellStore, Grid, NamedAttack
     from qadtr_brevitas.evaluation.entries import NamedPatch
     from qadtr_brevitas.evaluation.report import EvaluationReport
     from qadtr_brevitas.evaluation.sharding import Shard
     from qadtr_brevitas.quant.inference import InferenceMode
-    from qadtr_brevitas.reproduce.headline import Headline
 
 
 @click.command(
@@ -255,11 +255,11 @@ def _report(
     output: Path,
     device: torch.device,
 ) -> None:
+    from qadtr_brevitas.auditing.headline import headline
     from qadtr_brevitas.auditing.tables import write_audits
     from qadtr_brevitas.evaluation import make_report
     from qadtr_brevitas.evaluation.report.files import write_report
     from qadtr_brevitas.evaluation.report.gallery import draw_pictures
-    from qadtr_brevitas.reproduce.headline import headline
 
     report = make_report(grid, store, device=str(device), command=command_line())
     pictures = draw_pictures(report, grid.loaded_models, patches, grid.split, folder=output, device=device)

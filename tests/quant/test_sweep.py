@@ -133,12 +133,12 @@ def test_constant_products_may_stay_float() -> None:
 BREAKS: dict[str, tuple[str, Any, str]] = {
     "weights": (
         "qadtr_brevitas.quant.switchable_quant.SwitchableWeightQuant.quantize",
-        lambda quantizer, w: w,
+        lambda quantizer, w, now=None: w,
         r"at 4 bit convolution in inner computes on operand 1 \(8, 8, 3, 3\) of 72 levels",
     ),
     "inputs": (
         "qadtr_brevitas.quant.switchable_quant.SwitchableActQuant.quantize",
-        lambda quantizer, x: x,
+        lambda quantizer, x, now=None: x,
         r"at 8 bit convolution in conv computes on operand 0 \(2, 3, 8, 8\) of 257 levels",
     ),
     "signs": (

@@ -213,8 +213,8 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path) -> None:
     biases: list[torch.Tensor] = []
     build = loop.build_switchable
 
-    def spy(*args: Any) -> Any:
-        built = build(*args)
+    def spy(*args: Any, **options: Any) -> Any:
+        built = build(*args, **options)
         biases.append(built[0].net.linear.bias)
         return built
 
@@ -322,7 +322,7 @@ torch.set_num_threads(1)
 from tests.training.support import Recorder, make_recipe
 from qadtr_brevitas.training import loop as t
 models, build = [], t.build_switchable
-t.build_switchable = lambda *a: (lambda built: models.append(built[0]) or built)(build(*a))
+t.build_switchable = lambda *a, **k: (lambda built: models.append(built[0]) or built)(build(*a, **k))
 keys = dict(epochs=3, float_epochs=1, norm_batches=0, regularizers=["distillation"], checkpoint_every=1000)
 t.train(make_recipe(**keys).model_copy(update={"seed": 2}), sys.argv[1], device="cpu")
 torch.save(models[0].state_dict(), f"{sys.argv[1]}/rank{os.environ['RANK']}.pt")

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from qadtr_brevitas.auditing.headline import Headline
 from qadtr_brevitas.core.table import Table
-from qadtr_brevitas.reproduce.headline import Headline
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from qadtr_brevitas import __version__
+from qadtr_brevitas.auditing.headline import Headline, headline
 from qadtr_brevitas.auditing.tables import audit_tables
 from qadtr_brevitas.evaluation.report import EvaluationReport
 from qadtr_brevitas.evaluation.report.summaries import tables, terminal_tables
 from qadtr_brevitas.evaluation.report.views import attacked_precisions, families
 from qadtr_brevitas.pipeline.directories import EVALUATION_FOLDER
-from qadtr_brevitas.reproduce.headline import Headline, headline
 from qadtr_brevitas.reproduce.page.audit_warnings import audit_warnings
 from qadtr_brevitas.reproduce.page.blocks import Page, PageBlock, PageImage, PageSection
 from qadtr_brevitas.reproduce.page.charts import comparison_curves, family_curves

@@ -7,14 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
-from pydantic import TypeAdapter, ValidationError
-
 from qadtr_brevitas.auditing.finding import AuditReport
+from qadtr_brevitas.auditing.store import read_audits
 from qadtr_brevitas.core.errors import CheckpointError, UsageError
 from qadtr_brevitas.evaluation.report import EvaluationReport, read_report
 from qadtr_brevitas.pipeline.directories import (
     ANALYSIS_FILE,
-    AUDIT_FILE,
     CELL_FOLDER,
     PICTURE_PATTERNS,
     REPORT_FILE,
@@ -99,19 +97,7 @@ def _read(folder: Path) -> PageInput:
 def _read_report(folder: Path) -> ReportInput:
     pictures = [path for pattern in PICTURE_PATTERNS for path in sorted(folder.glob(pattern))]
     report = read_report(folder)
-    return ReportInput(folder, report, _read_audits(folder / AUDIT_FILE, report), tuple(pictures))
-
-
-def _read_audits(file: Path, report: EvaluationReport) -> tuple[AuditReport, ...]:
-    if not file.is_file():
-        return ()
-    try:
-        audits = TypeAdapter(tuple[AuditReport, ...]).validate_json(file.read_bytes())
-    except ValidationError as error:
-        raise CheckpointError(f"{file} is damaged: run `qadtr-brevitas evaluate --audit` again") from error
-    # A later evaluation without --audit keeps the file of an earlier one, perhaps of other weights.
-    evaluated = {model.fingerprint for model in report.models}
-    return tuple(audit for audit in audits if audit.fingerprint in evaluated)
+    return ReportInput(folder, report, read_audits(folder, report), tuple(pictures))
 
 
 def _read_analysis(folder: Path) -> AnalysisInput:

@@ -9,9 +9,9 @@ import pytest
 from rich.console import Console
 
 from qadtr_brevitas.auditing.finding import AuditReport, Finding, PrecisionAudit
+from qadtr_brevitas.auditing.headline import headline
 from qadtr_brevitas.evaluation.metrics import Proportion
 from qadtr_brevitas.evaluation.report import EvaluationReport, Rate
-from qadtr_brevitas.reproduce.headline import headline
 from tests.reproduce.page.support import make_report
 
 
