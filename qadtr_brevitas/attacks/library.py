@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qadtr_brevitas.attacks.base import Model
+from qadtr_brevitas.attacks.gradients import gradient_or_zero
 from qadtr_brevitas.attacks.losses import check_target
 
 
@@ -55,17 +56,8 @@ class _InputGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
-        if not ctx.logits.requires_grad:
-            # The network cuts the way back, and attacks find no gradient, as anyone would.
-            return torch.zeros_like(ctx.images), None
-        try:
-            # FAB calls backward once for every class.
-            (gradient,) = torch.autograd.grad(
-                ctx.logits, ctx.images, grad_outputs[0], retain_graph=True, allow_unused=True, materialize_grads=True
-            )
-        except NotImplementedError:
-            # What torch raises for an operation without a backward pass.
-            return torch.zeros_like(ctx.images), None
+        # FAB calls backward once for every class.
+        gradient = gradient_or_zero(ctx.logits, ctx.images, grad_outputs[0], keep_graph=True)
         # Outputs that overflow have gradients that are not numbers, and a step along them would lose the image.
         return gradient.nan_to_num(0, 0, 0), None
 

@@ -7,10 +7,10 @@ import math
 import torch
 from torch import Tensor
 
+from qadtr_brevitas.attacks.gradients import gradient_or_zero
 from qadtr_brevitas.auditing.context import AuditContext
 from qadtr_brevitas.auditing.finding import CheckResult, skipped
 from qadtr_brevitas.auditing.losses import cross_entropy
-from qadtr_brevitas.auditing.search import gradient_of
 from qadtr_brevitas.auditing.significance import compare, deviations, rate
 
 RISE_THRESHOLD, KEPT_THRESHOLD = 0.01, 0.01
@@ -123,5 +123,5 @@ def _first_direction(context: AuditContext, start: Tensor) -> Tensor:
         patches = start[chunk].requires_grad_()
         attacked = context.attacked.subset(chunk)
         loss = cross_entropy(context.audited.logits(attacked.with_patches(patches)), attacked.labels)
-        signs.append(gradient_of(loss, patches).nan_to_num(0, 0, 0).sign())
+        signs.append(gradient_or_zero(loss, patches).nan_to_num(0, 0, 0).sign())
     return torch.cat(signs)

@@ -17,6 +17,7 @@ from qadtr_brevitas.attacks.base import Model
 from qadtr_brevitas.attacks.descent import ApplyStep, StepRule, Variable, descend
 from qadtr_brevitas.attacks.fake_quantize import PATCH_FILE_BITS, fake_quantize
 from qadtr_brevitas.attacks.geometry import paste
+from qadtr_brevitas.attacks.gradients import gradient_or_zero
 from qadtr_brevitas.auditing.losses import LogitLoss, cross_entropy, margin
 
 STEP_SIZE, MOMENTUM = 0.1, 0.75
@@ -136,7 +137,7 @@ class _Recorder:
     def gradients(self, losses: Tensor, values: Sequence[Tensor]) -> list[Tensor]:
         """Return the gradient in the patches, and record where it is zero and where it is not finite."""
         (patches,) = values
-        gradient = gradient_of(losses, patches)
+        gradient = gradient_or_zero(losses, patches)
         self._zero.append((gradient == 0).flatten(1).all(1))
         self._not_finite.append(~gradient.isfinite().flatten(1).all(1))
         return [gradient]
@@ -165,21 +166,6 @@ class MomentumSteps(StepRule):
             values.sub_(self.step_size * velocity.sign())
 
         return apply
-
-
-def gradient_of(losses: Tensor, patches: Tensor) -> Tensor:
-    """Return the gradient of the sum of losses (N,) in patches (N, C, h, w).
-
-    It is zero where the losses do not depend on the patches differentiably.
-    """
-    if not losses.requires_grad:
-        return torch.zeros_like(patches)
-    try:
-        gradients = torch.autograd.grad(losses.sum(), patches, allow_unused=True, materialize_grads=True)
-    except NotImplementedError:
-        # What torch raises for an operation without a backward pass. No gradient for an attacker either: G8 warns.
-        return torch.zeros_like(patches)
-    return gradients[0]
 
 
 def _normalized(gradient: Tensor) -> Tensor:
