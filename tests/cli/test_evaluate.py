@@ -1,41 +1,15 @@
 from __future__ import annotations
 
 import json
-import os
-import sys
 from pathlib import Path
-from socket import socket
-from subprocess import PIPE, Popen
 
 import pytest
-from click.testing import CliRunner, Result
 
-from qadtr_brevitas.attacks.lavan import Lavan
-from qadtr_brevitas.cli.main import cli
-from qadtr_brevitas.evaluation.craft import CraftSetup, craft
-from qadtr_brevitas.evaluation.entries import load_models
 from qadtr_brevitas.evaluation.report import EvaluationReport
-from tests.evaluation.models import make_model_dir, train_split
+from tests.cli.evaluation import NOISE, evaluate
+from tests.evaluation.models import make_model_dir
 
 pytestmark = pytest.mark.slow
-
-NOISE = "{name: a-qapa, steps: 0, sizes: [4], quantize_image: false}"
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    folder = tmp_path_factory.mktemp("runs")
-    paths = [make_model_dir(folder / name, name=seed) for seed, name in enumerate(("first", "second"))]
-    judge, rest = train_split().divide(30, seed=0)
-    for subject, path in zip(load_models(paths), paths, strict=True):
-        search = Lavan(size=4, steps=1, batch_size=16)
-        setup = CraftSetup(train=rest, held_out=judge, output=path / "patches")
-        craft(subject, search, setup, name="lavan", targets=[0, 1])
-    return paths
-
-
-def evaluate(*arguments: object) -> Result:
-    return CliRunner().invoke(cli, ["evaluate", *map(str, arguments)])
 
 
 def test_one_model_gives_tables_and_files(runs: list[Path], tmp_path: Path) -> None:
@@ -315,77 +289,6 @@ def test_bad_usage_of_attacks_moves_and_shares(
     assert words in result.stderr
     assert "Traceback" not in result.output
     assert not (tmp_path / "out").exists()
-
-
-def without_what_differs(folder: Path) -> dict[str, object]:
-    content = json.loads((folder / "report.json").read_text())
-    return {key: value for key, value in content.items() if key not in ("created", "command")}
-
-
-def test_shards_say_what_is_missing_and_merge(runs: list[Path], tmp_path: Path) -> None:
-    common = [
-        runs[0],
-        "--images",
-        "12",
-        "-b",
-        "6",
-        "--attack",
-        NOISE,
-    ]
-    whole = evaluate(*common, "-o", tmp_path / "whole")
-    assert whole.exit_code == 0, whole.output
-    first = evaluate(*common, "-o", tmp_path / "one", "--shard", "1/2", "--json")
-    assert first.exit_code == 0, first.output
-    assert json.loads(first.stdout) == {"shard": "1/2", "cells": 8, "missing": {"2/2": 8}}
-    assert "missing here: 8 of shard 2/2; next: the same command with --shard 2/2" in first.stderr
-    assert not (tmp_path / "one" / "report.json").exists()
-    second = evaluate(*common, "-o", tmp_path / "two", "--shard", "2/2", "--cells", tmp_path / "one")
-    assert second.exit_code == 0, second.output
-    assert "nothing is missing; next: the same command without --shard" in second.stderr
-    merged = evaluate(*common, "-o", tmp_path / "one", "--cells", tmp_path / "two")
-    assert merged.exit_code == 0, merged.output
-    assert without_what_differs(tmp_path / "one") == without_what_differs(tmp_path / "whole")
-    assert len(list((tmp_path / "one" / "cells").iterdir())) == 8
-
-
-@pytest.mark.slow
-def test_processes_share_the_work_and_the_first_one_reports(runs: list[Path], tmp_path: Path) -> None:
-    common = [
-        str(runs[0]),
-        "--images",
-        "6",
-        "--attack",
-        NOISE,
-        "--device",
-        "cpu",
-    ]
-    common += ["--threads", "1", "--transfer", "none"]
-    assert evaluate(*common, "-o", tmp_path / "alone").exit_code == 0
-    with socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    processes = [
-        Popen(
-            [sys.executable, "-m", "qadtr_brevitas", "evaluate", *common, "-o", str(tmp_path / "both")],
-            env={**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-            | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
-            stdout=PIPE,
-            stderr=PIPE,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
-    (first, talk), (second, _) = (process.communicate(timeout=280) for process in processes)
-    assert [process.returncode for process in processes] == [0, 0], talk
-    assert "highest ASR" in first
-    assert second == ""
-    assert without_what_differs(tmp_path / "both") == without_what_differs(tmp_path / "alone")
-
-
-def test_shard_and_torchrun_do_not_mix(runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    result = evaluate(runs[0], "--shard", "1/2", "-o", tmp_path)
-    assert (result.exit_code, "remove --shard" in result.stderr) == (2, True)
 
 
 def test_help() -> None:
