@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from math import comb
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -221,7 +221,7 @@ def check(agreement: Agreement, *, tolerance: float = TOLERANCE, exact: bool = T
 def _wrong(agreement: Agreement, *, tolerance: float, exact: bool) -> list[str]:
     images, largest = agreement.images, agreement.largest_logit
     allowed = max(1, int(_UNEXPLAINED * images))
-    chance = tail(agreement.farther, agreement.farther + agreement.nearer)
+    chance = _chance(agreement.farther, agreement.farther + agreement.nearer, alternative="greater")
     found = [
         (
             exact and chance < _SIGN_LEVEL,
@@ -241,8 +241,7 @@ def _wrong(agreement: Agreement, *, tolerance: float, exact: bool) -> list[str]:
     ]
     for patch in agreement.patches:
         words = f"patch {patch.name} reaches {patch.exported_asr:.1%} instead of {patch.asr:.1%}"
-        discordant = patch.gained + patch.lost
-        p = min(1.0, 2 * tail(max(patch.gained, patch.lost), discordant))
+        p = _chance(patch.gained, patch.gained + patch.lost, alternative="two-sided")
         found += [
             (p < _PATCH_LEVEL / len(agreement.patches), f"{words}, which chance does once in {_once(p)}"),
             (
@@ -258,9 +257,11 @@ def _once(probability: float) -> str:
     return f"{1 / max(probability, 1e-99):.2g}"
 
 
-def tail(successes: int, trials: int) -> float:
-    """Return the probability of so many heads or more when a fair coin is tossed so many times."""
-    return sum(comb(trials, count) for count in range(successes, trials + 1)) / 2**trials
+def _chance(count: int, trials: int, *, alternative: Literal["greater", "two-sided"]) -> float:
+    """Return how probable it is that a fair coin falls on one side so often, or more one-sidedly yet."""
+    from scipy.stats import binomtest
+
+    return float(binomtest(count, trials, alternative=alternative).pvalue) if trials else 1.0
 
 
 class _Pair:

@@ -8,14 +8,13 @@ from functools import cache
 
 import pytest
 import torch
-from scipy.stats import binomtest
 from torch import Tensor, nn
 
 from qadtr_brevitas.attacks.patch import Patch
 from qadtr_brevitas.core.errors import ExportError
 from qadtr_brevitas.data.split import Split
 from qadtr_brevitas.exporting.rounding import rounded_otherwise
-from qadtr_brevitas.exporting.verify import Agreement, PatchAgreement, check, compare, tail
+from qadtr_brevitas.exporting.verify import Agreement, PatchAgreement, check, compare
 from qadtr_brevitas.quant import at_precision, freeze
 from qadtr_brevitas.quant.model import SwitchableModel
 from tests.exporting.networks import loaded, residual
@@ -133,12 +132,6 @@ def test_what_rounding_alone_moves_as_far_is_allowed() -> None:
         with pytest.raises(ExportError, match=f"on {farther} images"):
             check(agreement(farther=farther, nearer=nearer))
         check(agreement(farther=farther, nearer=nearer), exact=False)
-
-
-@pytest.mark.parametrize(("successes", "trials"), [(0, 0), (3, 3), (60, 100), (50, 99), (1, 6)])
-def test_the_tail_is_that_of_a_binomial_test(successes: int, trials: int) -> None:
-    expected = binomtest(successes, trials, alternative="greater").pvalue if trials else 1.0
-    assert tail(successes, trials) == pytest.approx(expected)
 
 
 def test_images_are_counted_as_they_differ() -> None:
