@@ -64,6 +64,10 @@ def chained(step: TrainingStep) -> Tensor | None:
     return None if result is None else result.loss
 
 
+def sum_of_logits(step: TrainingStep, output: ForwardOutput) -> StepLoss:
+    return StepLoss(output.logits.sum())
+
+
 @pytest.mark.parametrize("attacked", [False, True])
 def test_a_chain_learns_from_the_precision_before(attacked: bool) -> None:
     model = calibrated_model()
@@ -77,9 +81,8 @@ def test_a_chain_learns_from_the_precision_before(attacked: bool) -> None:
 
         earlier = found[-1].passed if found else None
         keys: dict[str, Any] = {"number": 0, "seed": 0, "rank": 0, "attack": attack, "earlier": earlier}
-        ordinary = lambda step, output: StepLoss(output.logits.sum())  # noqa: E731
         set_precision(model.train(), precision)
-        step = TrainingStep(model, images, labels, precision=precision, default_loss=ordinary, **keys)
+        step = TrainingStep(model, images, labels, precision=precision, default_loss=sum_of_logits, **keys)
         step.default_loss()
         found.append(step)
     first, second, third = found
