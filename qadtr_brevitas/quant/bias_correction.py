@@ -14,12 +14,10 @@ from torch import Tensor, nn
 
 from qadtr_brevitas.core.plugin import plugin
 from qadtr_brevitas.core.precision import Precision
-from qadtr_brevitas.quant.layers import BiasOffsets, SwitchableConv2d, SwitchableLinear
+from qadtr_brevitas.quant.layers import BiasOffsets, SwitchableConv2d, SwitchableLayer, switchable_layers
 from qadtr_brevitas.quant.products import products_not_intercepted
 from qadtr_brevitas.quant.ptq import PtqMethod, PtqRun, quantized_precisions
 from qadtr_brevitas.quant.switch import at_precision, evaluating, frozen_weights, switch_of
-
-Layer = SwitchableConv2d | SwitchableLinear
 
 
 @plugin
@@ -30,7 +28,7 @@ class BiasCorrection(PtqMethod):
     """
 
     def prepare(self, model: nn.Module) -> None:
-        for layer in _layers(model):
+        for layer in switchable_layers(model).values():
             if layer.bias_correction is None:
                 layer.bias_correction = BiasOffsets(self, switch_of(model), layer.weight.detach().flatten(1)[:, 0])
 
@@ -49,10 +47,12 @@ class _BiasCorrectionRun(PtqRun):
         self._model = model
         self.passes = len(quantized_precisions(model))
         # By layer, in the order of its calls: the mean output per channel, (out,), and the number of images it is of.
-        self._means: dict[Layer, list[tuple[Tensor, int]]] = {layer: [] for layer in _layers(model)}
+        self._means: dict[SwitchableLayer, list[tuple[Tensor, int]]] = {
+            layer: [] for layer in switchable_layers(model).values()
+        }
 
     def watching_float(self) -> AbstractContextManager[None]:
-        def note(layer: Layer, _: object, y: Tensor) -> None:
+        def note(layer: SwitchableLayer, _: object, y: Tensor) -> None:
             self._means[layer].append((_channel_means(layer, y), len(y)))
 
         return _hooked(self._means, note)
@@ -67,7 +67,7 @@ class _BiasCorrectionRun(PtqRun):
 
     def _measure(
         self, precision: Precision, batches: Iterable[Tensor], count_batch: Callable[[], object]
-    ) -> dict[Layer, list[Tensor]]:
+    ) -> dict[SwitchableLayer, list[Tensor]]:
         """Return the shift of each layer in each of its calls, (out,) each."""
         model = self._model
         # One block per precision, so that quantized weights of one precision only are in memory.
@@ -78,11 +78,11 @@ class _BiasCorrectionRun(PtqRun):
         return shifts
 
     @contextmanager
-    def _shifting(self) -> Generator[dict[Layer, list[Tensor]]]:
+    def _shifting(self) -> Generator[dict[SwitchableLayer, list[Tensor]]]:
         """Shift every output to its mean in the float network, and collect the shifts, (out,) each."""
-        shifts: dict[Layer, list[Tensor]] = {layer: [] for layer, found in self._means.items() if found}
+        shifts: dict[SwitchableLayer, list[Tensor]] = {layer: [] for layer, found in self._means.items() if found}
 
-        def shift(layer: Layer, _: object, y: Tensor) -> Tensor:
+        def shift(layer: SwitchableLayer, _: object, y: Tensor) -> Tensor:
             mean, _ = self._means[layer][len(shifts[layer])]
             shifts[layer].append(mean - _channel_means(layer, y))
             return y + shifts[layer][-1].view(-1, *(1,) * (y.dim() - 2 if isinstance(layer, SwitchableConv2d) else 0))
@@ -92,8 +92,10 @@ class _BiasCorrectionRun(PtqRun):
 
 
 @contextmanager
-def _hooked(layers: Iterable[Layer], hook: Callable[[Layer, object, Tensor], Tensor | None]) -> Generator[None]:
-    def hidden_hook(layer: Layer, args: object, y: Tensor) -> Tensor | None:
+def _hooked(
+    layers: Iterable[SwitchableLayer], hook: Callable[[SwitchableLayer, object, Tensor], Tensor | None]
+) -> Generator[None]:
+    def hidden_hook(layer: SwitchableLayer, args: object, y: Tensor) -> Tensor | None:
         # The hook's own products and sums are not part of a module that quantizes its own.
         with products_not_intercepted():
             return hook(layer, args, y)
@@ -106,11 +108,7 @@ def _hooked(layers: Iterable[Layer], hook: Callable[[Layer, object, Tensor], Ten
             handle.remove()
 
 
-def _layers(model: nn.Module) -> list[Layer]:
-    return [module for module in model.modules() if isinstance(module, SwitchableConv2d | SwitchableLinear)]
-
-
-def _channel_means(layer: Layer, y: Tensor) -> Tensor:
+def _channel_means(layer: SwitchableLayer, y: Tensor) -> Tensor:
     """Return the mean of each output channel, (out,): dimension 1 of a convolution's output, the last of a linear's."""
     channel = 1 if isinstance(layer, SwitchableConv2d) else y.dim() - 1
     return y.mean([d for d in range(y.dim()) if d != channel])

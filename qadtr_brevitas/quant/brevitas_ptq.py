@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from qadtr_brevitas.core.plugin import Field, plugin
 from qadtr_brevitas.core.precision import Precision
 from qadtr_brevitas.quant.freeze import freeze
-from qadtr_brevitas.quant.layers import SwitchableConv2d, SwitchableLinear
+from qadtr_brevitas.quant.layers import SwitchableLayer, switchable_layers
 from qadtr_brevitas.quant.model import SwitchableModel
 from qadtr_brevitas.quant.ptq import PtqRun, quantized_precisions
-from qadtr_brevitas.quant.rounding_method import Layer, RoundingMethod, rounded_layers, set_levels
+from qadtr_brevitas.quant.rounding_method import RoundingMethod, set_levels
 from qadtr_brevitas.quant.switch import at_precision
 
 with warnings.catch_warnings():
@@ -72,13 +72,13 @@ class _BrevitasRun(PtqRun):
         assert isinstance(model, SwitchableModel)
         self._method = method
         self._model = model
-        self.passes = len(quantized_precisions(model)) * len(rounded_layers(model))
+        self.passes = len(quantized_precisions(model)) * len(switchable_layers(model))
 
     def improve(self, batches: Iterable[Tensor], count_batch: Callable[[], object]) -> None:
         for precision in quantized_precisions(self._model):
             frozen = self._frozen(precision)
             with torch.no_grad(), _expected_warnings(), self._method.mode(frozen) as mode:
-                for _ in range(len(rounded_layers(self._model))):
+                for _ in range(len(switchable_layers(self._model))):
                     for images in batches:
                         mode.model(images)
                         count_batch()
@@ -100,11 +100,10 @@ class _BrevitasRun(PtqRun):
                     step = quantizer.step_of_each(layer.weight, quantizer.bits)
                     set_levels(self._model, layer, precision, (copied.quant_weight().value / step).round())
 
-    def _copies(self, frozen: nn.Module) -> list[tuple[Any, Layer]]:
+    def _copies(self, frozen: nn.Module) -> list[tuple[Any, SwitchableLayer]]:
         """Return each layer of a frozen copy, and the layer that it is a copy of."""
-        own = dict(self._model.named_modules())
-        pairs = [(module, own.get(name)) for name, module in frozen.named_modules()]
-        return [(copied, layer) for copied, layer in pairs if isinstance(layer, SwitchableConv2d | SwitchableLinear)]
+        own = switchable_layers(self._model)
+        return [(module, own[name]) for name, module in frozen.named_modules() if name in own]
 
 
 @contextmanager

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from qadtr_brevitas.core.progress import Progress
 from qadtr_brevitas.core.registry import PTQ_METHODS, RANGE_METHODS
 from qadtr_brevitas.data.batches import ImageBatches, Loader
-from qadtr_brevitas.quant.feature_clip import calibrate_feature_clips, feature_clips
+from qadtr_brevitas.quant.feature_clip import calibrate_feature_clips, clip_passes, feature_clips
 from qadtr_brevitas.quant.norm import copy_float_statistics
 from qadtr_brevitas.quant.observations import Observations
 from qadtr_brevitas.quant.ptq import PtqMethod, ptq_states
 from qadtr_brevitas.quant.range_methods import LevelGrid, RangeMethod
 from qadtr_brevitas.quant.ranges import Sample, all_of
-from qadtr_brevitas.quant.switch import Observer, evaluating, observing, switch_of
+from qadtr_brevitas.quant.switch import Observer, observing, switch_of
 from qadtr_brevitas.quant.switchable_quant import SwitchableActQuant, SwitchableQuant, SwitchableWeightQuant
 
 
@@ -68,7 +68,8 @@ def calibrate(
     for improvement in improvements:
         improvement.prepare(model)
     runs = [improvement.start(model) for improvement in improvements]
-    count_batch = _counter(progress, len(batches) * (1 + sum(run.passes for run in runs)))
+    passes = 1 + sum(run.passes for run in runs) + clip_passes(model)
+    count_batch = _counter(progress, len(batches) * passes)
     quantizers = [module for module in model.modules() if isinstance(module, SwitchableActQuant) and module.thresholds]
     observed = Observations(quantizers, len(batches), sampled=ranges.needs_values)
     with observing(model, _observer(observed, ranges)), ExitStack() as watching:
@@ -82,9 +83,7 @@ def calibrate(
     copy_float_statistics(model)
     for run in runs:
         run.improve(batches, count_batch)
-    if feature_clips(model):
-        with evaluating(model):
-            calibrate_feature_clips(model, batches)
+    calibrate_feature_clips(model, batches, count_batch)
 
 
 def _counter(progress: Progress | None, total: int) -> Callable[[], None]:

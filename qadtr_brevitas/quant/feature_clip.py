@@ -7,7 +7,7 @@ weights and is differentiable, so attacks go through it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from qadtr_brevitas.core.errors import UsageError, suggest
 from qadtr_brevitas.data.batches import ImageBatches
 from qadtr_brevitas.quant.ranges import percentiles
-from qadtr_brevitas.quant.switch import Switch, at_precision
+from qadtr_brevitas.quant.switch import Switch, at_precision, evaluating, frozen_weights
 
 _NO_LIMIT = 1e30
 # Norms that are kept of each batch: enough for a percentile of the few strongest.
@@ -135,22 +135,30 @@ def feature_clips(model: nn.Module) -> list[FeatureClip]:
     return [module for module in model.modules() if isinstance(module, FeatureClip)]
 
 
+def clip_passes(model: nn.Module) -> int:
+    """Return the passes over all batches that the calibration of clips takes."""
+    clips = feature_clips(model)
+    return len(clips[0].switch.allowed) if clips else 0
+
+
 @torch.no_grad()
-def calibrate_feature_clips(model: nn.Module, batches: ImageBatches) -> None:
+def calibrate_feature_clips(model: nn.Module, batches: ImageBatches, count_batch: Callable[[], object]) -> None:
     """Set the thresholds of all clips at each precision to the percentile of the norms there, without clips.
 
     Args:
-        model: a switchable model in eval mode, calibrated but for its clips.
+        model: a switchable model, calibrated but for its clips.
         batches: images.
+        count_batch: called after each batch of each of `clip_passes(model)` passes.
     """
     clips = feature_clips(model)
     for precision in clips[0].switch.allowed if clips else ():
-        with at_precision(model, precision):
+        with evaluating(model), at_precision(model, precision), frozen_weights(model):
             for clip in clips:
                 clip.norms = []
             try:
                 for images in batches:
                     model(images)
+                    count_batch()
                 for clip in clips:
                     assert clip.norms
                     found = percentiles(torch.cat(clip.norms)[None].float(), clip.percentile)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qadtr_brevitas.core.plugin import Field, plugin
-from qadtr_brevitas.quant.layerwise import LayerwiseRounding, RoundingProblem, factor
+from qadtr_brevitas.quant.layerwise import DAMPING, LayerwiseRounding, RoundingProblem, factor
 
 # Columns whose errors are passed on at once to the columns after them.
 _BLOCK = 128
@@ -23,7 +23,7 @@ class Gptq(LayerwiseRounding):
 
     damping: Annotated[
         float, Field(gt=0, description="added to the diagonal of second moments, as a share of its mean")
-    ] = 0.01
+    ] = DAMPING
 
     def choose(self, problem: RoundingProblem) -> Tensor:
         order = problem.moments.diagonal().argsort(descending=True, stable=True)

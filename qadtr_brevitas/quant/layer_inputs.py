@@ -17,12 +17,10 @@ from torch.nn import functional as F
 
 from qadtr_brevitas.core.precision import FLOAT_BITS, Precision
 from qadtr_brevitas.core.seeding import generator
-from qadtr_brevitas.quant.layers import SwitchableConv2d, SwitchableLinear
+from qadtr_brevitas.quant.layers import SwitchableConv2d, SwitchableLayer, SwitchableLinear, switchable_layers
 from qadtr_brevitas.quant.products import products_not_intercepted
 from qadtr_brevitas.quant.proxies import SwitchableActProxy
-from qadtr_brevitas.quant.switch import at_precision, evaluating, frozen_weights
-
-Layer = SwitchableConv2d | SwitchableLinear
+from qadtr_brevitas.quant.switch import at_precision
 
 _FLOAT = Precision(FLOAT_BITS, FLOAT_BITS)
 # Inputs per weight of a channel, beyond which moments hardly change.
@@ -51,7 +49,7 @@ class LayerCalls:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._calls: dict[Layer, int] = {}
+        self._calls: dict[SwitchableLayer, int] = {}
         self._images: list[int] = []
 
     @contextmanager
@@ -62,33 +60,34 @@ class LayerCalls:
             self._images.append(len(args[0]))
             self._calls.clear()
 
-        def note(layer: Layer, _: object) -> None:
+        def note(layer: SwitchableLayer, _: object) -> None:
             self._calls[layer] = self._calls.get(layer, 0) + 1
 
-        found = [module for module in self._model.modules() if isinstance(module, SwitchableConv2d | SwitchableLinear)]
         handles = [self._model.register_forward_pre_hook(note_batch)]
-        handles += [layer.register_forward_pre_hook(note) for layer in found]
+        handles += [layer.register_forward_pre_hook(note) for layer in switchable_layers(self._model).values()]
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
 
-    def parts(self, size: int) -> list[list[Layer]]:
+    def parts(self, size: int) -> list[list[SwitchableLayer]]:
         """Return the layers in parts of the given size, in order."""
         layers = list(self._calls)
         return [layers[start : start + size] for start in range(0, len(layers), size)]
 
     def moments(
         self,
-        part: Sequence[Layer],
+        part: Sequence[SwitchableLayer],
         precision: Precision,
         batches: Iterable[Tensor],
         count_batch: Callable[[], object],
         *,
         mixed: bool,
-    ) -> dict[Layer, Moments]:
+    ) -> dict[SwitchableLayer, Moments]:
         """Return the moments of the inputs of some layers; each forward pass ends at the last of them.
+
+        The model is in eval mode; within `frozen_weights` it quantizes only the weights that changed since.
 
         Args:
             part: layers of the model.
@@ -98,25 +97,25 @@ class LayerCalls:
             mixed: whether to run the float network too, for `Moments.mixed`.
         """
         found = {layer: _empty(layer, mixed=mixed) for layer in part}
-        model = self._model
-        with evaluating(model), frozen_weights(model):
-            for index, images in enumerate(batches):
-                float_inputs = self._inputs(part, _FLOAT, images, index) if mixed else {}
-                for layer, rows in self._inputs(part, precision, images, index).items():
-                    moments = found[layer]
-                    moments.quantized.baddbmm_(rows.mT, rows)
-                    if moments.mixed is not None:
-                        moments.mixed.baddbmm_(float_inputs[layer].mT, rows)
-                count_batch()
+        for index, images in enumerate(batches):
+            float_inputs = self._inputs(part, _FLOAT, images, index) if mixed else {}
+            for layer, rows in self._inputs(part, precision, images, index).items():
+                moments = found[layer]
+                moments.quantized.baddbmm_(rows.mT, rows)
+                if moments.mixed is not None:
+                    moments.mixed.baddbmm_(float_inputs[layer].mT, rows)
+            count_batch()
         return found
 
-    def _inputs(self, part: Sequence[Layer], precision: Precision, images: Tensor, index: int) -> dict[Layer, Tensor]:
+    def _inputs(
+        self, part: Sequence[SwitchableLayer], precision: Precision, images: Tensor, index: int
+    ) -> dict[SwitchableLayer, Tensor]:
         """Return inputs of some layers in one forward pass, (groups, inputs, n) each."""
-        calls: dict[Layer, list[Tensor]] = {layer: [] for layer in part}
+        calls: dict[SwitchableLayer, list[Tensor]] = {layer: [] for layer in part}
         expected = sum(self._calls[layer] for layer in part)
         order = {layer: place for place, layer in enumerate(self._calls)}
 
-        def note(layer: Layer, args: tuple[Tensor, ...]) -> None:
+        def note(layer: SwitchableLayer, args: tuple[Tensor, ...]) -> None:
             with products_not_intercepted():
                 seen = _seen(layer, args[0])
                 wanted = self._wanted(layer, len(images))
@@ -144,7 +143,7 @@ class LayerCalls:
                 handle.remove()
         return {layer: torch.cat(rows, dim=1) for layer, rows in calls.items()}
 
-    def _wanted(self, layer: Layer, images: int) -> int:
+    def _wanted(self, layer: SwitchableLayer, images: int) -> int:
         """Return how many inputs of one call of a layer to take from a batch of images."""
         weights = layer.weight[0].numel()
         return math.ceil(_INPUTS_PER_WEIGHT * weights * images / (sum(self._images) * self._calls[layer]))
@@ -154,13 +153,13 @@ class _LastLayer(Exception):
     """Ends a forward pass."""
 
 
-def _empty(layer: Layer, *, mixed: bool) -> Moments:
+def _empty(layer: SwitchableLayer, *, mixed: bool) -> Moments:
     groups, weights = layer.groups if isinstance(layer, SwitchableConv2d) else 1, layer.weight[0].numel()
     zeros = layer.weight.new_zeros(groups, weights, weights, dtype=torch.float32, requires_grad=False)
     return Moments(zeros, zeros.clone() if mixed else None)
 
 
-def _seen(layer: Layer, x: Tensor) -> Tensor:
+def _seen(layer: SwitchableLayer, x: Tensor) -> Tensor:
     """Return what each output of a layer is computed from, as quantized: a view of one value at many places.
 
     Returns:

@@ -6,7 +6,7 @@ an export is in progress.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from brevitas.nn import QuantConv2d, QuantIdentity, QuantLinear, QuantReLU
@@ -123,14 +123,19 @@ class SwitchableLinear(_FastPath, QuantLinear):  # pyright: ignore[reportIncompa
     """QuantLinear with switchable quantizers."""
 
 
+SwitchableLayer: TypeAlias = SwitchableConv2d | SwitchableLinear
+"""A layer with a switchable weight."""
+
+
+def switchable_layers(model: nn.Module) -> dict[str, SwitchableLayer]:
+    """Return the layers with switchable weights, by module name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, SwitchableLayer)}
+
+
 def low_bit_weights(model: nn.Module) -> dict[str, Tensor]:
     """Return the float weights, by module name, of the layers that are quantized to less than 8 bit."""
-    return {
-        name: module.weight
-        for name, module in model.named_modules()
-        if isinstance(module, SwitchableConv2d | SwitchableLinear)
-        and module.weight_quant.quantizer.min_bits < WIDE_BITS
-    }
+    layers = switchable_layers(model).items()
+    return {name: layer.weight for name, layer in layers if layer.weight_quant.quantizer.min_bits < WIDE_BITS}
 
 
 def brevitas_twin(module: nn.Module, conv: Any, linear: Any, **quantizers: Any) -> nn.Module:

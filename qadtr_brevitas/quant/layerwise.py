@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from qadtr_brevitas.core.plugin import Field, plugin
 from qadtr_brevitas.core.precision import Precision
 from qadtr_brevitas.quant.layer_inputs import LayerCalls, Moments
+from qadtr_brevitas.quant.layers import SwitchableLayer, switchable_layers
 from qadtr_brevitas.quant.ptq import PtqRun, quantized_precisions
 from qadtr_brevitas.quant.quantizer import Levels
-from qadtr_brevitas.quant.rounding_method import Layer, RoundingMethod, rounded_layers, set_levels
-from qadtr_brevitas.quant.switch import at_precision
+from qadtr_brevitas.quant.rounding_method import RoundingMethod, set_levels
+from qadtr_brevitas.quant.switch import at_precision, evaluating, frozen_weights
 from qadtr_brevitas.quant.switchable_quant import SwitchableWeightQuant
 
 # Added to the diagonal of second moments, as a share of its mean, where a system of equations is solved.
@@ -83,21 +84,23 @@ class _Run(PtqRun):
         self._method = method
         self._model = model
         self._calls = LayerCalls(model)
-        self.passes = len(quantized_precisions(model)) * -(-len(rounded_layers(model)) // method.parallel)
+        self.passes = len(quantized_precisions(model)) * -(-len(switchable_layers(model)) // method.parallel)
 
     def watching_float(self) -> AbstractContextManager[None]:
         return self._calls.watching()
 
     @torch.no_grad()
     def improve(self, batches: Iterable[Tensor], count_batch: Callable[[], object]) -> None:
+        mixed = self._method.target == "float"
         for precision in quantized_precisions(self._model):
-            for part in self._calls.parts(self._method.parallel):
-                mixed = self._method.target == "float"
-                found = self._calls.moments(part, precision, batches, count_batch, mixed=mixed)
-                for layer, moments in found.items():
-                    self._round(layer, moments, precision)
+            # One block per precision, so that quantized weights of one precision only are in memory.
+            with evaluating(self._model), frozen_weights(self._model):
+                for part in self._calls.parts(self._method.parallel):
+                    found = self._calls.moments(part, precision, batches, count_batch, mixed=mixed)
+                    for layer, moments in found.items():
+                        self._round(layer, moments, precision)
 
-    def _round(self, layer: Layer, moments: Moments, precision: Precision) -> None:
+    def _round(self, layer: SwitchableLayer, moments: Moments, precision: Precision) -> None:
         quantizer = layer.weight_quant.quantizer
         with at_precision(self._model, precision):
             if not quantizer.is_active:

@@ -17,7 +17,12 @@ from torch import Tensor, nn
 
 from qadtr_brevitas.quant.pickling import allow_pickling
 from qadtr_brevitas.quant.switch import Switch, SwitchState
-from qadtr_brevitas.quant.switchable_quant import SwitchableActQuant, SwitchableDynamicQuant, SwitchableWeightQuant
+from qadtr_brevitas.quant.switchable_quant import (
+    SwitchableActQuant,
+    SwitchableDynamicQuant,
+    SwitchablePixelQuant,
+    SwitchableWeightQuant,
+)
 from qadtr_brevitas.quant.uniform import Uniform
 
 allow_pickling()
@@ -126,9 +131,16 @@ def weight_injector(switch: Switch, **settings: Any) -> Any:
     return _WeightInjector.let(switch=switch, **settings)
 
 
-def act_injector(switch: Switch, *, dynamic: bool = False, **settings: Any) -> Any:
-    """Return the injector of an activation quantizer; settings are those of SwitchableQuant."""
-    injector = _DynamicInjector if dynamic else _ActInjector
+def act_injector(switch: Switch, *, dynamic: bool = False, reads_pixels: bool = False, **settings: Any) -> Any:
+    """Return the injector of an activation quantizer.
+
+    Args:
+        switch: the model's switch.
+        dynamic: whether ranges are measured at run time.
+        reads_pixels: whether it quantizes the image.
+        settings: those of SwitchableQuant.
+    """
+    injector = _DynamicInjector if dynamic else _PixelInjector if reads_pixels else _ActInjector
     return injector.let(switch=switch, **settings)
 
 
@@ -151,8 +163,11 @@ class _ActInjector(_Injector):
     max_threshold = None
     scheme = Uniform()
     shape = ()
-    reads_pixels = False
 
 
 class _DynamicInjector(_ActInjector):
     tensor_quant = SwitchableDynamicQuant
+
+
+class _PixelInjector(_ActInjector):
+    tensor_quant = SwitchablePixelQuant

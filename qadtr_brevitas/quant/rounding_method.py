@@ -8,12 +8,10 @@ from torch import Tensor, nn
 from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.core.plugin import plugin
 from qadtr_brevitas.core.precision import FLOAT_BITS, Precision
-from qadtr_brevitas.quant.layers import SwitchableConv2d, SwitchableLinear
+from qadtr_brevitas.quant.layers import SwitchableLayer, switchable_layers
 from qadtr_brevitas.quant.ptq import PtqMethod
 from qadtr_brevitas.quant.rounding import WeightRounding
 from qadtr_brevitas.quant.switch import Switch, at_precision, switch_of
-
-Layer = SwitchableConv2d | SwitchableLinear
 
 
 @plugin
@@ -22,10 +20,10 @@ class RoundingMethod(PtqMethod):
 
     def prepare(self, model: nn.Module) -> None:
         switch = switch_of(model)
-        for layer in rounded_layers(model):
+        for layer in switchable_layers(model).values():
             self._prepare_layer(layer, switch)
 
-    def _prepare_layer(self, layer: Layer, switch: Switch) -> None:
+    def _prepare_layer(self, layer: SwitchableLayer, switch: Switch) -> None:
         quantizer = layer.weight_quant.quantizer
         if quantizer.rounding is not None:
             return
@@ -38,13 +36,8 @@ class RoundingMethod(PtqMethod):
         quantizer.rounding = WeightRounding(self, switch, layer.weight, bits)
 
 
-def rounded_layers(model: nn.Module) -> list[Layer]:
-    """Return the layers whose weights have levels to choose."""
-    return [module for module in model.modules() if isinstance(module, SwitchableConv2d | SwitchableLinear)]
-
-
 @torch.no_grad()
-def set_levels(model: nn.Module, layer: Layer, precision: Precision, levels: Tensor) -> None:
+def set_levels(model: nn.Module, layer: SwitchableLayer, precision: Precision, levels: Tensor) -> None:
     """Keep the levels of the weight of a layer at a precision, whole numbers in the shape of the weight."""
     quantizer = layer.weight_quant.quantizer
     with at_precision(model, precision):

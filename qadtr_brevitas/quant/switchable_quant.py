@@ -124,30 +124,7 @@ class SwitchableActQuant(SwitchableQuant):
     """Activation quantizer: per tensor, one learned threshold per bit-width.
 
     A quantizer that never has less than 8 bit learns its threshold as PACT does, which needs less memory.
-
-    White and black lie on the ends of a quantizer of the image, or half a step beyond, where values get no gradient: a
-    pixel that an attack has made white could never change again. So a quantizer of the image passes gradients there.
-
-    Args:
-        reads_pixels: whether it quantizes the image. The other arguments are those of `SwitchableQuant`.
     """
-
-    reads_pixels = False
-
-    def __init__(
-        self,
-        switch: Switch,
-        bits: tuple[int, ...],
-        min_bits: int,
-        signed: bool,
-        narrow_range: bool,
-        shape: tuple[int, ...],
-        max_threshold: float | None,
-        scheme: Quantizer,
-        reads_pixels: bool = False,
-    ) -> None:
-        super().__init__(switch, bits, min_bits, signed, narrow_range, shape, max_threshold, scheme)
-        self.reads_pixels = reads_pixels
 
     def nominal_bits(self, precision: Precision) -> int:
         return precision.act
@@ -162,11 +139,28 @@ class SwitchableActQuant(SwitchableQuant):
         now = self.switch.states.now if now is None else now
         bits = self.bits_at(now.precision)
         keep_input = self.min_bits < WIDE_BITS
-        scale, levels = self.scale(bits), self.levels(bits)
-        if not (self.reads_pixels and x.requires_grad and torch.is_grad_enabled()):
-            return self.scheme.quantize_activation(x, scale, levels, keep_input=keep_input)
-        y = self.scheme.quantize_activation(x.detach(), scale, levels, keep_input=keep_input)
-        return y + self._straight_through(x, scale, levels)
+        return self.scheme.quantize_activation(x, self.scale(bits), self.levels(bits), keep_input=keep_input)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Brevitas's contract: (dequantized value, scale, zero point, bit-width)."""
+        now = self.switch.states.now
+        bits = self.bits_at(now.precision)
+        return self.quantize(x, now), self.scale(bits), self.zero_point(), self.bit_widths[str(bits)]()
+
+
+class SwitchablePixelQuant(SwitchableActQuant):
+    """Activation quantizer of the image, which passes gradients at its ends too.
+
+    White and black lie on the ends, or half a step beyond, where other quantizers pass no gradient: a pixel that an
+    attack has made white could never change again.
+    """
+
+    def quantize(self, x: Tensor, now: SwitchState | None = None) -> Tensor:
+        if not (x.requires_grad and torch.is_grad_enabled()):
+            return super().quantize(x, now)
+        now = self.switch.states.now if now is None else now
+        bits = self.bits_at(now.precision)
+        return super().quantize(x.detach(), now) + self._straight_through(x, self.scale(bits), self.levels(bits))
 
     def _straight_through(self, x: Tensor, scale: Tensor, levels: Levels) -> Tensor:
         """Return zeros with the gradient of x up to half a step outside of the range in which others have one."""
@@ -176,12 +170,6 @@ class SwitchableActQuant(SwitchableQuant):
             inside = (steps >= low - _HALF_STEP) & (steps <= high + _HALF_STEP)
         passed = x * inside
         return passed - passed.detach()
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Brevitas's contract: (dequantized value, scale, zero point, bit-width)."""
-        now = self.switch.states.now
-        bits = self.bits_at(now.precision)
-        return self.quantize(x, now), self.scale(bits), self.zero_point(), self.bit_widths[str(bits)]()
 
 
 class SwitchableDynamicQuant(SwitchableActQuant):

@@ -26,7 +26,12 @@ from qadtr_brevitas.quant.bias_correction import BiasCorrection
 from qadtr_brevitas.quant.fake_quantize import quantize_weight
 from qadtr_brevitas.quant.proxies import SwitchableActProxy
 from qadtr_brevitas.quant.switch import observing
-from qadtr_brevitas.quant.switchable_quant import SwitchableActQuant, SwitchableQuant, SwitchableWeightQuant
+from qadtr_brevitas.quant.switchable_quant import (
+    SwitchableActQuant,
+    SwitchablePixelQuant,
+    SwitchableQuant,
+    SwitchableWeightQuant,
+)
 from tests.quant.conftest import SIZE
 
 
@@ -84,7 +89,11 @@ def test_minmax_puts_no_image_off_by_more_than_half_a_step(float_net: nn.Module,
 
     with observing(model, check):
         model(images)
-    assert {type(quantizer) for quantizer in checked} == {SwitchableActQuant, SwitchableWeightQuant}
+    assert {type(quantizer) for quantizer in checked} == {
+        SwitchableActQuant,
+        SwitchablePixelQuant,
+        SwitchableWeightQuant,
+    }
     assert len(checked) == len([m for m in model.modules() if isinstance(m, SwitchableQuant)])
 
 

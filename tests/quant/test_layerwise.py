@@ -163,6 +163,8 @@ def test_gptq_is_that_of_brevitas() -> None:
         for _ in range(gptq.num_layers):
             gptq.model(images)
             gptq.update()
+    with at_precision(model, 4), torch.no_grad():
+        nearest = model.net[1].weight_quant.quantize(model.net[1].weight)  # pyright: ignore
     calibrate(model, images, weights=[Gptq(target="quantized")])
     linear = stock.net[1]  # pyright: ignore
     assert isinstance(linear, QuantLinear)
@@ -170,7 +172,7 @@ def test_gptq_is_that_of_brevitas() -> None:
     with at_precision(model, 4), torch.no_grad():
         ours = model.net[1].weight_quant.quantize(model.net[1].weight)  # pyright: ignore
     assert (ours - theirs).abs().gt(1e-6).float().mean() < 0.01
-    assert not torch.equal(ours, theirs.new_zeros(()))
+    assert (ours - nearest).abs().gt(1e-6).float().mean() > 0.05
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -14,7 +14,7 @@ from qadtr_brevitas.core.registry import QUANTIZERS
 from qadtr_brevitas.quant import SwitchableModel, at_precision, calibrate, convert, freeze, frozen_weights
 from qadtr_brevitas.quant.log2 import Log2
 from qadtr_brevitas.quant.quantizer import Levels, Quantizer
-from qadtr_brevitas.quant.switchable_quant import SwitchableActQuant
+from qadtr_brevitas.quant.switchable_quant import SwitchableActQuant, SwitchablePixelQuant
 from qadtr_brevitas.quant.uniform import PowerOfTwo, Uniform
 from qadtr_brevitas.testing.quantizers import check_quantizer
 
@@ -207,8 +207,8 @@ def test_only_values_that_round_to_the_ends_have_a_gradient_there() -> None:
     model = convert(Small().eval(), [8], image_size=(8, 8), mean=[0.5] * 3, std=[0.5] * 3)
     calibrate(model, [torch.stack([torch.zeros(3, 8, 8), torch.ones(3, 8, 8)])], method="minmax")
     first, *others = (module for module in model.modules() if isinstance(module, SwitchableActQuant))
-    assert first.reads_pixels
-    assert not any(other.reads_pixels for other in others)
+    assert isinstance(first, SwitchablePixelQuant)
+    assert not any(isinstance(other, SwitchablePixelQuant) for other in others)
     values = torch.tensor([-128.6, -128.4, -127.9, 0.0, 126.9, 127.4, 127.6]) * first.scale(8).detach()
     values.requires_grad_()
     (gradient,) = torch.autograd.grad(first.quantize(values).sum(), values)
