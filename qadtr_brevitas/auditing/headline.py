@@ -60,8 +60,13 @@ class _Line:
     audit: PrecisionAudit | None
 
     @property
+    def attacks(self) -> int:
+        """How many attacks were made."""
+        return self.robust.attacks if self.robust is not None else 0
+
+    @property
     def resists(self) -> float:
-        """By how much one line is better than another."""
+        """By how much one line is better than another under as many attacks."""
         if self.robust is not None:
             return self.robust.robust_accuracy.value or 0.0
         if self.certified is not None:
@@ -79,9 +84,15 @@ def headline(report: EvaluationReport, audits: Iterable[AuditReport] = ()) -> He
     lines = _lines(report, {audit.fingerprint: audit for audit in audits})
     if not lines:
         return None
-    best = max(lines, key=lambda line: line.resists)
+    best = _best(lines)
     sentences = [_resists(best, report), _price(best, lines), _trust(lines)]
     return Headline(tuple(filter(None, sentences)), _table(lines, report))
+
+
+def _best(lines: Sequence[_Line]) -> _Line:
+    """Return the line that resists best of those that met most attacks: fewer attacks leave more by themselves."""
+    most = max(line.attacks for line in lines)
+    return max((line for line in lines if line.attacks == most), key=lambda line: line.resists)
 
 
 def _lines(report: EvaluationReport, audits: dict[str | None, AuditReport]) -> list[_Line]:
@@ -209,20 +220,24 @@ def _table(lines: Sequence[_Line], report: EvaluationReport) -> Table:
     if len(lines) > _MOST_LINES:
         models = dict.fromkeys(line.model for line in lines)
         own = [[line for line in lines if line.model == model] for model in models]
-        lines = [max(found, key=lambda line: line.resists) for found in own]
+        lines = [_best(found) for found in own]
         notes.append("Each model at the bit-width where it resists best.")
+    counts = {line.attacks for line in lines}
+    if len(counts) > 1:
+        notes.append("Fewer attacks leave more: only lines with most of them are compared.")
     facts = report.attack_facts()
     columns: dict[str, list[str]] = {
         "model": [line.model for line in lines],
         "at": [bits(line.precision) for line in lines],
         "right": [percent(line.clean) for line in lines],
         "under attack": [percent(line.robust.robust_accuracy) if line.robust else EMPTY for line in lines],
+        "attacks": [str(line.attacks) for line in lines] if len(counts) > 1 else [EMPTY] * len(lines),
         "highest ASR": [percent(line.highest.asr) if line.highest else EMPTY for line in lines],
         "by": [facts[line.highest.attack].attack if line.highest else EMPTY for line in lines],
         "proved": [percent(line.certified.certified_accuracy) if line.certified else EMPTY for line in lines],
         "audit": [_audit_word(line.audit) for line in lines],
     }
-    optional = ("under attack", "highest ASR", "by", "proved")
+    optional = ("under attack", "attacks", "highest ASR", "by", "proved")
     shown = {name: cells for name, cells in columns.items() if name not in optional or set(cells) != {EMPTY}}
     if "under attack" not in shown and set(shown["audit"]) == {_NOT_AUDITED}:
         del shown["audit"]

@@ -12,6 +12,7 @@ from qadtr_brevitas.auditing.finding import AuditReport, Finding, PrecisionAudit
 from qadtr_brevitas.auditing.headline import headline
 from qadtr_brevitas.evaluation.metrics import Proportion
 from qadtr_brevitas.evaluation.report import EvaluationReport, Rate
+from qadtr_brevitas.evaluation.report.schema import WorstCase
 from tests.reproduce.page.support import make_report
 
 
@@ -78,6 +79,23 @@ def test_whether_the_figures_can_be_trusted(
     one = headline(report, [audit("a", "pass")])
     assert one is not None
     assert "not everything was audited" in one.sentences[-1]
+
+
+def test_a_line_that_met_fewer_attacks_is_never_the_best(report: EvaluationReport) -> None:
+    def fewer(cell: WorstCase) -> WorstCase:
+        easy = (cell.model, cell.precision) == ("b", "8")
+        return cell.model_copy(update={"attacks": cell.attacks - 2}) if easy else cell
+
+    worst_case = tuple(fewer(cell) for cell in report.worst_case)
+    first = headline(report.model_copy(update={"worst_case": worst_case}))
+    assert first is not None
+    assert first.sentences[0].startswith("a at 8 bit resists best")
+    column = first.table.header.index("attacks")
+    assert [row[column] for row in first.table.rows if row] == ["4", "4", "2", "4"]
+    unattacked = tuple(cell for cell in report.worst_case if (cell.model, cell.precision) != ("b", "8"))
+    first = headline(report.model_copy(update={"worst_case": unattacked}))
+    assert first is not None
+    assert first.sentences[0].startswith("a at 8 bit resists best")
 
 
 def test_without_attacks_it_is_about_accuracy(report: EvaluationReport) -> None:
