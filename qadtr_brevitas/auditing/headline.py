@@ -224,22 +224,27 @@ def _table(lines: Sequence[_Line], report: EvaluationReport) -> Table:
         notes.append("Each model at the bit-width where it resists best.")
     counts = {line.attacks for line in lines}
     if len(counts) > 1:
-        notes.append("Fewer attacks leave more: only lines with most of them are compared.")
+        notes.append("In brackets, the number of attacks. Fewer leave more: only lines with most of them are compared.")
     facts = report.attack_facts()
     columns: dict[str, list[str]] = {
         "model": [line.model for line in lines],
         "at": [bits(line.precision) for line in lines],
         "right": [percent(line.clean) for line in lines],
-        "under attack": [percent(line.robust.robust_accuracy) if line.robust else EMPTY for line in lines],
-        "attacks": [str(line.attacks) for line in lines] if len(counts) > 1 else [EMPTY] * len(lines),
+        "under attack": [_under_attack(line, counted=len(counts) > 1) for line in lines],
         "highest ASR": [percent(line.highest.asr) if line.highest else EMPTY for line in lines],
         "by": [facts[line.highest.attack].attack if line.highest else EMPTY for line in lines],
         "proved": [percent(line.certified.certified_accuracy) if line.certified else EMPTY for line in lines],
         "audit": [_audit_word(line.audit) for line in lines],
     }
-    optional = ("under attack", "attacks", "highest ASR", "by", "proved")
+    optional = ("under attack", "highest ASR", "by", "proved")
     shown = {name: cells for name, cells in columns.items() if name not in optional or set(cells) != {EMPTY}}
     if "under attack" not in shown and set(shown["audit"]) == {_NOT_AUDITED}:
         del shown["audit"]
     rows = tuple(zip(*shown.values(), strict=True))
     return Table("In short", tuple(shown), rows, tuple(notes), labels=2)
+
+
+def _under_attack(line: _Line, *, counted: bool) -> str:
+    if line.robust is None:
+        return EMPTY
+    return percent(line.robust.robust_accuracy) + (f" (of {line.attacks})" if counted else "")

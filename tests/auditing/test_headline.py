@@ -90,8 +90,9 @@ def test_a_line_that_met_fewer_attacks_is_never_the_best(report: EvaluationRepor
     first = headline(report.model_copy(update={"worst_case": worst_case}))
     assert first is not None
     assert first.sentences[0].startswith("a at 8 bit resists best")
-    column = first.table.header.index("attacks")
-    assert [row[column] for row in first.table.rows if row] == ["4", "4", "2", "4"]
+    column = first.table.header.index("under attack")
+    cells = [row[column] for row in first.table.rows if row]
+    assert [cell.partition(" ")[2] for cell in cells] == ["(of 4)", "(of 4)", "(of 2)", "(of 4)"]
     unattacked = tuple(cell for cell in report.worst_case if (cell.model, cell.precision) != ("b", "8"))
     first = headline(report.model_copy(update={"worst_case": unattacked}))
     assert first is not None
