@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from torch import Tensor
 
@@ -92,6 +93,8 @@ def accuracy(predictions: Tensor, labels: Tensor) -> Proportion:
     return Proportion(int((predictions == labels).sum()), len(labels))
 
 
+# Reports ask for the same few intervals hundreds of times, and binomtest computes a p-value with each.
+@cache
 def wilson(count: int, n: int) -> tuple[float, float]:
     """Return the 95 % Wilson score interval of `count` of `n`; (0, 1), i.e. nothing known, for n = 0."""
     from scipy.stats import binomtest

@@ -83,7 +83,7 @@ def train(
     Raises:
         UsageError: the directory holds another run, or not the same one for every process, or the recipe does not fit
             model, data or device.
-        TrainingError: the loss is not finite; the last good state stays on disk.
+        TrainingError: the loss is not finite, or another process has ended; the last good state stays on disk.
         Interrupted: Ctrl-C or SIGTERM arrived; the state is saved.
         PluginError: the objective returns no loss that can be minimized.
         CheckpointError: something cannot be written or read; what was written before stays.

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from qadtr_brevitas.attacks.base import Memory
 from qadtr_brevitas.config import TrainSection
 from qadtr_brevitas.core.device import resolve_device
-from qadtr_brevitas.core.errors import PluginError, UsageError
+from qadtr_brevitas.core.errors import PluginError, TrainingError, UsageError
 from qadtr_brevitas.core.extras import require
 from qadtr_brevitas.training.objectives import Objective
 from qadtr_brevitas.training.step import TrainingStep
@@ -37,16 +37,30 @@ def started_processes(train: TrainSection, device: str) -> Generator[Accelerator
     Raises:
         UsageError: accelerate is not installed, there is no such device, one GPU is named for several processes, fp16
             is wanted off a GPU, or the batch cannot be shared equally.
+        TrainingError: the processes cannot reach each other, or another one has ended in the middle of the block.
     """
     joined = torch.distributed.is_available() and torch.distributed.is_initialized()
     accelerator = _start_processes(train, device)
     try:
         yield accelerator
+    except RuntimeError as error:
+        if accelerator.num_processes == 1 or not _lost_connection(error):
+            raise
+        raise TrainingError(
+            "another process of this training has ended: what is printed of it, or by torchrun, says why (exit code -9: "
+            "it was killed, often for lack of memory). Give the same command again to resume after the last saved state"
+        ) from error
     finally:
         # The caller ends a process group that the caller made. One that was made here serves the next run of these
         # processes, too: a second group would find the addresses of the first in torchrun's store.
         if not joined and accelerator.num_processes > 1:
             atexit.register(_end_group)
+
+
+def _lost_connection(error: RuntimeError) -> bool:
+    """Return whether a collective operation failed because a process is gone."""
+    # Gloo has no exception of its own, only messages that begin with the place in its sources.
+    return isinstance(error, torch.distributed.DistError) or "/gloo/" in str(error)
 
 
 def _end_group() -> None:
@@ -68,7 +82,16 @@ def _start_processes(train: TrainSection, device: str) -> Accelerator:
         torch.cuda.set_device(wanted)
     # Accelerate keeps the first device and mixed precision of a process for good; another run of it may want others.
     AcceleratorState._reset_state(reset_partial_state=True)  # pyright: ignore[reportPrivateUsage]
-    accelerator = Accelerator(cpu=wanted.type == "cpu", mixed_precision=train.amp)
+    try:
+        accelerator = Accelerator(cpu=wanted.type == "cpu", mixed_precision=train.amp)
+    except RuntimeError as error:
+        if not _lost_connection(error):
+            raise
+        raise TrainingError(
+            f"the processes cannot reach each other ({str(error).splitlines()[0]}): GLOO_SOCKET_IFNAME or "
+            "NCCL_SOCKET_IFNAME names the network interface to use; with torchrun --max-restarts, set "
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, or restarted processes look for the addresses of the first ones"
+        ) from error
     if train.batch_size % accelerator.num_processes:
         raise UsageError(
             f"train.batch_size={train.batch_size} cannot be shared equally by {accelerator.num_processes} processes: "
