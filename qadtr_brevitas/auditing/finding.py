@@ -13,6 +13,7 @@ from qadtr_brevitas.evaluation.report import Rate
 AUDIT_SCHEMA_VERSION = 1
 
 Status: TypeAlias = Literal["pass", "WARN", "skipped"]
+STATUSES: tuple[Status, ...] = ("pass", "WARN", "skipped")
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,15 @@ class PrecisionAudit(Document):
     def warnings(self) -> tuple[Finding, ...]:
         """The findings that need a look."""
         return tuple(finding for finding in self.findings if finding.status == "WARN")
+
+    @property
+    def is_incomplete(self) -> bool:
+        """Whether most checks measured nothing, so that the absence of warnings says nothing."""
+        return 2 * self.count("skipped") > len(self.findings)
+
+    def count(self, status: Status) -> int:
+        """Return the number of findings of a status."""
+        return sum(finding.status == status for finding in self.findings)
 
 
 class AuditReport(Document):

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qadtr_brevitas.auditing.finding import AuditReport, PrecisionAudit
+from qadtr_brevitas.auditing.standings import Standing, standings
 from qadtr_brevitas.core.table import Table
-from qadtr_brevitas.evaluation.report import EvaluationReport, Rate
+from qadtr_brevitas.evaluation.report import EvaluationReport
 from qadtr_brevitas.evaluation.report.layout import EMPTY, bits, percent
-from qadtr_brevitas.evaluation.report.schema import AttackCell, CertifiedCell, WorstCase
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -47,33 +47,6 @@ class Headline:
         return "\n\n".join(["\n".join(self.sentences), self.table.markdown()])
 
 
-@dataclass(frozen=True)
-class _Line:
-    """What is known of one model at one precision; `robust` is a share of all images, `highest` of those attacked."""
-
-    model: str
-    precision: str
-    clean: Rate
-    robust: WorstCase | None
-    highest: AttackCell | None
-    certified: CertifiedCell | None
-    audit: PrecisionAudit | None
-
-    @property
-    def attacks(self) -> int:
-        """How many attacks were made."""
-        return self.robust.attacks if self.robust is not None else 0
-
-    @property
-    def resists(self) -> float:
-        """By how much one line is better than another under as many attacks."""
-        if self.robust is not None:
-            return self.robust.robust_accuracy.value or 0.0
-        if self.certified is not None:
-            return self.certified.certified_accuracy.value or 0.0
-        return self.clean.value or 0.0
-
-
 def headline(report: EvaluationReport, audits: Iterable[AuditReport] = ()) -> Headline | None:
     """Return the first message of an evaluation; None for one without any figure.
 
@@ -81,7 +54,7 @@ def headline(report: EvaluationReport, audits: Iterable[AuditReport] = ()) -> He
         report: the evaluation.
         audits: audits of its models.
     """
-    lines = _lines(report, {audit.fingerprint: audit for audit in audits})
+    lines = standings(report, audits)
     if not lines:
         return None
     best = _best(lines)
@@ -89,48 +62,13 @@ def headline(report: EvaluationReport, audits: Iterable[AuditReport] = ()) -> He
     return Headline(tuple(filter(None, sentences)), _table(lines, report))
 
 
-def _best(lines: Sequence[_Line]) -> _Line:
+def _best(lines: Sequence[Standing]) -> Standing:
     """Return the line that resists best of those that met most attacks: fewer attacks leave more by themselves."""
     most = max(line.attacks for line in lines)
     return max((line for line in lines if line.attacks == most), key=lambda line: line.resists)
 
 
-def _lines(report: EvaluationReport, audits: dict[str | None, AuditReport]) -> list[_Line]:
-    names = {model.name: model.fingerprint for model in report.models}
-    return [
-        _Line(
-            cell.model,
-            cell.precision,
-            cell.accuracy,
-            # With what was transferred: nobody has to attack a network through itself.
-            next((c for c in report.worst_case if _is(c, cell) and c.scope == "all"), None),
-            max((c for c in _attacks(report) if _is(c, cell)), key=lambda c: c.asr.value or 0.0, default=None),
-            min((c for c in report.certified if _is(c, cell)), key=_certified_share, default=None),
-            _audit(audits.get(names.get(cell.model)), cell.precision),
-        )
-        for cell in report.clean
-    ]
-
-
-def _is(found: WorstCase | AttackCell | CertifiedCell, cell: object) -> bool:
-    return (found.model, found.precision) == (getattr(cell, "model", None), getattr(cell, "precision", None))
-
-
-def _attacks(report: EvaluationReport) -> list[AttackCell]:
-    """Return the cells of attacks: what was moved or turned, and patches of noise, tells nothing of the worst."""
-    others = {patch.name for patch in report.patches if patch.control or patch.variant}
-    return [cell for cell in report.cells if cell.attack not in others and cell.asr.n]
-
-
-def _certified_share(cell: CertifiedCell) -> float:
-    return cell.certified_accuracy.value or 0.0
-
-
-def _audit(audit: AuditReport | None, precision: str) -> PrecisionAudit | None:
-    return None if audit is None else next((p for p in audit.precisions if p.precision == precision), None)
-
-
-def _resists(best: _Line, report: EvaluationReport) -> str:
+def _resists(best: Standing, report: EvaluationReport) -> str:
     where = f"{best.model} at {bits(best.precision)}"
     n = report.data.images
     if best.robust is None:
@@ -146,14 +84,14 @@ def _resists(best: _Line, report: EvaluationReport) -> str:
     )
 
 
-def _proved(best: _Line) -> str:
+def _proved(best: Standing) -> str:
     if best.certified is None:
         return ""
     size = best.certified.label.partition(",")[0]
     return f" Proved: on {percent(best.certified.certified_accuracy)} % no patch of {size} can change the answer."
 
 
-def _price(best: _Line, lines: Sequence[_Line]) -> str:
+def _price(best: Standing, lines: Sequence[Standing]) -> str:
     """Return what the best line costs in accuracy beside the most accurate one."""
     top = max(lines, key=lambda line: line.clean.value or 0.0)
     lost = 100 * ((top.clean.value or 0.0) - (best.clean.value or 0.0))
@@ -167,19 +105,19 @@ def _price(best: _Line, lines: Sequence[_Line]) -> str:
     )
 
 
-def _trust(lines: Sequence[_Line]) -> str:
+def _trust(lines: Sequence[Standing]) -> str:
     """Return whether the figures can be taken as they are."""
     attacked = [line for line in lines if line.robust is not None or line.audit is not None]
     if not attacked:
         return ""
-    words = {_audit_word(line.audit) for line in attacked}
+    words = {audit_word(line.audit) for line in attacked}
     if words == {_NOT_AUDITED}:
         return "Trust: not audited, so a low success rate may be an attack that failed. Add --audit."
-    incomplete = [line for line in attacked if _is_incomplete(line.audit)]
+    incomplete = [line for line in attacked if line.audit is not None and line.audit.is_incomplete]
     if incomplete:
         part, where = incomplete[0].audit, f"{incomplete[0].model} at {bits(incomplete[0].precision)}"
         assert part is not None
-        skipped, right = _count(part, "skipped"), part.clean_accuracy
+        skipped, right = part.count("skipped"), part.clean_accuracy
         return (
             f"Trust: AUDIT INCOMPLETE. {skipped} of {len(part.findings)} checks measured nothing: {where} is right on "
             f"{right.count} of the {right.n} audited images. Give more: --audit-images 200."
@@ -198,24 +136,16 @@ def _trust(lines: Sequence[_Line]) -> str:
     return "Trust: the audit warns of nothing."
 
 
-def _audit_word(part: PrecisionAudit | None) -> str:
+def audit_word(part: PrecisionAudit | None) -> str:
+    """Return what an audit found, in a word or the numbers of its warnings."""
     if part is None:
         return _NOT_AUDITED
-    if _is_incomplete(part):
+    if part.is_incomplete:
         return "incomplete"
     return " ".join(finding.id for finding in part.warnings) or "no warning"
 
 
-def _is_incomplete(part: PrecisionAudit | None) -> bool:
-    """Whether most checks measured nothing, so that the absence of warnings says nothing."""
-    return part is not None and 2 * _count(part, "skipped") > len(part.findings)
-
-
-def _count(part: PrecisionAudit, status: str) -> int:
-    return sum(finding.status == status for finding in part.findings)
-
-
-def _table(lines: Sequence[_Line], report: EvaluationReport) -> Table:
+def _table(lines: Sequence[Standing], report: EvaluationReport) -> Table:
     notes = ["In percent of the test images; the highest ASR, of those that are right without the attack."]
     if len(lines) > _MOST_LINES:
         models = dict.fromkeys(line.model for line in lines)
@@ -234,7 +164,7 @@ def _table(lines: Sequence[_Line], report: EvaluationReport) -> Table:
         "highest ASR": [percent(line.highest.asr) if line.highest else EMPTY for line in lines],
         "by": [facts[line.highest.attack].attack if line.highest else EMPTY for line in lines],
         "proved": [percent(line.certified.certified_accuracy) if line.certified else EMPTY for line in lines],
-        "audit": [_audit_word(line.audit) for line in lines],
+        "audit": [audit_word(line.audit) for line in lines],
     }
     optional = ("under attack", "highest ASR", "by", "proved")
     shown = {name: cells for name, cells in columns.items() if name not in optional or set(cells) != {EMPTY}}
@@ -244,7 +174,7 @@ def _table(lines: Sequence[_Line], report: EvaluationReport) -> Table:
     return Table("In short", tuple(shown), rows, tuple(notes), labels=2)
 
 
-def _under_attack(line: _Line, *, counted: bool) -> str:
+def _under_attack(line: Standing, *, counted: bool) -> str:
     if line.robust is None:
         return EMPTY
     return percent(line.robust.robust_accuracy) + (f" (of {line.attacks})" if counted else "")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from qadtr_brevitas.auditing.finding import AuditReport, Finding, PrecisionAudit
+from qadtr_brevitas.auditing.finding import STATUSES, AuditReport, Finding, PrecisionAudit
 from qadtr_brevitas.auditing.significance import FALSE_ALARM
 from qadtr_brevitas.core.files import write_atomically, write_json
 from qadtr_brevitas.core.table import Table
@@ -31,7 +31,7 @@ def summary(audits: Sequence[AuditReport]) -> Table:
             percent(part.asr),
             percent(part.worst_case),
             str(part.asr.n),
-            *(str(_count(part, status)) for status in ("pass", "WARN", "skipped")),
+            *(str(part.count(status)) for status in STATUSES),
             " ".join(finding.id for finding in part.warnings) or EMPTY,
         )
         for audit in audits
@@ -87,10 +87,6 @@ def _note(audit: AuditReport, part: PrecisionAudit) -> str:
         f"Patches of {part.side}x{part.side} on {part.asr.n} of {audit.images} images, evaluation mode, profile "
         f"{audit.profile}, seed {audit.seed}; {passes}.{noise}"
     )
-
-
-def _count(part: PrecisionAudit, status: str) -> int:
-    return sum(finding.status == status for finding in part.findings)
 
 
 def _numbers(finding: Finding) -> str:

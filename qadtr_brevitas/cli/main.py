@@ -27,6 +27,7 @@ COMMANDS = {
     "evaluate": ("qadtr_brevitas.cli.evaluate", "Score models under attack and write a report."),
     "analyze": ("qadtr_brevitas.cli.analyze", "Look into why attacks move between precisions."),
     "report": ("qadtr_brevitas.cli.report", "Show results as one HTML page, beside the paper's."),
+    "board": ("qadtr_brevitas.cli.board", "Rank models of many reports, checked by the same rules."),
     "study": ("qadtr_brevitas.cli.study", "Carry out a whole comparison: train, attack, evaluate, report."),
     "export": ("qadtr_brevitas.cli.export", "Write a model for FPGA and edge tools, proved equal."),
     "push": ("qadtr_brevitas.cli.push", "Upload a model to the Hugging Face Hub, with a model card."),
