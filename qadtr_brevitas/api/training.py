@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from qadtr_brevitas.config import Recipe, load_recipe
 from qadtr_brevitas.core.errors import UsageError
+from qadtr_brevitas.exporting import check_for_target
 from qadtr_brevitas.pipeline.checkpoint import load_model
 from qadtr_brevitas.pipeline.directories import METRICS_FILE
 from qadtr_brevitas.quant import SwitchableModel
@@ -69,6 +71,7 @@ def train(
     Raises:
         UsageError: the directory holds another run, or the recipe does not fit model, data or device.
         RecipeError: something is wrong in the recipe or the overrides; the error lists all of it.
+        ExportError: the compiler that `quant.target` names cannot take the network; nothing is trained.
         TrainingError: the loss is no longer finite.
     """
     if isinstance(recipe, Recipe):
@@ -77,5 +80,8 @@ def train(
         checked = recipe
     else:
         checked = load_recipe(recipe, [f"{key}={json.dumps(value)}" for key, value in (overrides or {}).items()])
-    run = train_recipe(checked, output, resume=resume, overwrite=overwrite, observer=observer, device=device)
+    check = partial(check_for_target, target=checked.quant.target)
+    run = train_recipe(
+        checked, output, resume=resume, overwrite=overwrite, observer=observer, device=device, check=check
+    )
     return Run(run, checked)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -77,11 +78,13 @@ def command(
     is_main = os.environ.get("RANK", "0") == "0"
 
     from qadtr_brevitas.cli.train_progress import TrainingProgress
+    from qadtr_brevitas.exporting import check_for_target
     from qadtr_brevitas.training.loop import train
 
     with progress(f"training {run}") as report:
         observer = TrainingProgress(report) if is_main else None
-        train(resolved, run, resume=resume, overwrite=overwrite, observer=observer, device=device)
+        check = partial(check_for_target, target=resolved.quant.target)
+        train(resolved, run, resume=resume, overwrite=overwrite, observer=observer, device=device, check=check)
     if observer is not None:
         _show_result(run, was_finished=not observer.total_steps)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
@@ -60,6 +61,7 @@ def train(
     overwrite: bool = False,
     observer: TrainingObserver | None = None,
     device: str = "auto",
+    check: Callable[[SwitchableModel], object] | None = None,
 ) -> Path:
     """Train a switchable model by a recipe and write a run directory.
 
@@ -76,6 +78,7 @@ def train(
         overwrite: with `never`, delete the run in the directory first.
         observer: follows steps, epochs and messages.
         device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
+        check: raises an error for a converted network that is not worth training; not called for a resumed run.
 
     Returns:
         The run directory.
@@ -102,7 +105,7 @@ def train(
                 "or give --resume never --overwrite"
             )
             return run
-        trainer = _Trainer(recipe, run, accelerator, observer, saved)
+        trainer = _Trainer(recipe, run, accelerator, observer, saved, check)
         if finished:
             trainer.restore_model()
         else:
@@ -120,6 +123,7 @@ class _Trainer:
         accelerator: Accelerator,
         observer: TrainingObserver,
         saved: TrainingState | None,
+        check: Callable[[SwitchableModel], object] | None,
     ) -> None:
         self.recipe, self.accelerator, self.saved = recipe, accelerator, saved
         self.rank, self.processes = accelerator.process_index, accelerator.num_processes
@@ -137,6 +141,9 @@ class _Trainer:
         model, self.info = build_switchable(fitted, self.train_split, new_head=True, report=report)
         check_precisions(model, recipe)
         check_optimizer(recipe.train.optimizer)
+        if check is not None and not saved:
+            with torch.random.fork_rng(devices=[]):
+                check(model)
         if saved:
             # Before any optimizer exists: loading replaces Brevitas's parameters.
             model.load_state_dict(saved.model)

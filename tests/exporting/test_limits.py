@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from timm.models import register_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qadtr_brevitas.api.training import train
 from qadtr_brevitas.cli.main import cli
+from qadtr_brevitas.config import Recipe
 from qadtr_brevitas.core.errors import ExportError
 from qadtr_brevitas.core.precision import Precision
 from qadtr_brevitas.exporting import check_for_target, export, find_format
@@ -20,6 +24,7 @@ from qadtr_brevitas.exporting.tracing import KnownPools, exporter_errors
 from qadtr_brevitas.models.cifar import BasicBlock
 from qadtr_brevitas.pipeline.directories import ONNX_FILE
 from tests.exporting.networks import SPLIT, head, loaded, stem
+from tests.training.support import make_recipe
 
 pytestmark = pytest.mark.slow
 
@@ -33,6 +38,25 @@ def around(*middle: nn.Module, channels: int = 8) -> nn.Sequential:
 
 def conv(outputs: int = 8, kernel: int = 3, **geometry: object) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(8, outputs, kernel, **geometry), nn.ReLU())
+
+
+class Dilated(nn.Module):
+    """A convolution with holes, which hls4ml computes wrongly."""
+
+    pretrained_cfg: ClassVar = {"mean": (0.5,) * 3, "std": (0.25,) * 3, "architecture": "limits_dilated_net"}
+
+    def __init__(self, num_classes: int = 3) -> None:
+        super().__init__()
+        self.conv, self.act = nn.Conv2d(3, 4, 3, padding=2, dilation=2), nn.ReLU()
+        self.pool, self.fc = nn.AdaptiveAvgPool2d(1), nn.Linear(4, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.pool(self.act(self.conv(x))).flatten(1))
+
+
+@register_model
+def limits_dilated_net(pretrained: bool = False, num_classes: int = 3, **kwargs: object) -> Dilated:
+    return Dilated(num_classes)
 
 
 class Functional(nn.Module):
@@ -173,6 +197,16 @@ def test_what_an_exporter_raises_is_one_line_with_the_layer() -> None:
 
 def test_networks_for_no_compiler_are_not_checked() -> None:
     assert not check_for_target(loaded(Functional(), precisions=(8,)).model, None)
+
+
+def test_training_for_a_compiler_is_refused_before_it_begins(tmp_path: Path) -> None:
+    recipe = make_recipe(attack=None, regularizers=[], gradient=None, float_epochs=0)
+    keys = recipe.model_dump(mode="json")
+    keys["model"] = {"name": "limits_dilated_net"}
+    keys["quant"]["target"] = "hls4ml"
+    with pytest.raises(ExportError, match=r"hls4ml cannot take this network\. conv: a convolution with dilation"):
+        train(Recipe.model_validate(keys), tmp_path / "run", device="cpu")
+    assert not (tmp_path / "run").exists()
 
 
 def test_convert_refuses_what_the_export_would(tmp_path: Path) -> None:
