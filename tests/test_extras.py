@@ -57,6 +57,12 @@ def test_a_missing_package_is_named_with_the_extra_that_installs_it(monkeypatch:
         require("qonnx.core.modelwrapper", extra="export", purpose="export")
 
 
+def test_a_missing_package_that_no_extra_installs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(UsageError, match=r"push needs huggingface_hub.*pip install huggingface-hub$"):
+        require("huggingface_hub", extra=None, purpose="push")
+
+
 def test_what_a_package_lacks_is_named_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "halfway.py").write_text("import not_there_at_all")
     monkeypatch.syspath_prepend(tmp_path)

@@ -8,6 +8,7 @@ import click
 
 from qadtr_brevitas.cli.common import emit, examples, output_options, say
 from qadtr_brevitas.cli.start import check_models, load_libraries
+from qadtr_brevitas.core.extras import require
 
 
 @click.command(
@@ -35,6 +36,7 @@ def command(model_dir: Path, repo: str, report: Path | None, private: bool, dry_
     In Python, qb.from_pretrained("OWNER/NAME") loads the model.
     """
     check_models([model_dir])
+    require("huggingface_hub", extra=None, purpose="push")
     load_libraries()
     from qadtr_brevitas.api.hub import model_card, push
 

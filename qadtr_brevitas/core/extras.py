@@ -6,12 +6,12 @@ from types import ModuleType
 from qadtr_brevitas.core.errors import UsageError
 
 
-def require(module: str, *, extra: str, purpose: str) -> ModuleType:
+def require(module: str, *, extra: str | None, purpose: str) -> ModuleType:
     """Import and return a module of an optional package.
 
     Args:
         module: full name of the module, for instance `qonnx.core.modelwrapper`.
-        extra: the extra of this package that installs it.
+        extra: the extra of this package that installs it; None for what comes with this package.
         purpose: what needs it, as the subject of the error message.
 
     Raises:
@@ -22,4 +22,5 @@ def require(module: str, *, extra: str, purpose: str) -> ModuleType:
     except ImportError as error:
         # The package itself, or one that it imports.
         package = (error.name or module).partition(".")[0]
-        raise UsageError(f"{purpose} needs {package} ({error}): pip install 'qadtr-brevitas[{extra}]'") from error
+        install = package.replace("_", "-") if extra is None else f"'qadtr-brevitas[{extra}]'"
+        raise UsageError(f"{purpose} needs {package} ({error}): pip install {install}") from error
