@@ -23,7 +23,8 @@ MEASURE = """{frame}<pre id=out></pre>
 const wide = [...inside.querySelectorAll('body *')].filter(e => !e.closest('.table')
   && e.getBoundingClientRect().right > {width} + 1).map(e => e.tagName);
 const drawn = [...inside.images].filter(image => image.naturalWidth > 300).length;
-document.getElementById('out').textContent = JSON.stringify([inside.documentElement.scrollWidth, wide, drawn]); }}
+const large = [...inside.querySelectorAll('.note p')].filter(e => parseFloat(getComputedStyle(e).fontSize) > 14).length;
+document.getElementById('out').textContent = JSON.stringify([inside.documentElement.scrollWidth, wide, drawn, large]); }}
 </script>"""
 
 
@@ -58,7 +59,7 @@ def test_only_tables_are_wider_than_the_window_and_they_scroll(browser: str, pag
     text = run(browser, "--virtual-time-budget=4000", "--dump-dom", f"file://{frame}")
     measured = re.search(r"<pre id=\"out\">(.*)</pre>", text)
     assert measured
-    assert json.loads(measured[1]) == [width, [], page.read_text().count("<img")]
+    assert json.loads(measured[1]) == [width, [], page.read_text().count("<img"), 0]
 
 
 def test_a_screenshot_shows_text_and_colors(browser: str, page: Path) -> None:
