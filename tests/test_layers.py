@@ -18,7 +18,7 @@ PACKAGE = Path(qadtr_brevitas.__file__).parent
 # A folder imports from folders to its left only.
 FOLDERS = (
     *("core", "data", "models", "quant", "attacks", "config", "pipeline", "evaluation"),
-    *("training", "auditing", "exporting", "reproduce", "api", "testing", "cli"),
+    *("training", "auditing", "exporting", "viewing", "reproduce", "api", "testing", "cli"),
 )
 HEAVY = {"accelerate", "brevitas", "matplotlib", "pyautoattack", "scipy", "timm", "torch", "torchattack", "torchvision"}
 # What checks recipes; lists, help and completion need neither.

@@ -131,6 +131,15 @@ class PatchSizes(click.ParamType[tuple[PatchSize, ...]]):
             self.fail(str(error), param, ctx)
 
 
+patch_size_option = click.option(
+    "--patch-size",
+    "patch_sizes",
+    metavar="SIZE[,SIZE...]",
+    type=PatchSizes(),
+    help="Scale patches of your own to fit into these sizes, as 8 or 6x10.",
+)
+"""--patch-size, of patches of one's own."""
+
 plan_options = option_block(
     click.option("--clean", is_flag=True, help="Measure accuracy without an attack, and nothing else."),
     click.option(
@@ -140,13 +149,7 @@ plan_options = option_block(
         help="Patch file or folder, or a picture of your own (transparency is its shape); repeat for more.  [default: "
         "MODEL_DIR/patches of each]",
     ),
-    click.option(
-        "--patch-size",
-        "patch_sizes",
-        metavar="SIZE[,SIZE...]",
-        type=PatchSizes(),
-        help="Scale patches of your own to fit into these sizes, as 8 or 6x10.",
-    ),
+    patch_size_option,
     click.option(
         "--attack",
         "attacks",
