@@ -24,7 +24,8 @@ const wide = [...inside.querySelectorAll('body *')].filter(e => !e.closest('.tab
   && e.getBoundingClientRect().right > {width} + 1).map(e => e.tagName);
 const drawn = [...inside.images].filter(image => image.naturalWidth > 300).length;
 const large = [...inside.querySelectorAll('.note p')].filter(e => parseFloat(getComputedStyle(e).fontSize) > 14).length;
-document.getElementById('out').textContent = JSON.stringify([inside.documentElement.scrollWidth, wide, drawn, large]); }}
+const found = [inside.documentElement.scrollWidth, wide, drawn, large];
+document.getElementById('out').textContent = JSON.stringify(found); }}
 </script>"""
 
 
