@@ -1,4 +1,4 @@
-"""Write the pages of the documentation that come from the code: commands, recipes, keys and plug-ins.
+"""Write the pages of the documentation that come from the code: commands, recipes, keys, plug-ins, and notebooks.
 
     python docs/generate.py        # `make docs` does it before it builds the site
 
@@ -13,13 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import click
+from notebooks import notebook
 
 from qadtr_brevitas.cli.main import COMMANDS, cli
 from qadtr_brevitas.config import Recipe, shipped
 from qadtr_brevitas.config.keys import plugin_keys
 from qadtr_brevitas.core.registry import REGISTRIES
 
-FOLDER = Path(__file__).parent / "reference" / "generated"
+DOCS = Path(__file__).parent
+FOLDER = DOCS / "reference" / "generated"
+SITE = "https://github.com/qadtr-brevitas/qadtr-brevitas/blob/main/docs/tutorials"
 WIDTH = 100
 
 
@@ -98,6 +101,8 @@ def main() -> None:
     pages = {"commands": command_page, "recipes": recipe_page, "keys": key_page, "plugins": plugin_page}
     for name, make in pages.items():
         (FOLDER / f"{name}.md").write_text(make().rstrip() + "\n", encoding="utf-8")
+    for tutorial in (DOCS / "tutorials").glob("*.md"):
+        (FOLDER / f"{tutorial.stem}.ipynb").write_text(notebook(tutorial, site=SITE) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
