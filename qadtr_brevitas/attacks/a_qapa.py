@@ -54,9 +54,9 @@ class AQapa(RememberingAttack, TargetedAttack, IterativeAttack):
     - The equation does not say whether there is one patch p, or one for each image. Default: one for each image.
       `universal=0.5` gives half of the attacked images universal patches (`patch_pool.py`), which a few steps for each
       image by itself never come near: LAVAN does a third less to a network trained so, at the same cost
-      (docs/results.md). The keys `pool_*` make their pool that of Meta Adversarial Training (MAT, Metzen et al. 2021,
-      arXiv 2101.11453): 1,000 patches, targets in turn over the classes, a sign step drawn for each patch, for each
-      image the worst of 5 pairs of a patch and a place, and a write-back of 0.25. MAT patches every image.
+      (docs/results/resistance.md). The keys `pool_*` make their pool that of Meta Adversarial Training (MAT, Metzen et
+      al. 2021, arXiv 2101.11453): 1,000 patches, targets in turn over the classes, a sign step drawn for each patch,
+      for each image the worst of 5 pairs of a patch and a place, and a write-back of 0.25. MAT patches every image.
 
     To evaluate with it, give `quantize_image=false`: what the rounding of the image breaks would else count as broken
     by patches. Give also what training does not pay for: `keep_best=true` (one more forward pass), which returns the

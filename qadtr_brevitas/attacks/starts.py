@@ -1,8 +1,8 @@
 """The texture that a patch search starts from: noise, gray, or a picture that the network recognizes.
 
 A network that was trained on patches is blind to noise, and its gradients there lead nowhere. It recognizes a picture
-of the target class; from it the same search finds patches that succeed twenty times as often (docs/results.md). So a
-search that starts from noise says little about such a network.
+of the target class; from it the same search finds patches that succeed twenty times as often
+(docs/results/resistance.md). So a search that starts from noise says little about such a network.
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ def keep_freed_memory() -> bool:
     """Make glibc keep up to 1 GiB of freed memory in this process, to use it for the next tensor.
 
     By default glibc returns large blocks to the system at once, so that each activation is fetched anew, page by page,
-    and filled with zeros: a twentieth to a tenth of the time of scoring a ResNet-20 on a CPU (docs/results.md).
+    and filled with zeros: a twentieth to a tenth of the time of scoring a ResNet-20 on a CPU (docs/results/exports.md).
 
     The command line calls this function; programs that use the package may. It does nothing without glibc, or if an
     environment variable of glibc sets these limits.
