@@ -311,6 +311,10 @@ PTQ_METHODS = Registry(
             "qadtr_brevitas.quant.coordinate_descent:CoordinateDescent",
             "each weight at its best level given all others (QuantEase, CDQuant)",
         ),
+        "equalize": (
+            "qadtr_brevitas.quant.equalize:Equalize",
+            "similar ranges of channels, before the ranges are set (Nagel et al. 2019, SmoothQuant)",
+        ),
         "gpfq": ("qadtr_brevitas.quant.brevitas_ptq:Gpfq", "greedy path following, by Brevitas"),
         "gptq": ("qadtr_brevitas.quant.gptq:Gptq", "later weights make up for rounding errors (Frantar et al. 2022)"),
         "qronos": (

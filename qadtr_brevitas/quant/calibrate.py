@@ -49,8 +49,8 @@ def calibrate(
             quantization error per bit-width (a grid search); `minmax` clips no value that was observed, except that a
             ReLU6 whose steps are powers of two may clip below 6; `{"name": "percentile", "percentile": 99.9}` clips the
             values above a percentile of the magnitudes.
-        weights: PTQ methods that run afterwards, in order, given likewise: `bias-correction`. What they set in an
-            earlier calibration is removed.
+        weights: PTQ methods that run afterwards, in order, given likewise: `gptq`, `bias-correction`; `equalize` runs
+            before. What they set in an earlier calibration is removed.
         progress: called after each batch with the number of batches done and that of all passes.
 
     Raises:
@@ -70,6 +70,8 @@ def calibrate(
     runs = [improvement.start(model) for improvement in improvements]
     passes = 1 + sum(run.passes for run in runs) + clip_passes(model)
     count_batch = _counter(progress, len(batches) * passes)
+    for run in runs:
+        run.rewrite(batches, count_batch)
     quantizers = [module for module in model.modules() if isinstance(module, SwitchableActQuant) and module.thresholds]
     observed = Observations(quantizers, len(batches), sampled=ranges.needs_values)
     with observing(model, _observer(observed, ranges)), ExitStack() as watching:

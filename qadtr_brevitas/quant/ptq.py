@@ -1,7 +1,8 @@
 """The contract of PTQ methods: what improves the precisions below 32 after the ranges are set, without labels.
 
-`calibrate()` runs a list of them, in order. A method never changes float weights, and 32 bit stays the float network,
-bit for bit: what it finds is kept in modules of its own (`PtqState`), which act below 32 bit only.
+`calibrate()` runs a list of them, in order. 32 bit stays the float network, bit for bit: what a method finds is kept in
+modules of its own (`PtqState`), which act below 32 bit only. Float weights stay as they are, but for factors that are
+powers of two and cancel each other (`PtqRun.rewrite`).
 """
 
 from __future__ import annotations
@@ -27,7 +28,18 @@ class PtqRun(ABC):
     """One run of a PTQ method on one model, with what it remembers between its passes over the images."""
 
     passes: int = 0
-    """Passes over all batches that `improve` makes, for the progress; it calls `count_batch` after each batch."""
+    """Passes over all batches that `rewrite` and `improve` make, for the progress; they count each batch."""
+
+    def rewrite(self, batches: Iterable[Tensor], count_batch: Callable[[], object]) -> None:
+        """Change the float network, in place, to one that computes the same, bit for bit; by default, do nothing.
+
+        This runs before the ranges are measured, and before any `watching_float`. `PtqState.reset` undoes it.
+
+        Args:
+            batches: as in `improve`.
+            count_batch: likewise.
+        """
+        return
 
     def watching_float(self) -> AbstractContextManager[object]:
         """Return a context in which the float network runs once on all batches, in order.

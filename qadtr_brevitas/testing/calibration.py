@@ -134,11 +134,13 @@ def _check_improved(net: nn.Module, method: PtqMethod) -> None:
     model.eval()
     _check_float(model, net)
     own = dict(net.named_parameters())
-    changed = [name for name, p in model.net.named_parameters() if name in own and not torch.equal(p, own[name])]
-    assert not changed, f"the float weights {changed} are changed"
+    changed = [name for name, p in model.net.named_parameters() if name in own and not _is_scaled(p, own[name])]
+    assert not changed, f"the float weights {changed} are changed, by other factors than powers of two"
     _check_repeatable(net, model, method)
     _check_stored(net, model, method)
     calibrate(model, _images())
+    left = [name for name, p in model.net.named_parameters() if name in own and not torch.equal(p, own[name])]
+    assert not left, f"calibrating without the method leaves the float weights {left} changed: see PtqState.reset"
     for bits in _BITS:
         message = f"calibrating without the method leaves something of it at {bits} bit: see PtqState.reset"
         assert torch.equal(_logits(plain, bits), _logits(model, bits)), message
@@ -193,6 +195,12 @@ def _logits(model: SwitchableModel, bits: int) -> Tensor:
         return model(_images())
 
 
+def _is_scaled(weight: Tensor, original: Tensor) -> bool:
+    """Return whether a weight is another one times powers of two."""
+    mantissas = [each.detach().frexp().mantissa for each in (weight, original)]
+    return torch.equal(*mantissas)
+
+
 def _hooks(model: nn.Module) -> int:
     # Torch has no public way to list the hooks of a module.
     return sum(len(module._forward_hooks) for module in model.modules())  # pyright: ignore[reportPrivateUsage]
@@ -221,10 +229,13 @@ class _Attending(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.stem = nn.Conv2d(3, 8, 3, stride=2)
+        self.norm = nn.LayerNorm(8)
+        self.query = nn.Linear(8, 8)
         self.twice = nn.Linear(8, 8)
         self.head = nn.Linear(8, 5, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = self.stem(x).flatten(2).transpose(1, 2)
         tokens = self.twice(nn.functional.gelu(self.twice(tokens)))
-        return self.head(nn.functional.scaled_dot_product_attention(tokens, tokens, tokens).mean(1))
+        query = self.query(self.norm(tokens))
+        return self.head(nn.functional.scaled_dot_product_attention(query, tokens, tokens).mean(1))
