@@ -6,6 +6,7 @@ The config names what makes the float network. Loading a model whose network is 
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -112,7 +113,10 @@ def load_model(path: str | Path, *, device: torch.device | str = "cpu") -> tuple
         model.load_state_dict(weights)
         model.info = info
     except (RuntimeError, TypeError, UsageError) as error:
-        reason = str(error).splitlines()[0]
+        # Torch names the tensors below a headline.
+        lines = [line.strip() for line in str(error).splitlines()]
+        found = lines[min(1, len(lines) - 1)] if isinstance(error, RuntimeError) else lines[0]
+        reason = textwrap.shorten(found, 200, placeholder=" ...")
         raise CheckpointError(
             f"{folder / CONFIG_FILE} and {WEIGHTS_FILE} do not fit ({reason}): save the model again"
         ) from error

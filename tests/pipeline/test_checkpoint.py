@@ -73,7 +73,17 @@ def test_what_ptq_methods_found_is_saved_and_loaded(tmp_path: Path) -> None:
     assert all(map(torch.equal, logits(older), logits(corrected)))
 
 
-@pytest.mark.slow
+def test_levels_of_another_version_are_named(tmp_path: Path) -> None:
+    net = create_float_model(INFO.name, num_classes=INFO.num_classes)
+    save_model(tmp_path / "model", convert(net, image_size=INFO.image_size, ptq=["gptq"], **INFO.quant), INFO)
+    file = tmp_path / "model" / "model.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    key = "net.conv1.weight_quant.tensor_quant.rounding.4"
+    safetensors.torch.save_file({**tensors, key: tensors[key][:-1].clone()}, file)
+    with pytest.raises(CheckpointError, match=rf"size mismatch for {key}"):
+        load_model(tmp_path / "model")
+
+
 @pytest.mark.slow
 def test_clipped_features_are_saved_and_loaded(tmp_path: Path) -> None:
     net = create_float_model(INFO.name, num_classes=INFO.num_classes)
