@@ -303,9 +303,17 @@ PTQ_METHODS = Registry(
     "PTQ method",
     "qadtr_brevitas.quant.ptq:PtqMethod",
     {
+        "adaround": (
+            "qadtr_brevitas.quant.adaround:AdaRound",
+            "rounding up or down learned layer by layer (Nagel et al. 2020)",
+        ),
         "bias-correction": (
             "qadtr_brevitas.quant.bias_correction:BiasCorrection",
             "mean outputs of layers as in the float network (Nagel et al. 2019)",
+        ),
+        "brecq": (
+            "qadtr_brevitas.quant.brecq:Brecq",
+            "rounding up or down learned block by block (Li et al. 2021); drop=0.5 is QDrop",
         ),
         "coordinate-descent": (
             "qadtr_brevitas.quant.coordinate_descent:CoordinateDescent",

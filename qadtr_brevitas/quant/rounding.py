@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -26,12 +26,16 @@ class WeightRounding(PtqState):
         switch: the model's switch.
         weight: the weight of the layer, (out, in, ...).
         bits: bit-width of the weight at each precision below 32.
+
+    Attributes:
+        learned: returns the weight while its levels are learned, (out, in, ...), between levels; None otherwise.
     """
 
     def __init__(self, method: PtqMethod, switch: Switch, weight: Tensor, bits: Mapping[Precision, int]) -> None:
         super().__init__(method)
         self.switch = switch
         self.bits = {str(precision): of for precision, of in bits.items()}
+        self.learned: Callable[[], Tensor] | None = None
         for name in self.bits:
             self.register_buffer(name, torch.zeros(weight.shape, dtype=torch.int16, device=weight.device))
         # Precisions at which some weight is not rounded to the nearest level: known without reading the offsets.

@@ -231,6 +231,8 @@ class SwitchableWeightQuant(SwitchableQuant):
         """
         now = self.switch.states.now if now is None else now
         bits, frozen = self.bits_at(now.precision), now.frozen
+        if self.rounding is not None and self.rounding.learned is not None:
+            return self.rounding.learned()
         offset = None if self.rounding is None else self.rounding.offset(now.precision)
         if frozen is None:
             return self._quantize(w, bits, offset)
