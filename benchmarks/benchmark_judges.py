@@ -10,24 +10,30 @@ class that the switchable network gives. Beside them the size of the file, and m
 one thread: of the file, of the float network, of onnxruntime's quantize_static and of Brevitas's own export.
 
 Weights and images are those of benchmark_export.py: published ones where QADTR_BREVITAS_DATA names a folder with them.
+Random weights get BatchNorm statistics of the images, without which all images have one class. Each pair of network and
+format runs in a process of its own and is stopped after --limit minutes; pairs that --output has are not run again.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
+import os
+import signal
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.benchmark_export import CALIBRATION, make_case, quantize_static, session
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from qadtr_brevitas.exporting import Format
 
@@ -44,17 +50,20 @@ NETWORKS: dict[str, tuple[str, int | None]] = {
 }
 BITS = {"finn": 4, "hls4ml": 4, "qonnx": 4, "qcdq": 8, "ort": 8}
 PATCH = 0.25
-ROUNDS = 5
+ROUNDS = 10
+# Larger images are fewer: qonnx keeps every activation of all images.
+LARGE, SHARE = 64, 5
+LIMIT = 10.0
 
 
 @dataclass(frozen=True)
 class Written:
-    """A file, what it should compute, and images (N, C, H, W) in [0, 1], clean and patched, with the right classes."""
+    """A file, what it should compute, and images (N, C, H, W) in [0, 1], clean and patched, with the right logits."""
 
     form: Format
     file: Path
     images: dict[str, Tensor]
-    classes: dict[str, Tensor]
+    logits: dict[str, Tensor]
 
 
 def onnx_checker(written: Written) -> str:
@@ -96,12 +105,15 @@ JUDGES: dict[str, dict[str, Callable[[Written], str]]] = {
 
 
 def agreement(written: Written, classify: Classifier) -> str:
-    """Return on how many images a classifier gives the network's class."""
-    same = {
-        kind: int((classify(images).argmax(1) == written.classes[kind]).sum())
-        for kind, images in written.images.items()
-    }
-    return ", ".join(f"{count}/{len(written.images[kind])} {kind}" for kind, count in same.items())
+    """Return on how many images a classifier gives the network's class, and how far its logits are in the median."""
+    import torch
+
+    found = {kind: classify(images) for kind, images in written.images.items()}
+    same = {kind: int((one.argmax(1) == written.logits[kind].argmax(1)).sum()) for kind, one in found.items()}
+    largest = max(float(one.abs().max()) for one in written.logits.values())
+    distance = torch.cat([(one - written.logits[kind]).abs().amax(1) for kind, one in found.items()])
+    counts = ", ".join(f"{count}/{len(written.images[kind])} {kind}" for kind, count in same.items())
+    return f"{counts} ({float(distance.median()) / largest:.0e})"
 
 
 def one_by_one(classify: Classifier) -> Classifier:
@@ -124,33 +136,50 @@ def patched(images: Tensor) -> Tensor:
     return found
 
 
-def milliseconds(file: Path, image: Tensor) -> float:
-    """Processor time for an image in onnxruntime on one thread, the least of several runs."""
-    run, least = session(file), float("inf")
-    for _ in range(ROUNDS):
-        start = time.process_time()
-        run(image)
-        least = min(least, time.process_time() - start)
-    return 1e3 * least
+def milliseconds(network: Any, quantized: Any, images: Tensor, file: Path) -> dict[str, float]:
+    """Processor time for an image on one thread, the least of several rounds in which all files take turns.
 
-
-def others(network: Any, quantized: Any, images: Tensor, folder: Path) -> dict[str, float]:
-    """Milliseconds an image of the float network, of quantize_static, and of Brevitas's export as it is."""
+    Of the file, of the float network, of what quantize_static makes of it (U8S8), and of Brevitas's export as it is.
+    """
     import torch
     from brevitas.export import export_onnx_qcdq
 
     settings: dict[str, Any] = {"dynamo": False, "opset_version": 17, "input_names": ["images"]}
-    image = images[:1]
+    image, folder = images[:1], file.parent
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(network, (image,), str(folder / "float.onnx"), **settings)
         export_onnx_qcdq(quantized, args=image, export_path=str(folder / "brevitas.onnx"), **settings)
-    quantize_static(folder / "float.onnx", folder / "static.onnx", images[:CALIBRATION].split(1), "QUInt8")
-    return {name: milliseconds(folder / f"{name}.onnx", image) for name in ("float", "static", "brevitas")}
+    quantize_static(folder / "float.onnx", folder / "static.onnx", images[:CALIBRATION].split(1), "QInt8")
+    sessions = {name: session(folder / f"{name}.onnx") for name in ("float", "static", "brevitas")}
+    sessions["file"] = session(file)
+    least = dict.fromkeys(sessions, float("inf"))
+    for _ in range(ROUNDS):
+        for name, run in sessions.items():
+            start = time.process_time()
+            run(image)
+            least[name] = min(least[name], 1e3 * (time.process_time() - start))
+    return least
 
 
-def measure(name: str, forms: list[str], count: int) -> Iterator[dict[str, Any]]:
-    """Yield a row for each format of one network."""
+def settle_norms(net: nn.Module, images: Tensor) -> None:
+    """Give BatchNorms the statistics of some images."""
+    import torch
+    from torch import nn
+
+    norms = [module for module in net.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None
+    with torch.no_grad():
+        net.train()(images)
+    net.eval()
+    for norm in norms:
+        norm.momentum = 0.1
+
+
+def measure(name: str, format_name: str, count: int) -> dict[str, Any]:
+    """Return the row of one network in one format."""
     import torch
     from torch.nn import functional as F
 
@@ -164,44 +193,73 @@ def measure(name: str, forms: list[str], count: int) -> Iterator[dict[str, Any]]
     architecture, side = NETWORKS[name]
     case = make_case(architecture, count)
     clean = case.images if side is None else F.interpolate(case.images, (side, side), mode="area")
+    if clean.shape[-1] >= LARGE:
+        clean = clean[: max(1, count // SHARE)]
     # Whole bytes, as FINN takes them.
-    images = {"clean": (clean * 255).round() / 255, "patched": patched((clean * 255).round() / 255)}
+    clean = (clean * 255).round() / 255
+    if not case.is_published:
+        settle_norms(case.net, clean[:CALIBRATION])
+    images, form = {"clean": clean, "patched": patched(clean)}, find_format(format_name)
     height, width = clean.shape[2:]
-    for form in map(find_format, forms):
-        bits = BITS[form.name]
-        row: dict[str, Any] = {"network": name, "format": form.name, "bits": bits}
-        try:
-            model = convert(case.net, [32, bits], image_size=(height, width), target=form.target).eval()
-            calibrate(model, [images["clean"][:CALIBRATION]])
-            with tempfile.TemporaryDirectory() as scratch, torch.no_grad():
-                folder = Path(scratch)
-                frozen = freeze(model, bits)
-                if form.compiler is not None and form.compiler.rounds_ties_up:
-                    frozen = break_ties(frozen, images["clean"][:8])
-                form.write(frozen, images["clean"][:1], folder / "model.onnx")
-                if form.compiler is not None:
-                    build = BuildTarget()
-                    write_build_files(
-                        folder, form.compiler, frozen, images["clean"][:1], build, takes_bytes=form.takes_bytes
-                    )
-                row["megabytes"] = (folder / "model.onnx").stat().st_size / 1e6
-                with at_precision(model, bits):
-                    classes = {kind: model(batch).argmax(1) for kind, batch in images.items()}
-                written = Written(form, folder / "model.onnx", images, classes)
-                row["judges"] = {judge: _verdict(ask, written) for judge, ask in JUDGES[form.name].items()}
-                if form.compiler is None and form.name != "qonnx":
-                    own = milliseconds(written.file, images["clean"][:1])
-                    row["milliseconds"] = {"file": own, **others(freeze(model, 32), frozen, images["clean"], folder)}
-        except QadtrError as error:
-            row["refused"] = str(error)
-        yield row
+    bits = BITS[form.name]
+    row: dict[str, Any] = {"network": name, "format": form.name, "bits": bits, "published": case.is_published}
+    try:
+        model = convert(case.net, [32, bits], image_size=(height, width), target=form.target).eval()
+        calibrate(model, [clean[:CALIBRATION]])
+        with tempfile.TemporaryDirectory() as scratch, torch.no_grad():
+            folder = Path(scratch)
+            frozen = freeze(model, bits)
+            if form.compiler is not None and form.compiler.rounds_ties_up:
+                frozen = break_ties(frozen, clean[:8])
+            start = time.process_time()
+            form.write(frozen, clean[:1], folder / "model.onnx")
+            row["seconds_to_write"] = time.process_time() - start
+            if form.compiler is not None:
+                write_build_files(folder, form.compiler, frozen, clean[:1], BuildTarget(), takes_bytes=form.takes_bytes)
+            row["megabytes"] = (folder / "model.onnx").stat().st_size / 1e6
+            with at_precision(model, bits):
+                logits = {kind: torch.cat([model(one) for one in batch.split(1)]) for kind, batch in images.items()}
+            written = Written(form, folder / "model.onnx", images, logits)
+            row["judges"] = {judge: _verdict(ask, written) for judge, ask in JUDGES[form.name].items()}
+            if form.compiler is None and form.name != "qonnx":
+                row["milliseconds"] = milliseconds(freeze(model, 32), frozen, clean, written.file)
+    except QadtrError as error:
+        row["refused"] = str(error)
+    return row
+
+
+def measure_within(name: str, format_name: str, count: int, minutes: float) -> dict[str, Any]:
+    """Return the row as a process of its own measures it, or one that says that it took too long or why it failed."""
+    bare = {"network": name, "format": format_name, "bits": BITS[format_name]}
+    with tempfile.TemporaryDirectory() as scratch:
+        output = Path(scratch) / "row.json"
+        # A fork has the libraries that this process has loaded.
+        process = multiprocessing.get_context("fork").Process(
+            target=_write_row, args=(name, format_name, count, scratch, output)
+        )
+        process.start()
+        process.join(60 * minutes)
+        if process.exitcode is None:
+            # With the compilers that it started.
+            os.killpg(process.pid or 0, signal.SIGKILL)
+            process.join()
+            return {**bare, "stopped": f"not done after {minutes:g} minutes"}
+        if process.exitcode:
+            return {**bare, "stopped": f"ended with exit code {process.exitcode}"}
+        return json.loads(output.read_text())
+
+
+def _write_row(name: str, format_name: str, count: int, scratch: str, output: Path) -> None:
+    os.setsid()
+    tempfile.tempdir = os.environ["TMPDIR"] = scratch
+    output.write_text(json.dumps(measure(name, format_name, count)))
 
 
 def _verdict(ask: Callable[[Written], str], written: Written) -> str:
     try:
         return ask(written)
     except Exception as error:  # whatever a judge says against a file is its verdict
-        return f"NO: {type(error).__name__}: {next(iter(str(error).splitlines()), '')[:160]}"
+        return f"NO: {type(error).__name__}: {' '.join(str(error).split())[-400:]}"
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -215,7 +273,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         judges = "; ".join(f"{judge}: {verdict}" for judge, verdict in row.get("judges", {}).items())
         times = row.get("milliseconds", {})
         speed = " / ".join(f"{times[key]:.2f}" for key in ("file", "float", "static", "brevitas")) if times else "-"
-        what = judges or f"refused: {row['refused'][:200]}"
+        what = judges or row.get("stopped") or f"refused: {row['refused'][:200]}"
         lines.append(f"| {row['network']} | {row['format']}, {row['bits']} bit | {size} | {what} | {speed} |")
     return "\n".join(lines)
 
@@ -225,16 +283,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--network", action="append", choices=NETWORKS, help="again for more; all without it")
     parser.add_argument("--format", action="append", choices=JUDGES, help="again for more; all without it")
-    parser.add_argument("--images", type=int, default=100)
+    parser.add_argument("--images", type=int, default=100, help="of 32x32; a fifth of it of larger ones")
+    parser.add_argument("--limit", type=float, default=LIMIT, help="minutes for each pair; 0 for none")
     parser.add_argument("--output", type=Path, default=Path("bench_judges.json"))
-    arguments = parser.parse_args()
-    rows: list[dict[str, Any]] = []
-    for name in arguments.network or NETWORKS:
-        for row in measure(name, arguments.format or list(JUDGES), arguments.images):
+    given = parser.parse_args()
+    found = json.loads(given.output.read_text()) if given.output.is_file() else {"images": given.images, "rows": []}
+    if found["images"] != given.images:
+        parser.error(f"{given.output} is of --images {found['images']}: name another --output")
+    # Once, for all processes.
+    import_module("qadtr_brevitas.exporting")
+    rows: list[dict[str, Any]] = found["rows"]
+    done = {(row["network"], row["format"]) for row in rows}
+    for name in given.network or NETWORKS:
+        for form in given.format or JUDGES:
+            if (name, form) in done:
+                continue
+            if given.limit:
+                row = measure_within(name, form, given.images, given.limit)
+            else:
+                row = measure(name, form, given.images)
             rows.append(row)
             print(json.dumps(row), flush=True)
             # Each row is kept, however long the next one takes.
-            arguments.output.write_text(json.dumps({"images": arguments.images, "rows": rows}, indent=2) + "\n")
+            given.output.write_text(json.dumps({"images": given.images, "rows": rows}, indent=2) + "\n")
     print(table(rows))
 
 
