@@ -23,6 +23,7 @@ from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.core.plugin import Field, plugin
 from qadtr_brevitas.core.precision import DEFAULT_BITS, FLOAT_BITS, MAX_BITS, MIN_BITS, Precision
 
+_FIRST_LAYER_BITS = 8
 _SIDES = (6 / 32, 8 / 32, 10 / 32)
 """Default sides of the patches, as shares of the image's side."""
 
@@ -245,7 +246,8 @@ class AQapa(RememberingAttack, TargetedAttack, IterativeAttack):
         """Draw a size, a shape and a bit-width for all patches on the images."""
         side = _choose(self._sides(images), generator)
         mask = shape_mask(_choose(self.shapes, generator), side)
-        bits = FLOAT_BITS if precision is None else precision.act
+        # At a mixed precision the first layer says what is left of an image.
+        bits = FLOAT_BITS if precision is None else _FIRST_LAYER_BITS if precision.is_mixed else precision.act
         patch_bits = self._patch_bits(bits, generator)
         # One draw for the batch: a quantizer that differed from step to step would be a moving target.
         image_error, patch_error = (self.noise * torch.randn(2, generator=generator, device=generator.device)).tolist()

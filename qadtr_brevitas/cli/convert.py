@@ -51,6 +51,7 @@ class _ConvertOptions:
     bias_correction: bool
     dynamic: bool
     target: str | None
+    layers: tuple[str, ...]
     output: Path | None
     overwrite: bool
     dry_run: bool
@@ -70,12 +71,18 @@ class _ConvertOptions:
             f"{calibration}.weights": self._ptq_methods() or None,
             "quant.activations": "dynamic" if self.dynamic else None,
             "quant.target": self.target,
+            "quant.layers": self._layers() or None,
         }
         return {path: value for path, value in options.items() if value is not None}
 
     def _ptq_methods(self) -> list[str]:
         last = ["bias-correction"] if self.bias_correction and "bias-correction" not in self.weights else []
         return [*self.weights, *last]
+
+    def _layers(self) -> dict[str, Any]:
+        from qadtr_brevitas.core.layer_bits import parse_layers
+
+        return {name: patterns for text in self.layers for name, patterns in parse_layers(text).items()}
 
     def _method(self) -> str | dict[str, Any] | None:
         if self.percentile is None:
@@ -118,6 +125,7 @@ _calibration_options = option_block(
         "qadtr-brevitas convert runs/float --method minmax --samples 256 -o models/float_ptq",
         "qadtr-brevitas convert alexnet --pretrained --calibrate image-folder:photos --dynamic",
         "qadtr-brevitas convert runs/float --target finn -o models/float_finn",
+        "qadtr-brevitas convert runs/float --layers 'edge:*=4,layer3.*=w8a8,linear=8' -o models/float_mixed",
         "qadtr-brevitas convert deit_base_patch16_224 quant.first_last=same quant.precisions=[32,4] --dry-run",
     ),
 )
@@ -128,6 +136,12 @@ _calibration_options = option_block(
 @_calibration_options
 @click.option(
     "--target", type=click.Choice(TARGETS.names()), help="Place quantizers so that this compiler accepts the export."
+)
+@click.option(
+    "--layers",
+    multiple=True,
+    metavar="NAME:PATTERN=BITS,...|FILE.json",
+    help="Add a mixed precision, mixed:NAME: bit-widths by pattern of module names, the last match counts.",
 )
 @click.option("--output", "-o", type=click.Path(path_type=Path), help="Model directory.  [default: models/MODEL]")
 @click.option("--overwrite", is_flag=True, help="Replace a model directory that is there and holds nothing else.")

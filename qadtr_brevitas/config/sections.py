@@ -10,6 +10,7 @@ from qadtr_brevitas.config.dump import dump_yaml
 from qadtr_brevitas.config.problems import fields_of, located_error
 from qadtr_brevitas.config.slots import Slot
 from qadtr_brevitas.core.errors import QadtrError
+from qadtr_brevitas.core.layer_bits import LayerBitsField
 from qadtr_brevitas.core.patch_size import PatchSize
 from qadtr_brevitas.core.plugin import PatchSizeField, PrecisionField
 from qadtr_brevitas.core.precision import DEFAULT_BITS, parse_precisions
@@ -158,6 +159,11 @@ class QuantSection(RecipeSection):
     )
     act_quantizer: QuantizerSlot | None = Field(
         default=None, description="how activations become levels; null: the target's own, or uniform"
+    )
+    layers: dict[str, dict[str, LayerBitsField]] = Field(
+        default={},
+        description="mixed precisions, mixed:NAME each: bit-widths by pattern of module names, "
+        "{NAME: {'*': 4, 'layer4.*': {weight: 8}}}",
     )
     feature_clip: FeatureClipSection | None = Field(
         default=None, description="clip the norms of features after some modules; null: nowhere"

@@ -213,7 +213,8 @@ def build_switchable(
         recipe.model, num_classes=len(classes), image_size=train.image_size, new_head=new_head, report=report
     )
     mean, std = _pixel_statistics(recipe.model, net)
-    unused = {"calibration"} | ({"feature_clip"} if recipe.quant.feature_clip is None else set[str]())
+    # Only what differs from a plain conversion, so that equal models have equal fingerprints.
+    unused = {"calibration"} | {key for key in ("feature_clip", "layers") if not getattr(recipe.quant, key)}
     quant = recipe.quant.model_dump(mode="json", exclude=unused)
     name, args = _architecture(recipe.model, net, train.image_size)
     ptq = recipe.quant.calibration.weights

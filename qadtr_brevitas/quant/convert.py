@@ -11,12 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from qadtr_brevitas.core.errors import UsageError
-from qadtr_brevitas.core.precision import DEFAULT_BITS, FLOAT_BITS, PrecisionLike, parse_precisions
+from qadtr_brevitas.core.layer_bits import MixedPrecision
+from qadtr_brevitas.core.precision import DEFAULT_BITS, FLOAT_BITS, Precision, PrecisionLike
 from qadtr_brevitas.core.registry import PTQ_METHODS
 from qadtr_brevitas.models.channels import ImageFormat, image_format
 from qadtr_brevitas.quant.conversion_report import ConversionReport, LayerReport
 from qadtr_brevitas.quant.feature_clip import FeatureClipping, feature_clips, insert_feature_clips
 from qadtr_brevitas.quant.layers import keep_hooks
+from qadtr_brevitas.quant.mixed import WHOLE, mixed_precisions, set_layers, with_mixed
 from qadtr_brevitas.quant.model import SwitchableModel
 from qadtr_brevitas.quant.norm import BATCH_NORMS
 from qadtr_brevitas.quant.plan import Activations, ConversionPlan, FirstLast, Norm, Residual, mark_first_and_last
@@ -50,6 +52,7 @@ def convert(
     ptq: Sequence[PtqMethod | str | Mapping[str, Any]] = (),
     wide_head_input: bool = True,
     feature_clip: FeatureClipping | Mapping[str, Any] | Sequence[str] | None = None,
+    layers: Mapping[str, Mapping[str, Any]] | None = None,
     in_place: bool = False,
 ) -> SwitchableModel:
     """Convert a float network to a switchable model.
@@ -95,6 +98,9 @@ def convert(
         feature_clip: clip the norm of each position's features (`FeatureClipping`): the names of the modules after
             which, or `{"after": [...], "percentile": 99}`; `calibrate()` sets the thresholds. At 32 bit too the model
             is then another function than the float network.
+        layers: mixed precisions, by name: bit-widths by pattern of module names, `{"edge": {"*": 4, "layer4.*": 8,
+            "fc": {"weight": 8}}}`; the last pattern that matches counts. Each is a precision more, `mixed:edge`. What
+            `first_last` and `residual` keep at 8 bit or more stays there.
         in_place: use the modules of the float network instead of copies, which saves the memory of its weights. The
             float network cannot be used afterwards.
 
@@ -115,7 +121,8 @@ def convert(
         raise UsageError("activations have one threshold per tensor: leave granularity out of act_quantizer")
     net = model if in_place else copy.deepcopy(model)
     training = model.training
-    switch = Switch(parse_precisions(precisions))
+    mixed = mixed_precisions(layers)
+    switch = Switch(with_mixed(precisions, mixed))
     device = next(net.parameters()).device
     clipping = None if feature_clip is None else FeatureClipping.parse(feature_clip)
     # Before the network is traced: what is clipped has other levels, and is quantized again where it is read.
@@ -140,9 +147,11 @@ def convert(
         probe=found,
     )
     modules = dict(net.named_modules())
-    sizes = {str(precision): _size(net, plan, precision.weight) for precision in switch.allowed}
+    by_name = {one.precision: one for one in mixed}
+    sizes = {str(precision): _size(net, plan, precision, by_name.get(precision)) for precision in switch.allowed}
     replaced: dict[nn.Module, str] = {}
     reports = [*_convert_called(net, modules, plan, replaced), *_uncalled(modules, found)]
+    set_layers(net, mixed, found.calls)
     switchable = SwitchableModel(net, switch, mean=images.mean, std=images.std, feature_clips=clips).to(device)
     switchable.train(training)
     if not in_place:
@@ -336,17 +345,16 @@ def _uncalled(modules: dict[str, nn.Module], found: Probe) -> Iterator[LayerRepo
         yield LayerReport(name, type(module).__name__, is_read, note, count, count if is_read else 0)
 
 
-def _size(net: nn.Module, plan: ConversionPlan, bits: int) -> int:
-    """Return the bytes of a network with packed weights of a bit-width, and a scale for each of their thresholds."""
+def _size(net: nn.Module, plan: ConversionPlan, precision: Precision, mixed: MixedPrecision | None) -> int:
+    """Return the bytes of a network with packed weights at a precision, and a scale for each of their thresholds."""
     total = sum(x.numel() * x.element_size() for x in (*net.parameters(), *net.buffers()))
-    if bits == FLOAT_BITS:
-        return total
     counted: set[str] = set()
     for product in plan.probe.products:
         is_layer = type(net.get_submodule(product.owner)) in PLAIN_LAYERS
         for operand in product.operands:
             key = "/".join(sorted(operand.parameters))
-            if plan.stays_float(product) or not key or key in counted:
+            bits = precision.weight if mixed is None else mixed.weight(product.owner or WHOLE) or FLOAT_BITS
+            if plan.stays_float(product) or not key or key in counted or bits == FLOAT_BITS:
                 continue
             counted.add(key)
             own_bits = max(bits, plan.min_bits(product))

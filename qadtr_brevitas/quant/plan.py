@@ -117,7 +117,7 @@ class ConversionPlan:
         self, *, signed: bool, min_bits: int, max_threshold: float | None = None, reads_pixels: bool = False
     ) -> Any:
         """Return the injector of a quantizer of activations."""
-        bits = tuple(p.act for p in self.switch.allowed if p.act != FLOAT_BITS)
+        bits = tuple(p.act for p in self.switch.allowed if p.act != FLOAT_BITS and not p.is_mixed)
         return act_injector(
             self.switch,
             bits=bits,
@@ -154,7 +154,7 @@ class ConversionPlan:
         )
 
     def _weight_bits(self) -> tuple[int, ...]:
-        return tuple(p.weight for p in self.switch.allowed if p.weight != FLOAT_BITS)
+        return tuple(p.weight for p in self.switch.allowed if p.weight != FLOAT_BITS and not p.is_mixed)
 
 
 def mark_first_and_last(net: nn.Module, probe: Probe) -> None:

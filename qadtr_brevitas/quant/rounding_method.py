@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.core.plugin import plugin
-from qadtr_brevitas.core.precision import FLOAT_BITS, Precision
+from qadtr_brevitas.core.precision import Precision
 from qadtr_brevitas.quant.layers import SwitchableLayer, switchable_layers
 from qadtr_brevitas.quant.ptq import PtqMethod
 from qadtr_brevitas.quant.rounding import WeightRounding
@@ -32,7 +32,7 @@ class RoundingMethod(PtqMethod):
                 f"the levels of {type(quantizer.scheme).__name__} weights are not equally spaced, so a method cannot "
                 "choose them by outputs: use the weight quantizer 'uniform' or 'power-of-two', or bias-correction"
             )
-        bits = {p: max(p.weight, quantizer.min_bits) for p in switch.allowed if p.weight != FLOAT_BITS}
+        bits = {p: quantizer.bits_at(p) for p in switch.allowed if quantizer.is_active_at(p)}
         quantizer.rounding = WeightRounding(self, switch, layer.weight, bits)
 
 

@@ -70,6 +70,18 @@ class SwitchableQuant(nn.Module):
         self.thresholds = nn.ParameterDict({str(b): nn.Parameter(torch.ones(shape)) for b in learned})
         self.zero_point = StatelessBuffer(torch.tensor(0.0))
         self.bit_widths = nn.ModuleDict({str(b): StatelessBuffer(torch.tensor(float(b))) for b in held})
+        # The bit-width at each mixed precision, by its name.
+        self.mixed: dict[str, int] = {}
+
+    def use_at(self, name: str, bits: int) -> None:
+        """Quantize to a bit-width at the mixed precision of a name, with a threshold for it; 32 for no quantization."""
+        self.mixed[name] = bits
+        held = str(max(bits, self.min_bits))
+        if bits == FLOAT_BITS or held in self.bit_widths:
+            return
+        self.bit_widths[held] = StatelessBuffer(torch.tensor(float(held)))
+        if not self.dynamic:
+            self.thresholds[held] = nn.Parameter(torch.ones(self.shape))
 
     def nominal_bits(self, precision: Precision) -> int:
         """Return the bit-width of a precision; 32 for no quantization."""
@@ -127,7 +139,7 @@ class SwitchableActQuant(SwitchableQuant):
     """
 
     def nominal_bits(self, precision: Precision) -> int:
-        return precision.act
+        return precision.act or self.mixed[precision.name]
 
     def quantize(self, x: Tensor, now: SwitchState | None = None) -> Tensor:
         """Quantize and dequantize x at the current precision, which must be below 32.
@@ -220,7 +232,7 @@ class SwitchableWeightQuant(SwitchableQuant):
     rounding: WeightRounding | None
 
     def nominal_bits(self, precision: Precision) -> int:
-        return precision.weight
+        return precision.weight or self.mixed[precision.name]
 
     def quantize(self, w: Tensor, now: SwitchState | None = None) -> Tensor:
         """Quantize and dequantize the weight at the current precision, only once within `frozen_weights()`.

@@ -69,8 +69,8 @@ class Uniform(Schedule):
         """Return one precision, drawn for this step; see `Schedule.precisions`."""
         random = _step_random(seed, step)
         drawn = random.choice(self.choices)
-        if self.independent:
-            drawn = Precision(drawn.weight, random.choice(self.choices).act)
+        if self.independent and not drawn.is_mixed:
+            drawn = Precision(drawn.weight, random.choice(_uniform(self.choices)).act)
         return (drawn,)
 
     def possible(self) -> tuple[Precision, ...]:
@@ -177,7 +177,8 @@ class Sandwich(Schedule):
 
     def precisions(self, step: int, *, seed: int, epoch: int, epochs: int) -> tuple[Precision, ...]:
         """Return up to three precisions, highest first; see `Schedule.precisions`."""
-        ordered = sorted(self.choices, key=lambda p: (p.weight + p.act, p), reverse=True)
+        ordered = sorted(_uniform(self.choices), key=lambda p: (p.weight + p.act, p), reverse=True)
+        ordered[1:1] = [p for p in self.choices if p.is_mixed]
         between = [_step_random(seed, step).choice(ordered[1:-1])] if len(ordered) > 2 else []
         return tuple(dict.fromkeys((ordered[0], *between, ordered[-1])))
 
@@ -191,4 +192,11 @@ def _step_random(seed: int, step: int) -> Random:
 
 
 def _pairs(choices: tuple[Precision, ...]) -> tuple[Precision, ...]:
-    return tuple(Precision(weight.weight, act.act) for weight in choices for act in choices)
+    uniform = _uniform(choices)
+    pairs = (Precision(weight.weight, act.act) for weight in uniform for act in uniform)
+    return (*pairs, *(precision for precision in choices if precision.is_mixed))
+
+
+def _uniform(choices: tuple[Precision, ...]) -> list[Precision]:
+    """Return the precisions that are pairs of bit-widths, not mixed ones."""
+    return [precision for precision in choices if not precision.is_mixed]

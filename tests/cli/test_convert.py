@@ -146,6 +146,21 @@ def test_options_are_short_for_keys_of_the_recipe() -> None:
     )
 
 
+def test_bit_widths_per_layer_are_a_precision(tmp_path: Path) -> None:
+    (tmp_path / "layers.json").write_text('{"budget": {"*": {"weight": 8, "activation": 8}, "linear": {"weight": 4}}}')
+    layers = ["--layers", "edge:*=4,layer2.*=w3a8", "--layers", str(tmp_path / "layers.json")]
+    result = convert("--calibrate", "shapes", *SMALL, "quant.precisions=[32,8]", *layers, "-o", tmp_path / "model")
+    assert result.exit_code == 0, result.output
+    model, info = load_model(tmp_path / "model")
+    assert [str(precision) for precision in allowed_precisions(model)] == ["32", "8", "mixed:edge", "mixed:budget"]
+    assert info.quant["layers"]["edge"]["layer2.*"] == {"weight": 3, "activation": 8}
+    with at_precision(model, "mixed:edge"):
+        assert model.net.layer2[0].conv1.weight_quant.quantizer.bits == 3  # pyright: ignore
+    result = convert("--layers", "edge:*=4,layer7.*=8", "--dry-run")
+    assert result.exit_code == 2
+    assert "layer7" in result.output
+
+
 def test_every_setting_reaches_the_saved_model(tmp_path: Path) -> None:
     options = ["--calibrate", "shapes", "--method", "percentile", "--percentile", "90", "--samples", "20", "--dynamic"]
     result = convert(*options, *SMALL[:2], "quant.precisions=[32,4]", "-o", tmp_path / "model")

@@ -54,6 +54,14 @@ def test_independent_draws_weights_and_activations_apart() -> None:
     assert all(abs(count - 500) < 5 * (4500 / 9 * 8 / 9) ** 0.5 for count in counts.values())
 
 
+def test_mixed_precisions_are_drawn_whole() -> None:
+    schedule = read(Uniform, choices=[8, 4, "mixed:edge"], independent=True)
+    seen = {str(schedule.precisions(step, seed=0, epoch=0, epochs=1)[0]) for step in range(200)}
+    assert seen == {"8", "4", "w8a4", "w4a8", "mixed:edge"} == {str(precision) for precision in schedule.possible()}
+    sandwich = read(Sandwich, choices=["mixed:edge", 32, 4])
+    assert [str(p) for p in sandwich.precisions(0, seed=0, epoch=0, epochs=1)] == ["32", "mixed:edge", "4"]
+
+
 def test_fixed_never_changes() -> None:
     assert set(draws(read(Fixed, choice="w4a8"), 20)) == {("w4a8",)}
 
