@@ -249,6 +249,10 @@ ANALYSES = Registry(
             "qadtr_brevitas.reproduce.analyses.pixel:Pixel",
             "accuracy against eps under pixel attacks (Figure 1)",
         ),
+        "sensitivity": (
+            "qadtr_brevitas.reproduce.analyses.sensitivity:SensitivityAnalysis",
+            "layers that cost most at each bit-width; bit-widths per layer for a budget",
+        ),
         "size": ("qadtr_brevitas.reproduce.analyses.size:Size", "ASR by patch size (Table 21)"),
         "spatial": (
             "qadtr_brevitas.reproduce.analyses.spatial:Spatial",

@@ -70,8 +70,9 @@ class SwitchableWeightProxy(_KeepTensorQuant, WeightQuantProxyFromInjector):
         quantizer = self.quantizer
         now = quantizer.switch.states.now if now is None else now
         if now.observer is not None:
-            now.observer(quantizer, w)
-        elif not self.disable_quant and quantizer.is_active_at(now.precision):
+            observed = now.observer(quantizer, w)
+            return w if observed is None else observed
+        if not self.disable_quant and quantizer.is_active_at(now.precision):
             return quantizer.quantize(w, now)
         return w
 
@@ -108,7 +109,9 @@ class SwitchableActProxy(_KeepTensorQuant, ActQuantProxyFromInjector):
         quantizer: SwitchableActQuant = fused.tensor_quant
         now = quantizer.switch.states.now if now is None else now
         if now.observer is not None:
-            now.observer(quantizer, x)
+            observed = now.observer(quantizer, x)
+            if observed is not None:
+                return observed
         elif self._is_quant_enabled and not self.disable_quant and quantizer.is_active_at(now.precision):
             return quantizer.quantize(x, now)
         activation = fused.activation_impl

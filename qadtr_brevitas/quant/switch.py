@@ -14,8 +14,9 @@ from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.core.precision import FLOAT_BITS, Precision, PrecisionLike, parse_precisions
 from qadtr_brevitas.quant.frozen import FrozenWeights
 
-# Called with a quantizer (SwitchableQuant) and the float tensor that it would quantize.
-Observer = Callable[[Any, Tensor], None]
+# Called with a quantizer (SwitchableQuant) and the float tensor that it would quantize; returns what takes its place,
+# or None for the tensor as it is in float.
+Observer = Callable[[Any, Tensor], Tensor | None]
 
 
 class Folding(Protocol):
@@ -52,7 +53,8 @@ class SwitchState:
 
     Attributes:
         frozen: weights quantized within `frozen_weights`; None outside.
-        observer: called by each quantizer instead of quantizing, with the tensor, which passes unchanged.
+        observer: called by each quantizer instead of quantizing, with the tensor; it returns what passes, None for the
+            tensor as it is.
         folding: the norms folded into convolutions; None if none are.
         images: number of images in the batch that is running.
     """
@@ -320,7 +322,7 @@ def observing(model: nn.Module, observer: Observer) -> Generator[None]:
     Args:
         model: a switchable model; its precision and modes are restored after the block.
         observer: called at every quantizer of weights and activations, with the quantizer and the float tensor that
-            it would quantize.
+            it would quantize; it returns what takes the tensor's place, or None.
     """
     float_precision = Precision(FLOAT_BITS, FLOAT_BITS)
     with switch_of(model).having(precision=float_precision, observer=observer), evaluating(model):
