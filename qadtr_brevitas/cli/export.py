@@ -137,6 +137,7 @@ def command(**options: Any) -> None:
 
     qonnx holds any bit-widths, as Brevitas writes them; qcdq is standard ONNX, up to 8 bit, and ort the same with
     BatchNorms merged, which onnxruntime runs in integers (below 8 bit the biases that it rounds often move too much).
+    integers holds packed weights and the operations between integers, which numpy alone, or C, computes.
     finn and hls4ml are folders to build with these FPGA compilers, for models made by `convert --target`. The file is
     executed on test images and under the model's patches; one that computes something else than rounding explains is
     not kept. Beside it lie labels, preprocessing, test vectors, and run.py, which runs it without PyTorch.
@@ -188,7 +189,7 @@ def command(**options: Any) -> None:
                 progress=report_progress,
             )
         reports.append(report)
-        say(f"wrote {output}; the network is {output / 'model.onnx'}; next: python {output / 'run.py'} --check")
+        say(f"wrote {output}; the network is {output / form.file}; next: python {output / 'run.py'} --check")
     if form.compiler is not None and not emulate:
         why = missing or "give --emulate"
         say(f"not checked with {form.compiler.name} itself, only as a file: {why}, or build as README.md says")
@@ -228,7 +229,7 @@ def _outputs(given: _ExportOptions) -> dict[Precision, Path]:
     name = name_of_model(given.model_dir)
     outputs: dict[Precision, Path] = {}
     for precision in wanted:
-        bits = str(precision).replace("32", "float")
+        bits = str(precision).replace("32", "float").replace(":", "-")
         one = given.output if len(wanted) == 1 or given.output is None else given.output / bits
         outputs[precision] = one or Path("exports") / f"{name}-{bits}-{given.form}"
     for output in outputs.values():

@@ -267,6 +267,10 @@ FORMATS = Registry(
     {
         "finn": ("qadtr_brevitas.exporting.finn:FINN", "a folder to build with FINN"),
         "hls4ml": ("qadtr_brevitas.exporting.hls4ml:HLS4ML", "a folder to build with hls4ml"),
+        "integers": (
+            "qadtr_brevitas.exporting.integer_file:INTEGERS",
+            "packed integers and their operations, for own hardware and C",
+        ),
         "ort": ("qadtr_brevitas.exporting.onnx_files:ORT", "ONNX that onnxruntime runs in integers, fast at 8 bit"),
         "qcdq": ("qadtr_brevitas.exporting.onnx_files:QCDQ", "standard ONNX for onnxruntime, up to 8 bit"),
         "qonnx": ("qadtr_brevitas.exporting.onnx_files:QONNX", "arbitrary bit-widths, as Brevitas writes them"),

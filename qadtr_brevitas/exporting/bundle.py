@@ -21,9 +21,9 @@ from qadtr_brevitas.core.files import write_json
 from qadtr_brevitas.evaluation.predict import placements
 from qadtr_brevitas.exporting.formats import Format
 from qadtr_brevitas.exporting.graph import library
+from qadtr_brevitas.exporting.integer_file import INTEGERS_FILE, INTEGERS_RUNNER
 from qadtr_brevitas.exporting.report import ExportReport
 from qadtr_brevitas.exporting.rewrite import PIXELS
-from qadtr_brevitas.pipeline.directories import ONNX_FILE
 from qadtr_brevitas.quant.model_info import ModelInfo
 
 FLOAT_FILE = "float.onnx"
@@ -87,7 +87,9 @@ def write_bundle(
     (folder / LABELS_FILE).write_text("".join(f"{name}\n" for name in info.classes), encoding="utf-8")
     vectors.save(folder / VECTORS_FILE)
     height, width = info.image_size
-    files = {ONNX_FILE: _file_facts(folder / ONNX_FILE, form)}
+    if form.file == INTEGERS_FILE:
+        shutil.copy(_DEPLOYED / INTEGERS_RUNNER, folder / INTEGERS_RUNNER)
+    files = {form.file: _file_facts(folder / form.file, form)}
     if (folder / FLOAT_FILE).is_file():
         files[FLOAT_FILE] = {**_file_facts(folder / FLOAT_FILE, None), "precision": "32"}
     settings = {
@@ -110,6 +112,8 @@ def write_bundle(
 
 
 def _file_facts(path: Path, form: Format | None) -> dict[str, Any]:
+    if path.name == INTEGERS_FILE:
+        return {"input": "images", "output": "logits", "range": [0, int(PIXELS)], "runtime": "integers"}
     model: Any = library("onnx").load(str(path), load_external_data=False)
     is_standard = all(node.domain in ("", "ai.onnx", "com.microsoft") for node in model.graph.node)
     return {
@@ -122,12 +126,15 @@ def _file_facts(path: Path, form: Format | None) -> dict[str, Any]:
 
 
 def _readme(info: ModelInfo, form: Format, report: ExportReport, settings: dict[str, Any]) -> Iterator[str]:
-    facts = settings["files"][ONNX_FILE]
+    facts = settings["files"][form.file]
     shape = f"({report.batch if report.batch != 'dynamic' else 'N'}, {len(info.mean)}, {settings['height']}, "
     shape += f"{settings['width']})"
-    needed = "numpy pillow onnxruntime" if facts["runtime"] == "onnxruntime" else "numpy pillow qonnx onnxruntime"
+    needed = {"onnxruntime": "numpy pillow onnxruntime", "integers": "numpy pillow"}.get(
+        facts["runtime"], "numpy pillow qonnx onnxruntime"
+    )
+    opset = f"ONNX opset {facts['opset']}; " if "opset" in facts else ""
     yield f"# {Path(report.model).name} at {report.precision} bit, as {form.name}\n"
-    yield f"`{ONNX_FILE}`: {form.help}. ONNX opset {facts['opset']}; {report.bytes / 1e6:.3g} MB, of which the weights"
+    yield f"`{form.file}`: {form.help}. {opset}{report.bytes / 1e6:.3g} MB, of which the weights"
     yield f"take {report.weight_bytes / 1e6:.3g} MB at their bit-widths.\n"
     yield f"- In: `{facts['input']}`, float32 {shape}, {settings['color']}, channels first, values from "
     yield f"  {facts['range'][0]} to {facts['range'][1]}. The normalization of pixels is part of the file."

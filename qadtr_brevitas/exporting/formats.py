@@ -14,6 +14,7 @@ from qadtr_brevitas.core.precision import FLOAT_BITS, Precision
 from qadtr_brevitas.core.registry import FORMATS
 from qadtr_brevitas.exporting.compiler import Compiler
 from qadtr_brevitas.exporting.integers import IntegerLayers
+from qadtr_brevitas.pipeline.directories import ONNX_FILE
 from qadtr_brevitas.quant.feature_clip import feature_clips
 from qadtr_brevitas.quant.switchable_quant import SwitchableDynamicQuant, SwitchableQuant
 
@@ -40,6 +41,7 @@ class Format:
         runtimes: what runs the file, for people who are handed it.
         count_integers: tells which layers of a file are computed in integers; None for formats that need no telling.
         packages: optional packages that writing and loading need.
+        file: name of the file in the folder.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Format:
     runtimes: str = "the tool it is for"
     count_integers: Callable[[Path], IntegerLayers] | None = None
     packages: tuple[str, ...] = ("onnx", "qonnx")
+    file: str = ONNX_FILE
 
 
 def find_format(name: str) -> Format:

@@ -37,8 +37,8 @@ _OPSET = 17
 
 def _write_qonnx(frozen: nn.Module, images: Tensor, path: Path) -> None:
     """QONNX as Brevitas exports it, with the graph cleaned by qonnx."""
-    with _exporting():
-        model = _cleaned(_export_qonnx(frozen, images, path))
+    with exporting():
+        model = _cleaned(export_qonnx(frozen, images, path))
         for old, new in ((model.graph.input[0].name, INPUT), (model.graph.output[0].name, OUTPUT)):
             model.rename_tensor(old, new)
         _save(model, path)
@@ -51,7 +51,7 @@ def writer_for(compiler: Compiler) -> Callable[[nn.Module, Tensor, Path], None]:
     """
 
     def write(frozen: nn.Module, image: Tensor, path: Path) -> None:
-        with _exporting():
+        with exporting():
             model = _traced_for(compiler, frozen, image, path)
             rewrite(model, compiler.adapt_input)
             _save(_cleaned(model), path)
@@ -70,7 +70,7 @@ def check_traced(compiler: Compiler, frozen: nn.Module, image: Tensor) -> None:
     Raises:
         ExportError: what is in the way, with the layers that it concerns.
     """
-    with tempfile.TemporaryDirectory() as folder, _exporting():
+    with tempfile.TemporaryDirectory() as folder, exporting():
         _traced_for(compiler, frozen, image, Path(folder) / ONNX_FILE)
 
 
@@ -80,14 +80,15 @@ def _traced_for(compiler: Compiler, frozen: nn.Module, image: Tensor, path: Path
     frozen = copy.deepcopy(frozen)
     replace_shortcuts(frozen, image)
     # As cleanup does, but for the names, which say what layer a node is from.
-    model = _export_qonnx(frozen, image, path).transform(infer.InferShapes())
+    model = export_qonnx(frozen, image, path).transform(infer.InferShapes())
     model = model.transform(fold.FoldConstants(exclude_op_types=["Quant"]))
     transpose_weights(model)
     check_network(model, compiler)
     return model
 
 
-def _export_qonnx(frozen: nn.Module, image: Tensor, path: Path) -> Any:
+def export_qonnx(frozen: nn.Module, image: Tensor, path: Path) -> Any:
+    """Return a frozen network as Brevitas writes it, a qonnx ModelWrapper; call it within `exporting`."""
     library("brevitas.export").export_qonnx(frozen, args=image, export_path=str(path), **_tracing())
     return library("qonnx.core.modelwrapper").ModelWrapper(str(path))
 
@@ -140,7 +141,7 @@ def _write_fused(frozen: nn.Module, images: Tensor, path: Path, *, dynamic: bool
 
 
 def _qcdq(frozen: nn.Module, images: Tensor, path: Path, *, dynamic: bool) -> Any:
-    with _exporting():
+    with exporting():
         tracing = _tracing(dynamic=dynamic)
         library("brevitas.export").export_onnx_qcdq(frozen, args=images, export_path=str(path), **tracing)
     return fold_constants(library("onnx").load(str(path)), keep=("DequantizeLinear",))
@@ -155,7 +156,7 @@ def write_float(network: nn.Module, images: Tensor, path: Path, *, dynamic: bool
         path: the file.
         dynamic: whether it takes any number of images.
     """
-    with _exporting():
+    with exporting():
         torch.onnx.export(network, (images,), str(path), **_tracing(dynamic=dynamic))
     _save_onnx(fold_constants(library("onnx").load(str(path))), path)
 
@@ -173,8 +174,11 @@ def _tracing(*, dynamic: bool = False) -> dict[str, Any]:
 
 
 @contextmanager
-def _exporting() -> Generator[None]:
-    """PyTorch warns of the TorchScript exporter, and of every shape that is fixed by tracing, as is meant."""
+def exporting() -> Generator[None]:
+    """Trace without warnings, and with pools that the exporter knows.
+
+    PyTorch warns of the TorchScript exporter, and of every shape that is fixed by tracing, as is meant.
+    """
     with warnings.catch_warnings(), torch.no_grad(), KnownPools(), exporter_errors():
         warnings.simplefilter("ignore")
         yield

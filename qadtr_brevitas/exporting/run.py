@@ -35,7 +35,7 @@ from qadtr_brevitas.exporting.rewrite import PIXELS
 from qadtr_brevitas.exporting.rounding import rounded_otherwise
 from qadtr_brevitas.exporting.ties import break_ties, check_ties, count_ties
 from qadtr_brevitas.exporting.verify import TOLERANCE, Agreement, check, compare
-from qadtr_brevitas.pipeline.directories import EXPORT_REPORT_FILE, ONNX_FILE
+from qadtr_brevitas.pipeline.directories import EXPORT_REPORT_FILE
 from qadtr_brevitas.quant import allowed_precisions, at_precision, freeze, frozen_weights
 from qadtr_brevitas.quant.switchable_quant import has_ranges
 
@@ -102,7 +102,7 @@ def export(
     reports: list[ExportReport] = []
 
     def fill(folder: Path) -> None:
-        file = folder / ONNX_FILE
+        file = folder / form.file
         images = _images(loaded, split, _VECTORS)
         tell(0, 0, f"writing {form.name}")
         write(form, written, images, batch, file)

@@ -21,7 +21,6 @@ from qadtr_brevitas.core.registry import TARGETS
 from qadtr_brevitas.exporting.build_files import write_build_files
 from qadtr_brevitas.exporting.compiler import BuildTarget
 from qadtr_brevitas.exporting.formats import Format, blockers, check_bits
-from qadtr_brevitas.pipeline.directories import ONNX_FILE
 from qadtr_brevitas.quant import at_precision, freeze
 from qadtr_brevitas.testing.targets import BITS, converted_for
 
@@ -43,7 +42,7 @@ def check_format(form: Format) -> None:
     for bits in (bits for bits in BITS if bits <= form.max_bits):
         frozen = freeze(model, bits)
         with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-            file = Path(folder) / ONNX_FILE
+            file = Path(folder) / form.file
             form.write(frozen, images[:1], file)
             assert file.is_file(), f"{name} wrote no file"
             expected, found = frozen(images), form.load(file)(images)

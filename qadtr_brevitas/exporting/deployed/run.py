@@ -33,12 +33,13 @@ def main() -> int:
     parser.add_argument("pictures", nargs="*", type=Path, help="pictures to classify")
     parser.add_argument("--images", type=Path, help="folder of one folder of pictures for each class")
     parser.add_argument("--check", action="store_true", help="run the test vectors")
-    parser.add_argument("--model", default="model.onnx", help="file of this folder  [default: model.onnx]")
+    parser.add_argument("--model", help="file of this folder  [default: the exported one]")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     given = parser.parse_args()
     if not (given.pictures or given.images or given.check):
         parser.error("give pictures, --images FOLDER or --check")
     settings = json.loads((FOLDER / "preprocess.json").read_text(encoding="utf-8"))
+    given.model = given.model or next(iter(settings["files"]))
     if given.model not in settings["files"]:
         parser.error(f"--model is {given.model!r}: this folder has {', '.join(settings['files'])}")
     network = Network(FOLDER / given.model, settings, settings["files"][given.model])
@@ -58,7 +59,7 @@ class Network:
     def __init__(self, path: Path, settings: dict[str, Any], own: dict[str, Any]) -> None:
         self.settings, self.own = settings, own
         self.labels = (FOLDER / "labels.txt").read_text(encoding="utf-8").splitlines()
-        self._run = _onnxruntime(path) if own["runtime"] == "onnxruntime" else _qonnx(path)
+        self._run = {"onnxruntime": _onnxruntime, "integers": _integers}.get(own["runtime"], _qonnx)(path)
 
     def logits(self, pictures: list[Path]) -> Any:
         """Return the logits of picture files, (n, classes)."""
@@ -119,6 +120,12 @@ def _onnxruntime(path: Path) -> Callable[[Any], Any]:
     session: Any = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
     return lambda images: session.run(None, {name: images})[0]
+
+
+def _integers(path: Path) -> Callable[[Any], Any]:
+    from integers import IntegerNetwork  # pyright: ignore[reportMissingImports]
+
+    return IntegerNetwork(path).run  # pyright: ignore[reportUnknownVariableType, reportUnknownMemberType]
 
 
 def _qonnx(path: Path) -> Callable[[Any], Any]:
