@@ -2,3 +2,4 @@
 
 from qadtr_brevitas.models.cifar import CifarResNet as CifarResNet
 from qadtr_brevitas.models.cifar import CifarVgg as CifarVgg
+from qadtr_brevitas.models.mlperf_tiny import TinyResNet as TinyResNet
