@@ -16,6 +16,7 @@ from qadtr_brevitas.reproduce.analyses import Analysis, AnalysisContext, Finding
 from qadtr_brevitas.reproduce.analyses.features import Features
 from qadtr_brevitas.reproduce.analyses.gradients import Gradients
 from qadtr_brevitas.reproduce.analyses.pixel import Pixel
+from qadtr_brevitas.reproduce.analyses.sensitivity import SensitivityAnalysis
 from qadtr_brevitas.reproduce.analyses.size import Size
 from qadtr_brevitas.reproduce.analyses.spatial import Spatial
 from qadtr_brevitas.testing.analyses import check_analysis
@@ -25,6 +26,7 @@ SMOKE: dict[str, Analysis] = {
     "features": Features(attack=LAVAN, images=8),
     "gradients": Gradients(attack=LAVAN, pixel=Fgsm(), images=8),
     "pixel": Pixel(attacks=(Fgsm(),), eps=(0.0, 0.03)),
+    "sensitivity": SensitivityAnalysis(images=8),
     "size": Size(attack=LAVAN, sizes=(6, 8), targets=(0,)),
     "spatial": Spatial(attack=LAVAN, targets=(0,), shifts=(2,), degrees=(30,)),
 }
