@@ -11,7 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 from qadtr_brevitas.auditing.audited_model import AuditedModel, ModelToAudit
 from qadtr_brevitas.auditing.finding import AUDIT_SCHEMA_VERSION, AuditReport, PrecisionAudit
 from qadtr_brevitas.core.errors import CheckpointError
-from qadtr_brevitas.core.files import fingerprint_facts, fingerprint_tensors, write_json
+from qadtr_brevitas.core.files import fingerprint_facts, write_json
 from qadtr_brevitas.core.version import __version__
 from qadtr_brevitas.data.split import Split
 from qadtr_brevitas.evaluation.entries import LoadedModel
@@ -47,7 +47,7 @@ class AuditStore:
         parts = [model, *([] if twin is None else [twin]), *surrogates, *ablations]
         if folder is None or not all(isinstance(part, LoadedModel) for part in parts):
             return cls(None, None)
-        images = fingerprint_tensors([split.images, split.labels])
+        images = split.fingerprint
         groups = [
             [_fingerprint(part) for part in group] for group in ([model], [twin] if twin else [], surrogates, ablations)
         ]

@@ -102,11 +102,58 @@ class ModelSection(RecipeSection):
     args: dict[str, Any] = Field(default={}, description="further arguments of timm.create_model")
 
 
+class TransformSection(RecipeSection):
+    """Random changes to each training image by timm's transforms, in this order; attacks come after them."""
+
+    scale: tuple[float, float] | None = Field(
+        default=(0.08, 1.0), description="share of a picture's area that a random crop keeps; null: no such crop"
+    )
+    ratio: tuple[float, float] = Field(default=(3 / 4, 4 / 3), description="width to height of the crop")
+    interpolation: Literal["bilinear", "bicubic", "random"] = Field(
+        default="bicubic", description="how the crop is resized to the size of the images"
+    )
+    pad: int = Field(default=0, ge=0, description="crop after so many black pixels are added on each side")
+    flip: float = Field(default=0.5, ge=0, le=1, description="probability of a mirror image")
+    rand_augment: str | None = Field(default=None, description="timm's RandAugment, as rand-m9-mstd0.5-inc1")
+    color_jitter: float = Field(default=0.0, ge=0, description="strength of random brightness, contrast, saturation")
+    erase: float = Field(default=0.0, ge=0, le=1, description="probability that a rectangle is erased")
+    erase_mode: Literal["const", "rand", "pixel"] = Field(
+        default="pixel", description="fill it with the mean color, a random color, or random pixels"
+    )
+    mixup: float = Field(default=0.0, ge=0, description="alpha of mixup, with labels in shares; 0: none")
+    cutmix: float = Field(default=0.0, ge=0, description="alpha of CutMix, with labels in shares; 0: none")
+    mix_probability: float = Field(default=1.0, ge=0, le=1, description="of a batch being mixed")
+    cutmix_probability: float = Field(default=0.5, ge=0, le=1, description="of CutMix where mixup is on as well")
+
+    @model_validator(mode="after")
+    def _ranges_ascend(self) -> TransformSection:
+        for name, pair, most in (("scale", self.scale, 1.0), ("ratio", self.ratio, float("inf"))):
+            if pair is not None and not 0 < pair[0] <= pair[1] <= most:
+                rule = f"must be two numbers above 0{' and at most 1' if most == 1 else ''}, the smaller one first"
+                raise located_error([((name,), f"{rule}, got {list(pair)}")])
+        return self
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images of a batch are mixed with each other."""
+        return self.mixup > 0 or self.cutmix > 0
+
+
 class DataSection(RecipeSection):
     """The images and their labels."""
 
     dataset: DatasetSlot = Field(default=_plugin("cifar10"), description="the data set")
-    augment: Literal["none", "crop", "crop-flip"] = Field(default="crop-flip", description="changes to training images")
+    augment: Literal["none", "crop", "crop-flip"] = Field(
+        default="crop-flip", description="changes to training images, where there is no transform"
+    )
+    transform: TransformSection | None = Field(
+        default=None, description="timm's changes to training images, instead of augment; null: none"
+    )
+    workers: int | None = Field(
+        default=None,
+        ge=0,
+        description="processes that read streamed or transformed training images ahead; null: one per core, at most 8",
+    )
     val_share: float = Field(default=0.0, ge=0, lt=1, description="share of training images held out to choose best/")
     train_limit: int | None = Field(default=None, ge=1, description="number of training images to use, class-balanced")
     test_limit: int | None = Field(default=None, ge=1, description="number of test images to use, class-balanced")
@@ -308,7 +355,12 @@ class Recipe(RecipeSection):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Recipe:
-        problems = [*_precision_problems(self), *_gradient_problems(self.train), *_scheduler_problems(self.train)]
+        problems = [
+            *_precision_problems(self),
+            *_gradient_problems(self.train),
+            *_scheduler_problems(self.train),
+            *_mixing_problems(self),
+        ]
         if problems:
             raise located_error(problems)
         return self
@@ -355,6 +407,13 @@ def _gradient_problems(train: TrainSection) -> list[tuple[tuple[str, ...], str]]
     if foreign := [str(precision) for precision in wanted if precision not in possible]:
         rule = f"{', '.join(foreign)} must be in train.precision, which has {', '.join(map(str, possible))}"
         return [(("train", "gradient"), rule)]
+    return []
+
+
+def _mixing_problems(recipe: Recipe) -> list[tuple[tuple[str, ...], str]]:
+    transform, size = recipe.data.transform, recipe.train.batch_size
+    if transform is not None and transform.mixes and size % 2:
+        return [(("train", "batch_size"), f"must be even to mix images with data.transform, got {size}")]
     return []
 
 

@@ -41,6 +41,13 @@ class Dataset(ABC):
         """
         return self
 
+    def with_whole_pictures(self) -> Self:
+        """Return this data set with a training split that offers pictures as large as they are, where there are such.
+
+        Random crops are cut from them, not from images that were made smaller before.
+        """
+        return self
+
     def completed(self, needed: Collection[str]) -> tuple[Self, str | None]:
         """Return this data set with every split that is needed, and what was decided for that, in words.
 

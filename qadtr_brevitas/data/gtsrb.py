@@ -65,7 +65,7 @@ class Gtsrb(ImageFolder):
                 raise ValueError(f"GTSRB has splits and numbered classes of its own: leave {key} out")
         return self
 
-    def _list(self, split: str) -> Listing:
+    def list_pictures(self, split: str) -> Listing:
         check_split(split)
         root = _find(self.root)
         folder = next((root / name for name in (_TRAIN if split == "train" else _TEST) if (root / name).is_dir()), None)

@@ -4,23 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import replace
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Self
 
-import torch
-
-from qadtr_brevitas.core.errors import DataError, UsageError
+from qadtr_brevitas.core.errors import DataError
 from qadtr_brevitas.core.plugin import Field, plugin
-from qadtr_brevitas.core.progress import Progress
-from qadtr_brevitas.data.base import Dataset
-from qadtr_brevitas.data.decode import read_images, size_of
 from qadtr_brevitas.data.listing import DEFAULT_HOLDOUT, ClassOrder, Listing, find_root, list_images, needs_holdout
-from qadtr_brevitas.data.split import Split, balanced_indices
-
-SIZES_SAMPLED = 64
+from qadtr_brevitas.data.picture_set import PictureSet
 
 
 @plugin
-class ImageFolder(Dataset):
+class ImageFolder(PictureSet):
     """Any images (png, jpg, webp, tiff, ...) laid out as ROOT/{train,test}/<class>/<image>; `val` also serves as test.
 
     If ROOT has only one of these folders, or the class folders themselves, `holdout` divides the images; commands that
@@ -28,22 +21,10 @@ class ImageFolder(Dataset):
     inside class folders belong to the class. Classes are numbered in the order of their names; where numbers or capital
     letters in them make torchvision's order differ from timm's, `class_order` is required.
 
-    The images of a split are held in memory, one byte per value.
+    The images of a split are held in memory, one byte per value, where they fit into `max_gb`; others are read from
+    their files whenever they are used.
     """
 
-    root: Annotated[
-        str | None, Field(description="folder, tar or zip; null: the folder that QADTR_BREVITAS_DATA names")
-    ] = None
-    image_size: Annotated[
-        int | None,
-        Field(
-            ge=8, description="pixels after resizing; null: the size they have, or that of the model where it varies"
-        ),
-    ] = None
-    crop: Annotated[
-        float | None,
-        Field(gt=0, le=1, description="resize the shorter side to image_size / crop, cut out the center; null: 1"),
-    ] = None
     holdout: Annotated[
         int | None, Field(ge=2, description="test on the first of every so many images, where there is one folder")
     ] = None
@@ -51,59 +32,9 @@ class ImageFolder(Dataset):
         ClassOrder | None,
         Field(description="order of the classes: name (10 before 2) or natural (2 before 10); null: if they agree"),
     ] = None
-    max_gb: Annotated[float, Field(gt=0, description="refuse to hold more than this in memory, in GB")] = 8.0
-
     folder_name: ClassVar[str | None] = None
 
-    def load(self, split: str, *, limit: int | None = None, seed: int = 0, progress: Progress | None = None) -> Split:
-        """Read one split, uint8 (N, 3, H, W).
-
-        Args:
-            split: "train" or "test".
-            limit: at most this many images, drawn by class as `Split.balanced` does; None for all. Others are not read.
-            seed: seed of their choice.
-            progress: called with the images done and the images in all.
-
-        Raises:
-            UsageError: the split has another name, or `crop` is set without `image_size`.
-            DataError: a folder is missing or empty, an image cannot be read, images differ in size and `image_size` is
-                not set, or the images need more than `max_gb`.
-        """
-        if self.crop is not None and self.image_size is None:
-            raise UsageError(f"data.dataset.crop={self.crop:g} needs a size to crop to: set data.dataset.image_size")
-        listing, drawn_from = self._list(split), None
-        if limit is not None and limit < len(listing.paths):
-            drawn_from = len(listing.paths)
-            chosen = balanced_indices(torch.tensor(listing.labels), limit, seed=seed)
-            listing = listing.pick(chosen.tolist(), part=f"{limit} by seed {seed}")
-        images = read_images(
-            listing, image_size=self.image_size, crop=self.crop or 1.0, max_gb=self.max_gb, progress=progress
-        )
-        return Split(torch.from_numpy(images), torch.tensor(listing.labels), listing.classes, drawn_from)
-
-    def needs_size(self) -> bool:
-        """Return whether images have different sizes and are not resized.
-
-        A sample from all over the training split is read, because reading every image would take long.
-
-        Raises:
-            DataError: a folder is missing or empty, or an image cannot be read.
-        """
-        if self.image_size is not None:
-            return False
-        paths = self._list("train").paths
-        return len({size_of(path) for path in paths[:: -(-len(paths) // SIZES_SAMPLED)]}) > 1
-
-    def fitted(self, image_size: int, crop: float) -> ImageFolder:
-        """Return this data set at a model's own size, and at its crop unless it has one.
-
-        Args:
-            image_size: height and width that the model was made for, in pixels.
-            crop: timm's crop_pct of the model.
-        """
-        return replace(self, image_size=image_size, crop=crop if self.crop is None else self.crop)
-
-    def completed(self, needed: Collection[str]) -> tuple[ImageFolder, str | None]:
+    def completed(self, needed: Collection[str]) -> tuple[Self, str | None]:
         """Return this data set with a holdout where its images lie in one place, and a sentence that says so."""
         # A named data set has both splits, or is not that data set.
         if self.holdout is not None or self.folder_name is not None:
@@ -120,7 +51,7 @@ class ImageFolder(Dataset):
             f"and the others are for training and calibration (data.dataset.holdout={DEFAULT_HOLDOUT})"
         )
 
-    def _list(self, split: str) -> Listing:
+    def list_pictures(self, split: str) -> Listing:
         root = find_root(self.root, name=self.folder_name)
         listing = list_images(root, split, holdout=self.holdout, order=self.class_order)
         self.check(listing, split)

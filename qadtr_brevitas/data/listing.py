@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Literal, Self, TypeAlias
 from unicodedata import normalize
 
 from qadtr_brevitas.core.errors import DataError
@@ -35,8 +36,45 @@ ClassOrder: TypeAlias = Literal["name", "natural"]
 """How class folders are numbered: by name (torchvision), or with numbers by their value (timm)."""
 
 
+class Pictures(ABC):
+    """Encoded pictures with labels, which are read one at a time.
+
+    Attributes:
+        folder: where they lie.
+        classes: names of the classes.
+        labels: index of each picture's class.
+        digest: changes whenever a picture is added, removed, renamed or rewritten.
+        part: which of the pictures in the folder these are, in words that do not depend on them; "" for all.
+    """
+
+    folder: Path
+    classes: tuple[str, ...]
+    labels: tuple[int, ...]
+    digest: str
+    part: str
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @abstractmethod
+    def name(self, index: int) -> str:
+        """Return where a picture lies, for messages."""
+
+    @abstractmethod
+    def read(self, index: int) -> bytes:
+        """Return an encoded picture.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+
+    @abstractmethod
+    def pick(self, indices: Sequence[int], *, part: str) -> Self:
+        """Return some of the pictures only; `classes` stays whole, so labels keep their meaning."""
+
+
 @dataclass(frozen=True)
-class Listing:
+class Listing(Pictures):
     """The images of one split, by class and then by name.
 
     Args:
@@ -55,8 +93,14 @@ class Listing:
     digest: str
     part: str = ""
 
-    def pick(self, indices: Sequence[int], *, part: str) -> Listing:
-        """Return some of the images only; `classes` stays whole, so labels keep their meaning."""
+    def name(self, index: int) -> str:
+        return printable(self.paths[index])
+
+    def read(self, index: int) -> bytes:
+        with open(self.paths[index], "rb") as file:
+            return file.read()
+
+    def pick(self, indices: Sequence[int], *, part: str) -> Self:
         return replace(
             self,
             paths=tuple(self.paths[index] for index in indices),

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from unicodedata import normalize
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from qadtr_brevitas.core.errors import DataError, UsageError
+from qadtr_brevitas.core.files import fingerprint_tensors
 from qadtr_brevitas.core.seeding import generator
 
 SPLITS = ("train", "test")
@@ -40,14 +42,16 @@ class Split:
             raise DataError(f"images are {given}: a split holds torch.uint8 of shape (N, C, H, W)")
         if self.labels.dtype != torch.int64 or self.labels.shape != self.images.shape[:1]:
             given = f"{self.labels.dtype} {tuple(self.labels.shape)}"
-            raise DataError(f"labels are {given}: a split holds one torch.int64 for each of its {len(self)} images")
+            raise DataError(
+                f"labels are {given}: a split holds one torch.int64 for each of its {len(self.images)} images"
+            )
         if len(self) and not 0 <= int(self.labels.min()) <= int(self.labels.max()) < len(self.classes):
             raise DataError(
                 f"labels are not all in 0..{len(self.classes) - 1}, but there are {len(self.classes)} classes"
             )
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.labels)
 
     @property
     def available(self) -> int:
@@ -60,6 +64,16 @@ class Split:
         height, width = self.images.shape[2:]
         return height, width
 
+    @property
+    def channels(self) -> int:
+        """Numbers of each pixel."""
+        return self.images.shape[1]
+
+    @property
+    def fingerprint(self) -> str:
+        """32 hex digits that differ for other images or labels."""
+        return fingerprint_tensors([self.images, self.labels])
+
     def batch(self, indices: Tensor, *, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
         """Return the chosen images as float32 (n, C, H, W) in [0, 1], with labels int64 (n,), on `device`.
 
@@ -70,9 +84,48 @@ class Split:
         images = self.images[indices].to(device, non_blocking=True)
         return images.float().div_(255), self.labels[indices].to(device, non_blocking=True)
 
-    def subset(self, indices: Tensor) -> Split:
-        """Return the chosen images only; `classes` stays whole, so labels keep their meaning."""
-        return replace(self, images=self.images[indices], labels=self.labels[indices])
+    def batches(self, size: int, *, device: torch.device | str = "cpu") -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield all images in order, as indices (n,) on the CPU and what `batch` returns for them.
+
+        Args:
+            size: images of a batch; the last one may have fewer.
+            device: where the images and labels are wanted.
+        """
+        for indices in torch.arange(len(self)).split(size):
+            yield (indices, *self.batch(indices, device=device))
+
+    def pixels(self, index: int) -> Tensor:
+        """Return one image as it is, uint8 (C, H, W)."""
+        return self.images[index]
+
+    def picture(self, index: int) -> Image.Image:
+        """Return one image for transforms of Pillow.
+
+        Raises:
+            UsageError: images have neither one channel nor three.
+        """
+        if self.channels not in (1, 3):
+            raise UsageError(f"images of {self.channels} channels are no pictures: give data.transform=null")
+        pixels = self.pixels(index).permute(1, 2, 0).numpy()
+        return Image.fromarray(pixels if self.channels == 3 else pixels[:, :, 0])
+
+    def whole_picture(self, index: int) -> Image.Image:
+        """Return one image as `picture`, before it was resized and cropped where that is still known."""
+        return self.picture(index)
+
+    def pop_damaged(self) -> list[str]:
+        """Return what was wrong with images that were replaced since the last call; images in memory are whole."""
+        return []
+
+    def subset(self, indices: Tensor, *, drawn_from: int | None = None) -> Split:
+        """Return the chosen images only; `classes` stays whole, so labels keep their meaning.
+
+        Args:
+            indices: int64 (n,), on the CPU.
+            drawn_from: how many images these were drawn from; None for as many as this split was drawn from.
+        """
+        drawn_from = self.drawn_from if drawn_from is None else drawn_from
+        return replace(self, images=self.images[indices], labels=self.labels[indices], drawn_from=drawn_from)
 
     def balanced(self, count: int, *, seed: int) -> Split:
         """`count` images drawn at random, equally many of each class as far as there are enough.
@@ -80,7 +133,8 @@ class Split:
         Raises:
             UsageError: fewer than 1 or more than all images wanted.
         """
-        return replace(self.divide(count, seed=seed)[0], drawn_from=self.available)
+        self._check_count(count)
+        return self.subset(balanced_indices(self.labels, count, seed=seed), drawn_from=self.available)
 
     def limited(self, limit: int | None, *, seed: int) -> Split:
         """`limit` images as `balanced` draws them, or all where there are no more or the limit is None."""
@@ -92,11 +146,14 @@ class Split:
         Raises:
             UsageError: fewer than 1 or more than all images wanted.
         """
-        if not 1 <= count <= len(self):
-            raise UsageError(f"{count} images cannot be drawn from {len(self)}: give a number from 1 to {len(self)}")
+        self._check_count(count)
         chosen = torch.zeros(len(self), dtype=torch.bool)
         chosen[_drawn(self.labels, count, seed)] = True
         return self.subset(chosen.nonzero().flatten()), self.subset((~chosen).nonzero().flatten())
+
+    def _check_count(self, count: int) -> None:
+        if not 1 <= count <= len(self):
+            raise UsageError(f"{count} images cannot be drawn from {len(self)}: give a number from 1 to {len(self)}")
 
 
 def numbered(count: int) -> tuple[str, ...]:

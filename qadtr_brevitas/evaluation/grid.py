@@ -11,7 +11,6 @@ import torch
 
 from qadtr_brevitas.attacks.base import DefenseAttack
 from qadtr_brevitas.core.errors import UsageError
-from qadtr_brevitas.core.files import fingerprint_tensors
 from qadtr_brevitas.core.precision import FLOAT_BITS, Precision, PrecisionLike
 from qadtr_brevitas.core.seeding import generator
 from qadtr_brevitas.data.split import Split, balanced_order
@@ -104,7 +103,7 @@ class Grid:
             available=len(self.split) if self.available is None else self.available,
             image_size=self.split.image_size,
             classes=self.split.classes,
-            fingerprint=fingerprint_tensors([self.split.images, self.split.labels]),
+            fingerprint=self.split.fingerprint,
         )
 
     @cached_property
@@ -121,7 +120,7 @@ class Grid:
         if self.certify_images is None:
             return self.inputs
         split = self.split.subset(balanced_order(self.split.labels, seed=self.seed))
-        return replace(self.inputs, split=split, data=fingerprint_tensors([split.images, split.labels]))
+        return replace(self.inputs, split=split, data=split.fingerprint)
 
     @property
     def certified_count(self) -> int:
@@ -227,7 +226,7 @@ class Grid:
         source = patch_entry.facts.source
         try:
             placements(patch_entry.patch, 1, self.split.image_size, seed=self.seed)
-            patch_entry.patch.check_channels(self.split.images.shape[1])
+            patch_entry.patch.check_channels(self.split.channels)
             if source is not None:
                 parse_mode(source.precision)
         except UsageError as error:

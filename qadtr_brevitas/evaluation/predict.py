@@ -45,8 +45,7 @@ def predict(
     predictions: list[Tensor] = []
     # Not inference_mode: Brevitas's quantizers fail on its tensors.
     with torch.no_grad():
-        for indices in torch.arange(len(split)).split(batch_size):
-            images, _ = split.batch(indices, device=device)
+        for indices, images, _ in split.batches(batch_size, device=device):
             if patch is not None and corners is not None:
                 images = patch.apply(images, corners=corners[indices].to(device))
             predictions.append(model(images).argmax(dim=1).cpu())

@@ -91,7 +91,10 @@ def build_split(
     """
     limits = (limit, section.train_limit if split == "train" else section.test_limit)
     smallest = min((number for number in limits if number is not None), default=None)
-    return section.dataset.load(split, limit=smallest, seed=seed, progress=progress)
+    dataset = section.dataset
+    if split == "train" and section.transform is not None and section.transform.scale is not None:
+        dataset = dataset.with_whole_pictures()
+    return dataset.load(split, limit=smallest, seed=seed, progress=progress)
 
 
 def build_splits(section: DataSection, *, seed: int, progress: Progress | None = None) -> Splits:

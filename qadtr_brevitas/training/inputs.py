@@ -1,11 +1,10 @@
-"""The images of a training step: which ones, how augmented, attacked and masked, from (seed, step, rank)."""
+"""The images of a training step as an objective sees them: attacked and masked, from (seed, step, rank)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,8 +14,6 @@ from qadtr_brevitas.attacks.base import Memory, RememberingAttack, TrainingAttac
 from qadtr_brevitas.config import Recipe
 from qadtr_brevitas.core.precision import Precision
 from qadtr_brevitas.core.seeding import generator
-from qadtr_brevitas.data.augment import crop_and_flip
-from qadtr_brevitas.data.split import Split, epoch_order
 from qadtr_brevitas.quant import SwitchableModel, frozen_weights
 from qadtr_brevitas.training.masks import TrainingMasks
 from qadtr_brevitas.training.objectives import ordinary_loss
@@ -28,38 +25,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainingInputs:
-    """The source of one process's share of each global batch.
+    """Attacks and masks one process's share of each global batch.
 
     Args:
-        recipe: seed, batch size, augmentation, attack and masks.
-        split: training images.
+        recipe: seed, batch size, attack and masks.
         rank: number of this process.
         processes: how many there are.
-        device: where batches go.
         masks: lays the recipe's masks over images; None where it has none.
         memory: what the attack keeps from step to step.
     """
 
     recipe: Recipe
-    split: Split
     rank: int
     processes: int
-    device: torch.device
     masks: TrainingMasks | None = None
     memory: Memory = field(default_factory=dict)
-
-    def batch(self, step: int, *, steps_per_epoch: int) -> tuple[Tensor, Tensor]:
-        """Return this process's images (n, 3, H, W) in [0, 1], augmented, and labels (n,).
-
-        Every `processes`-th image of the global batch: all processes together see what a single one would, and the
-        attacked first share of each is the first share of the global batch.
-        """
-        epoch, position = divmod(step, steps_per_epoch)
-        first = position * self.recipe.train.batch_size
-        order = _epoch_order(len(self.split), self.recipe.seed, epoch)
-        chosen = order[first : first + self.recipe.train.batch_size][self.rank :: self.processes]
-        images, labels = self.split.batch(chosen, device=self.device)
-        return _augment(images, self.recipe, step, self.rank), labels
 
     def attack(
         self, model: SwitchableModel, images: Tensor, labels: Tensor, *, step: int, precision: Precision
@@ -148,6 +128,7 @@ def make_step(
     compiled: Callable[[Tensor], Tensor] | None = None,
     active: Sequence[Precision] = (),
     earlier: EarlierPass | None = None,
+    targets: Tensor | None = None,
 ) -> TrainingStep:
     """Return what an objective sees of one batch at one precision.
 
@@ -163,6 +144,7 @@ def make_step(
         compiled: a faster form of the model for training passes.
         active: the precisions that the schedule draws from at this time.
         earlier: what the same optimizer step computed at the precision before.
+        targets: (n, classes), shares of the classes in mixed images; None where images are not mixed.
     """
     train = inputs.recipe.train
 
@@ -190,6 +172,7 @@ def make_step(
         compiled=compiled,
         active=active,
         earlier=earlier,
+        targets=targets,
     )
 
 
@@ -198,45 +181,3 @@ def attack_autocast(accelerator: Accelerator) -> AbstractContextManager[object]:
     if accelerator.mixed_precision == "fp16":
         return torch.autocast(accelerator.device.type, enabled=False)
     return accelerator.autocast()
-
-
-class NormBatches(Sequence[Tensor]):
-    """Random training images (n, 3, H, W) in [0, 1] to recalibrate norm statistics on, made when they are read.
-
-    They are augmented as in training but not attacked. Statistics of unaugmented images do not fit a network that was
-    trained on shifted images with black borders (digits: 71 % instead of 87 %).
-
-    Args:
-        recipe: number and size of batches, seed and augmentation.
-        split: training images; no more whole batches are made than they fill.
-        device: where batches go.
-    """
-
-    def __init__(self, recipe: Recipe, split: Split, device: torch.device) -> None:
-        self._recipe, self._split, self._device = recipe, split, device
-        size = recipe.train.batch_size
-        # Whole batches only: each counts the same in the mean.
-        self._count = min(recipe.train.norm_batches, len(split) // size)
-        self._order = epoch_order(len(split), seed=recipe.seed, epoch=-1)
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, index: int) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        if not 0 <= index < self._count:
-            raise IndexError(index)
-        size = self._recipe.train.batch_size
-        images, _ = self._split.batch(self._order[index * size : (index + 1) * size], device=self._device)
-        return _augment(images, self._recipe, "norms", index)
-
-
-def _augment(images: Tensor, recipe: Recipe, *keys: int | str) -> Tensor:
-    if recipe.data.augment == "none":
-        return images
-    rng = generator(recipe.seed, "augment", *keys)
-    return crop_and_flip(images, flip=recipe.data.augment == "crop-flip", generator=rng)
-
-
-@lru_cache(maxsize=1)
-def _epoch_order(count: int, seed: int, epoch: int) -> Tensor:
-    return epoch_order(count, seed=seed, epoch=epoch)

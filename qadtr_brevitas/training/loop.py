@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from qadtr_brevitas.config import Recipe
-from qadtr_brevitas.core.errors import TrainingError
+from qadtr_brevitas.core.errors import DataError, TrainingError
 from qadtr_brevitas.core.precision import Precision
 from qadtr_brevitas.core.seeding import derive_seed
 from qadtr_brevitas.pipeline.build import build_splits, build_switchable, fit_data, own_classes
@@ -28,7 +28,8 @@ from qadtr_brevitas.quant import SwitchableModel, set_precision
 from qadtr_brevitas.training.alrs import adapt_learning_rates
 from qadtr_brevitas.training.compiled import compile_training
 from qadtr_brevitas.training.gradient_rules import GradientRuleOptimizer
-from qadtr_brevitas.training.inputs import NormBatches, TrainingInputs, make_step
+from qadtr_brevitas.training.images import ImageBatch, ImageSource, NormBatches
+from qadtr_brevitas.training.inputs import TrainingInputs, make_step
 from qadtr_brevitas.training.log import StepRecord, TrainingObserver, as_figures
 from qadtr_brevitas.training.masks import TrainingMasks
 from qadtr_brevitas.training.objectives import CrossEntropy
@@ -151,7 +152,8 @@ class _Trainer:
         self.model: SwitchableModel = model.to(self.device).to(memory_format=torch.channels_last)
         memory = memory_of_rank(saved.memory, self.rank, self.device) if saved else {}
         masks = TrainingMasks.of(recipe, self.train_split.image_size, mean=self.info.mean, device=self.device)
-        self.inputs = TrainingInputs(recipe, self.train_split, self.rank, self.processes, self.device, masks, memory)
+        self.source = ImageSource(recipe, self.train_split, self.rank, self.processes, self.device)
+        self.inputs = TrainingInputs(recipe, self.rank, self.processes, masks, memory)
         self.compiled = None
         if recipe.train.compile:
             drawn = len({*recipe.train.precision.possible(), *([FLOAT] if recipe.train.float_epochs else [])})
@@ -178,10 +180,11 @@ class _Trainer:
                 for phase in self.phases:
                     if self.counters.step < phase.end_step:
                         self._train_phase(phase)
-            self.validation.finish(last, NormBatches(self.recipe, self.train_split, self.device))
+            self.validation.finish(last, NormBatches(self.recipe, self.source))
             self.counters.finished = True
             self._save(last, None)
         finally:
+            self.source.close()
             self.writer.close_log()
 
     def restore_model(self) -> None:
@@ -226,11 +229,11 @@ class _Trainer:
     ) -> None:
         """Take one step, at one precision or at several: one update by their mean loss, or one after each."""
         started = time.perf_counter()
+        batch = self._next_batch(phase, optimizer)
         train, number = self.recipe.train, self.counters.step
         # For layers that draw from the global stream, such as dropout.
         torch.manual_seed(derive_seed(self.recipe.seed, "step", number, self.rank))
         precisions = phase.precisions(train.precision, number, seed=self.recipe.seed)
-        images, labels = self.inputs.batch(number, steps_per_epoch=phase.steps_per_epoch)
         objective = train.objective if phase.is_quantized else CrossEntropy()
         lr: float = optimizer.param_groups[0]["lr"]
         loss, earlier = 0.0, None
@@ -243,14 +246,15 @@ class _Trainer:
                     self.inputs,
                     self.accelerator,
                     self.model,
-                    images,
-                    labels,
+                    batch.images,
+                    batch.labels,
                     number,
                     precision,
                     attacked=phase.is_quantized,
                     compiled=self.compiled,
                     active=phase.active(train.precision, number),
                     earlier=earlier,
+                    targets=batch.targets,
                 )
                 with self.accelerator.autocast():
                     part: Tensor = forward(objective, step)
@@ -274,6 +278,24 @@ class _Trainer:
                 metrics=as_figures({**self.loss_forward.metrics, **(rule.metrics() if rule else {})}),
             )
         )
+
+    def _next_batch(self, phase: TrainingPhase, optimizer: torch.optim.Optimizer) -> ImageBatch:
+        """Return the images of the next step; where they cannot be read, save what was trained.
+
+        Raises:
+            DataError: an image cannot be read, or a process that reads them was killed.
+        """
+        step = self.counters.step
+        try:
+            return self.source.batch(step)
+        except DataError as error:
+            # Other processes do not know, and would be waited for; calibration comes again after the state before it.
+            if self.processes > 1 or step == phase.first_step:
+                raise
+            self._save(phase, optimizer)
+            raise DataError(
+                f"{error}. The state after step {step} is saved in {self.writer.run}: the same command goes on from it"
+            ) from error
 
     def _update(self, optimizer: torch.optim.Optimizer) -> None:
         """Let the optimizer use the gradients."""

@@ -59,7 +59,8 @@ def ordinary_loss(
         label_smoothing: in [0, 1).
         regularizers: their losses are added.
     """
-    loss = cross_entropy(output.logits, step.labels, label_smoothing=label_smoothing)
+    targets = step.labels if step.targets is None else step.targets.to(output.logits.dtype)
+    loss = cross_entropy(output.logits, targets, label_smoothing=label_smoothing)
     metrics = _accuracies(step, output.logits)
     for regularizer in regularizers:
         extra = regularizer.compute(step, output)

@@ -150,8 +150,10 @@ def start_run(run: Path, recipe: Recipe) -> None:
 
 
 def differing_keys(one: Recipe, other: Recipe) -> list[str]:
-    """Return the dotted paths of the keys in which two recipes differ, sorted."""
-    first, second = (dict(_flatten(recipe.model_dump(mode="json"))) for recipe in (one, other))
+    """Return the dotted paths of the keys in which the results of two recipes may differ, sorted."""
+    first, second = (
+        dict(_flatten(recipe.model_dump(mode="json", exclude={"data": {"workers"}}))) for recipe in (one, other)
+    )
     return sorted(key for key in {*first, *second} if first.get(key, ...) != second.get(key, ...))
 
 

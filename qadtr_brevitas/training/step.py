@@ -73,7 +73,7 @@ class TrainingStep:
     Args:
         model: the model, in training mode and at `precision`.
         images: (N, 3, H, W) in [0, 1], augmented.
-        labels: (N,), the true classes.
+        labels: (N,), the true classes; of mixed images, that of the larger share.
         precision: the precision that this loss is for.
         number: optimizer steps done before this one.
         seed: the recipe's seed.
@@ -84,6 +84,7 @@ class TrainingStep:
         compiled: a faster form of the model for training passes; None if there is none.
         active: the precisions that the schedule draws from at this time; empty for all of the model.
         earlier: what the same optimizer step computed at the precision before; None for its first.
+        targets: (N, classes), the share of each class in mixed images; None where images are not mixed.
 
     Attributes:
         default_features: patterns of the features that an output given to `default_loss` must have.
@@ -106,8 +107,9 @@ class TrainingStep:
         compiled: Callable[[Tensor], Tensor] | None = None,
         active: Sequence[Precision] = (),
         earlier: EarlierPass | None = None,
+        targets: Tensor | None = None,
     ) -> None:
-        self.images, self.labels = images, labels
+        self.images, self.labels, self.targets = images, labels, targets
         self.precision, self.number = precision, number
         self._model, self._seed, self._rank = model, seed, rank
         self._attack = attack

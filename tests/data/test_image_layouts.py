@@ -11,6 +11,7 @@ from timm.data import create_transform
 from qadtr_brevitas.core.errors import DataError, UsageError
 from qadtr_brevitas.data.archives import unpack
 from qadtr_brevitas.data.image_folder import Cifar10, ImageFolder
+from qadtr_brevitas.data.streamed import StreamedSplit
 from tests.data.support import picture, tar_of
 
 
@@ -74,7 +75,8 @@ class TestOnlyWhatIsUsedIsRead:
         assert (len(split), split.available) == (4, 4)
 
     def test_memory_is_counted_for_what_is_used(self, folder: Path) -> None:
-        assert len(ImageFolder(root=str(folder), max_gb=5e-7).load("train", limit=2)) == 2
+        assert not isinstance(ImageFolder(root=str(folder), max_gb=5e-7).load("train", limit=2), StreamedSplit)
+        assert isinstance(ImageFolder(root=str(folder), max_gb=5e-7).load("train", limit=3), StreamedSplit)
 
 
 class TestHoldout:

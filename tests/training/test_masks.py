@@ -18,6 +18,7 @@ from qadtr_brevitas.core.precision import Precision
 from qadtr_brevitas.core.seeding import generator
 from qadtr_brevitas.evaluation.masks import covering_masks
 from qadtr_brevitas.quant import get_precision, set_precision
+from qadtr_brevitas.training.images import ImageSource
 from qadtr_brevitas.training.inputs import TrainingInputs
 from qadtr_brevitas.training.loop import train
 from qadtr_brevitas.training.masks import MaskPlan, TrainingMasks
@@ -168,12 +169,12 @@ def test_processes_together_mask_what_one_would() -> None:
 def inputs_of(**keys: Any) -> TrainingInputs:
     recipe = make_recipe(augment="none", masks={"patches": [2], "per_side": 3, **keys})
     masks = TrainingMasks.of(recipe, (SIDE, SIDE), mean=MEAN, device=CPU)
-    return TrainingInputs(recipe, recipe.data.dataset.load("train"), 0, 1, CPU, masks)
+    return TrainingInputs(recipe, 0, 1, masks)
 
 
 def test_masks_lie_over_attacked_images_and_are_searched_at_the_precision_of_the_step() -> None:
     source, model = inputs_of(mode="greedy", one=0.25, two=0.25), calibrated_model().train()
-    images, labels = source.batch(0, steps_per_epoch=6)
+    images, labels, _ = ImageSource(source.recipe, source.recipe.data.dataset.load("train")).batch(0)
     set_precision(model, FOUR)
     asked: list[tuple[Precision, bool]] = []
     model.register_forward_pre_hook(lambda net, _: asked.append((get_precision(model), net.training)))
@@ -195,7 +196,7 @@ def test_masks_lie_over_attacked_images_and_are_searched_at_the_precision_of_the
 
 def test_without_masks_a_batch_stays_as_it_is() -> None:
     recipe = make_recipe()
-    source = TrainingInputs(recipe, recipe.data.dataset.load("train"), 0, 1, CPU)
+    source = TrainingInputs(recipe, 0, 1)
     batch = AdversarialBatch(torch.rand(16, 3, SIDE, SIDE), 4)
     assert source.mask(calibrated_model(), batch, torch.zeros(16).long(), step=0, precision=FOUR) is batch
 

@@ -16,6 +16,7 @@ from qadtr_brevitas.config import Recipe
 from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.quant import convert
 from qadtr_brevitas.training import processes
+from qadtr_brevitas.training.images import ImageSource
 from qadtr_brevitas.training.inputs import TrainingInputs
 from qadtr_brevitas.training.processes import check_agreement, started_processes
 from qadtr_brevitas.training.setup import check_precisions
@@ -39,8 +40,8 @@ def test_as_many_images_are_attacked_whatever_the_number_of_processes(
     monkeypatch.setattr(type(recipe.train.attack), "run", lambda self, model, images, labels, **_: images)
     counts = []
     for rank in range(count):
-        source = TrainingInputs(recipe, split, rank, count, CPU)
-        images, labels = source.batch(0, steps_per_epoch=6)
+        source = TrainingInputs(recipe, rank, count)
+        images, labels, _ = ImageSource(recipe, split, rank, count).batch(0)
         attacked = source.attack(model, images, labels, step=0, precision=recipe.quant.precisions[0])[1]
         counts.append(attacked)
     assert sum(counts) == round(batch_size * share)

@@ -10,6 +10,7 @@ from torch.nn.functional import cross_entropy
 from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.core.precision import Precision
 from qadtr_brevitas.quant import SwitchableModel, allowed_precisions, at_precision, get_precision
+from qadtr_brevitas.training.objectives import ordinary_loss
 from qadtr_brevitas.training.step import AdversarialBatch, ForwardOutput, StepLoss, TrainingStep
 from tests.training.support import calibrated_model, make_recipe
 
@@ -67,6 +68,14 @@ def test_a_forward_pass_runs_at_the_steps_precision_or_another_and_restores_it(
         with at_precision(model, precision):
             assert torch.equal(found, model(step.images))
         assert found.requires_grad
+
+
+def test_the_loss_of_mixed_images_is_that_of_their_shares(model: SwitchableModel, batch: tuple[Tensor, Tensor]) -> None:
+    step, logits, shares = make_step(model, batch), torch.randn(8, 3), torch.tensor([[0.25, 0.75, 0.0]] * 8)
+    step.targets = shares
+    found = ordinary_loss(step, ForwardOutput(logits, {}), label_smoothing=0.1, regularizers=()).loss
+    expected = -((shares * 0.9 + 0.1 / 3) * logits.log_softmax(dim=1)).sum(dim=1).mean()
+    assert torch.allclose(found, expected)
 
 
 def test_features_come_by_name_in_the_order_of_the_modules(

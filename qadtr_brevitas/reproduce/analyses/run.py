@@ -13,7 +13,7 @@ import torch
 
 from qadtr_brevitas.config.slots import slot_name
 from qadtr_brevitas.core.errors import CheckpointError, UsageError
-from qadtr_brevitas.core.files import fingerprint_facts, fingerprint_tensors
+from qadtr_brevitas.core.files import fingerprint_facts
 from qadtr_brevitas.core.plugin import plugin_settings
 from qadtr_brevitas.core.progress import Progress, silent
 from qadtr_brevitas.core.version import __version__
@@ -99,7 +99,7 @@ class _TrainImages:
     @cached_property
     def fingerprint(self) -> str:
         """The fingerprint of the images and labels, which are loaded for it."""
-        return fingerprint_tensors([self._split.images, self._split.labels])
+        return self._split.fingerprint
 
     @property
     def used(self) -> str | None:
@@ -177,7 +177,7 @@ def _data_facts(data: AnalysisData) -> DataFacts:
         available=split.available,
         image_size=split.image_size,
         classes=split.classes,
-        fingerprint=fingerprint_tensors([split.images, split.labels]),
+        fingerprint=split.fingerprint,
     )
 
 

@@ -1,0 +1,116 @@
+"""Runs whose images are read from files by worker processes: the same as in memory, resumable, safe from bad files."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qadtr_brevitas.config import Recipe
+from qadtr_brevitas.core.errors import DataError
+from qadtr_brevitas.training.loop import train
+from qadtr_brevitas.training.state import load_state
+from tests.data.support import picture
+from tests.data.test_loader import children
+from tests.training.support import Recorder, make_recipe, same_weights
+
+pytestmark = pytest.mark.slow
+
+TRANSFORM = {"scale": [0.3, 1.0], "rand_augment": "rand-m5", "erase": 0.3, "mixup": 0.4, "cutmix": 1.0}
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Three classes of 12 pictures each for training, 4 for tests, in several sizes."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for split, count in (("train", 12), ("test", 4)):
+        for name in "abc":
+            place = tmp_path / "images" / split / name
+            place.mkdir(parents=True)
+            for number in range(count):
+                picture(number, (8 + number % 4, 12)).save(place / f"{number:02}.png")
+    return tmp_path / "images"
+
+
+def recipe_of(root: Path, *, data: dict[str, Any] | None = None, **dataset: Any) -> Recipe:
+    """Two epochs of nine steps, the first of them at 32 bit."""
+    recipe = make_recipe(epochs=1, batch_size=4, checkpoint_every=3, regularizers=[], norm_batches=1).model_dump()
+    images = {"name": "image-folder", "root": str(root), "image_size": 8, **dataset}
+    recipe["data"] = {**recipe["data"], "dataset": images, "workers": 0, **(data or {})}
+    return Recipe.model_validate(recipe)
+
+
+class Act(Recorder):
+    """Does something after a step."""
+
+    def __init__(self, step: int, act: Any) -> None:
+        super().__init__()
+        self.at, self.act = step, act
+
+    def on_step(self, record: Any) -> None:
+        super().on_step(record)
+        if record.step == self.at:
+            self.act()
+
+
+class Boom(Exception):
+    pass
+
+
+def explode() -> None:
+    raise Boom
+
+
+def test_streamed_images_train_the_same_network_as_those_in_memory(root: Path, tmp_path: Path) -> None:
+    held = train(recipe_of(root), tmp_path / "held", device="cpu")
+    streamed = train(recipe_of(root, stream=True), tmp_path / "streamed", device="cpu")
+    assert same_weights(held, streamed)
+
+
+def test_a_run_resumes_in_mid_epoch_with_another_number_of_workers(root: Path, tmp_path: Path) -> None:
+    whole = train(recipe_of(root, data={"transform": TRANSFORM}), tmp_path / "whole", device="cpu")
+    run = tmp_path / "resumed"
+    with pytest.raises(Boom):
+        train(
+            recipe_of(root, data={"transform": TRANSFORM, "workers": 2}), run, device="cpu", observer=Act(13, explode)
+        )
+    train(recipe_of(root, data={"transform": TRANSFORM, "workers": 1}), run, device="cpu")
+    assert same_weights(whole, run)
+
+
+def test_a_damaged_picture_stops_the_run_with_its_state_saved(root: Path, tmp_path: Path) -> None:
+    whole = train(recipe_of(root, stream=True), tmp_path / "whole", device="cpu")
+    files = sorted((root / "train").rglob("*.png"))
+    contents = [file.read_bytes() for file in files]
+    run = tmp_path / "run"
+
+    def damage() -> None:
+        for file in files:
+            file.write_bytes(b"no image")
+
+    with pytest.raises(DataError, match=r"cannot read the image .*\.png.*state after step 4 is saved"):
+        train(recipe_of(root, stream=True), run, device="cpu", observer=Act(4, damage))
+    saved = load_state(run)
+    assert saved is not None
+    assert saved.counters.step == 4
+    for file, content in zip(files, contents, strict=True):
+        file.write_bytes(content)
+    train(recipe_of(root, stream=True), run, device="cpu")
+    assert same_weights(whole, run)
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the worker in /proc")
+def test_a_killed_worker_stops_the_run_with_its_state_saved(root: Path, tmp_path: Path) -> None:
+    recipe, before = recipe_of(root, data={"workers": 1}, stream=True), set(children())
+
+    def kill() -> None:
+        for worker in set(children()) - before:
+            os.kill(worker, signal.SIGKILL)
+
+    with pytest.raises(DataError, match=r"data\.workers.*is saved"):
+        train(recipe, tmp_path / "run", device="cpu", observer=Act(4, kill))
+    train(recipe, tmp_path / "run", device="cpu")
+    assert same_weights(tmp_path / "run", train(recipe, tmp_path / "whole", device="cpu"))
