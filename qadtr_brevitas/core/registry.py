@@ -181,6 +181,7 @@ DATASETS = Registry(
             "qadtr_brevitas.data.image_folder:ImageFolder",
             "ROOT/{train,test}/<class>/*.<image>, or ROOT/<class>/*.<image>",
         ),
+        "shards": ("qadtr_brevitas.data.shards:ShardFolder", "tars of pictures and classes, as webdataset writes them"),
         "shapes": ("qadtr_brevitas.data.shapes:Shapes", "procedural colored shapes, any size and number"),
     },
 )

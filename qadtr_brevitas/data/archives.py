@@ -75,11 +75,17 @@ def _extract(archive: Path, folder: Path) -> None:
         return
     with tarfile.open(archive) as tar:
         tar.extractall(folder, filter="data")
-        _check_end(tar)
+        check_end(tar)
 
 
-def _check_end(tar: tarfile.TarFile) -> None:
-    """Raise if a tar is cut off: extraction stops silently at a damaged header, and a whole tar ends with zeros."""
+def check_end(tar: tarfile.TarFile) -> None:
+    """Raise if a tar is cut off, once it was read to its end.
+
+    Reading stops silently at a damaged header, and a whole tar ends with zeros.
+
+    Raises:
+        ReadError: of tarfile; the tar is cut off.
+    """
     assert tar.fileobj is not None
     tar.fileobj.seek(tar.offset)
     if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
