@@ -304,6 +304,9 @@ class TrainSection(RecipeSection):
 
     epochs: int = Field(default=15, ge=1, description="epochs of quantized training")
     batch_size: int = Field(default=128, ge=1, description="images per step, over all processes")
+    accumulate: int = Field(
+        default=1, ge=1, description="compute a batch in so many parts and add their gradients, to save memory"
+    )
     float_epochs: int = Field(default=0, ge=0, description="epochs at 32 bit before calibration, to train from scratch")
     optimizer: OptimizerSection = Field(default_factory=OptimizerSection, description="the optimizer")
     scheduler: SchedulerSection = Field(default_factory=SchedulerSection, description="the learning rate over time")

@@ -35,6 +35,13 @@ class ImageBatch(NamedTuple):
     labels: Tensor
     targets: Tensor | None = None
 
+    def parts(self, count: int) -> list[ImageBatch]:
+        """Return so many parts, each with every `count`-th image; one part is the batch itself."""
+        if count == 1:
+            return [self]
+        shares = [None if self.targets is None else self.targets[start::count] for start in range(count)]
+        return [ImageBatch(self.images[i::count], self.labels[i::count], shares[i]) for i in range(count)]
+
 
 class ImageSource:
     """The training images of one process, in the order and with the changes that the recipe says.

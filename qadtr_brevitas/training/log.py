@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -72,6 +72,15 @@ def as_figures(metrics: Mapping[str, float | Tensor]) -> dict[str, float]:
             raise PluginError(f"metric {name!r} has shape {tuple(value.shape)}: give a single number, as value.mean()")
         figures[name] = float(value.item() if isinstance(value, Tensor) else value)
     return {name: value for name, value in figures.items() if math.isfinite(value)}
+
+
+def mean_metrics(parts: Sequence[Mapping[str, float | Tensor]]) -> dict[str, float | Tensor]:
+    """Return the mean of each metric over the parts of a batch that have it."""
+    found: dict[str, list[float | Tensor]] = {}
+    for part in parts:
+        for name, value in part.items():
+            found.setdefault(name, []).append(value)
+    return {name: values[0] if len(values) == 1 else sum(values) / len(values) for name, values in found.items()}
 
 
 @dataclass(frozen=True, kw_only=True)

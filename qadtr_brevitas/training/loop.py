@@ -21,7 +21,7 @@ from qadtr_brevitas.config import Recipe
 from qadtr_brevitas.core.errors import DataError, TrainingError
 from qadtr_brevitas.core.precision import Precision
 from qadtr_brevitas.core.seeding import derive_seed
-from qadtr_brevitas.pipeline.build import build_splits, build_switchable, fit_data, own_classes
+from qadtr_brevitas.pipeline.build import build_splits, build_switchable, fit_data
 from qadtr_brevitas.pipeline.calibration import calibrate_on, calibration_count
 from qadtr_brevitas.pipeline.directories import LAST_FOLDER
 from qadtr_brevitas.quant import SwitchableModel, set_precision
@@ -30,8 +30,9 @@ from qadtr_brevitas.training.compiled import compile_training
 from qadtr_brevitas.training.gradient_rules import GradientRuleOptimizer
 from qadtr_brevitas.training.images import ImageBatch, ImageSource, NormBatches
 from qadtr_brevitas.training.inputs import TrainingInputs, make_step
-from qadtr_brevitas.training.log import StepRecord, TrainingObserver, as_figures
+from qadtr_brevitas.training.log import StepRecord, TrainingObserver, as_figures, mean_metrics
 from qadtr_brevitas.training.masks import TrainingMasks
+from qadtr_brevitas.training.messages import start_messages
 from qadtr_brevitas.training.objectives import CrossEntropy
 from qadtr_brevitas.training.phases import TrainingPhase, plan_phases
 from qadtr_brevitas.training.processes import (
@@ -46,7 +47,7 @@ from qadtr_brevitas.training.processes import (
 from qadtr_brevitas.training.run_writer import RunWriter
 from qadtr_brevitas.training.setup import check_optimizer, check_precisions, make_optimizer, make_scheduler
 from qadtr_brevitas.training.state import RunCounters, TrainingState, check_finite, open_run
-from qadtr_brevitas.training.step import FLOAT
+from qadtr_brevitas.training.step import FLOAT, EarlierPass
 from qadtr_brevitas.training.stop import Interrupted, StopRequest
 from qadtr_brevitas.training.validation import Validation
 
@@ -153,7 +154,12 @@ class _Trainer:
         memory = memory_of_rank(saved.memory, self.rank, self.device) if saved else {}
         masks = TrainingMasks.of(recipe, self.train_split.image_size, mean=self.info.mean, device=self.device)
         self.source = ImageSource(recipe, self.train_split, self.rank, self.processes, self.device)
-        self.inputs = TrainingInputs(recipe, self.rank, self.processes, masks, memory)
+        count = recipe.train.accumulate
+        # Each part of an accumulated batch is what one of so many processes would compute.
+        self.inputs = [
+            TrainingInputs(recipe, self.rank + self.processes * part, self.processes * count, masks, memory)
+            for part in range(count)
+        ]
         self.compiled = None
         if recipe.train.compile:
             drawn = len({*recipe.train.precision.possible(), *([FLOAT] if recipe.train.float_epochs else [])})
@@ -170,7 +176,15 @@ class _Trainer:
         if self.saved is None:
             self.writer.start(self.recipe)
         self.accelerator.wait_for_everyone()
-        self._report_start()
+        for message in start_messages(
+            self.writer.run,
+            self.recipe,
+            self.info,
+            self.saved,
+            processes=self.processes,
+            is_compiled=self.compiled is not None,
+        ):
+            self.writer.message(message)
         if self.saved and self.saved.scaler and self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(self.saved.scaler)
         last = self.phases[-1]
@@ -236,31 +250,36 @@ class _Trainer:
         precisions = phase.precisions(train.precision, number, seed=self.recipe.seed)
         objective = train.objective if phase.is_quantized else CrossEntropy()
         lr: float = optimizer.param_groups[0]["lr"]
-        loss, earlier = 0.0, None
+        parts = batch.parts(train.accumulate)
+        loss, metrics = 0.0, []
+        earlier: list[EarlierPass | None] = [None] * len(parts)
         updates = [(precision,) for precision in precisions] if train.update == "each" else [precisions]
         for index, together in enumerate(updates):
             optimizer.zero_grad()
             for precision in together:
                 set_precision(self.model, precision)
-                step = make_step(
-                    self.inputs,
-                    self.accelerator,
-                    self.model,
-                    batch.images,
-                    batch.labels,
-                    number,
-                    precision,
-                    attacked=phase.is_quantized,
-                    compiled=self.compiled,
-                    active=phase.active(train.precision, number),
-                    earlier=earlier,
-                    targets=batch.targets,
-                )
-                with self.accelerator.autocast():
-                    part: Tensor = forward(objective, step)
-                earlier = step.passed
-                loss += self._agree_on(part, precision, lr) / len(precisions)
-                self.accelerator.backward(part / len(together))
+                metrics.clear()
+                for place, part in enumerate(parts):
+                    step = make_step(
+                        self.inputs[place],
+                        self.accelerator,
+                        self.model,
+                        part.images,
+                        part.labels,
+                        number,
+                        precision,
+                        attacked=phase.is_quantized,
+                        compiled=self.compiled,
+                        active=phase.active(train.precision, number),
+                        earlier=earlier[place],
+                        targets=part.targets,
+                    )
+                    with self.accelerator.autocast():
+                        one: Tensor = forward(objective, step)
+                    earlier[place] = step.passed
+                    metrics.append(self.loss_forward.metrics)
+                    loss += self._agree_on(one, precision, lr) / (len(precisions) * len(parts))
+                    self.accelerator.backward(one / (len(together) * len(parts)))
             if rule is not None:
                 rule.set_context(step=number * len(updates) + index, precision=min(together))
             self._update(optimizer)
@@ -275,7 +294,7 @@ class _Trainer:
                 loss=loss,
                 lr=lr,
                 images_per_s=train.batch_size / (time.perf_counter() - started),
-                metrics=as_figures({**self.loss_forward.metrics, **(rule.metrics() if rule else {})}),
+                metrics=as_figures({**mean_metrics(metrics), **(rule.metrics() if rule else {})}),
             )
         )
 
@@ -343,26 +362,6 @@ class _Trainer:
                 model=self.model.state_dict(),
                 optimizer={} if optimizer is None else optimizer.state_dict(),
                 scaler=scaler.state_dict() if scaler else None,
-                memory=gather_memory(self.inputs.memory, self.accelerator),
+                memory=gather_memory(self.inputs[0].memory, self.accelerator),
             )
         )
-
-    def _report_start(self) -> None:
-        """Tell the user what the run starts from, where that is not obvious."""
-        if self.recipe.train.compile and self.compiled is None:
-            self.writer.message("train.compile: there is no C++ compiler (g++ or CXX), so training is not compiled")
-        if self.saved is None:
-            if cost := self.recipe.train.mask_search_cost:
-                self.writer.message(cost)
-            weights, count = own_classes(self.recipe.model), self.info.num_classes
-            if self.recipe.model.pretrained and weights != count:
-                self.writer.message(
-                    f"the classifier is initialized anew for {count} classes: the weights are for {weights}"
-                )
-            return
-        self.writer.message(f"resuming {self.writer.run} after step {self.saved.counters.step}")
-        if self.saved.processes != self.processes:
-            self.writer.message(
-                f"the run was started with {self.saved.processes} processes and resumes with {self.processes}: "
-                "its weights will differ slightly from those of an uninterrupted run"
-            )

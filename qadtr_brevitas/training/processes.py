@@ -97,6 +97,12 @@ def _start_processes(train: TrainSection, device: str) -> Accelerator:
             f"train.batch_size={train.batch_size} cannot be shared equally by {accelerator.num_processes} processes: "
             "give a multiple of their number"
         )
+    if train.batch_size // accelerator.num_processes % train.accumulate:
+        raise UsageError(
+            f"train.accumulate={train.accumulate} does not divide the "
+            f"{train.batch_size // accelerator.num_processes} images of each process: give another number, or "
+            "another train.batch_size"
+        )
     return accelerator
 
 
