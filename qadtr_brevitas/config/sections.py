@@ -212,6 +212,12 @@ class QuantSection(RecipeSection):
         description="mixed precisions, mixed:NAME each: bit-widths by pattern of module names, "
         "{NAME: {'*': 4, 'layer4.*': {weight: 8}}}",
     )
+    softmax_quantizer: QuantizerSlot | None = Field(
+        default=None, description="that of attention probabilities, as log2 (FQ-ViT); null: act_quantizer"
+    )
+    gelu_quantizer: QuantizerSlot | None = Field(
+        default=None, description="that of the outputs of GELUs, as twin (PTQ4ViT); null: act_quantizer"
+    )
     feature_clip: FeatureClipSection | None = Field(
         default=None, description="clip the norms of features after some modules; null: nowhere"
     )

@@ -284,6 +284,7 @@ QUANTIZERS = Registry(
     {
         "log2": ("qadtr_brevitas.quant.log2:Log2", "the threshold divided by powers of two"),
         "power-of-two": ("qadtr_brevitas.quant.uniform:PowerOfTwo", "multiples of a step that is a power of two"),
+        "twin": ("qadtr_brevitas.quant.twin:Twin", "finer steps below 0 than above, for outputs of GELUs (PTQ4ViT)"),
         "uniform": ("qadtr_brevitas.quant.uniform:Uniform", "multiples of a learned step (LSQ)"),
     },
 )

@@ -217,7 +217,8 @@ def build_switchable(
     )
     mean, std = _pixel_statistics(recipe.model, net)
     # Only what differs from a plain conversion, so that equal models have equal fingerprints.
-    unused = {"calibration"} | {key for key in ("feature_clip", "layers") if not getattr(recipe.quant, key)}
+    later = ("feature_clip", "layers", "softmax_quantizer", "gelu_quantizer")
+    unused = {"calibration"} | {key for key in later if not getattr(recipe.quant, key)}
     quant = recipe.quant.model_dump(mode="json", exclude=unused)
     name, args = _architecture(recipe.model, net, train.image_size)
     ptq = recipe.quant.calibration.weights

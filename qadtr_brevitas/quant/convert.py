@@ -23,6 +23,7 @@ from qadtr_brevitas.quant.model import SwitchableModel
 from qadtr_brevitas.quant.norm import BATCH_NORMS
 from qadtr_brevitas.quant.plan import Activations, ConversionPlan, FirstLast, Norm, Residual, mark_first_and_last
 from qadtr_brevitas.quant.probe import Call, Probe, probe
+from qadtr_brevitas.quant.provenance import GELU, SOFTMAX
 from qadtr_brevitas.quant.ptq import PtqMethod
 from qadtr_brevitas.quant.quantizer import Quantizer, make_quantizer
 from qadtr_brevitas.quant.refusals import check_convertible
@@ -49,6 +50,8 @@ def convert(
     target: str | None = None,
     weight_quantizer: Quantizer | str | Mapping[str, Any] | None = None,
     act_quantizer: Quantizer | str | Mapping[str, Any] | None = None,
+    softmax_quantizer: Quantizer | str | Mapping[str, Any] | None = None,
+    gelu_quantizer: Quantizer | str | Mapping[str, Any] | None = None,
     ptq: Sequence[PtqMethod | str | Mapping[str, Any]] = (),
     wide_head_input: bool = True,
     feature_clip: FeatureClipping | Mapping[str, Any] | Sequence[str] | None = None,
@@ -91,6 +94,8 @@ def convert(
         weight_quantizer: the quantizer of weights: an object, its name, or its name and keys; None for the target's
             default, or `uniform`.
         act_quantizer: the quantizer of activations, which have one threshold per tensor; likewise.
+        softmax_quantizer: the quantizer of attention probabilities, `log2` for instance; None for act_quantizer.
+        gelu_quantizer: the quantizer of the outputs of GELUs, `twin` for instance; None for act_quantizer.
         ptq: PTQ methods whose states are added, as objects or by name; they change nothing until `calibrate()` sets
             them.
         wide_head_input: with `first_last="8bit"`, keep 8 bit or more for a ReLU that the last layer reads directly too;
@@ -117,8 +122,11 @@ def convert(
     compiler = find_target(target)
     quantizers = [_quantizer(given, compiler) for given in (weight_quantizer, act_quantizer)]
     methods: list[PtqMethod] = [PTQ_METHODS.make(value) for value in ptq]
-    if quantizers[1].granularity not in (None, "tensor"):
-        raise UsageError("activations have one threshold per tensor: leave granularity out of act_quantizer")
+    special = {SOFTMAX: softmax_quantizer, GELU: gelu_quantizer}
+    after = {name: _quantizer(given, compiler) for name, given in special.items() if given is not None}
+    for name, each in {"act": quantizers[1], **after}.items():
+        if each.granularity not in (None, "tensor"):
+            raise UsageError(f"activations have one threshold per tensor: leave granularity out of {name}_quantizer")
     net = model if in_place else copy.deepcopy(model)
     training = model.training
     mixed = mixed_precisions(layers)
@@ -143,6 +151,7 @@ def convert(
         target=compiler,
         weight_quantizer=quantizers[0],
         act_quantizer=quantizers[1],
+        quantizers_after=after,
         wide_head_input=wide_head_input,
         probe=found,
     )
@@ -232,8 +241,8 @@ def _quantizer(given: Quantizer | str | Mapping[str, Any] | None, target: Target
     quantizer = make_quantizer(wanted if given is None else given)
     if target is not None and not isinstance(quantizer, type(make_quantizer(target.quantizer))):
         raise UsageError(
-            f"{target.name} computes with the quantizer {target.quantizer!r} only: leave the quantizers out, or "
-            "convert without target"
+            f"{target.name} computes with the quantizer {target.quantizer!r} only, got {type(quantizer).__name__}: "
+            "leave the quantizers out, or convert without target"
         )
     if target is not None and quantizer.granularity == "group":
         raise UsageError(

@@ -101,7 +101,8 @@ def _check_stock(quantizer: SwitchableQuant) -> None:
     if not quantizer.scheme.has_stock_levels:
         raise UsageError(
             f"{kind} levels cannot be frozen: Brevitas's own quantizers, and so all export formats, have uniform "
-            "levels only; convert with the quantizer 'uniform' or 'power-of-two' to export"
+            "levels only; convert with the quantizer 'uniform' or 'power-of-two' (and without softmax_quantizer and "
+            "gelu_quantizer) to export"
         )
     if quantizer.scheme.granularity == "group" and isinstance(quantizer, SwitchableWeightQuant):
         raise UsageError(

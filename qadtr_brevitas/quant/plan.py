@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any, Literal
@@ -35,6 +35,7 @@ class ConversionPlan:
         target: the compiler to convert for; None for any.
         weight_quantizer: the quantizer of weights.
         act_quantizer: the quantizer of activations.
+        quantizers_after: those of the values of functions that have quantizers of their own, by function.
         wide_head_input: as in `convert()`.
         probe: the record of a forward of the network.
     """
@@ -49,6 +50,7 @@ class ConversionPlan:
     target: Target | None
     weight_quantizer: Quantizer
     act_quantizer: Quantizer
+    quantizers_after: Mapping[str, Quantizer]
     wide_head_input: bool
     probe: Probe
 
@@ -111,12 +113,23 @@ class ConversionPlan:
     def operand(self, operand: Operand, product: Product) -> Any:
         """Return the injector of the quantizer of an operand of a product that is no weight."""
         is_image = operand.origin == IMAGE
-        return self.activation(signed=not operand.nonnegative, min_bits=self.min_bits(product), reads_pixels=is_image)
+        return self.activation(
+            signed=not operand.nonnegative,
+            min_bits=self.min_bits(product),
+            reads_pixels=is_image,
+            function=operand.function,
+        )
 
     def activation(
-        self, *, signed: bool, min_bits: int, max_threshold: float | None = None, reads_pixels: bool = False
+        self,
+        *,
+        signed: bool,
+        min_bits: int,
+        max_threshold: float | None = None,
+        reads_pixels: bool = False,
+        function: str | None = None,
     ) -> Any:
-        """Return the injector of a quantizer of activations."""
+        """Return the injector of a quantizer of activations: of the values of a function, if it is given."""
         bits = tuple(p.act for p in self.switch.allowed if p.act != FLOAT_BITS and not p.is_mixed)
         return act_injector(
             self.switch,
@@ -124,7 +137,7 @@ class ConversionPlan:
             min_bits=min_bits,
             signed=signed,
             max_threshold=max_threshold,
-            scheme=self.act_quantizer,
+            scheme=self.quantizers_after.get(function or "", self.act_quantizer),
             dynamic=self.activations == "dynamic",
             reads_pixels=reads_pixels,
         )

@@ -32,6 +32,7 @@ class Operand:
         fixed: whether it is the same for every image: a weight, or computed from weights and constants.
         parameters: names of the parameters that it is computed from, if it is fixed.
         nonnegative: whether it cannot be negative.
+        function: SOFTMAX or GELU if it holds the values of that function; None for any other.
     """
 
     label: str
@@ -40,10 +41,12 @@ class Operand:
     fixed: bool
     parameters: frozenset[str]
     nonnegative: bool
+    function: str | None = None
 
     def merge(self, other: Operand) -> None:
         """Keep the facts that hold in both calls."""
         self.origin = self.origin if self.origin == other.origin else None
+        self.function = self.function if self.function == other.function else None
         self.fixed &= other.fixed
         self.parameters = self.parameters | other.parameters if self.fixed else frozenset()
         self.nonnegative &= other.nonnegative
@@ -189,7 +192,8 @@ class _ProbeMode(TorchFunctionMode):
     def _operand(self, label: str, x: Tensor) -> Operand:
         known = self.known
         shape, origin, fixed = tuple(x.shape), known.origin(x), known.is_fixed(x)
-        return Operand(label, shape, origin, fixed, known.parameters(x), known.is_nonnegative(x))
+        nonnegative, function = known.is_nonnegative(x), known.function(x)
+        return Operand(label, shape, origin, fixed, known.parameters(x), nonnegative, function)
 
     def enter(self, name: str) -> None:
         """Record the start of a module's forward."""

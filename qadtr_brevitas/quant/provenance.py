@@ -1,7 +1,8 @@
 """Provenance of tensors, followed through every function that a network calls.
 
-Three facts about a tensor are recorded, which hold whatever the weights are: which activation module's values it holds
-(or the image's), whether it depends on the image at all, and whether it can be negative.
+Four facts about a tensor are recorded, which hold whatever the weights are: which activation module's values it holds
+(or the image's), whether it depends on the image at all, whether it can be negative, and whether it holds the values of
+a function that has levels of its own (softmax, GELU).
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ _ARITHMETIC = _names(
     "__radd__ __rmul__ add add_ clamp clamp_ div div_ hardtanh maximum minimum mul mul_ multiply true_divide"
 )
 _SIGN_KEEPING = _PRESERVING | _POOLS | _names("amax cat concat interpolate max sqrt stack sum")
+# The results of these have distributions of their own, for which there are quantizers.
+SOFTMAX, GELU = "softmax", "gelu"
 # The results of these take only their shape from a tensor.
 _SHAPED_AS = _names("empty_like full_like new_empty new_full new_ones new_tensor new_zeros ones_like zeros_like")
 
@@ -67,6 +70,7 @@ class TensorFacts:
         self.name = name
         self.is_preserving = name in _PRESERVING
         self.first_origin = known.origin(found[0]) if found else None
+        self.first_function = known.function(found[0]) if found else None
         self.origins = [origin for x in found if (origin := known.origin(x)) is not None]
         self.is_fixed = all(known.is_fixed(x) for x in found)
         self.parameters = frozenset[str]().union(*(known.parameters(x) for x in found))
@@ -84,6 +88,11 @@ class TensorFacts:
         """Whether the result of the call cannot be negative."""
         keeping = self.name in _SIGN_KEEPING or self.name in _ARITHMETIC
         return self.name in _NONNEGATIVE or (keeping and self.is_nonnegative)
+
+    @property
+    def result_function(self) -> str | None:
+        """SOFTMAX or GELU if the result holds only values of that function, and zeros; else None."""
+        return self.name if self.name in (SOFTMAX, GELU) else self.first_function if self.is_preserving else None
 
     @property
     def result_needs_quantizing(self) -> bool:
@@ -114,6 +123,7 @@ class Provenance:
         # The parameters that enter a tensor that does not depend on the image.
         self._fixed: dict[int, frozenset[str]] = {id(buffer): frozenset() for buffer in net.buffers()}
         self._fixed |= {id(parameter): frozenset([name]) for name, parameter in net.named_parameters()}
+        self._functions: dict[int, str] = {}
         self._nonnegative: set[int] = {id(image)} if nonnegative_image else set()
         # By the memory that they share. Tensors are kept alive so that no id is used twice.
         self._views: dict[int, list[Tensor]] = {}
@@ -136,6 +146,10 @@ class Provenance:
         """Return whether x cannot be negative."""
         return id(x) in self._nonnegative
 
+    def function(self, x: Tensor) -> str | None:
+        """Return SOFTMAX or GELU if x holds only values of that function, and zeros; else None."""
+        return self._functions.get(id(x))
+
     def mark(self, x: Tensor, origin: str) -> None:
         """Record that x is the output of an activation module, which is never negative."""
         self._forget(x)
@@ -151,6 +165,8 @@ class Provenance:
             self._forget(y)
             if facts.is_preserving and facts.first_origin is not None:
                 self._origins[id(y)] = facts.first_origin
+            if facts.result_function is not None:
+                self._functions[id(y)] = facts.result_function
             if facts.is_fixed:
                 self._fixed[id(y)] = facts.parameters
             if facts.result_is_nonnegative:
@@ -163,6 +179,7 @@ class Provenance:
             return
         for x in self._views.get(_memory(changed), []):
             self._origins.pop(id(x), None)
+            self._functions.pop(id(x), None)
             if id(x) in self._fixed:
                 self._fixed[id(x)] |= facts.parameters
             if not facts.is_fixed:
@@ -175,6 +192,7 @@ class Provenance:
 
     def _forget(self, x: Tensor) -> None:
         self._origins.pop(id(x), None)
+        self._functions.pop(id(x), None)
         self._fixed.pop(id(x), None)
         self._nonnegative.discard(id(x))
 

@@ -29,6 +29,7 @@ from qadtr_brevitas.quant.products import (
     exclude_products,
     quantize_products,
 )
+from qadtr_brevitas.quant.provenance import SOFTMAX
 from qadtr_brevitas.quant.switchable_quant import WIDE_BITS
 
 # Exact classes: a subclass may have another forward, which its replacement would lose.
@@ -144,7 +145,7 @@ def _layer_note(product: Product, module: nn.Module, plan: ConversionPlan) -> st
     note = f"weights per {per}"
     read, _ = product.operands
     if not plan.is_quantized(read, product):
-        note += f", own {'unsigned' if read.nonnegative else 'signed'} input quantizer"
+        note += f", own {_kind(read, plan)} input quantizer"
     return note + _at_least(plan.min_bits(product))
 
 
@@ -172,7 +173,7 @@ def _quantized_product(product: Product, plan: ConversionPlan) -> QuantizedProdu
         if not plan.is_quantized(operand, product):
             quantizers[operand.label] = SwitchableIdentity(_operand_quant(operand, product, plan))
     if product.name == ATTENTION:
-        quant = plan.activation(signed=False, min_bits=plan.min_bits(product))
+        quant = plan.activation(signed=False, min_bits=plan.min_bits(product), function=SOFTMAX)
         quantizers["probabilities"] = SwitchableIdentity(quant)
     return kind(product.name, quantizers)
 
@@ -197,7 +198,7 @@ def _product_note(product: Product, plan: ConversionPlan) -> str:
         return f"both sides of a sum by one signed quantizer{_at_least(plan.min_bits(product))}"
     parts = [_operand_note(operand, product, plan) for operand in product.operands]
     if product.name == ATTENTION:
-        parts.insert(2, "unsigned probabilities")
+        parts.insert(2, f"unsigned{_scheme(SOFTMAX, plan)} probabilities")
     return f"{product.name} of {', '.join(parts)}{_at_least(plan.min_bits(product))}"
 
 
@@ -206,7 +207,17 @@ def _operand_note(operand: Operand, product: Product, plan: ConversionPlan) -> s
         return f"quantized {operand.label}"
     if _is_weight(operand, product):
         return f"{operand.label} {'per channel' if plan.is_per_channel(product) else 'per tensor'}"
-    return f"{'unsigned' if operand.nonnegative else 'signed'} {operand.label}"
+    return f"{_kind(operand, plan)} {operand.label}"
+
+
+def _kind(operand: Operand, plan: ConversionPlan) -> str:
+    return ("unsigned" if operand.nonnegative else "signed") + _scheme(operand.function, plan)
+
+
+def _scheme(function: str | None, plan: ConversionPlan) -> str:
+    """Return the name of the quantizer of a function's values where it has one of its own."""
+    quantizer = plan.quantizers_after.get(function or "")
+    return "" if quantizer is None else f" {type(quantizer).__name__}"
 
 
 def _at_least(min_bits: int) -> str:

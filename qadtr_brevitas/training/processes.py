@@ -47,7 +47,7 @@ def started_processes(train: TrainSection, device: str) -> Generator[Accelerator
         if accelerator.num_processes == 1 or not _lost_connection(error):
             raise
         raise TrainingError(
-            "another process of this training has ended: what is printed of it, or by torchrun, says why (code -9: it was "
+            "another process of this training has ended: what is printed of it, or by torchrun, says why (code -9: "
             "killed, often for lack of memory). Give the same command again to resume after the last saved state"
         ) from error
     finally:
