@@ -2,70 +2,221 @@
 
     QADTR_BREVITAS_DATA=DATA python -m benchmarks.benchmark_rounding
     QADTR_BREVITAS_DATA=DATA python -m benchmarks.benchmark_rounding --methods gptq --methods gptq+bias-correction
+    QADTR_BREVITAS_DATA=DATA python -m benchmarks.benchmark_rounding --network tf_efficientnet_lite0 --test-images 250 \
+      --methods percentile:gptq/parallel=8+bias-correction
 
-Calibrates the published CIFAR-10 ResNet-20 (`resnet20_cifar10.safetensors` in the folder DATA, with CIFAR-10) with each
-list of methods, and prints its accuracy at each precision and the processor seconds of the calibration.
+Calibrates a published network (the weights in the folder DATA, with CIFAR-10 or the sample of ImageNet, of which every
+fourth picture is a test image) with each list of methods, and prints its accuracy at each precision, and the processor
+seconds of the calibration. A list is [RANGE:]METHOD[/OPTION=VALUE...]+METHOD..., where RANGE is `mse` (the default),
+`minmax`, `percentile` or a number, the percentile. Two names stand for other tools on the same images: `brevitas`,
+stock layers with Brevitas's calibration, GPTQ and bias correction, and `onnxruntime`, quantize_static at 8 bit.
 """
 
 from __future__ import annotations
 
+import copy
 import os
+import tempfile
 import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
-from safetensors.torch import load_file
+from brevitas.nn import QuantConv2d, QuantLinear
+from brevitas.quant import Int8ActPerTensorFloat, Int8WeightPerChannelFloat, Uint8ActPerTensorFloat
+from ruamel.yaml import YAML
+from torch import Tensor, nn
 
-from qadtr_brevitas.data.image_folder import Cifar10
+from benchmarks.benchmark_export import CHECKPOINTS, quantize_static, session
+from qadtr_brevitas.core.precision import Precision
+from qadtr_brevitas.data.image_folder import Cifar10, ImageFolder
 from qadtr_brevitas.data.split import Split
 from qadtr_brevitas.evaluation.metrics import accuracy
 from qadtr_brevitas.evaluation.predict import predict
-from qadtr_brevitas.models.create import create_float_model
-from qadtr_brevitas.quant import SwitchableModel, at_precision, calibrate, convert, frozen_weights
+from qadtr_brevitas.models.create import create_float_model, own_image_size
+from qadtr_brevitas.models.weights import load_into, load_weights
+from qadtr_brevitas.quant import SwitchableModel, at_precision, calibrate, convert, freeze, frozen_weights
+from qadtr_brevitas.quant.layers import brevitas_twin
+
+with warnings.catch_warnings():
+    # It names an optional package that is not needed here.
+    warnings.simplefilter("ignore")
+    from brevitas.graph.calibrate import bias_correction_mode, calibration_mode
+    from brevitas.graph.gptq import gptq_mode
 
 LISTS = (
     *("", "bias-correction", "gptq", "gptq+bias-correction", "coordinate-descent"),
-    "gptq+coordinate-descent+bias-correction",
+    *("gptq+coordinate-descent+bias-correction", "equalize+gptq", "adaround", "brecq", "brecq/drop=0.5", "brevitas"),
 )
-_BATCH = 64
+_PIXELS = 1 << 16
 
 
-def make_model(weights: Path, precisions: list[str]) -> SwitchableModel:
-    """Return the published network, converted but not calibrated."""
-    net = create_float_model("cifar_resnet20", num_classes=10).eval()
-    net.load_state_dict(load_file(weights))
-    return convert(net, ["32", *precisions], image_size=(32, 32)).eval()
+@dataclass(frozen=True)
+class Case:
+    """A float network from images in [0, 1] to logits, images to calibrate it on, and test images."""
+
+    net: nn.Module
+    batches: list[Tensor]
+    test: Split
+
+    def converted(self, precisions: Sequence[str]) -> SwitchableModel:
+        """Return a switchable model, not calibrated."""
+        return convert(self.net, ["32", *precisions], image_size=self.test.image_size).eval()
+
+    def accuracy(self, model: nn.Module) -> float:
+        """Return the percent of the test images that are right."""
+        return 100 * (accuracy(predict(model, self.test), self.test.labels).value or 0.0)
 
 
-def measure(model: SwitchableModel, train: Split, test: Split, methods: list[str]) -> tuple[list[float], float]:
-    """Calibrate a model, and return its accuracy in percent at each precision, and the processor seconds it took."""
+def make_case(name: str, root: Path, train_images: int, test_images: int) -> Case:
+    """Return a published network with its images."""
+    is_cifar = name.startswith("cifar_")
+    net = create_float_model(name, num_classes=10 if is_cifar else 1000, args={}).eval()
+    path = root / CHECKPOINTS[name]
+    load_into(net, load_weights(path), source=str(path), name=name)
+    if is_cifar:
+        data: Cifar10 | ImageFolder = Cifar10(root=str(root))
+    else:
+        sample = root / "imagenet1k-sample.tar"
+        data = ImageFolder(root=str(sample), holdout=4).fitted(*own_image_size(name, {}))
+    train, test = data.load("train", limit=train_images), data.load("test", limit=test_images)
+    size = max(1, _PIXELS // (train.image_size[0] * train.image_size[1]))
+    batches = [train.batch(index)[0] for index in torch.arange(len(train)).split(size)]
+    return Case(net, batches, test)
+
+
+def parsed(given: str) -> tuple[Any, list[dict[str, Any]]]:
+    """Return the range method and the PTQ methods of a list, as `calibrate` takes them."""
+    head, _, rest = given.rpartition(":")
+    yaml = YAML(typ="safe")
+    methods: list[dict[str, Any]] = []
+    for part in filter(None, rest.split("+")):
+        name, *options = part.split("/")
+        methods.append(
+            {"name": name, **{key: yaml.load(value) for key, _, value in (o.partition("=") for o in options)}}
+        )
+    ranges = {"name": "percentile", "percentile": float(head)} if head[:1].isdigit() else head or "mse"
+    return ranges, methods
+
+
+def by_methods(case: Case, given: str, precisions: Sequence[str]) -> tuple[list[float], float]:
+    """Calibrate a model, and return its accuracy at 32 bit and each precision, and the processor seconds it took."""
+    ranges, methods = parsed(given)
+    model = case.converted(precisions)
     started = time.process_time()
-    calibrate(model, [train.batch(index)[0] for index in torch.arange(len(train)).split(_BATCH)], weights=methods)
+    calibrate(model, case.batches, method=ranges, weights=methods)
     seconds = time.process_time() - started
     found: list[float] = []
     for precision in model.switch.allowed:
         with at_precision(model, precision), frozen_weights(model):
-            found.append(100 * (accuracy(predict(model, test), test.labels).value or 0.0))
+            found.append(case.accuracy(model))
     return found, seconds
 
 
+def by_brevitas(case: Case, _: str, precisions: Sequence[str]) -> tuple[list[float], float]:
+    """Do the same with stock Brevitas layers: inputs and weights of every layer, first and last at 8 bit or more."""
+    plain = freeze(case.converted(precisions), 32)
+    found, seconds = [case.accuracy(plain)], 0.0
+    for precision in map(Precision.parse, precisions):
+        started = time.process_time()
+        model = _stock(plain, case.batches, precision)
+        seconds += time.process_time() - started
+        found.append(case.accuracy(model))
+    return found, seconds
+
+
+def _stock(plain: nn.Module, batches: list[Tensor], precision: Precision) -> nn.Module:
+    model = copy.deepcopy(plain)
+    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    signed = _reads_negative([layer for _, layer in layers], model, batches[0])
+    for name, layer in layers:
+        is_end = name in (layers[0][0], layers[-1][0])
+        model.set_submodule(name, _stock_layer(layer, precision, is_end=is_end, signed=layer in signed))
+    with torch.no_grad():
+        with calibration_mode(model):
+            for images in batches:
+                model(images)
+        with gptq_mode(model, act_order=True) as gptq:
+            for _ in range(gptq.num_layers):
+                for images in batches:
+                    gptq.model(images)
+                gptq.update()
+        with bias_correction_mode(model):
+            for images in batches:
+                model(images)
+    return model.eval()
+
+
+def _reads_negative(layers: list[nn.Module], model: nn.Module, images: Tensor) -> set[nn.Module]:
+    found: set[nn.Module] = set()
+
+    def note(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if float(args[0].min()) < 0:
+            found.add(layer)
+
+    handles = [layer.register_forward_pre_hook(note) for layer in layers]
+    with torch.no_grad():
+        model(images)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def _stock_layer(layer: nn.Module, precision: Precision, *, is_end: bool, signed: bool) -> nn.Module:
+    weight: Any = Int8WeightPerChannelFloat
+    act: Any = Int8ActPerTensorFloat if signed else Uint8ActPerTensorFloat
+    least = 8 if is_end else 2
+    quantizers = {
+        "weight_quant": weight.let(bit_width=max(least, precision.weight)),
+        "input_quant": act.let(bit_width=max(least, precision.act)),
+    }
+    return brevitas_twin(layer, QuantConv2d, QuantLinear, **quantizers)
+
+
+def by_onnxruntime(case: Case, _: str, precisions: Sequence[str]) -> tuple[list[float], float]:
+    """Do the same at 8 bit with onnxruntime's own quantizer, from the float network; other precisions are not there."""
+    plain = freeze(case.converted(precisions), 32)
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        source, output = Path(folder, "float.onnx"), Path(folder, "quantized.onnx")
+        # Image by image, because the file fixes the size of a batch.
+        ones = [image for batch in case.batches for image in batch.split(1)]
+        torch.onnx.export(plain, (ones[0],), str(source), input_names=["images"], dynamo=True, verbose=False)
+        started = time.process_time()
+        quantize_static(source, output, ones, "QUInt8")
+        seconds = time.process_time() - started
+        run = session(output)
+        parts = [case.test.batch(index) for index in torch.arange(len(case.test)).split(1)]
+        right = sum(int((run(images).argmax(1) == labels).sum()) for images, labels in parts)
+    eight = 100 * right / len(case.test)
+    values = [eight if Precision.parse(each) == Precision(8, 8) else float("nan") for each in precisions]
+    return [case.accuracy(plain), *values], seconds
+
+
+_TOOLS: dict[str, Callable[[Case, str, Sequence[str]], tuple[list[float], float]]] = {
+    "brevitas": by_brevitas,
+    "onnxruntime": by_onnxruntime,
+}
+
+
 @click.command()
+@click.option("--network", type=click.Choice(list(CHECKPOINTS)), default="cifar_resnet20", show_default=True)
 @click.option("--methods", multiple=True, default=LISTS, help="PTQ methods in order, joined by +; several times.")
 @click.option("--precisions", default="w4a8,4,3,2", show_default=True)
 @click.option("--train-images", default=256, show_default=True)
 @click.option("--test-images", default=1000, show_default=True)
-def main(methods: tuple[str, ...], precisions: str, train_images: int, test_images: int) -> None:
+def main(network: str, methods: tuple[str, ...], precisions: str, train_images: int, test_images: int) -> None:
     """Print a line for each list of methods."""
     torch.set_num_threads(1)
-    root = Path(os.environ["QADTR_BREVITAS_DATA"])
-    data = Cifar10(root=str(root))
-    train, test = data.load("train", limit=train_images), data.load("test", limit=test_images)
+    case = make_case(network, Path(os.environ["QADTR_BREVITAS_DATA"]), train_images, test_images)
     wanted = precisions.split(",")
     click.echo(f"{'':40}" + "".join(f"{name:>8}" for name in ("32", *wanted, "seconds")))
     for each in methods:
-        model = make_model(root / "resnet20_cifar10.safetensors", wanted)
-        found, seconds = measure(model, train, test, [name for name in each.split("+") if name])
+        found, seconds = _TOOLS.get(each, by_methods)(case, each, wanted)
         click.echo(f"{each or 'nearest level':40}" + "".join(f"{value:8.1f}" for value in (*found, seconds)))
 
 
