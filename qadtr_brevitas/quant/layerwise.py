@@ -68,7 +68,11 @@ class LayerwiseRounding(RoundingMethod):
     ] = "float"
     parallel: Annotated[
         int,
-        Field(ge=1, description="layers that are done after one pass over the images: more is faster and less exact"),
+        Field(
+            ge=1,
+            description="layers that are done after one pass over the images: more is faster; give target=quantized "
+            "then, because errors of layers that are not done yet would be made up for",
+        ),
     ] = 1
 
     @abstractmethod
