@@ -40,4 +40,5 @@ def check_for_target(model: SwitchableModel, target: str | None) -> bool:
 def _smallest(model: SwitchableModel) -> Precision | None:
     allowed = allowed_precisions(model)
     quantized = [precision for precision in allowed if FLOAT_BITS not in (precision.weight, precision.act)]
-    return min(quantized, key=lambda precision: (precision.act, precision.weight), default=None)
+    # A mixed precision may leave layers in float, and the others are exported all the same.
+    return min(quantized, key=lambda precision: (precision.is_mixed, precision.act, precision.weight), default=None)
