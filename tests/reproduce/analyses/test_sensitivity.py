@@ -12,7 +12,6 @@ from qadtr_brevitas.pipeline.checkpoint import convert_again
 from qadtr_brevitas.reproduce.analyses.sensitivity import LAYERS_FILE, SensitivityAnalysis
 from tests.reproduce.analyses.support import analyze, make_models, select
 
-
 pytestmark = pytest.mark.slow
 
 
