@@ -5,8 +5,9 @@ levels of the accumulator. Merging a BatchNorm's factor into the steps of the we
 convolution, is exact; rounding a bias to the accumulator brings a few values to the next level, which the layers behind
 pass on the louder the fewer their bits are.
 
-Weights are unsigned bytes around 128, like activations: on x86 processors without VNNI sums of products of an unsigned
-with a signed byte saturate.
+On x86 processors without VNNI sums of two products of an unsigned with a signed byte saturate at 16 bit. So weights are
+unsigned bytes around 128, like activations, which are slower; or signed ones where none exceeds 64, as those of up to 7
+bits can be written: 2 * 255 * 64 does not saturate.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from qadtr_brevitas.exporting.graph import attribute, library, nodes_of
 
 _INT8 = np.iinfo(np.int8)
 _ZERO = 128
+# Of signed weights.
+_LARGEST_WEIGHT = 64
 # Half of what an accumulator holds; the other half is room for the products.
 _LARGEST_BIAS = 2.0**30
 LAYERS = ("Conv", "Gemm", "MatMul")
@@ -155,7 +158,7 @@ def _fuse(model: Any, node: Any) -> None:
     del node.input[1:]
     node.input.extend(
         [
-            _unsigned_values(model, layer.weights, layer.steps, axis=0),
+            _weights(model, layer.weights, layer.steps, axis=0),
             _values(model, bias, accumulator, zero=0, axis=0),
         ]
     )
@@ -212,10 +215,14 @@ def _merge(model: Any, layer: Layer, norm: Any) -> bool:
 def _use_bytes(layer: Layer) -> None:
     """Multiplies weights by the largest power of two that fits into int8, channel by channel, and divides their steps.
 
-    The products are the same and the accumulator, which biases are rounded to, is finer: of 4-bit weights by 16.
+    The products are the same and the accumulator, which biases are rounded to, is finer: of 4-bit weights by 8.
+    Weights that can be signed stay so.
     """
     flat = layer.weights.reshape(len(layer.weights), -1).astype(np.float64)
-    room = np.minimum(_INT8.max / flat.max(1).clip(min=1), _INT8.min / flat.min(1).clip(max=-1))
+    if _can_be_signed(flat):
+        room = _LARGEST_WEIGHT / np.abs(flat).max(1).clip(min=1)
+    else:
+        room = np.minimum(_INT8.max / flat.max(1).clip(min=1), _INT8.min / flat.min(1).clip(max=-1))
     _scale(layer, 2.0 ** np.floor(np.log2(room)))
 
 
@@ -243,7 +250,7 @@ def _turn_weights(model: Any, product: Any) -> None:
     ints, steps = (_constant(model, name) for name in weights.input[:2])
     if ints is not None and ints.ndim == 2 and not np.any(_constant(model, weights.input[2])):
         steps = np.broadcast_to(steps, (len(ints),))
-        product.input[1] = _unsigned_values(model, ints.T, steps, axis=1)
+        product.input[1] = _weights(model, ints.T, steps, axis=1)
 
 
 def _use_unsigned_bytes(model: Any) -> None:
@@ -268,8 +275,14 @@ def _new_constant(model: Any, value: Any) -> str:
     return name
 
 
-def _unsigned_values(model: Any, ints: Any, steps: Any, *, axis: int) -> str:
-    """Return the name of signed bytes times steps along an axis, stored as unsigned bytes."""
+def _can_be_signed(ints: Any) -> bool:
+    return bool(np.abs(ints.astype(np.int16)).max(initial=0) <= _LARGEST_WEIGHT)
+
+
+def _weights(model: Any, ints: Any, steps: Any, *, axis: int) -> str:
+    """Return the name of signed bytes times steps along an axis, stored as unsigned bytes where they have to be."""
+    if _can_be_signed(ints):
+        return _values(model, ints, steps, zero=0, axis=axis)
     return _values(model, (ints.astype(np.int16) + _ZERO).astype(np.uint8), steps, zero=_ZERO, axis=axis)
 
 
