@@ -8,11 +8,14 @@ from pathlib import Path
 from qadtr_brevitas.api.inputs import ModelLike, PatchLike, as_loaded, as_named_patches, as_split, prepared
 from qadtr_brevitas.attacks.patch import Patch
 from qadtr_brevitas.core.errors import UsageError
+from qadtr_brevitas.core.patch_size import PatchSizeLike
 from qadtr_brevitas.core.precision import Precision, PrecisionLike
 from qadtr_brevitas.core.progress import Progress
 from qadtr_brevitas.data.batches import Loader
-from qadtr_brevitas.exporting import Batch, ExportReport, find_format
+from qadtr_brevitas.evaluation.certification import Certification, CertifyMethod
+from qadtr_brevitas.exporting import Batch, ExportReport, Format, find_format
 from qadtr_brevitas.exporting import export as export_loaded
+from qadtr_brevitas.exporting.estimate import missing_compiler
 from qadtr_brevitas.pipeline.directories import check_export_output
 
 
@@ -27,6 +30,10 @@ def export(
     images: int | None = 100,
     batch: Batch = 1,
     baseline: bool = False,
+    emulate: bool | None = None,
+    defend: PatchSizeLike | None = None,
+    masks: int | None = None,
+    method: CertifyMethod = "double masking",
     overwrite: bool = False,
     seed: int = 0,
     progress: Progress | None = None,
@@ -43,6 +50,12 @@ def export(
         images: at most this many images, drawn class-balanced; None for all.
         batch: how many images the file takes at once, or "dynamic"; one for compilers of FPGAs.
         baseline: write the float network beside it, as float.onnx.
+        emulate: have the FPGA compiler itself execute what it makes of the network; None for where it is installed and
+            images are given. `unchecked` of the report says where it did not, and why.
+        defend: size of the largest patch to defend against, as 5, "3x10" or (3, 10): masks are written beside the file,
+            and `run.py --defend` answers as `qb.defend` does; None for none.
+        masks: as for `qb.defend`.
+        method: as for `qb.defend`.
         overwrite: replace an export that is there, and nothing else.
         seed: of places and the draw of images.
         progress: called after each part of the comparison.
@@ -68,7 +81,13 @@ def export(
             patches=named,
             batch=batch,
             baseline=baseline,
+            certification=None if defend is None else Certification(defend, masks, method),
+            emulate=split is not None and _can_emulate(form) if emulate is None else emulate,
             seed=seed,
             command="",
             progress=progress,
         )
+
+
+def _can_emulate(form: Format) -> bool:
+    return form.compiler is not None and not missing_compiler(form.compiler)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import floor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -21,10 +21,12 @@ from qadtr_brevitas.cli.common import (
     threads_option,
     was_given,
 )
+from qadtr_brevitas.cli.evaluate_options import PatchSizes
 from qadtr_brevitas.cli.export_tables import export_tables
 from qadtr_brevitas.cli.phases import phases
 from qadtr_brevitas.cli.start import check_data, check_models, load_libraries
 from qadtr_brevitas.core.errors import UsageError
+from qadtr_brevitas.core.patch_size import PatchSize
 from qadtr_brevitas.core.precision import Precision
 from qadtr_brevitas.core.registry import FORMATS
 from qadtr_brevitas.pipeline.directories import check_export_output, name_of_model, patch_files, patch_folder
@@ -32,7 +34,8 @@ from qadtr_brevitas.pipeline.directories import check_export_output, name_of_mod
 if TYPE_CHECKING:
     from qadtr_brevitas.attacks.patch import Patch
     from qadtr_brevitas.data.base import Dataset
-    from qadtr_brevitas.exporting import ExportReport, Format
+    from qadtr_brevitas.evaluation.certification import Certification
+    from qadtr_brevitas.exporting import ExportReport
 
 
 _BUILD = ("board", "fps", "part")
@@ -58,6 +61,9 @@ class _ExportOptions:
     part: str
     batch: str
     baseline: bool
+    defend: tuple[PatchSize, ...] | None
+    certify_masks: int | None
+    certify_method: Literal["double-masking", "one-round"]
     data: str | None
     seed: int
 
@@ -69,6 +75,7 @@ class _ExportOptions:
         "qadtr-brevitas export runs/qadtr --precision 4 --format qonnx",
         "qadtr-brevitas export models/resnet18 -p w8a8 -f qcdq --images 1000 -o exports/resnet18",
         "qadtr-brevitas export runs/qadtr -p 4 -f qcdq --patches runs/qat/patches",
+        "qadtr-brevitas export runs/masked -p 4 -f qcdq --defend 5",
         "qadtr-brevitas export models/resnet20_finn -p 4 -p 2 -f finn --estimate",
     ),
 )
@@ -128,6 +135,24 @@ class _ExportOptions:
     "--fps", type=click.IntRange(min=1), default=100, show_default=True, help="finn: images per second to fold for."
 )
 @click.option("--part", default="xc7z020clg400-1", show_default=True, help="hls4ml: FPGA part to build for.")
+@click.option(
+    "--defend",
+    metavar="SIZE",
+    type=PatchSizes(),
+    help="Write masks of patches of this size, as 5 or 3x10, beside the file: run.py --defend answers through them.",
+)
+@click.option(
+    "--certify-masks",
+    type=click.IntRange(min=2),
+    help="Masks along each side of an image for --defend.  [default: 6, in one round 5]",
+)
+@click.option(
+    "--certify-method",
+    type=click.Choice(["double-masking", "one-round"]),
+    default="double-masking",
+    show_default=True,
+    help="What answers through the masks of --defend.",
+)
 @click.option("--data", help="Data set as NAME[:ROOT].  [default: the one the model was trained on]")
 @seed_option()
 @threads_option
@@ -144,6 +169,7 @@ def command(**options: Any) -> None:
     """
     given = _ExportOptions(**options)
     _check_unverified(given)
+    certification = _certification(given)
     outputs = _outputs(given)
     check_models([given.model_dir])
     check_data(given.data)
@@ -151,6 +177,7 @@ def command(**options: Any) -> None:
 
     from qadtr_brevitas.evaluation.entries import load_models
     from qadtr_brevitas.exporting import BuildTarget, check_build_options, export, find_format, parse_batch
+    from qadtr_brevitas.exporting.estimate import missing_compiler
     from qadtr_brevitas.pipeline.datasets import find_dataset
     from qadtr_brevitas.quant import precisions_or_all
 
@@ -165,8 +192,8 @@ def command(**options: Any) -> None:
     if dataset is not None:
         split = load_split(dataset, "test", limit=given.images, seed=given.seed)
         loaded.check_data(split, data=given.data or "of the model")
-    missing = _missing_compiler(form)
-    emulate = given.verify and form.compiler is not None and not missing if given.emulate is None else given.emulate
+    possible = form.compiler is not None and not missing_compiler(form.compiler)
+    emulate = given.verify and possible if given.emulate is None else given.emulate
     reports: list[ExportReport] = []
     for wanted, output in outputs.items():
         with phases(f"exporting {wanted}") as report_progress:
@@ -184,15 +211,15 @@ def command(**options: Any) -> None:
                 build=build,
                 with_estimate=given.estimate,
                 emulate=emulate,
+                certification=certification,
                 seed=given.seed,
                 command=command_line(),
                 progress=report_progress,
             )
         reports.append(report)
         say(f"wrote {output}; the network is {output / form.file}; next: python {output / 'run.py'} --check")
-    if form.compiler is not None and not emulate:
-        why = missing or "give --emulate"
-        say(f"not checked with {form.compiler.name} itself, only as a file: {why}, or build as README.md says")
+    if reports[0].unchecked:
+        say(f"{reports[0].unchecked}, or build as README.md says")
     found = [
         report.to_dict() | {"output": str(output)} for report, output in zip(reports, outputs.values(), strict=True)
     ]
@@ -205,22 +232,29 @@ def _resize(dataset: Dataset | None) -> int | None:
     return floor(size / (crop or 1.0)) if size and hasattr(dataset, "root") else None
 
 
-def _missing_compiler(form: Format) -> str:
-    """Return why a format's compiler cannot be run; nothing if it can."""
-    from qadtr_brevitas.exporting.estimate import compiler_python
-
-    try:
-        if form.compiler is not None:
-            compiler_python(form.compiler)
-    except UsageError as error:
-        return str(error)
-    return ""
-
-
 def _check_unverified(given: _ExportOptions) -> None:
     for name in ("images", "patches", "tolerance", "data"):
         if was_given(name) and not given.verify:
             raise UsageError(f"--{name} is for comparing the file with the network: leave out --no-verify or --{name}")
+
+
+def _certification(given: _ExportOptions) -> Certification | None:
+    for name in ("certify_masks", "certify_method"):
+        if was_given(name) and not given.defend:
+            option = name.replace("_", "-")
+            raise UsageError(f"--{option} is for --defend: add it, for instance --defend 5, or leave out --{option}")
+    if given.defend is None:
+        return None
+    (size, *others) = given.defend
+    if others:
+        raise UsageError(
+            "--defend takes one size, of the largest patch to defend against: masks of it hide smaller ones"
+        )
+
+    from qadtr_brevitas.evaluation.certification import Certification
+
+    method = "one round" if given.certify_method == "one-round" else "double masking"
+    return Certification(size, given.certify_masks, method)
 
 
 def _outputs(given: _ExportOptions) -> dict[Precision, Path]:

@@ -41,6 +41,8 @@ def _parts(report: ExportReport) -> Iterator[RenderableType]:
         yield _agreement(report).rich()
     if report.emulation is not None:
         yield Text(_emulation(report.emulation))
+    if report.defense is not None:
+        yield Text(" ".join(report.defense.sentences()))
     if report.estimate is not None:
         yield _costs(report).rich()
 

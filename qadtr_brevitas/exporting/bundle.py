@@ -1,6 +1,7 @@
 """All that a network is deployed with, written beside its file: how to feed it, a runner without PyTorch, test vectors.
 
     model.onnx  README.md  labels.txt  preprocess.json  run.py  test_vectors.npz  export-report.json  [float.onnx]
+    [masks.npz  defend.py]
 
 The README and export-report.json say what was compared, in one plain sentence and in figures.
 """
@@ -18,7 +19,9 @@ from torch import Tensor
 
 from qadtr_brevitas.attacks.patch import Patch
 from qadtr_brevitas.core.files import write_json
+from qadtr_brevitas.evaluation.defended_classifier import DefendedPrediction
 from qadtr_brevitas.evaluation.predict import placements
+from qadtr_brevitas.exporting.defense import MASKS_FILE
 from qadtr_brevitas.exporting.formats import Format
 from qadtr_brevitas.exporting.graph import library
 from qadtr_brevitas.exporting.integer_file import INTEGERS_FILE, INTEGERS_RUNNER
@@ -62,12 +65,21 @@ class Vectors:
         self.names = [name for name in ("clean", *(name for name, _ in patches)) for _ in range(len(images))]
         with torch.no_grad():
             self.logits = model(self.images)
+        self.defended: DefendedPrediction | None = None
 
     def save(self, path: Path) -> None:
-        """Write them as arrays of numpy: images (N, C, H, W) in [0, 1], logits (N, classes), and what is on them."""
-        np.savez_compressed(
-            path, images=self.images.numpy(), logits=self.logits.numpy(), patches=np.array(self.names, dtype=np.str_)
-        )
+        """Write them as arrays of numpy: images (N, C, H, W) in [0, 1], logits (N, classes), and what is on them.
+
+        Where there is a defense, also its classes and which are certified, of the first images.
+        """
+        arrays: dict[str, Any] = {
+            "images": self.images.numpy(),
+            "logits": self.logits.numpy(),
+            "patches": np.array(self.names, np.str_),
+        }
+        if self.defended is not None:
+            arrays |= {"defended": self.defended.classes.numpy(), "certified": self.defended.certified.numpy()}
+        np.savez_compressed(path, **arrays)
 
 
 def write_bundle(
@@ -148,7 +160,12 @@ def _readme(info: ModelInfo, form: Format, report: ExportReport, settings: dict[
     yield f"python {RUNNER_FILE} --images FOLDER       # accuracy on FOLDER/CLASS/*"
     if FLOAT_FILE in settings["files"]:
         yield f"python {RUNNER_FILE} --images FOLDER --model {FLOAT_FILE}   # the float network, to compare"
+    if report.defense is not None:
+        yield f"python {RUNNER_FILE} --defend picture.jpg  # its class under masks, and whether it is certified; also"
+        yield "                                     # with --images and --check"
     yield "```\n"
+    if report.defense is not None:
+        yield f"{' '.join(report.defense.sentences())} The masks are those of `{MASKS_FILE}`.\n"
     yield from _compared(report)
 
 
@@ -161,6 +178,8 @@ def _resizing(settings: dict[str, Any]) -> str:
 
 def _compared(report: ExportReport) -> Iterator[str]:
     found = report.agreement
+    if report.unchecked:
+        yield f"The file was {report.unchecked}.\n"
     if found is None:
         yield "The file was not compared with PyTorch.\n"
         return

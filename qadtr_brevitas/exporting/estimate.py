@@ -109,6 +109,15 @@ def compiler_python(compiler: Compiler) -> Path:
     return given.absolute()
 
 
+def missing_compiler(compiler: Compiler) -> str:
+    """Return why a compiler cannot be run; nothing if it can."""
+    try:
+        compiler_python(compiler)
+    except UsageError as error:
+        return str(error)
+    return ""
+
+
 def _is_installed(package: str) -> bool:
     try:
         version(package)

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from qadtr_brevitas.exporting.batch import Batch
+from qadtr_brevitas.exporting.defense import Defense
 from qadtr_brevitas.exporting.estimate import Emulation, Estimate
 from qadtr_brevitas.exporting.integers import IntegerLayers
 from qadtr_brevitas.exporting.ties import Ties
@@ -29,7 +30,9 @@ class ExportReport:
         agreement: how the file and the network agree; None if it was not verified.
         ties: what rounding ties up changes, as FINN does; None for other formats, or if it was not verified.
         emulation: what the compiler itself computed; None for other formats, or if it was not tried.
+        unchecked: that the compiler itself did not check the file, and why; nothing where it did or there is none.
         estimate: what it costs on an FPGA; None if that was not asked for.
+        defense: the masks that go with it, and what answers through them cost; None without.
         integers: which layers are computed in integers; None for formats that do not tell.
         seed: of the patches' places.
         command: command line.
@@ -49,7 +52,9 @@ class ExportReport:
     agreement: Agreement | None
     ties: Ties | None
     emulation: Emulation | None
+    unchecked: str
     estimate: Estimate | None
+    defense: Defense | None
     integers: IntegerLayers | None
     seed: int
     command: str

@@ -19,6 +19,7 @@ from qadtr_brevitas.core.precision import FLOAT_BITS, Precision
 from qadtr_brevitas.core.progress import Progress, silent
 from qadtr_brevitas.core.seeding import generator
 from qadtr_brevitas.data.split import Split
+from qadtr_brevitas.evaluation.certification import Certification
 from qadtr_brevitas.evaluation.entries import LoadedModel
 from qadtr_brevitas.evaluation.metrics import accuracy
 from qadtr_brevitas.evaluation.predict import predict
@@ -26,7 +27,8 @@ from qadtr_brevitas.exporting.batch import Batch, as_traced, check_batch, write
 from qadtr_brevitas.exporting.build_files import write_build_files
 from qadtr_brevitas.exporting.bundle import FLOAT_FILE, Vectors, write_bundle
 from qadtr_brevitas.exporting.compiler import BuildTarget
-from qadtr_brevitas.exporting.estimate import compiler_python, try_compiler
+from qadtr_brevitas.exporting.defense import expected_answers, write_defense
+from qadtr_brevitas.exporting.estimate import compiler_python, missing_compiler, try_compiler
 from qadtr_brevitas.exporting.formats import Format, blockers, check_bits
 from qadtr_brevitas.exporting.graph import library
 from qadtr_brevitas.exporting.onnx_files import load_onnxruntime, write_float
@@ -43,6 +45,8 @@ from qadtr_brevitas.quant.switchable_quant import has_ranges
 _TRIED = 8
 # Images of the test vectors.
 _VECTORS = 4
+# Of these, how many are answered through masks too, which takes hundreds of forward passes each.
+_DEFENDED = 2
 _PACKAGES = ("qadtr-brevitas", "brevitas", "torch", "timm", "onnx", "onnxruntime", "qonnx")
 
 
@@ -61,6 +65,7 @@ def export(
     build: BuildTarget | None = None,
     with_estimate: bool = False,
     emulate: bool = False,
+    certification: Certification | None = None,
     seed: int = 0,
     command: str = "",
     progress: Progress | None = None,
@@ -81,18 +86,22 @@ def export(
         build: what to build for, for a format of a compiler.
         with_estimate: have FINN estimate what it costs.
         emulate: have the compiler itself execute what it makes of the network, on one image.
+        certification: a defense by masks to write beside the file, for `run.py --defend`; None for none.
         seed: seed of the patches' places.
         command: command line, for the report.
         progress: is told (images done, images in all, what is going on); 0 in all where nothing can be counted.
 
     Raises:
         UsageError: the precision is not allowed or not below 32 bit, the model was never calibrated or trained, a
-            library or the compiler is not installed, or the format has no estimates, no such batch.
+            library or the compiler is not installed, the format has no estimates, no such batch, or the patch to defend
+            against does not fit on the images.
         ExportError: the format cannot hold the network, the file computes something else, or the compiler refuses it.
         CheckpointError: the folder cannot be written.
     """
     tell = progress or silent
     _check(loaded, precision, form, batch, with_estimate=with_estimate, baseline=baseline)
+    if certification is not None:
+        certification.covering(loaded.info.image_size)
     if emulate:
         _check_emulation(form)
     tell(0, 0, "freezing")
@@ -121,6 +130,10 @@ def export(
             if emulate or with_estimate:
                 tell(0, 0, f"running {form.compiler.name}")
             emulation, cost = try_compiler(form.compiler, folder, emulate=emulate, with_estimate=with_estimate)
+        defense = None
+        if certification is not None:
+            fps = None if cost is None else cost.fps
+            defense = write_defense(folder, certification, loaded, form, fps=fps)
         if baseline:
             tell(0, 0, "writing the float network")
         report = ExportReport(
@@ -135,7 +148,9 @@ def export(
             agreement=agreement,
             ties=ties,
             emulation=emulation,
+            unchecked="" if emulate else _unchecked(form),
             estimate=cost,
+            defense=defense,
             integers=None if form.count_integers is None else form.count_integers(file),
             seed=seed,
             command=command,
@@ -146,6 +161,10 @@ def export(
         tell(0, 0, "writing what it is deployed with")
         with at_precision(loaded.model, precision):
             vectors = Vectors(loaded.model, images, patches[:1], as_bytes=form.takes_bytes, seed=seed)
+            if certification is not None:
+                tell(0, 0, "answering through masks")
+                few = vectors.images[:_DEFENDED]
+                vectors.defended = expected_answers(loaded, precision, certification, form, few)
             write_bundle(folder, loaded.info, form, report, vectors, resize=resize)
         files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
         report = replace(report, files=files)
@@ -233,6 +252,14 @@ def _check_emulation(form: Format) -> None:
     if form.compiler is None:
         raise UsageError(f"{form.name} is for no compiler that could execute it: leave out --emulate")
     compiler_python(form.compiler)
+
+
+def _unchecked(form: Format) -> str:
+    """Say that a format's compiler did not check the file, and why; nothing for a format without one."""
+    if form.compiler is None:
+        return ""
+    why = missing_compiler(form.compiler) or "that was not asked for"
+    return f"not checked with {form.compiler.name} itself, only as a file: {why}"
 
 
 def _images(loaded: LoadedModel, split: Split | None, count: int) -> Tensor:

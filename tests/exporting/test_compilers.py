@@ -139,6 +139,7 @@ def test_hls4ml_computes_bit_for_bit_what_the_network_computes(net: object, bits
     given, form = loaded(net(), target="hls4ml"), find_format("hls4ml")
     report = export(given, Precision.parse(bits), form, tmp_path / "out", split=None, emulate=True)
     assert report.emulation is not None
+    assert not report.unchecked
     assert max(report.emulation.differences.values()) < 1e-6
     assert report.emulation.version.startswith("1.")
     assert np.load(tmp_path / "out" / "expected_output.npy").std() > 1e-2

@@ -46,6 +46,8 @@ def test_the_file_computes_what_the_network_computes(name: str, form: str, bits:
     report = export(
         given, Precision.parse(bits), find_format(form), tmp_path / "out", split=SPLIT, patches=[("p", patch)]
     )
+    assert f"not checked with {form} itself" in report.unchecked
+    assert report.unchecked in (tmp_path / "out" / "README.md").read_text()
     assert report.agreement is not None
     moved = 0.0 if report.ties is None else report.ties.max_difference
     assert moved < 0.01 * report.agreement.largest_logit

@@ -3,6 +3,7 @@
 python run.py cat.jpg dog.png       # their classes
 python run.py --images FOLDER       # accuracy on FOLDER/CLASS/*, with the names of labels.txt
 python run.py --check               # the test vectors that came with the network
+python run.py --defend cat.jpg      # the class under masks, where the folder has them, and whether it is certified
 
 It needs numpy and pillow, and onnxruntime or qonnx, as preprocess.json says.
 """
@@ -33,6 +34,7 @@ def main() -> int:
     parser.add_argument("pictures", nargs="*", type=Path, help="pictures to classify")
     parser.add_argument("--images", type=Path, help="folder of one folder of pictures for each class")
     parser.add_argument("--check", action="store_true", help="run the test vectors")
+    parser.add_argument("--defend", action="store_true", help="answer through the masks of masks.npz")
     parser.add_argument("--model", help="file of this folder  [default: the exported one]")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     given = parser.parse_args()
@@ -43,6 +45,10 @@ def main() -> int:
     if given.model not in settings["files"]:
         parser.error(f"--model is {given.model!r}: this folder has {', '.join(settings['files'])}")
     network = Network(FOLDER / given.model, settings, settings["files"][given.model])
+    if given.defend and not (FOLDER / "masks.npz").is_file():
+        parser.error("--defend: this folder has no masks.npz; export again with --defend SIZE")
+    if given.defend:
+        return defended(network, given)
     if given.check:
         return check(network, as_json=given.json)
     if given.images:
@@ -76,6 +82,10 @@ class Network:
             pixels = (pixels / 255).mean(0, keepdims=True, dtype=np.float32) * 255
             pixels = pixels.round() if self.own["range"] == [0, 255] else pixels
         return pixels if self.own["range"] == [0, 255] else pixels / np.float32(255)
+
+    def as_taken(self, images: Any) -> Any:
+        """Return images of [0, 1] as the file takes them."""
+        return ((images * 255).round() if self.own["range"] == [0, 255] else images).astype(np.float32)
 
     def run(self, images: Any) -> Any:
         """Return the logits of images as the file takes them, (n, C, H, W), in batches of the size that it takes."""
@@ -147,6 +157,36 @@ def measure(network: Network, folder: Path, *, as_json: bool) -> int:
     return 0
 
 
+def defended(network: Network, given: argparse.Namespace) -> int:
+    """Do what is asked for with answers through masks; return the exit code."""
+    from defend import Answer, Defense  # pyright: ignore[reportMissingImports]
+
+    defense = Defense(network.run, FOLDER / "masks.npz")
+    if given.check:
+        vectors = np.load(FOLDER / "test_vectors.npz")
+        expected = list(zip(vectors["defended"].tolist(), vectors["certified"].tolist(), strict=True))
+        images = vectors["images"][: len(expected)]
+        answers: list[Answer] = [defense(one) for one in network.as_taken(images)]
+        same = sum((one.label, one.certified) == right for one, right in zip(answers, expected, strict=True))
+        print(f"{same} of {len(expected)} test vectors get the expected class under masks, certified as expected")
+        return int(same < len(expected))
+    found = list(_labeled(network.labels, given.images)) if given.images else [(path, -1) for path in given.pictures]
+    answers = []
+    for path, _ in found:
+        answers.append(defense(network.read(path)))
+        if not given.images:
+            word = "certified" if answers[-1].certified else "not certified"
+            print(f"{path}: {network.labels[answers[-1].label]}, {word}, {answers[-1].passes} passes")
+    if given.images:
+        right = [one.label == label for one, (_, label) in zip(answers, found, strict=True)]
+        proved = sum(one.certified and ok for one, ok in zip(answers, right, strict=True))
+        facts = {"images": len(found), "correct": sum(right), "certified": proved}
+        facts |= {"passes": sum(one.passes for one in answers) / len(found)}
+        text = f"of {len(found)} pictures {sum(right)} are classified correctly under masks, {proved} of them certified"
+        print(json.dumps(facts) if given.json else text)
+    return 0
+
+
 def _labeled(labels: list[str], folder: Path) -> Iterator[tuple[Path, int]]:
     """Yield pictures with the number of their class."""
     known = {unicodedata.normalize("NFC", label): number for number, label in enumerate(labels)}
@@ -169,9 +209,7 @@ def check(network: Network, *, as_json: bool) -> int:
     """Run the test vectors, and return 1 where the classes are others or most logits are."""
     vectors = np.load(FOLDER / "test_vectors.npz")
     images, expected = vectors["images"], vectors["logits"]
-    if network.own["range"] == [0, 255]:
-        images = (images * 255).round()
-    found = network.run(images.astype(np.float32))
+    found = network.run(network.as_taken(images))
     distance = np.abs(found - expected).max(1)
     same = int((found.argmax(1) == expected.argmax(1)).sum())
     largest = float(np.abs(expected).max())

@@ -1,0 +1,114 @@
+"""Predictions that hold under a patch, and which of them are certified; `run.py --defend` is how to call it.
+
+The image is seen under the masks of masks.npz, of which one covers any patch of the size that they are made for. Double
+masking (PatchCleanser, Xiang et al. 2022): where all masks agree, that is the class; else the class of a mask that
+disagrees with most, if no second mask changes it; else the class of most masks. It is certified where all pairs of
+masks show it too. One round: the class on which all masks over some place agree; certified where all masks agree.
+
+It needs numpy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+# Masked images that are run at once.
+BATCH = 32
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What is said of one image.
+
+    Args:
+        label: number of its class.
+        certified: whether no patch of the size that is put on this image changes the class.
+        passes: how many masked images were run.
+    """
+
+    label: int
+    certified: bool
+    passes: int
+
+
+class Defense:
+    """A network behind masks.
+
+    Args:
+        run: images as the file takes them, (n, C, H, W), to logits (n, classes).
+        path: masks.npz.
+    """
+
+    def __init__(self, run: Callable[[Any], Any], path: Path) -> None:
+        stored = np.load(path)
+        # (M, H, W), True where an image is covered; (C,), what is seen there.
+        self.masks, self.fill = stored["masks"], stored["fill"].astype(np.float32)
+        # Sets of masks that cover one place, (kinds, M), for one round only.
+        self.kinds = stored.get("kinds")
+        self._run = run
+
+    def __call__(self, image: Any) -> Answer:
+        """Classify an image as the file takes it, (C, H, W)."""
+        seen = _Masked(self._run, image, self.masks, self.fill)
+        logits = seen.logits([(mask, mask) for mask in range(len(self.masks))])
+        votes = logits.argmax(1)
+        majority = int(np.bincount(votes).argmax())
+        unanimous = bool((votes == majority).all())
+        if self.kinds is not None:
+            label, certified = _agreed(votes, self.kinds, majority), unanimous
+        elif unanimous:
+            label, certified = majority, seen.stands(_least_sure_first(logits), majority)
+        else:
+            label, certified = _second_round(seen, votes, majority), False
+        return Answer(label, certified, seen.passes)
+
+
+class _Masked:
+    """An image under pairs of masks, given by their numbers; a mask with itself is that mask alone."""
+
+    def __init__(self, run: Callable[[Any], Any], image: Any, masks: Any, fill: Any) -> None:
+        self.run, self.image, self.masks, self.fill = run, image, masks, fill[:, None, None]
+        self.passes = 0
+
+    def logits(self, pairs: list[tuple[int, int]]) -> Any:
+        """Return the logits under each pair, (pairs, classes)."""
+        self.passes += len(pairs)
+        found: list[Any] = []
+        for start in range(0, len(pairs), BATCH):
+            first, second = (np.array(side) for side in zip(*pairs[start : start + BATCH], strict=True))
+            covered = (self.masks[first] | self.masks[second])[:, None]
+            found.append(self.run(np.where(covered, self.fill, self.image).astype(np.float32)))
+        return np.concatenate(found)
+
+    def stands(self, pairs: list[tuple[int, int]], label: int) -> bool:
+        """Return whether the image has a class under all pairs; it is run until one shows another class."""
+        parts = (pairs[start : start + BATCH] for start in range(0, len(pairs), BATCH))
+        return all((self.logits(part).argmax(1) == label).all() for part in parts)
+
+
+def _least_sure_first(logits: Any) -> list[tuple[int, int]]:
+    """Return all pairs of masks, those with the smallest margins first: most images that fail do so there."""
+    highest = np.sort(logits, axis=1)
+    margins = highest[:, -1] - highest[:, -2] if logits.shape[1] > 1 else highest[:, -1]
+    return sorted(combinations(range(len(logits)), 2), key=lambda pair: margins[pair[0]] + margins[pair[1]])
+
+
+def _second_round(seen: _Masked, votes: Any, majority: int) -> int:
+    for first in np.flatnonzero(votes != majority):
+        others = [(int(first), second) for second in range(len(votes)) if second != first]
+        if seen.stands(others, int(votes[first])):
+            return int(votes[first])
+    return majority
+
+
+def _agreed(votes: Any, kinds: Any, majority: int) -> int:
+    """Return the class on which all masks over some place agree, or else that of most masks."""
+    over = (votes[kind] for kind in kinds)
+    agreed = [int(one[0]) for one in over if (one == one[0]).all()]
+    return max(agreed, default=majority)
