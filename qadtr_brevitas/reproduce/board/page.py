@@ -17,6 +17,7 @@ _HEADER = ("rank", "report", "model", "right", "under attack", "95 % interval", 
 _NOTES = (
     "In percent of the same test images; under attack: right without an attack and under every attack that counts.",
     "Lines whose intervals overlap are not told apart by so few images.",
+    "Audit: the checks that warn. They refuse nobody, but an attack may break more than these did.",
 )
 
 
@@ -54,7 +55,10 @@ def sentences(board: Board) -> tuple[str, ...]:
     """Return what the board says, in two sentences."""
     lines = [line for found in board.admitted.values() for line in found]
     refused = len(board.refused) + len(board.unread)
-    counts = f"{len(lines)} lines of {board.submissions} reports stand here, {refused} are refused, with the reason."
+    counts = (
+        f"Of {_count(board.submissions, 'report')}, {_count(len(lines), 'line')} admitted and {refused} refused, with "
+        "the reason. A line is one model at one bit-width."
+    )
     if not lines:
         return ("Nothing is admitted: see why below.", counts)
     best = min(lines, key=lambda line: line.order)
@@ -62,7 +66,7 @@ def sentences(board: Board) -> tuple[str, ...]:
     first = (
         f"{best.model.name} of {best.submission} at {bits(best.standing.precision)} resists best: it is right on "
         f"{percent(best.standing.clean)} % of {board.protocol.data.images} test images, and still on "
-        f"{percent(best.robust)} % under {best.attacks} attacks."
+        f"{percent(best.robust)} % under {_count(best.attacks, 'attack')}."
     )
     return (first, counts)
 
@@ -83,8 +87,8 @@ def rule_table(board: Board) -> Table:
     """Return what each rule asks, and how many lines it refuses."""
     counts = Counter(name for line in board.refused for name in line.refused)
     rows = tuple((rule.name, rule.asks, str(counts[rule.name])) for rule in RULES)
-    note = f"The protocol is that of {board.protocol.owner}. A line is one model at one bit-width."
-    return Table("Rules", ("rule", "what it asks", "lines refused"), rows, (note,), labels=2)
+    notes = ["The protocol:", *(f"{name}: {text}" for name, text in protocol_facts(board).items())]
+    return Table("Rules", ("rule", "what it asks", "lines refused"), rows, tuple(notes), labels=2)
 
 
 def refused_table(board: Board) -> Table:
@@ -110,6 +114,10 @@ def protocol_facts(board: Board) -> dict[str, str]:
         "data": f"{protocol.data.images} {protocol.data.split} images of {protocol.data.name}",
         **{f"attacks at {bits(precision)}": attacks[precision] or "none" for precision in protocol.precisions},
     }
+
+
+def _count(number: int, name: str) -> str:
+    return f"{number} {name}" + ("" if number == 1 else "s")
 
 
 def _cells(line: BoardLine) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from qadtr_brevitas.reproduce.board.protocol import AttackRule, Protocol
 
 # More steps, a black box, gradients, random outputs: without them an audit cannot tell that the attack failed.
 _NEEDED_CHECKS = ("G1", "G5", "G8", "G9")
-_EVALUATE = "run `qadtr-brevitas evaluate --audit`"
+_EVALUATE = "run qadtr-brevitas evaluate --audit"
 
 
 @dataclass(frozen=True)
