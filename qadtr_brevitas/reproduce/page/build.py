@@ -172,11 +172,13 @@ def _report_tables(report: EvaluationReport, inputs: Sequence[ReportInput]) -> I
 
 
 def _report_pictures(report: ReportInput) -> Iterator[PageBlock]:
+    """Yield the pictures, of which the examples of one model are seen at once: those of several fill a screen each."""
+    first = next((path for path in report.pictures if path.stem.startswith("examples")), None)
     for path in report.pictures:
         kind = path.stem.partition("-")[0]
         # The page draws its own curves, one picture for each kind of attack, which fit on a phone.
         if kind != "asr":
-            yield PageBlock(image=_image(path, _CAPTIONS[kind]), folded=kind != "examples")
+            yield PageBlock(image=_image(path, _CAPTIONS[kind]), folded=path != first)
 
 
 def _analysis_section(analysis: AnalysisInput, *, level: int, already_compared: str | None = None) -> PageSection:
