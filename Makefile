@@ -63,6 +63,7 @@ bench: $(INSTALLED) ## measure speed and memory against the float model, stock B
 	$(BIN)/python benchmarks/benchmark_ptq.py --output bench_ptq.json
 	$(BIN)/python benchmarks/benchmark_export.py --output bench_export.json
 	$(BIN)/python benchmarks/benchmark_certify.py --output bench_certify.json
+	$(BIN)/python benchmarks/benchmark_input.py --output bench_input.json
 
 judges: $(INSTALLED) ## have FINN, hls4ml, qonnx and onnxruntime try exports of published networks (hours)
 	$(BIN)/python -m benchmarks.benchmark_judges --output bench_judges.json

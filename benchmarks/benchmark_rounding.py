@@ -3,7 +3,7 @@
     QADTR_BREVITAS_DATA=DATA python -m benchmarks.benchmark_rounding
     QADTR_BREVITAS_DATA=DATA python -m benchmarks.benchmark_rounding --methods gptq --methods gptq+bias-correction
     QADTR_BREVITAS_DATA=DATA python -m benchmarks.benchmark_rounding --network tf_efficientnet_lite0 --test-images 250 \
-      --methods percentile:gptq/parallel=8+bias-correction
+      --methods percentile:gptq/parallel=8/target=quantized+bias-correction
 
 Calibrates a published network (the weights in the folder DATA, with CIFAR-10 or the sample of ImageNet, of which every
 fourth picture is a test image) with each list of methods, and prints its accuracy at each precision, and the processor

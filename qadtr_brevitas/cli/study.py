@@ -44,6 +44,7 @@ if TYPE_CHECKING:
         "qadtr-brevitas study table11",
         "qadtr-brevitas study table11 --scale smoke -o studies/try",
         "qadtr-brevitas study table13 budget.images=500 seeds=[0,1] --dry-run",
+        "qadtr-brevitas study table11 --jobs 4",
         "qadtr-brevitas study my_study.yaml --shard 2/3        # on three machines that share the folders",
     ),
 )
@@ -64,6 +65,13 @@ if TYPE_CHECKING:
 @click.option(
     "--processes", type=click.IntRange(min=1), default=1, show_default=True, help="Processes of a training (torchrun)."
 )
+@click.option(
+    "--jobs",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Run so many steps at a time on this machine.",
+)
 @click.option("--dry-run", is_flag=True, help="Only list the steps and which of them are finished.")
 @click.option("--all", "show_all", is_flag=True, help="Print every table, and not only the result in short.")
 @device_option
@@ -77,6 +85,7 @@ def command(
     work: Path | None,
     shard: str | None,
     processes: int,
+    jobs: int,
     dry_run: bool,
     show_all: bool,
     device: str,
@@ -94,6 +103,8 @@ def command(
 
     from qadtr_brevitas.reproduce.study.file import load_study
 
+    if shard is not None and jobs > 1:
+        raise UsageError("--shard and --jobs each divide the steps: give one of them")
     checked = load_study(study, overrides, scale=scale)
     output = output or Path("studies") / f"{Path(study).stem}-{scale}"
     work = work or output.resolve().parent / "work"
@@ -109,15 +120,16 @@ def command(
         require(package, extra="reproduce", purpose="study")
 
     from qadtr_brevitas.core.device import resolve_device
+    from qadtr_brevitas.reproduce.study.jobs import helping_processes
     from qadtr_brevitas.reproduce.study.locks import StepLocks
     from qadtr_brevitas.reproduce.study.resources import StudyResources
     from qadtr_brevitas.reproduce.study.run import run_study
 
     resources = StudyResources(work, str(resolve_device(device)), processes, command_line())
-    with _progress_bar() as start_progress:
-        run_study(
-            plan, resources, StepLocks(work / "locks"), shard=own_shard, report=say, start_progress=start_progress
-        )
+    locks = work / "locks"
+    with _progress_bar() as start_progress, helping_processes(plan, resources, locks, jobs=jobs) as share:
+        own = share or own_shard
+        run_study(plan, resources, StepLocks(locks), shard=own, report=say, start_progress=start_progress)
     _report(checked, plan, output, scale=scale, show_all=show_all)
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
+from pydantic import model_validator
 from torch import Tensor, nn
 
 from qadtr_brevitas.core.plugin import Field, plugin
@@ -70,10 +71,19 @@ class LayerwiseRounding(RoundingMethod):
         int,
         Field(
             ge=1,
-            description="layers that are done after one pass over the images: more is faster; give target=quantized "
-            "then, because errors of layers that are not done yet would be made up for",
+            description="layers that are done after one pass over the images: more is faster, and needs "
+            "target=quantized, because errors of layers that are not done yet would be made up for",
         ),
     ] = 1
+
+    @model_validator(mode="after")
+    def _no_error_is_made_up_for_twice(self) -> LayerwiseRounding:
+        if self.parallel > 1 and self.target == "float":
+            raise ValueError(
+                f"parallel={self.parallel} makes up for errors of layers whose levels change afterwards: give "
+                "target=quantized with it, or parallel=1"
+            )
+        return self
 
     @abstractmethod
     def choose(self, problem: RoundingProblem) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.core.precision import Precision
+from qadtr_brevitas.core.registry import PTQ_METHODS
 from qadtr_brevitas.quant import SwitchableModel, at_precision, calibrate, convert, freeze, layer_inputs
 from qadtr_brevitas.quant.coordinate_descent import CoordinateDescent
 from qadtr_brevitas.quant.gptq import Gptq
@@ -188,6 +189,13 @@ def test_outputs_come_nearer_to_those_of_the_float_network(model: SwitchableMode
     before = error(3)
     calibrate(model, IMAGES, weights=[method])
     assert error(3) < before
+
+
+@pytest.mark.parametrize("method", ["gptq", "coordinate-descent"])
+def test_several_layers_at_once_do_not_make_up_for_each_other(method: str) -> None:
+    with pytest.raises(UsageError, match="target=quantized"):
+        PTQ_METHODS.make({"name": method, "parallel": 4})
+    assert PTQ_METHODS.make({"name": method, "parallel": 4, "target": "quantized"}) is not None
 
 
 def test_levels_that_are_not_equally_spaced_are_refused() -> None:
