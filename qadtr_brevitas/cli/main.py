@@ -29,7 +29,7 @@ COMMANDS = {
     "report": ("qadtr_brevitas.cli.report", "Show results as one HTML page, beside the paper's."),
     "board": ("qadtr_brevitas.cli.board", "Rank models of many reports, checked by the same rules."),
     "study": ("qadtr_brevitas.cli.study", "Carry out a whole comparison: train, attack, evaluate, report."),
-    "view": ("qadtr_brevitas.cli.view", "Look at a model in the browser: drag a patch, switch the precision."),
+    "view": ("qadtr_brevitas.cli.view", "Look at a model in the browser, under a patch that one drags."),
     "export": ("qadtr_brevitas.cli.export", "Write a model for FPGA and edge tools, proved equal."),
     "push": ("qadtr_brevitas.cli.push", "Upload a model to the Hugging Face Hub, with a model card."),
     "recipes": ("qadtr_brevitas.cli.recipes", "List, show, copy and check recipes."),
