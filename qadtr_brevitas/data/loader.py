@@ -77,8 +77,11 @@ class BatchLoader:
             self._batches = self._start(step)
         try:
             batch = next(self._batches)
-        except RuntimeError as error:
+        # The end of a process shows in PyTorch's own check of it, or in the pipe that it was writing into.
+        except (RuntimeError, ConnectionError, EOFError) as error:
             self.close()
+            if not self._workers:
+                raise
             raise _killed(error) from error
         except BaseException:
             self.close()
@@ -183,8 +186,9 @@ def _leave_signals_to_the_main_process(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _killed(error: RuntimeError) -> DataError:
+def _killed(error: Exception) -> DataError:
+    cause = (str(error) or type(error).__name__).splitlines()[0]
     return DataError(
-        f"a process that reads training images ahead has ended ({str(error).splitlines()[0]}), often because memory is "
-        "short: give a smaller data.workers, or 0 to read in the process that trains"
+        f"a process that reads training images ahead has ended ({cause}), often because memory is short: give a "
+        "smaller data.workers, or 0 to read in the process that trains"
     )

@@ -118,6 +118,21 @@ def test_a_killed_worker_is_an_error_and_the_next_batch_starts_another(split: Sp
     source.close()
 
 
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "reset by peer"), EOFError()])
+def test_a_worker_that_is_killed_while_it_writes_is_named_too(
+    split: Split, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(self: BatchLoader, step: int) -> Iterator[None]:
+        raise error
+        yield
+
+    monkeypatch.setattr(BatchLoader, "_start", broken)
+    with pytest.raises(DataError, match=r"has ended.*data\.workers"):
+        loader(split, 1).pixels(0)
+    with pytest.raises(type(error)):
+        loader(split, 0).pixels(0)
+
+
 def test_what_is_erased_stays_within_the_pixels_and_the_rest_as_it_is() -> None:
     image = picture(0, (32, 32))
     plain = TrainingTransform(size=(32, 32), flip=0)
