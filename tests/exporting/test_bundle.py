@@ -87,6 +87,16 @@ def test_the_accuracy_is_reproduced_to_the_image(bundle: Path, pictures: Path, t
         }
 
 
+@pytest.mark.parametrize("package", ["PIL", "onnxruntime"])
+def test_a_package_that_is_missing_is_named(bundle: Path, tmp_path: Path, package: str) -> None:
+    (tmp_path / f"{package}.py").write_text(f"raise ImportError('{package} is not installed')\n")
+    found = run(bundle, tmp_path, "--check")
+    assert found.returncode == 1
+    assert f"{package} is not installed" in found.stderr
+    assert "pip install" in found.stderr
+    assert "Traceback" not in found.stderr
+
+
 def test_vectors_pass_and_find_another_file(bundle: Path, tmp_path: Path) -> None:
     vectors = np.load(bundle / "test_vectors.npz")
     assert list(vectors["patches"]) == ["clean"] * 4 + ["sticker"] * 4

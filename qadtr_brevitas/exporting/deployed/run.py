@@ -18,8 +18,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
+try:
+    import numpy as np
+    from PIL import Image
+except ImportError as missing:
+    sys.exit(f"{missing}: pip install numpy pillow, and onnxruntime or qonnx, as README.md says")
 
 FOLDER = Path(__file__).resolve().parent
 SUFFIXES = set(Image.registered_extensions())
@@ -224,4 +227,7 @@ def check(network: Network, *, as_json: bool) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except ImportError as missing:
+        sys.exit(f"{missing}: pip install what README.md names")
