@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from qadtr_brevitas.auditing.finding import AuditReport, Finding, PrecisionAudit
+from qadtr_brevitas.auditing.finding import AuditReport, Finding
 from qadtr_brevitas.auditing.headline import headline
-from qadtr_brevitas.evaluation.metrics import Proportion
-from qadtr_brevitas.evaluation.report import EvaluationReport, Rate
+from qadtr_brevitas.evaluation.report import EvaluationReport
 from qadtr_brevitas.evaluation.report.schema import WorstCase
+from tests.auditing.support import precision_audits
 from tests.reproduce.page.support import make_report
 
 
@@ -27,20 +27,7 @@ def audit(name: str, *statuses: str) -> AuditReport:
         Finding(id=f"G{number}", title="x", status=status, meaning="gradients are masked.")  # pyright: ignore
         for number, status in enumerate(statuses, 1)
     )
-    rate = Rate.of(Proportion(3, 10))
-    parts = tuple(
-        PrecisionAudit(
-            precision=bits,
-            clean_accuracy=rate,
-            asr=rate,
-            worst_case=rate,
-            side=2,
-            resolution=0.1,
-            passes={},
-            findings=findings,
-        )
-        for bits in ("8", "4")
-    )
+    parts = precision_audits(("8", "4"), findings)
     return AuditReport(
         model=name, fingerprint=f"{name}-weights", profile="quick", settings={}, seed=0, images=10, precisions=parts
     )

@@ -11,17 +11,17 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from qadtr_brevitas.auditing.finding import AuditReport, Finding, PrecisionAudit, Status
+from qadtr_brevitas.auditing.finding import AuditReport, Finding, Status
 from qadtr_brevitas.cli.main import cli
 from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.core.files import write_json
-from qadtr_brevitas.evaluation.metrics import Proportion
-from qadtr_brevitas.evaluation.report import EvaluationReport, Rate
+from qadtr_brevitas.evaluation.report import EvaluationReport
 from qadtr_brevitas.evaluation.report.files import write_report
 from qadtr_brevitas.pipeline.directories import AUDIT_FILE
 from qadtr_brevitas.reproduce.board import Board, build_board, read_submissions
 from qadtr_brevitas.reproduce.board.files import board_csv, board_json
 from qadtr_brevitas.reproduce.board.rules import RULES
+from tests.auditing.support import precision_audits
 from tests.evaluation.fakes import coded_split
 from tests.reproduce.page.support import make_report
 
@@ -35,20 +35,7 @@ def write_audit(
     findings = tuple(
         Finding(id=id, title="x", status=given.get(id, "pass"), meaning=f"meaning of {id}") for id in CHECKS
     )
-    rate = Rate.of(Proportion(3, 10))
-    parts = tuple(
-        PrecisionAudit(
-            precision=precision,
-            clean_accuracy=rate,
-            asr=rate,
-            worst_case=rate,
-            side=2,
-            resolution=0.1,
-            passes={},
-            findings=findings,
-        )
-        for precision in precisions
-    )
+    parts = precision_audits(precisions, findings)
     audits = [
         AuditReport(
             model=model.name,
