@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -113,7 +115,8 @@ class BatchLoader:
             worker_init_fn=_leave_signals_to_the_main_process,
             pin_memory=self._pin,
         )
-        return iter(loader)
+        with _children_signal_nothing():
+            return iter(loader)
 
     def _checked(self, batch: Loaded) -> Tensor:
         if batch.error:
@@ -178,6 +181,22 @@ class _Reader(Dataset[Loaded]):
 
 def _as_it_is(batch: Loaded) -> Loaded:
     return batch
+
+
+@contextmanager
+def _children_signal_nothing() -> Generator[None]:
+    """Undo that PyTorch raises the end of a worker by a signal: wherever the main process is, in the midst of a step.
+
+    The loader itself looks for workers that have ended when it waits for a batch.
+    """
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
+        yield
+        return
+    before = signal.getsignal(signal.SIGCHLD)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL if before is None else before)
 
 
 def _leave_signals_to_the_main_process(worker: int) -> None:
