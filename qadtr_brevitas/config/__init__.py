@@ -10,13 +10,13 @@ if TYPE_CHECKING:
     from qadtr_brevitas.config.load import load_recipe as load_recipe
     from qadtr_brevitas.config.load import load_recorded_recipe as load_recorded_recipe
     from qadtr_brevitas.config.load import make_recipe as make_recipe
+    from qadtr_brevitas.config.recipe import Recipe as Recipe
     from qadtr_brevitas.config.sections import CalibrationSection as CalibrationSection
     from qadtr_brevitas.config.sections import DataSection as DataSection
     from qadtr_brevitas.config.sections import MasksSection as MasksSection
     from qadtr_brevitas.config.sections import ModelSection as ModelSection
     from qadtr_brevitas.config.sections import OptimizerSection as OptimizerSection
     from qadtr_brevitas.config.sections import QuantSection as QuantSection
-    from qadtr_brevitas.config.sections import Recipe as Recipe
     from qadtr_brevitas.config.sections import SchedulerSection as SchedulerSection
     from qadtr_brevitas.config.sections import TrainSection as TrainSection
     from qadtr_brevitas.config.slots import slot_name as slot_name
@@ -31,7 +31,7 @@ _HOMES = {
     "ModelSection": "sections",
     "OptimizerSection": "sections",
     "QuantSection": "sections",
-    "Recipe": "sections",
+    "Recipe": "recipe",
     "SchedulerSection": "sections",
     "TrainSection": "sections",
     "slot_name": "slots",

@@ -12,8 +12,8 @@ from pydantic import ValidationError
 from qadtr_brevitas.config.layers import read_layers
 from qadtr_brevitas.config.overrides import apply_override
 from qadtr_brevitas.config.problems import dotted, explain
+from qadtr_brevitas.config.recipe import Recipe
 from qadtr_brevitas.config.recorded import rename_old_keys
-from qadtr_brevitas.config.sections import Recipe
 from qadtr_brevitas.config.shipped import find_recipe, split_name
 from qadtr_brevitas.config.source import YamlNode, parse, read_source
 from qadtr_brevitas.core.errors import Problem, RecipeError

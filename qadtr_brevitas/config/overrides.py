@@ -7,8 +7,8 @@ from difflib import get_close_matches
 from typing import Any
 
 from qadtr_brevitas.config.problems import fields_of, section_in
+from qadtr_brevitas.config.recipe import Recipe
 from qadtr_brevitas.config.renamed import moved_key, renamed_key
-from qadtr_brevitas.config.sections import Recipe
 from qadtr_brevitas.config.slots import Slot, slot_in
 from qadtr_brevitas.config.source import YamlError, YamlNode, parse_value
 from qadtr_brevitas.core.errors import Problem, suggest
