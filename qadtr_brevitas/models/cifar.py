@@ -10,7 +10,7 @@ are replaced by global average pooling and one linear layer.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch.nn.functional as F
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
@@ -25,6 +25,8 @@ class CifarClassifier(nn.Module):
 
     num_classes: int
     num_features: int
+    classifier_name: ClassVar = "linear"
+    """Attribute of the last layer, as in the published weights."""
 
     def add_head(self, num_features: int, num_classes: int) -> None:
         """Add pooling and classifier, and initialize every convolution for ReLU (He et al. 2015).
@@ -47,7 +49,7 @@ class CifarClassifier(nn.Module):
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Map the last feature map to logits (N, num_classes), or to the pooled features (N, num_features)."""
         x = self.avgpool(x).flatten(1)
-        return x if pre_logits else self.linear(x)
+        return x if pre_logits else self.get_classifier()(x)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map normalized images (N, 3, H, W) to logits (N, num_classes)."""
@@ -55,7 +57,7 @@ class CifarClassifier(nn.Module):
 
     def get_classifier(self) -> nn.Module:
         """Return the last layer."""
-        return self.linear
+        return getattr(self, self.classifier_name)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the last layer by a new one, in place.
@@ -70,7 +72,8 @@ class CifarClassifier(nn.Module):
         if global_pool not in (None, "avg"):
             raise ValueError(f"global_pool={global_pool!r} is not possible here: leave it out, or give 'avg'")
         self.num_classes = num_classes
-        self.linear: nn.Module = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        last = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        setattr(self, self.classifier_name, last)
 
 
 def cifar_cfg(first_conv: str) -> dict[str, Any]:

@@ -7,10 +7,12 @@ convolutions have biases, and those of the shortcuts no norm. Parameters are nam
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
+
+from qadtr_brevitas.models.cifar import CifarClassifier
 
 _CHANNELS = ((3, 16), (16, 16), (16, 16), (16, 32), (32, 32), (16, 32), (32, 64), (64, 64), (32, 64))
 _SHORTCUTS, _STRIDED = (5, 8), (3, 6)
@@ -19,7 +21,7 @@ _NORMS = (16, 16, 16, 32, 32, 64, 64)
 _PIXELS = 255
 
 
-class TinyResNet(nn.Module):
+class TinyResNet(CifarClassifier):
     """Three residual blocks for 32x32 images of pixels from 0 to 255.
 
     Args:
@@ -27,14 +29,15 @@ class TinyResNet(nn.Module):
         in_chans: channels of the images.
     """
 
+    classifier_name: ClassVar = "fc"
+
     def __init__(self, num_classes: int = 10, in_chans: int = 3) -> None:
         super().__init__()
         self.conv = nn.ModuleList(_convolution(number, in_chans) for number in range(len(_CHANNELS)))
         self.bn = nn.ModuleList(nn.BatchNorm2d(channels, eps=1e-3) for channels in _NORMS)
         self.act = nn.ModuleList(nn.ReLU() for _ in range(len(_NORMS)))
-        self.pad, self.pool, self.flatten = nn.ZeroPad2d((0, 1, 0, 1)), nn.AdaptiveAvgPool2d(1), nn.Flatten()
-        self.num_features = self.head_hidden_size = _NORMS[-1]
-        self.reset_classifier(num_classes)
+        self.pad = nn.ZeroPad2d((0, 1, 0, 1))
+        self.add_head(_NORMS[-1], num_classes)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Map images (N, in_chans, H, W) of pixels from 0 to 255 to features (N, 64, H / 4, W / 4)."""
@@ -43,34 +46,6 @@ class TinyResNet(nn.Module):
         x = act[2](x + bn[2](conv[2](act[1](bn[1](conv[1](x))))))
         x = act[4](conv[5](x) + bn[4](conv[4](act[3](bn[3](conv[3](self.pad(x)))))))
         return act[6](conv[8](x) + bn[6](conv[7](act[5](bn[5](conv[6](self.pad(x)))))))
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Map features (N, 64, h, w) to logits (N, num_classes), or to the pooled features (N, 64)."""
-        x = self.flatten(self.pool(x))
-        return x if pre_logits else self.fc(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map images (N, in_chans, H, W) of pixels from 0 to 255 to logits (N, num_classes)."""
-        return self.forward_head(self.forward_features(x))
-
-    def get_classifier(self) -> nn.Module:
-        """Return the last layer."""
-        return self.fc
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the last layer by a new one, in place.
-
-        Args:
-            num_classes: outputs of the new layer; 0 for none.
-            global_pool: only "avg", or None to keep it.
-
-        Raises:
-            ValueError: another kind of pooling.
-        """
-        if global_pool not in (None, "avg"):
-            raise ValueError(f"global_pool={global_pool!r} is not possible here: leave it out, or give 'avg'")
-        self.num_classes = num_classes
-        self.fc: nn.Module = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
 
 
 def _convolution(number: int, in_chans: int) -> nn.Conv2d:

@@ -6,12 +6,13 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-import qadtr_brevitas.models  # noqa: F401
 from qadtr_brevitas.data.image_folder import Cifar10
+from qadtr_brevitas.models.mlperf_tiny import TinyResNet
 
 
 def test_it_is_that_of_the_benchmark() -> None:
     model = timm.create_model("mlperf_tiny_resnet8").eval()
+    assert isinstance(model, TinyResNet)
     assert sum(p.numel() for p in model.parameters()) == 78_186
     images = torch.rand(2, 3, 32, 32) * 255
     with torch.no_grad():
