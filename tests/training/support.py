@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -94,6 +95,27 @@ class Recorder(TrainingObserver):
 
     def on_message(self, message: str) -> None:
         self.messages.append(message)
+
+
+class StopAt(Recorder):
+    """Calls a function after a step."""
+
+    def __init__(self, step: int, act: Callable[[], object]) -> None:
+        super().__init__()
+        self.at, self.act = step, act
+
+    def on_step(self, record: StepRecord) -> None:
+        super().on_step(record)
+        if record.step == self.at:
+            self.act()
+
+
+class Boom(Exception):
+    pass
+
+
+def explode() -> None:
+    raise Boom
 
 
 class Slow(TrainingObserver):

@@ -13,11 +13,10 @@ import torch
 from safetensors.torch import load_file
 
 from qadtr_brevitas.core.errors import CheckpointError, UsageError
-from qadtr_brevitas.training.log import StepRecord
 from qadtr_brevitas.training.loop import train
 from qadtr_brevitas.training.state import differing_keys, load_state
 from qadtr_brevitas.training.stop import Interrupted
-from tests.training.support import Recorder, make_recipe, same_weights, train_to_be_killed
+from tests.training.support import Boom, Recorder, StopAt, explode, make_recipe, same_weights, train_to_be_killed
 
 pytestmark = pytest.mark.slow
 
@@ -36,27 +35,6 @@ def lines(run: Path) -> list[dict]:
 
 def figures(run: Path) -> list[tuple]:
     return [(r["kind"], r["step"], r.get("precision"), r.get("loss"), r.get("val_accuracy")) for r in lines(run)]
-
-
-class StopAt(Recorder):
-    """Calls a function after a step."""
-
-    def __init__(self, step: int, act) -> None:
-        super().__init__()
-        self.at, self.act = step, act
-
-    def on_step(self, record: StepRecord) -> None:
-        super().on_step(record)
-        if record.step == self.at:
-            self.act()
-
-
-class Boom(Exception):
-    pass
-
-
-def explode() -> None:
-    raise Boom
 
 
 def test_same_recipe_gives_same_weights(whole: Path, tmp_path: Path) -> None:

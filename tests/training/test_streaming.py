@@ -15,7 +15,7 @@ from qadtr_brevitas.training.loop import train
 from qadtr_brevitas.training.state import load_state
 from tests.data.support import picture
 from tests.data.test_loader import children
-from tests.training.support import Recorder, make_recipe, same_weights
+from tests.training.support import Boom, StopAt, explode, make_recipe, same_weights
 
 pytestmark = pytest.mark.slow
 
@@ -43,27 +43,6 @@ def recipe_of(root: Path, *, data: dict[str, Any] | None = None, **dataset: Any)
     return Recipe.model_validate(recipe)
 
 
-class Act(Recorder):
-    """Does something after a step."""
-
-    def __init__(self, step: int, act: Any) -> None:
-        super().__init__()
-        self.at, self.act = step, act
-
-    def on_step(self, record: Any) -> None:
-        super().on_step(record)
-        if record.step == self.at:
-            self.act()
-
-
-class Boom(Exception):
-    pass
-
-
-def explode() -> None:
-    raise Boom
-
-
 def test_streamed_images_train_the_same_network_as_those_in_memory(root: Path, tmp_path: Path) -> None:
     held = train(recipe_of(root), tmp_path / "held", device="cpu")
     streamed = train(recipe_of(root, stream=True), tmp_path / "streamed", device="cpu")
@@ -73,10 +52,9 @@ def test_streamed_images_train_the_same_network_as_those_in_memory(root: Path, t
 def test_a_run_resumes_in_mid_epoch_with_another_number_of_workers(root: Path, tmp_path: Path) -> None:
     whole = train(recipe_of(root, data={"transform": TRANSFORM}), tmp_path / "whole", device="cpu")
     run = tmp_path / "resumed"
+    recipe = recipe_of(root, data={"transform": TRANSFORM, "workers": 2})
     with pytest.raises(Boom):
-        train(
-            recipe_of(root, data={"transform": TRANSFORM, "workers": 2}), run, device="cpu", observer=Act(13, explode)
-        )
+        train(recipe, run, device="cpu", observer=StopAt(13, explode))
     train(recipe_of(root, data={"transform": TRANSFORM, "workers": 1}), run, device="cpu")
     assert same_weights(whole, run)
 
@@ -92,7 +70,7 @@ def test_a_damaged_picture_stops_the_run_with_its_state_saved(root: Path, tmp_pa
             file.write_bytes(b"no image")
 
     with pytest.raises(DataError, match=r"cannot read the image .*\.png.*state after step 4 is saved"):
-        train(recipe_of(root, stream=True), run, device="cpu", observer=Act(4, damage))
+        train(recipe_of(root, stream=True), run, device="cpu", observer=StopAt(4, damage))
     saved = load_state(run)
     assert saved is not None
     assert saved.counters.step == 4
@@ -111,6 +89,6 @@ def test_a_killed_worker_stops_the_run_with_its_state_saved(root: Path, tmp_path
             os.kill(worker, signal.SIGKILL)
 
     with pytest.raises(DataError, match=r"data\.workers.*is saved"):
-        train(recipe, tmp_path / "run", device="cpu", observer=Act(4, kill))
+        train(recipe, tmp_path / "run", device="cpu", observer=StopAt(4, kill))
     train(recipe, tmp_path / "run", device="cpu")
     assert same_weights(tmp_path / "run", train(recipe, tmp_path / "whole", device="cpu"))
