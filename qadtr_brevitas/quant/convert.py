@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.core.layer_bits import MixedPrecision
 from qadtr_brevitas.core.precision import DEFAULT_BITS, FLOAT_BITS, Precision, PrecisionLike
-from qadtr_brevitas.core.registry import PTQ_METHODS
+from qadtr_brevitas.core.registry import PTQ_METHODS, QUANTIZERS
 from qadtr_brevitas.models.channels import ImageFormat, image_format
 from qadtr_brevitas.quant.conversion_report import ConversionReport, LayerReport
 from qadtr_brevitas.quant.feature_clip import FeatureClipping, feature_clips, insert_feature_clips
@@ -121,6 +121,12 @@ def convert(
     check_convertible(model)
     compiler = find_target(target)
     quantizers = [_quantizer(given, compiler) for given in (weight_quantizer, act_quantizer)]
+    if not quantizers[0].for_weights:
+        others = [name for name, kind in QUANTIZERS.load_all().items() if kind.for_weights]
+        raise UsageError(
+            f"{type(quantizers[0]).__name__} is a quantizer of activations, and would clip negative weights: choose "
+            f"another weight_quantizer, as {', '.join(others)}"
+        )
     methods: list[PtqMethod] = [PTQ_METHODS.make(value) for value in ptq]
     special = {SOFTMAX: softmax_quantizer, GELU: gelu_quantizer}
     after = {name: _quantizer(given, compiler) for name, given in special.items() if given is not None}

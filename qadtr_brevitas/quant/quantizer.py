@@ -46,6 +46,8 @@ class Quantizer(ABC):
     has_stock_levels: ClassVar[bool] = True
     """Whether Brevitas's own integer quantizers, and so all export formats, have these levels: only then is a model
     frozen and exported."""
+    for_weights: ClassVar[bool] = True
+    """Whether weights may have these levels: not where what lies below zero is covered to a fixed depth only."""
     doubling_thresholds: ClassVar[bool] = False
     """Whether possible thresholds are a factor of two apart, so that a range search tries only such."""
 

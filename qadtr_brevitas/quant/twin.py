@@ -26,6 +26,8 @@ class Twin(Quantizer):
     shift: Annotated[int, Field(ge=1, le=12, description="the step below 0 is 2^shift times as small")] = 4
 
     has_stock_levels: ClassVar[bool] = False
+    # Negative weights are as large as positive ones, and would be clipped to 1 / 2^shift of their range.
+    for_weights: ClassVar[bool] = False
 
     def levels(self, bits: int, *, signed: bool, narrow_range: bool) -> Levels:
         if not signed:

@@ -44,9 +44,10 @@ def check_quantizer(quantizer: Quantizer) -> None:
                 _check_gradients(quantizer, levels)
                 _check_second_gradients(quantizer, levels)
                 _check_images(quantizer, levels)
-    for granularity in get_args(Granularity):
-        _check_weights(replace(quantizer, granularity=granularity, group_size=_GROUP))
-    _check_range_search(replace(quantizer, granularity="tensor"))
+    if quantizer.for_weights:
+        for granularity in get_args(Granularity):
+            _check_weights(replace(quantizer, granularity=granularity, group_size=_GROUP))
+        _check_range_search(replace(quantizer, granularity="tensor"))
     for dynamic in (False, True):
         _check_activations(replace(quantizer, granularity=None), dynamic=dynamic)
 

@@ -108,7 +108,7 @@ def test_a_quantizer_needs_levels_and_rounding_only() -> None:
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "channel", "group"])
-@pytest.mark.parametrize("name", QUANTIZERS.names())
+@pytest.mark.parametrize("name", [name for name, kind in QUANTIZERS.load_all().items() if kind.for_weights])
 def test_weights_have_at_most_two_to_the_bits_levels_per_threshold(name: str, granularity: str) -> None:
     model = switchable(weight_quantizer={"name": name, "granularity": granularity, "group_size": 4})
     shape = {"tensor": (1, 1, 1, 1), "channel": (8, 1, 1, 1), "group": (8, 2, 1, 1, 1)}[granularity]
@@ -128,8 +128,7 @@ def test_weights_have_at_most_two_to_the_bits_levels_per_threshold(name: str, gr
 
 @pytest.mark.parametrize("name", QUANTIZERS.names())
 def test_32_bit_stays_exact_and_8_bit_close(name: str) -> None:
-    # Weights are as large below 0 as above, where a twin has a shorter range.
-    weights = "uniform" if name == "twin" else name
+    weights = name if QUANTIZERS.load(name).for_weights else "uniform"
     model, net = switchable(weight_quantizer=weights, act_quantizer=name), Small().eval()
     with torch.no_grad():
         expected = net(IMAGES)

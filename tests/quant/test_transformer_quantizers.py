@@ -123,3 +123,8 @@ def test_a_frozen_model_refuses_them_and_says_what_to_leave_out() -> None:
 def test_a_granularity_is_refused_by_key() -> None:
     with pytest.raises(UsageError, match="gelu_quantizer"):
         converted(gelu_quantizer=Twin(granularity="channel"))
+
+
+def test_a_twin_is_refused_for_weights() -> None:
+    with pytest.raises(UsageError, match=r"negative weights.*uniform"):
+        converted(weight_quantizer="twin")
