@@ -51,8 +51,8 @@ def convert(
             "package.module:function". None for the name that timm's own networks carry.
         args: further keyword arguments of what makes the network.
         settings: as of `qadtr_brevitas.quant.convert`: mean, std, first_last, residual, norm, narrow_range,
-            per_channel, activations, target, weight_quantizer, act_quantizer, softmax_quantizer, gelu_quantizer, ptq,
-            feature_clip, layers.
+            per_channel, activations, attention_scales, target, weight_quantizer, act_quantizer, softmax_quantizer,
+            gelu_quantizer, ptq, feature_clip, layers.
 
     Raises:
         UsageError: the network returns something else than logits, has no parameters, has nothing to quantize or

@@ -196,6 +196,9 @@ class QuantSection(RecipeSection):
     activations: Literal["static", "dynamic"] = Field(
         default="static", description="activation ranges: calibrated and learned, or each image's own at run time"
     )
+    attention_scales: Literal["tensor", "head"] = Field(
+        default="tensor", description="ranges of what attention multiplies: one of a tensor, or one per head"
+    )
     target: TargetName | None = Field(
         default=None, description="place quantizers so that this FPGA compiler accepts the export"
     )

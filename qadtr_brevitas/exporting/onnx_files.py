@@ -20,6 +20,7 @@ from qadtr_brevitas.exporting.constants import fold_constants
 from qadtr_brevitas.exporting.formats import Classifier, Format
 from qadtr_brevitas.exporting.fuse import fuse
 from qadtr_brevitas.exporting.graph import library
+from qadtr_brevitas.exporting.head_scales import move_steps_outside
 from qadtr_brevitas.exporting.integers import integer_layers
 from qadtr_brevitas.exporting.narrow import narrow_weights
 from qadtr_brevitas.exporting.rewrite import rewrite, transpose_weights
@@ -144,7 +145,7 @@ def _qcdq(frozen: nn.Module, images: Tensor, path: Path, *, dynamic: bool) -> An
     with exporting():
         tracing = _tracing(dynamic=dynamic)
         library("brevitas.export").export_onnx_qcdq(frozen, args=images, export_path=str(path), **tracing)
-    return fold_constants(library("onnx").load(str(path)), keep=("DequantizeLinear",))
+    return move_steps_outside(fold_constants(library("onnx").load(str(path)), keep=("DequantizeLinear",)))
 
 
 def write_float(network: nn.Module, images: Tensor, path: Path, *, dynamic: bool = False) -> None:

@@ -219,6 +219,8 @@ def build_switchable(
     # Only what differs from a plain conversion, so that equal models have equal fingerprints.
     later = ("feature_clip", "layers", "softmax_quantizer", "gelu_quantizer")
     unused = {"calibration"} | {key for key in later if not getattr(recipe.quant, key)}
+    if recipe.quant.attention_scales == "tensor":
+        unused.add("attention_scales")
     quant = recipe.quant.model_dump(mode="json", exclude=unused)
     name, args = _architecture(recipe.model, net, train.image_size)
     ptq = recipe.quant.calibration.weights

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.core.layer_bits import MixedPrecision
 from qadtr_brevitas.core.precision import DEFAULT_BITS, FLOAT_BITS, Precision, PrecisionLike
-from qadtr_brevitas.core.registry import PTQ_METHODS, QUANTIZERS
+from qadtr_brevitas.core.registry import PTQ_METHODS
 from qadtr_brevitas.models.channels import ImageFormat, image_format
 from qadtr_brevitas.quant.conversion_report import ConversionReport, LayerReport
 from qadtr_brevitas.quant.feature_clip import FeatureClipping, feature_clips, insert_feature_clips
@@ -21,15 +21,23 @@ from qadtr_brevitas.quant.layers import keep_hooks
 from qadtr_brevitas.quant.mixed import WHOLE, mixed_precisions, set_layers, with_mixed
 from qadtr_brevitas.quant.model import SwitchableModel
 from qadtr_brevitas.quant.norm import BATCH_NORMS
-from qadtr_brevitas.quant.plan import Activations, ConversionPlan, FirstLast, Norm, Residual, mark_first_and_last
+from qadtr_brevitas.quant.plan import (
+    Activations,
+    AttentionScales,
+    ConversionPlan,
+    FirstLast,
+    Norm,
+    Residual,
+    mark_first_and_last,
+)
 from qadtr_brevitas.quant.probe import Call, Probe, probe
-from qadtr_brevitas.quant.provenance import GELU, SOFTMAX
 from qadtr_brevitas.quant.ptq import PtqMethod
-from qadtr_brevitas.quant.quantizer import Quantizer, make_quantizer
+from qadtr_brevitas.quant.quantizer import Quantizer
 from qadtr_brevitas.quant.refusals import check_convertible
 from qadtr_brevitas.quant.rules import PLAIN_LAYERS, converted
+from qadtr_brevitas.quant.settings import check_target, chosen_quantizers
 from qadtr_brevitas.quant.switch import Switch
-from qadtr_brevitas.quant.targets import Target, find_target
+from qadtr_brevitas.quant.targets import find_target
 from qadtr_brevitas.quant.verification import check_images_apart, check_same_function
 
 
@@ -47,6 +55,7 @@ def convert(
     narrow_range: bool = True,
     per_channel: bool = True,
     activations: Activations = "static",
+    attention_scales: AttentionScales = "tensor",
     target: str | None = None,
     weight_quantizer: Quantizer | str | Mapping[str, Any] | None = None,
     act_quantizer: Quantizer | str | Mapping[str, Any] | None = None,
@@ -88,6 +97,8 @@ def convert(
         narrow_range: symmetric weight levels (ternary at 2 bit); otherwise one more level below 0.
         per_channel: a weight threshold per output channel, or one for all.
         activations: thresholds of activations that are calibrated or learned, or ranges measured on every image.
+        attention_scales: one threshold for each operand of attention, or one per head of (images, heads, tokens,
+            features); with static activations.
         target: name of the compiler that is to accept a frozen copy (`quant/targets.py`). Every target requires one
             signed quantizer for the two sides of each sum of activations; a target may also require a quantizer and
             linear layers with a single weight threshold.
@@ -120,19 +131,14 @@ def convert(
     """
     check_convertible(model)
     compiler = find_target(target)
-    quantizers = [_quantizer(given, compiler) for given in (weight_quantizer, act_quantizer)]
-    if not quantizers[0].for_weights:
-        others = [name for name, kind in QUANTIZERS.load_all().items() if kind.for_weights]
-        raise UsageError(
-            f"{type(quantizers[0]).__name__} is a quantizer of activations, and would clip negative weights: choose "
-            f"another weight_quantizer, as {', '.join(others)}"
-        )
+    quantizers = chosen_quantizers(
+        compiler, weights=weight_quantizer, acts=act_quantizer, softmax=softmax_quantizer, gelu=gelu_quantizer
+    )
     methods: list[PtqMethod] = [PTQ_METHODS.make(value) for value in ptq]
-    special = {SOFTMAX: softmax_quantizer, GELU: gelu_quantizer}
-    after = {name: _quantizer(given, compiler) for name, given in special.items() if given is not None}
-    for name, each in {"act": quantizers[1], **after}.items():
-        if each.granularity not in (None, "tensor"):
-            raise UsageError(f"activations have one threshold per tensor: leave granularity out of {name}_quantizer")
+    if attention_scales == "head" and activations == "dynamic":
+        raise UsageError(
+            "dynamic ranges are those of an image: choose attention_scales 'tensor', or activations 'static'"
+        )
     net = model if in_place else copy.deepcopy(model)
     training = model.training
     mixed = mixed_precisions(layers)
@@ -144,7 +150,7 @@ def convert(
     images, found = _probed(net, device, mean=mean, std=std, image_size=image_size, sums=compiler is not None)
     _check_products(net, found)
     if compiler is not None:
-        _check_target(compiler, found, first_last, activations, clipping)
+        check_target(compiler, found, first_last, activations, clipping)
     mark_first_and_last(net, found)
     plan = ConversionPlan(
         switch=switch,
@@ -154,10 +160,11 @@ def convert(
         narrow_range=narrow_range,
         per_channel=per_channel,
         activations=activations,
+        attention_scales=attention_scales,
         target=compiler,
-        weight_quantizer=quantizers[0],
-        act_quantizer=quantizers[1],
-        quantizers_after=after,
+        weight_quantizer=quantizers.weights,
+        act_quantizer=quantizers.acts,
+        quantizers_after=quantizers.after,
         wide_head_input=wide_head_input,
         probe=found,
     )
@@ -239,46 +246,6 @@ def _check_products(net: nn.Module, found: Probe) -> None:
         raise UsageError(
             f"{kind} has nothing to quantize: no convolution, linear layer or matrix product runs on an image"
         )
-
-
-def _quantizer(given: Quantizer | str | Mapping[str, Any] | None, target: Target | None) -> Quantizer:
-    """Return the given quantizer, or the target's default, if the target supports it."""
-    wanted = "uniform" if target is None else target.quantizer
-    quantizer = make_quantizer(wanted if given is None else given)
-    if target is not None and not isinstance(quantizer, type(make_quantizer(target.quantizer))):
-        raise UsageError(
-            f"{target.name} computes with the quantizer {target.quantizer!r} only, got {type(quantizer).__name__}: "
-            "leave the quantizers out, or convert without target"
-        )
-    if target is not None and quantizer.granularity == "group":
-        raise UsageError(
-            f"{target.name} has no weight thresholds per group: choose granularity 'channel' or 'tensor', or convert "
-            "without target"
-        )
-    return quantizer
-
-
-def _check_target(
-    target: Target, found: Probe, first_last: FirstLast, activations: Activations, clipping: FeatureClipping | None
-) -> None:
-    """Raise if a target does not support a setting or a product."""
-    if clipping is not None and target.products is not None:
-        raise UsageError(
-            f"{target.name} computes with integers, and feature_clip (after {', '.join(clipping.after)}) divides by "
-            "norms of features: leave it out, or convert without target and export to qcdq, qonnx or ort"
-        )
-    for name, given in (("first_last", first_last), ("activations", activations)):
-        if given in ("float", "dynamic"):
-            raise UsageError(
-                f"{name}={given!r} is not possible with target={target.name!r}, which computes with integers"
-            )
-    for product in found.products:
-        if target.products is not None and product.name not in target.products and not product.is_constant:
-            owner = product.owner or "the network"
-            raise UsageError(
-                f"{target.name} computes convolutions of images and linear layers only, and {owner} computes "
-                f"{product.name}: convert it without target, or choose a convolutional network"
-            )
 
 
 def _convert_called(

@@ -166,11 +166,8 @@ def _frozen_identity(module: SwitchableIdentity) -> nn.Module:
     elif not quantizer.is_active:
         quant = None
     else:
-        settings = {"narrow_range": quantizer.narrow_range, **_settings(quantizer)}
-        if quantizer.shape:
-            settings |= {"scaling_per_output_channel": True, "per_channel_broadcastable_shape": quantizer.shape}
         stock: Any = Int8ActPerTensorFloat
-        quant = stock.let(**settings)
+        quant = stock.let(narrow_range=quantizer.narrow_range, **_settings(quantizer), **_per_channel(quantizer))
     return nn.Identity() if quant is None else QuantIdentity(act_quant=quant)
 
 
@@ -190,7 +187,14 @@ def _act_quant(proxy: SwitchableActProxy) -> Any:
         settings = {name: getattr(quantizer, name) for name in names}
         return act_injector(quantizer.switch, dynamic=True, bits=(quantizer.bits,), **settings)
     stock: Any = Int8ActPerTensorFloat if quantizer.signed else Uint8ActPerTensorFloat
-    return stock.let(**_settings(quantizer))
+    return stock.let(**_settings(quantizer), **_per_channel(quantizer))
+
+
+def _per_channel(quantizer: SwitchableQuant) -> dict[str, Any]:
+    """Return the settings of an activation quantizer with several thresholds."""
+    if not quantizer.shape:
+        return {}
+    return {"scaling_per_output_channel": True, "per_channel_broadcastable_shape": quantizer.shape}
 
 
 def _settings(quantizer: SwitchableQuant) -> dict[str, Any]:

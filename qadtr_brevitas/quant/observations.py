@@ -31,7 +31,7 @@ class Observations:
         self._per_batch = max(1, _SAMPLES // batches) if sampled else 0
         self._kept = dict.fromkeys(quantizers, 0)
         self._calls = dict.fromkeys(quantizers, 0)
-        self._largest: dict[SwitchableQuant, float] = {}
+        self._largest: dict[SwitchableQuant, Tensor] = {}
         self._pool: Tensor | None = None
         self._rng = generator(0, "calibrate")
 
@@ -50,46 +50,63 @@ class Observations:
         Raises:
             UsageError: a value is not finite.
         """
-        low, high = (float(end) for end in torch.aminmax(x))
-        if not (math.isfinite(low) and math.isfinite(high)):
+        rows = _of_each_threshold(quantizer, x)
+        ends = torch.aminmax(x) if rows is None else torch.aminmax(rows, dim=1)
+        low, high = (end.reshape(-1).float() for end in ends)
+        if not (low.isfinite().all() and high.isfinite().all()):
             raise UsageError(
                 "the network computes values that are not finite on the calibration images: "
                 "check its weights and that images lie in [0, 1]"
             )
         lowest = -math.inf if quantizer.signed else 0.0
         highest = quantizer.max_threshold or math.inf
-        largest = max(-max(low, lowest), min(high, highest), 0.0)
-        self._largest[quantizer] = max(self._largest.get(quantizer, 0.0), largest)
+        largest = torch.maximum(-low.clamp(min=lowest), high.clamp(max=highest)).clamp(min=0).cpu()
+        before = self._largest.get(quantizer)
+        self._largest[quantizer] = largest if before is None else torch.maximum(before, largest)
         if self._per_batch:
             self._calls[quantizer] += 1
-            sample, slots = self._choose(quantizer, x)
-            self._row(quantizer, x.device)[slots] = sample.float().clamp(lowest, highest)
+            columns, slots = self._choose(quantizer, x, rows)
+            self._columns(quantizer, x.device)[slots] = columns.float().clamp(lowest, highest)
 
-    def _row(self, quantizer: SwitchableQuant, device: torch.device) -> Tensor:
+    def _columns(self, quantizer: SwitchableQuant, device: torch.device) -> Tensor:
+        """Return the samples of a quantizer, (n, thresholds)."""
         if self._pool is None:
             # One tensor for all: many small ones between the large activations of a forward would keep the memory
             # allocator from reusing the space of the activations.
             self._pool = torch.empty(len(self._rows), _SAMPLES, device=device)
-        return self._pool[self._rows[quantizer]]
+        count = math.prod(quantizer.shape)
+        return self._pool[self._rows[quantizer]][: _SAMPLES // count * count].view(-1, count)
 
-    def _choose(self, quantizer: SwitchableQuant, x: Tensor) -> tuple[Tensor, slice | Tensor]:
-        """Return a sample of the values, and its slots in the row."""
-        kept, count = self._kept[quantizer], min(x.numel(), self._per_batch)
+    def _choose(self, quantizer: SwitchableQuant, x: Tensor, rows: Tensor | None) -> tuple[Tensor, slice | Tensor]:
+        """Return a sample of the values, (n, thresholds), and its slots among those of the quantizer."""
+        thresholds = math.prod(quantizer.shape)
+        total, most = x.numel() // thresholds, _SAMPLES // thresholds
+        kept, count = self._kept[quantizer], min(total, self._per_batch // thresholds)
         slots = slice(kept, kept + count)
-        if kept + count > _SAMPLES:
+        if kept + count > most:
             # The quantizer is called in several places: every call so far gets the same share.
             count = kept // self._calls[quantizer]
             slots = torch.randperm(kept, generator=self._rng)[:count].to(x.device)
         else:
             self._kept[quantizer] += count
-        if count == x.numel():
-            return x.reshape(-1), slots
+        if count == total:
+            return (x.reshape(-1, 1) if rows is None else rows.T), slots
+        chosen = torch.randint(total, (count,), generator=self._rng).to(x.device)
         # take() reads x in any memory layout, where flattening might copy it first.
-        return x.take(torch.randint(x.numel(), (count,), generator=self._rng).to(x.device)), slots
+        return (x.take(chosen)[:, None] if rows is None else rows[:, chosen].T), slots
 
     def seen_by(self, quantizer: SwitchableQuant) -> Sample:
-        """Return the values that a quantizer observed, as one row; none of them if nothing is sampled."""
-        largest = torch.tensor([self._largest[quantizer]])
+        """Return the values that a quantizer observed, a row for each threshold; none of them if nothing is sampled."""
+        largest = self._largest[quantizer]
         if self._pool is None:
-            return Sample(torch.empty(1, 0), largest)
-        return Sample(self._pool[self._rows[quantizer]][None, : self._kept[quantizer]], largest.to(self._pool.device))
+            return Sample(torch.empty(len(largest), 0), largest)
+        seen = self._columns(quantizer, self._pool.device)[: self._kept[quantizer]]
+        return Sample(seen.T.contiguous(), largest.to(seen.device))
+
+
+def _of_each_threshold(quantizer: SwitchableQuant, x: Tensor) -> Tensor | None:
+    """Return the values that each threshold covers, (thresholds, n); None where one covers all."""
+    if not quantizer.shape:
+        return None
+    (heads,) = (dim for dim, size in enumerate(quantizer.shape) if size > 1)
+    return x.movedim(heads - len(quantizer.shape), 0).reshape(quantizer.shape[heads], -1)

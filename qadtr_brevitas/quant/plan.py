@@ -11,7 +11,7 @@ from torch import nn
 
 from qadtr_brevitas.core.precision import FLOAT_BITS, MIN_BITS
 from qadtr_brevitas.quant.probe import Operand, Probe, Product
-from qadtr_brevitas.quant.products import ROWS_ARE_CHANNELS
+from qadtr_brevitas.quant.products import PRODUCTS_OF_HEADS, ROWS_ARE_CHANNELS
 from qadtr_brevitas.quant.provenance import IMAGE
 from qadtr_brevitas.quant.proxies import act_injector, weight_injector
 from qadtr_brevitas.quant.quantizer import Quantizer
@@ -23,6 +23,7 @@ FirstLast = Literal["8bit", "same", "float"]
 Residual = Literal["8bit", "same"]
 Norm = Literal["statistics", "switchable"]
 Activations = Literal["static", "dynamic"]
+AttentionScales = Literal["tensor", "head"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +32,7 @@ class ConversionPlan:
 
     Args:
         switch: the model's switch.
-        first_last, residual, norm, narrow_range, per_channel, activations: as in `convert()`.
+        first_last, residual, norm, narrow_range, per_channel, activations, attention_scales: as in `convert()`.
         target: the compiler to convert for; None for any.
         weight_quantizer: the quantizer of weights.
         act_quantizer: the quantizer of activations.
@@ -47,6 +48,7 @@ class ConversionPlan:
     narrow_range: bool
     per_channel: bool
     activations: Activations
+    attention_scales: AttentionScales
     target: Target | None
     weight_quantizer: Quantizer
     act_quantizer: Quantizer
@@ -118,7 +120,20 @@ class ConversionPlan:
             min_bits=self.min_bits(product),
             reads_pixels=is_image,
             function=operand.function,
+            shape=self.head_shape(product),
         )
+
+    def head_shape(self, product: Product) -> tuple[int, ...]:
+        """Return the shape of the thresholds of a product's activations: (1, heads, 1, 1), or () for one of all.
+
+        Heads are the second dimension of (images, heads, tokens, features), as torch's attention has them.
+        """
+        shapes = [operand.shape for operand in product.operands if not operand.fixed]
+        has_heads = product.name in PRODUCTS_OF_HEADS and len(shapes) > 1 and all(len(shape) == 4 for shape in shapes)
+        heads = {shape[1] for shape in shapes} if has_heads else set()
+        if self.attention_scales == "tensor" or len(heads) != 1 or heads == {1}:
+            return ()
+        return (1, *heads, 1, 1)
 
     def activation(
         self,
@@ -128,6 +143,7 @@ class ConversionPlan:
         max_threshold: float | None = None,
         reads_pixels: bool = False,
         function: str | None = None,
+        shape: tuple[int, ...] = (),
     ) -> Any:
         """Return the injector of a quantizer of activations: of the values of a function, if it is given."""
         bits = tuple(p.act for p in self.switch.allowed if p.act != FLOAT_BITS and not p.is_mixed)
@@ -140,6 +156,7 @@ class ConversionPlan:
             scheme=self.quantizers_after.get(function or "", self.act_quantizer),
             dynamic=self.activations == "dynamic",
             reads_pixels=reads_pixels,
+            shape=shape,
         )
 
     def weight(self, shape: tuple[int, ...], *, min_bits: int) -> Any:

@@ -47,6 +47,8 @@ _PLACES: dict[str, tuple[Place, ...]] = {
 }
 # The weights of these have one row per output channel.
 ROWS_ARE_CHANNELS = ("linear", "conv1d", "conv2d", "conv3d")
+# Attention is one of these, or two matrix products.
+PRODUCTS_OF_HEADS = (ATTENTION, "matmul")
 # These multiply and accumulate inside a kernel, where operands cannot be quantized.
 _RECURRENT = ("gru", "lstm", "rnn_relu", "rnn_tanh")
 CLOSED = ("bilinear", "cdist", "dot", "vdot", *_RECURRENT, *(f"{name}_cell" for name in _RECURRENT))

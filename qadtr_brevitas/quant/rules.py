@@ -173,7 +173,8 @@ def _quantized_product(product: Product, plan: ConversionPlan) -> QuantizedProdu
         if not plan.is_quantized(operand, product):
             quantizers[operand.label] = SwitchableIdentity(_operand_quant(operand, product, plan))
     if product.name == ATTENTION:
-        quant = plan.activation(signed=False, min_bits=plan.min_bits(product), function=SOFTMAX)
+        shape, min_bits = plan.head_shape(product), plan.min_bits(product)
+        quant = plan.activation(signed=False, min_bits=min_bits, function=SOFTMAX, shape=shape)
         quantizers["probabilities"] = SwitchableIdentity(quant)
     return kind(product.name, quantizers)
 
@@ -199,7 +200,8 @@ def _product_note(product: Product, plan: ConversionPlan) -> str:
     parts = [_operand_note(operand, product, plan) for operand in product.operands]
     if product.name == ATTENTION:
         parts.insert(2, f"unsigned{_scheme(SOFTMAX, plan)} probabilities")
-    return f"{product.name} of {', '.join(parts)}{_at_least(plan.min_bits(product))}"
+    heads = " per head" if plan.head_shape(product) else ""
+    return f"{product.name} of {', '.join(parts)}{heads}{_at_least(plan.min_bits(product))}"
 
 
 def _operand_note(operand: Operand, product: Product, plan: ConversionPlan) -> str:

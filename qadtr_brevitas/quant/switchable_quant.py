@@ -133,7 +133,7 @@ class SwitchableQuant(nn.Module):
 
 
 class SwitchableActQuant(SwitchableQuant):
-    """Activation quantizer: per tensor, one learned threshold per bit-width.
+    """Activation quantizer: per tensor or per attention head, one learned threshold per bit-width.
 
     A quantizer that never has less than 8 bit learns its threshold as PACT does, which needs less memory.
     """
@@ -150,6 +150,8 @@ class SwitchableActQuant(SwitchableQuant):
         """
         now = self.switch.states.now if now is None else now
         bits = self.bits_at(now.precision)
+        if self.shape:
+            return self.scheme.quantize_weight(x, self.scale(bits).to(x.dtype), self.levels(bits))
         keep_input = self.min_bits < WIDE_BITS
         return self.scheme.quantize_activation(x, self.scale(bits), self.levels(bits), keep_input=keep_input)
 
