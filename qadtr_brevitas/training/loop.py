@@ -80,7 +80,7 @@ def train(
         overwrite: with `never`, delete the run in the directory first.
         observer: follows steps, epochs and messages.
         device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
-        check: raises an error for a converted network that is not worth training; not called for a resumed run.
+        check: raises an error for a converted network that is not worth training, before a run starts or goes on.
 
     Returns:
         The run directory.
@@ -143,7 +143,7 @@ class _Trainer:
         model, self.info = build_switchable(fitted, self.train_split, new_head=True, report=report)
         check_precisions(model, recipe)
         check_optimizer(recipe.train.optimizer)
-        if check is not None and not saved:
+        if check is not None and not self.counters.finished:
             with torch.random.fork_rng(devices=[]):
                 check(model)
         if saved:

@@ -52,6 +52,17 @@ def test_a_failed_run_resumes_bit_for_bit(whole: Path, tmp_path: Path, step: int
     assert figures(whole) == figures(tmp_path)
 
 
+def test_a_network_is_checked_before_a_run_starts_and_before_it_goes_on(tmp_path: Path) -> None:
+    checked: list[object] = []
+    recipe = make_recipe(epochs=1, float_epochs=0, attack=None, gradient=None, regularizers=[])
+    with pytest.raises(Boom):
+        train(recipe, tmp_path, device="cpu", observer=StopAt(2, explode), check=checked.append)
+    train(recipe, tmp_path, device="cpu", check=checked.append)
+    assert len(checked) == 2
+    train(recipe, tmp_path, device="cpu", check=checked.append)
+    assert len(checked) == 2
+
+
 def wait_for_steps(process: multiprocessing.process.BaseProcess, metrics: Path, steps: int) -> None:
     """Waits until the process has logged so many steps."""
 

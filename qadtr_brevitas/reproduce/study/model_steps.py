@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from qadtr_brevitas.config import Recipe
@@ -12,6 +13,7 @@ from qadtr_brevitas.core.errors import TrainingError
 from qadtr_brevitas.core.files import write_atomically
 from qadtr_brevitas.core.precision import Precision
 from qadtr_brevitas.core.progress import Progress
+from qadtr_brevitas.exporting import check_for_target
 from qadtr_brevitas.pipeline.add_precision import add_precision
 from qadtr_brevitas.pipeline.build import build_split, build_switchable, fit_data
 from qadtr_brevitas.pipeline.calibration import DEFAULT_IMAGES, calibrate_on
@@ -41,7 +43,9 @@ class ModelStep(StudyStep):
         elif resources.processes > 1:
             _train_with_torchrun(recipe, self.folder, resources)
         else:
-            train(recipe, self.folder, device=resources.device_name, observer=TrainingProgress(progress))
+            check = partial(check_for_target, target=recipe.quant.target)
+            observer = TrainingProgress(progress)
+            train(recipe, self.folder, device=resources.device_name, observer=observer, check=check)
 
     def _recipe(self) -> Recipe:
         """Return the recipe with the weights to start from."""
@@ -106,6 +110,7 @@ def _convert(recipe: Recipe, folder: Path) -> None:
     section = fitted.quant.calibration
     images = build_split(fitted.data, "train", seed=fitted.seed, limit=section.samples or DEFAULT_IMAGES)
     model, info = build_switchable(fitted, images)
+    check_for_target(model, fitted.quant.target)
     calibrate_on(model, images, section, seed=fitted.seed)
     save_model(folder, model, replace(info, source="convert"))
 

@@ -11,10 +11,11 @@ from typing import ClassVar
 
 import pytest
 
-from qadtr_brevitas.core.errors import DataError, StudyError
+from qadtr_brevitas.core.errors import DataError, ExportError, StudyError
 from qadtr_brevitas.core.progress import Progress, silent
 from qadtr_brevitas.evaluation.sharding import Shard
-from qadtr_brevitas.reproduce.study import attack_steps
+from qadtr_brevitas.quant import SwitchableModel
+from qadtr_brevitas.reproduce.study import attack_steps, model_steps
 from qadtr_brevitas.reproduce.study.locks import StepLocks
 from qadtr_brevitas.reproduce.study.model_steps import TrainingProgress
 from qadtr_brevitas.reproduce.study.plan import StudyPlan
@@ -24,7 +25,7 @@ from qadtr_brevitas.reproduce.study.steps import StudyStep
 from qadtr_brevitas.reproduce.study.times import describe_remaining_time
 from qadtr_brevitas.training.log import StepRecord
 from qadtr_brevitas.training.stop import Interrupted
-from tests.reproduce.study.support import plan_study, run, write_study_file
+from tests.reproduce.study.support import RECIPE, plan_study, run, write_study_file
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,20 @@ def test_two_processes_run_no_step_twice(plan: StudyPlan, tmp_path: Path) -> Non
         assert LoggedStep.log == ["second", "fourth"]
     other.join()
     assert LoggedStep.log == ["second", "fourth", "first", "third"]
+
+
+@pytest.mark.parametrize("section", ["{}", "{train: false}"])
+def test_a_network_that_its_target_cannot_take_is_not_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, section: str
+) -> None:
+    def refuse(model: SwitchableModel, target: str | None) -> None:
+        raise ExportError(f"{target} cannot take it")
+
+    monkeypatch.setattr(model_steps, "check_for_target", refuse)
+    file = write_study_file(tmp_path, recipe=RECIPE.replace("quant: {", "quant: {target: finn, "))
+    with pytest.raises(StudyError, match="plain: finn cannot take it"):
+        run(file, f"models={{plain: {section}}}", "attacks={}", "evaluations.main.attacks=[]")
+    assert not list((tmp_path / "work").rglob("model.safetensors"))
 
 
 @pytest.mark.slow
