@@ -14,7 +14,7 @@ from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.core.files import write_json
 from qadtr_brevitas.core.layer_bits import MixedPrecision
 from qadtr_brevitas.core.plugin import Field, plugin
-from qadtr_brevitas.core.precision import Precision
+from qadtr_brevitas.core.precision import MIN_BITS, Precision
 from qadtr_brevitas.core.table import Table
 from qadtr_brevitas.evaluation.entries import LoadedModel
 from qadtr_brevitas.evaluation.report.plots import COLORS, new_figure, save_figure, tidy
@@ -36,7 +36,7 @@ _NOTE = (
 class SensitivityAnalysis(Analysis):
     """Change of the logits with one layer quantized; with a budget, the bit-widths per layer with the least sum of it.
 
-    The bit-widths are those of the model's precisions. With `budget`, layers.json has the mixed precision that was
+    The bit-widths are those of the model's precisions of one bit-width, as 4, not w4a8. With `budget`, layers.json has the mixed precision that was
     chosen, which `convert MODEL --layers layers.json` adds to a model.
     """
 
@@ -147,9 +147,10 @@ def choose(
     chosen = choose_bits(options, int(budget.amount) - fixed)
     if chosen is None:
         smallest = fixed + sum(min(option.cost for option in choices) for choices in options.values())
+        fewer = f", or convert with a precision of fewer bits, as {widths[-1] - 1}" if widths[-1] > MIN_BITS else ""
         raise UsageError(
             f"nothing fits into {budget.write(budget.amount)}: with {widths[-1]} bit for all weights that may have so "
-            f"few, the network takes {smallest} {budget.unit}; give budget={smallest}{budget.unit} or more"
+            f"few, the network takes {smallest} {budget.unit}; give budget={smallest}{budget.unit} or more{fewer}"
         )
     patterns = {"*": {"weight": most, "activation": act}, **{layer: {"weight": bits} for layer, bits in chosen.items()}}
 
