@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from io import StringIO
+
+from rich.console import Console
 
 from qadtr_brevitas.api.inputs import ModelLike, as_loaded, as_split, prepared
 from qadtr_brevitas.auditing import AuditReport
 from qadtr_brevitas.auditing import audit as audit_loaded
+from qadtr_brevitas.auditing.headline import audit_headline
 from qadtr_brevitas.auditing.profile import ProfileName
 from qadtr_brevitas.core.device import resolve_device
 from qadtr_brevitas.core.precision import PrecisionLike
 from qadtr_brevitas.core.progress import Progress
 from qadtr_brevitas.data.batches import Loader
+
+_WIDTH = 100
+
+
+class AuditResult(AuditReport):
+    """The findings of an audit; `str()` says in short what they mean."""
+
+    def __str__(self) -> str:
+        text = StringIO()
+        Console(file=text, width=_WIDTH).print(audit_headline(self).rich())
+        return text.getvalue()
 
 
 def audit(
@@ -26,7 +41,7 @@ def audit(
     batch_size: int = 256,
     device: str = "auto",
     progress: Progress | None = None,
-) -> AuditReport:
+) -> AuditResult:
     """Run the checks G1 to G21 on a model at each precision.
 
     Args:
@@ -43,6 +58,7 @@ def audit(
 
     Returns:
         For each precision the finding of every check: passed, a warning with its numbers, or skipped with the reason.
+        Printed, it says first what the attacks inside break, and whether that can be trusted.
 
     Raises:
         UsageError: a precision that the model lacks, or a model that was not converted.
@@ -52,7 +68,7 @@ def audit(
     loaded = as_loaded(model)
     twin = None if undefended is None else as_loaded(undefended, name="undefended")
     with prepared([loaded, *([] if twin is None else [twin])], device=where):
-        return audit_loaded(
+        found = audit_loaded(
             loaded,
             as_split(loader, loaded, images=None, seed=seed),
             precisions=precisions,
@@ -64,3 +80,4 @@ def audit(
             profile=profile,
             progress=progress,
         )
+    return AuditResult(**dict(found))

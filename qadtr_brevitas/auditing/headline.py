@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from qadtr_brevitas.auditing.finding import AuditReport, PrecisionAudit
 from qadtr_brevitas.auditing.standings import Standing, standings
+from qadtr_brevitas.auditing.tables import summary
 from qadtr_brevitas.core.table import Table
 from qadtr_brevitas.evaluation.report import EvaluationReport
 from qadtr_brevitas.evaluation.report.layout import EMPTY, bits, percent
@@ -60,6 +61,21 @@ def headline(report: EvaluationReport, audits: Iterable[AuditReport] = ()) -> He
     best = _best(lines)
     sentences = [_resists(best, report), _price(best, lines), _trust(lines)]
     return Headline(tuple(filter(None, sentences)), _table(lines, report))
+
+
+def audit_headline(audit: AuditReport) -> Headline:
+    """Return the first message of an audit: what its attacks break, and whether it warns."""
+    lines = [
+        Standing(audit.model, part.precision or "float", part.clean_accuracy, None, None, None, part)
+        for part in audit.precisions
+    ]
+    weakest = max(audit.precisions, key=lambda part: part.worst_case.value or 0.0)
+    where = audit.model if weakest.precision is None else f"{audit.model} at {bits(weakest.precision)}"
+    broken = (
+        f"{where}{' resists least' if len(lines) > 1 else ''}: of {weakest.worst_case.n} images that it gets right, "
+        f"the attacks of the audit break {percent(weakest.worst_case)} %."
+    )
+    return Headline((broken, _trust(lines)), summary([audit]))
 
 
 def _best(lines: Sequence[Standing]) -> Standing:

@@ -169,6 +169,8 @@ def test_an_audit_runs_on_a_model_in_memory(model: qb.SwitchableModel) -> None:
     report = qb.audit(model, loader(32, seed=1), precisions=[4], images=16)
     assert [audited.precision for audited in report.precisions] == ["4"]
     assert report.precisions[0].findings
+    assert str(report).startswith("model at 4 bit: of ")
+    assert "Trust: " in str(report)
 
 
 @pytest.mark.parametrize(

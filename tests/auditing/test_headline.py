@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from qadtr_brevitas.auditing.finding import AuditReport, Finding
-from qadtr_brevitas.auditing.headline import headline
+from qadtr_brevitas.auditing.headline import audit_headline, headline
 from qadtr_brevitas.evaluation.report import EvaluationReport
 from qadtr_brevitas.evaluation.report.schema import WorstCase
 from tests.auditing.support import precision_audits
@@ -46,6 +46,15 @@ def test_it_says_what_resists_best_at_which_precision_and_price(report: Evaluati
     # Of 40 images the 10 of the target class cannot be turned into it.
     assert rows["b", "8 bit"] == ("100.0", "100.0", "0.0", "lavan", "not audited")
     assert rows["a", "8 bit"] == ("100.0", "25.0", "100.0", "lavan", "not audited")
+
+
+def test_an_audit_alone_says_first_what_it_breaks_and_whether_it_warns() -> None:
+    first = audit_headline(audit("net", "pass", "WARN"))
+    weakest = max(audit("net").precisions, key=lambda part: part.worst_case.value or 0.0)
+    broken, trust = first.sentences
+    assert f"net at {weakest.precision} bit resists least: of {weakest.worst_case.n} images" in broken
+    assert "Audit G2 of net at 8 bit" in trust
+    assert [row[:2] for row in first.table.rows] == [("net", "8 bit"), ("net", "4 bit")]
 
 
 @pytest.mark.parametrize(
