@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import onnx
 import pytest
 import torch
 from torch import Tensor, nn
@@ -92,12 +93,22 @@ def test_the_file_computes_what_the_network_computes(net: str, form: str, precis
     assert content["agreement"]["accuracy"] == found.accuracy
     assert (content["format"], content["precision"]) == (form, str(wanted))
 
+    check_that_nothing_is_constant(tmp_path / "out" / ONNX_FILE)
     # Not by the code under test: the file, loaded again, against the switchable model.
     images = SPLIT.batch(torch.arange(6))[0]
     with at_precision(given.model, wanted), torch.no_grad():
         expected = given.model(images)
     exported = find_format(form).load(tmp_path / "out" / ONNX_FILE)(images)
     assert (exported - expected).abs().amax(1).median() < 1e-2 * expected.abs().max()
+
+
+def check_that_nothing_is_constant(path: Path) -> None:
+    """No node computes what is the same for every image, but for weights, which are stored as integers."""
+    graph = onnx.load(str(path)).graph
+    fixed = {tensor.name for tensor in graph.initializer}
+    constant = [n for n in graph.node if n.op_type not in ("DequantizeLinear", "Quant") and fixed.issuperset(n.input)]
+    assert not constant
+    assert not {"Identity", "Shape", "ConstantOfShape"} & {node.op_type for node in graph.node}
 
 
 class ReadsTwice(nn.Module):
@@ -127,8 +138,6 @@ def test_nodes_that_read_one_tensor_twice(form: str, tmp_path: Path) -> None:
 
 
 def test_bit_widths_are_in_the_file(tmp_path: Path) -> None:
-    import onnx
-
     export(loaded("cnn"), Precision.parse("w4a8"), find_format("qonnx"), tmp_path / "out", split=None)
     graph = onnx.load(str(tmp_path / "out" / ONNX_FILE)).graph
     values = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
