@@ -23,6 +23,7 @@ from qadtr_brevitas.cli.common import (
 )
 from qadtr_brevitas.cli.completion import complete_studies
 from qadtr_brevitas.cli.start import load_libraries
+from qadtr_brevitas.cli.study_cluster import run_on_cluster
 from qadtr_brevitas.config import shipped
 from qadtr_brevitas.core.errors import UsageError, suggest
 from qadtr_brevitas.core.extras import require
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from qadtr_brevitas.core.progress import Progress
+    from qadtr_brevitas.evaluation.sharding import Shard
     from qadtr_brevitas.reproduce.study.plan import StudyPlan
     from qadtr_brevitas.reproduce.study.run import StartProgress
     from qadtr_brevitas.reproduce.study.sections import Study
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
         "qadtr-brevitas study table13 budget.images=500 seeds=[0,1] --dry-run",
         "qadtr-brevitas study table11 --jobs 4",
         "qadtr-brevitas study my_study.yaml --shard 2/3        # on three machines that share the folders",
+        "qadtr-brevitas study table11 --ray                    # on the cluster of `ray start`",
     ),
 )
 @click.argument("study", shell_complete=complete_studies)
@@ -72,6 +75,13 @@ if TYPE_CHECKING:
     show_default=True,
     help="Run so many steps at a time on this machine.",
 )
+@click.option(
+    "--ray",
+    metavar="[ADDRESS]",
+    is_flag=False,
+    flag_value="auto",
+    help="Run the steps on a Ray cluster whose nodes see the folders; a step takes --threads CPUs, 1 if not given.",
+)
 @click.option("--dry-run", is_flag=True, help="Only list the steps and which of them are finished.")
 @click.option("--all", "show_all", is_flag=True, help="Print every table, and not only the result in short.")
 @device_option
@@ -86,6 +96,7 @@ def command(
     shard: str | None,
     processes: int,
     jobs: int,
+    ray: str | None,
     dry_run: bool,
     show_all: bool,
     device: str,
@@ -103,8 +114,8 @@ def command(
 
     from qadtr_brevitas.reproduce.study.file import load_study
 
-    if shard is not None and jobs > 1:
-        raise UsageError("--shard and --jobs each divide the steps: give one of them")
+    if sum((shard is not None, jobs > 1, ray is not None)) > 1:
+        raise UsageError("--shard, --jobs and --ray each divide the steps: give one of them")
     checked = load_study(study, overrides, scale=scale)
     output = output or Path("studies") / f"{Path(study).stem}-{scale}"
     work = work or output.resolve().parent / "work"
@@ -119,6 +130,17 @@ def command(
     for package in ("jinja2", "matplotlib"):
         require(package, extra="reproduce", purpose="study")
 
+    if ray is not None:
+        # Nodes have current folders of their own.
+        plan = make_plan(checked, work=work.resolve(), output=output.resolve())
+        run_on_cluster(plan, work.resolve(), address=ray, device=device, processes=processes)
+    else:
+        _run_here(plan, work, shard=own_shard, jobs=jobs, device=device, processes=processes)
+    _report(checked, plan, output, scale=scale, show_all=show_all)
+
+
+def _run_here(plan: StudyPlan, work: Path, *, shard: Shard | None, jobs: int, device: str, processes: int) -> None:
+    """Run the steps on this machine."""
     from qadtr_brevitas.core.device import resolve_device
     from qadtr_brevitas.reproduce.study.jobs import helping_processes
     from qadtr_brevitas.reproduce.study.locks import StepLocks
@@ -128,9 +150,8 @@ def command(
     resources = StudyResources(work, str(resolve_device(device)), processes, command_line())
     locks = work / "locks"
     with _progress_bar() as start_progress, helping_processes(plan, resources, locks, jobs=jobs) as share:
-        own = share or own_shard
+        own = share or shard
         run_study(plan, resources, StepLocks(locks), shard=own, report=say, start_progress=start_progress)
-    _report(checked, plan, output, scale=scale, show_all=show_all)
 
 
 @contextmanager

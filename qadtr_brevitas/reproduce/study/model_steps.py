@@ -35,6 +35,10 @@ class ModelStep(StudyStep):
 
     network: StudyNetwork
 
+    def processes(self, resources: StudyResources) -> int:
+        """Return the number of processes of a training; one process converts."""
+        return resources.processes if self.network.section.train else 1
+
     def execute(self, resources: StudyResources, progress: Progress) -> None:
         """Train the network, resuming an interrupted run; or convert it, completely or not at all."""
         recipe = self._recipe()

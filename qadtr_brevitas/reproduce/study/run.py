@@ -68,7 +68,7 @@ def run_study(
     outcome, waiting = StudyOutcome(), ""
     missing = _own_shard_first([step for step in plan.steps if not step.is_finished()], shard)
     while missing := [step for step in missing if step.name not in outcome.failed and not step.is_finished()]:
-        _fail_dependents(missing, outcome)
+        fail_dependents(missing, outcome)
         ready = [step for step in missing if all(need.is_finished() for need in step.needs)]
         if any(_try_step(step, plan, resources, locks, outcome, report, start_progress) for step in ready):
             waiting = ""
@@ -79,7 +79,7 @@ def run_study(
         waiting = owned
         time.sleep(poll_seconds)
     if outcome.failed:
-        raise _failure(outcome, plan)
+        raise failure(outcome, plan)
     return outcome
 
 
@@ -125,7 +125,7 @@ def _start_message(step: StudyStep, plan: StudyPlan) -> str:
     return f"step {finished + 1} of {len(plan.steps)}: {step.name}" + (f" ({left} left)" if left else "")
 
 
-def _fail_dependents(missing: Sequence[StudyStep], outcome: StudyOutcome) -> None:
+def fail_dependents(missing: Sequence[StudyStep], outcome: StudyOutcome) -> None:
     """Mark the steps that need a failed step as failed."""
     for step in missing:
         for need in step.needs:
@@ -133,8 +133,8 @@ def _fail_dependents(missing: Sequence[StudyStep], outcome: StudyOutcome) -> Non
                 outcome.failed[step.name] = StudyError(f"it needs: {need.name}")
 
 
-def _failure(outcome: StudyOutcome, plan: StudyPlan) -> StudyError:
-    """Return the error that lists each cause once."""
+def failure(outcome: StudyOutcome, plan: StudyPlan) -> StudyError:
+    """Return the error of a study with failed steps, which lists each cause once."""
     steps_by_cause: dict[str, list[str]] = {}
     for name, error in outcome.failed.items():
         if not isinstance(error, StudyError):

@@ -82,6 +82,10 @@ class StudyStep(ABC):
         self._remove_markers()
         write_json(self.marker, marker.model_dump())
 
+    def processes(self, resources: StudyResources) -> int:
+        """Return the number of processes that the step computes in, each with threads and a GPU of its own."""
+        return 1
+
     @abstractmethod
     def execute(self, resources: StudyResources, progress: Progress) -> None:
         """Make what is missing of the step's result."""
