@@ -17,6 +17,10 @@ BUDGETS: dict[str, dict[str, Any]] = {
     "ptq_methods": {"steps": 60, "samples": 64, "images": 60},
     "certify_and_deploy": {"steps": 60, "images": 6, "masks": 2},
     "finn_from_python": {"steps": 60, "images": 4},
+    "ray_study": {
+        "cpus": 1,
+        "overrides": ["models.qadtr=null", "attacks={}", "evaluations.main.attacks=[]"],
+    },
 }
 
 pytestmark = pytest.mark.slow
@@ -73,3 +77,9 @@ def test_a_network_is_certified_and_exported(run: Callable[[str], Any], tmp_path
 def test_a_folder_for_finn_is_written(run: Callable[[str], Any]) -> None:
     pytest.importorskip("qonnx")
     assert (run("finn_from_python") / "model.onnx").is_file()
+
+
+def test_a_study_runs_on_a_cluster(run: Callable[[str], Any], tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason="needs Ray: pip install 'qadtr-brevitas[ray]'")
+    assert run("ray_study") == ["train qat", "evaluate qat"]
+    assert (tmp_path / "ray_study" / "report" / "figures.csv").is_file()
