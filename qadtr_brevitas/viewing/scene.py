@@ -39,6 +39,7 @@ class Look:
         column: column of the same.
         votes: whether the masks vote.
         prove: whether the defended prediction is to be proved too, which takes hundreds of forward passes.
+        model: index of the model.
     """
 
     image: int
@@ -48,6 +49,7 @@ class Look:
     column: int = 0
     votes: bool = False
     prove: bool = False
+    model: int = 0
 
     @classmethod
     def parse(cls, values: Mapping[str, Any]) -> Look:
@@ -56,7 +58,8 @@ class Look:
         Raises:
             UsageError: an unknown name, or a value of another type.
         """
-        kinds = {"image": int, "precision": str, "patch": int, "row": int, "column": int, "votes": bool, "prove": bool}
+        kinds = {"image": int, "precision": str, "patch": int, "row": int, "column": int}
+        kinds |= {"votes": bool, "prove": bool, "model": int}
         if unknown := sorted(values.keys() - kinds.keys()):
             raise UsageError(f"unknown name {unknown[0]!r}: give {', '.join(kinds)}")
         for name, value in values.items():
@@ -145,6 +148,10 @@ class Scene:
             if asked.votes or asked.prove:
                 found["votes"] = self._votes(images, asked)
         return found
+
+    def end(self) -> None:
+        """Wait for the look in progress, and begin no other: a process that ends amid one aborts."""
+        self._lock.acquire()
 
     def _image(self, asked: Look) -> tuple[Tensor, Tensor]:
         if not 0 <= asked.image < len(self.split):

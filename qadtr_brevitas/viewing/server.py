@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.resources import files
@@ -26,14 +27,14 @@ _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-
 
 
 class ViewServer(ThreadingHTTPServer):
-    """Serves a scene on the loopback address; `serve_forever` runs until it is interrupted.
+    """Serves scenes on the loopback address; `serve_forever` runs until it is interrupted.
 
     Args:
-        scene: what is looked at.
+        scenes: what is looked at, one for each model.
         port: 0 for one that is free.
 
     Attributes:
-        scene: the same.
+        scenes: the same.
         token: what every request has to carry.
 
     Raises:
@@ -42,8 +43,8 @@ class ViewServer(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, scene: Scene, *, port: int = 0) -> None:
-        self.scene, self.token = scene, secrets.token_urlsafe(16)
+    def __init__(self, scenes: Sequence[Scene], *, port: int = 0) -> None:
+        self.scenes, self.token = tuple(scenes), secrets.token_urlsafe(16)
         try:
             super().__init__(("127.0.0.1", port), _Handler)
         except OSError as error:
@@ -54,6 +55,41 @@ class ViewServer(ThreadingHTTPServer):
         """The address of the page, with the token."""
         return f"http://127.0.0.1:{self.server_address[1]}/?token={self.token}"
 
+    def __exit__(self, *error: Any) -> None:
+        """Wait for what is looked at, and stop listening."""
+        for scene in self.scenes:
+            scene.end()
+        super().__exit__(*error)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Keep silent about a browser that no longer waits for its answer."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
+
+    def facts(self, model: str) -> dict[str, Any]:
+        """Return what the page needs to know first about the model of an index.
+
+        Raises:
+            UsageError: there is no such model.
+        """
+        if not model.isdecimal():
+            raise UsageError(f"model is {model!r}: give 0 to {len(self.scenes) - 1}")
+        names = [scene.loaded.name for scene in self.scenes]
+        return {"models": names, **self._scene(int(model)).facts()}
+
+    def look(self, asked: Look) -> dict[str, Any]:
+        """Return what the model that is asked for sees, as `Scene.look` does.
+
+        Raises:
+            UsageError: there is no such model, or as `Scene.look`.
+        """
+        return self._scene(asked.model).look(asked)
+
+    def _scene(self, model: int) -> Scene:
+        if not 0 <= model < len(self.scenes):
+            raise UsageError(f"there is no model {model}: give 0 to {len(self.scenes) - 1}")
+        return self.scenes[model]
+
 
 class _Handler(BaseHTTPRequestHandler):
     """Answers one request."""
@@ -63,14 +99,14 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         place = urlsplit(self.path)
-        token = parse_qs(place.query).get("token", [""])[0]
-        if self._is_refused(token):
+        asked = {name: values[0] for name, values in parse_qs(place.query).items()}
+        if self._is_refused(asked.get("token", "")):
             return
         if place.path == "/":
             nonce = secrets.token_urlsafe(16)
             self._answer(HTTPStatus.OK, page(nonce), _HTML, policy=_POLICY.format(nonce=nonce))
         elif place.path == "/facts":
-            self._answer_json(self._scene.facts)
+            self._answer_json(lambda: self._view.facts(asked.get("model", "0")))
         else:
             self._answer(HTTPStatus.NOT_FOUND, "there is no such page", _TEXT)
 
@@ -85,14 +121,14 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"give at most {_MOST_BYTES} bytes", _TEXT)
             return
         body = self.rfile.read(int(length))
-        self._answer_json(lambda: self._scene.look(Look.parse(_read_object(body))))
+        self._answer_json(lambda: self._view.look(Look.parse(_read_object(body))))
 
     def log_message(self, format: str, *args: object) -> None:
         """Keep silent: the terminal is for the command."""
 
     @property
-    def _scene(self) -> Scene:
-        return cast("ViewServer", self.server).scene
+    def _view(self) -> ViewServer:
+        return cast("ViewServer", self.server)
 
     def _is_refused(self, token: str) -> bool:
         """Return whether a request is not of the page that was opened, and say so to who sent it."""
@@ -100,7 +136,7 @@ class _Handler(BaseHTTPRequestHandler):
         origin = self.headers.get("Origin")
         if host.rpartition(":")[0] not in _HOSTS or origin not in (None, f"http://{host}"):
             self._answer(HTTPStatus.FORBIDDEN, "this page is for the browser of this machine only", _TEXT)
-        elif not secrets.compare_digest(token.encode(), cast("ViewServer", self.server).token.encode()):
+        elif not secrets.compare_digest(token.encode(), self._view.token.encode()):
             self._answer(HTTPStatus.FORBIDDEN, "open the whole address that the command printed, token included", _TEXT)
         else:
             return False

@@ -10,7 +10,7 @@ from base64 import b64decode
 from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
@@ -30,6 +30,7 @@ from qadtr_brevitas.evaluation.entries import LoadedModel, NamedPatch, load_mode
 from qadtr_brevitas.evaluation.masks import mean_color
 from qadtr_brevitas.quant import at_precision
 from qadtr_brevitas.viewing import Scene, ViewServer
+from qadtr_brevitas.viewing.scene import Look
 from qadtr_brevitas.viewing.server import page
 from tests.evaluation.fakes import white_patch
 from tests.evaluation.models import CLASSES, SIDE, make_model_dir
@@ -59,7 +60,7 @@ def patch() -> NamedPatch:
 
 @pytest.fixture(scope="module")
 def server(loaded: LoadedModel, split: Split, patch: NamedPatch) -> Iterator[ViewServer]:
-    with ViewServer(Scene(loaded, split, [patch])) as running:
+    with ViewServer([Scene(loaded, split, [patch])]) as running:
         thread = Thread(target=running.serve_forever, daemon=True)
         thread.start()
         yield running
@@ -140,7 +141,7 @@ def test_the_gradient_is_that_of_the_loss_of_the_true_class(
     picture = pixels(found["picture"])
     assert picture.size == (SIDE, SIDE)
     strongest = images.grad[0].abs().amax(0).argmax().item()
-    assert picture.convert("L").tobytes()[strongest] == 255
+    assert picture.convert("L").tobytes()[int(strongest)] == 255
 
 
 def test_the_masks_vote_as_brute_force_says(
@@ -196,6 +197,8 @@ def test_pages_of_others_are_refused(server: ViewServer) -> None:
         ({"patch": 0, "column": -1}, "outside"),
         ({"precision": "3"}, "3"),
         ({"precision": 4}, "precision"),
+        ({"model": 1}, "0 to 0"),
+        ({"model": "0"}, "model"),
         ({"extra": 1}, "extra"),
     ],
 )
@@ -203,6 +206,58 @@ def test_bad_questions_are_answered_with_a_reason(server: ViewServer, asked: dic
     found = look(server, **asked)
     assert found["status"] == 400
     assert word in found["error"]
+
+
+def test_each_model_is_asked_by_its_index(server: ViewServer, folder: Path, split: Split, tmp_path: Path) -> None:
+    folders = [folder, make_model_dir(tmp_path / "other", precisions=(32, 8))]
+    scenes = [Scene(loaded, split) for loaded in load_models(folders)]
+    with ViewServer(scenes) as both:
+        found = [both.facts(number) for number in ("0", "1")]
+        assert [facts["models"] for facts in found] == [["run", "other"]] * 2
+        assert [(facts["model"], facts["precisions"]) for facts in found] == [
+            ("run", ["32", "4"]),
+            ("other", ["32", "8"]),
+        ]
+        seen = both.look(Look(image=0, precision="8", model=1))
+        with pytest.raises(UsageError, match="no precision 8"):
+            both.look(Look(image=0, precision="8"))
+        assert seen == scenes[1].look(Look(image=0, precision="8"))
+    for wrong in ("1", "-1", "x"):
+        assert ask(server, f"/facts?token={server.token}&model={wrong}")[0] == 400
+
+
+def test_the_end_waits_for_a_look(loaded: LoadedModel, split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
+    started, released, scene = Event(), Event(), Scene(loaded, split)
+    forward = loaded.model.forward
+
+    def slow(images: torch.Tensor) -> torch.Tensor:
+        started.set()
+        assert released.wait(60)
+        return forward(images)
+
+    monkeypatch.setattr(loaded.model, "forward", slow)
+    looking = Thread(target=scene.look, args=(Look(image=0, precision="4"),))
+    server = ViewServer([scene])
+    closing = Thread(target=server.__exit__, args=(None, None, None))
+    looking.start()
+    assert started.wait(60)
+    closing.start()
+    closing.join(0.2)
+    assert closing.is_alive()
+    released.set()
+    closing.join(60)
+    assert not closing.is_alive()
+
+
+@pytest.mark.parametrize(("error", "is_told"), [(BrokenPipeError(), False), (ZeroDivisionError(), True)])
+def test_a_browser_that_left_is_no_error(
+    server: ViewServer, error: Exception, is_told: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        raise error
+    except type(error):
+        server.handle_error(None, ("127.0.0.1", 1))
+    assert (type(error).__name__ in capsys.readouterr().err) == is_told
 
 
 def test_bad_requests(server: ViewServer) -> None:
@@ -233,14 +288,14 @@ def test_without_a_patch_there_is_noise_and_too_large_ones_are_refused(loaded: L
 
 def test_a_port_that_is_taken(server: ViewServer) -> None:
     with pytest.raises(UsageError, match="--port"):
-        ViewServer(server.scene, port=server.server_address[1])
+        ViewServer(server.scenes, port=server.server_address[1])
 
 
 def test_the_command_prints_the_address_and_ends_by_ctrl_c(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     served: list[Scene] = []
 
     def serve(self: ViewServer) -> None:
-        served.append(self.scene)
+        served.extend(self.scenes)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(ViewServer, "serve_forever", serve)
