@@ -17,7 +17,7 @@ CELL = re.compile(
 )
 PRINTED = re.compile(r"```text\n(.*?)```", re.DOTALL)
 PICTURE = re.compile(r"!\[.*?\]\((.+?)\)")
-LINK = re.compile(r"\]\((?!https?:|#)([^)]+)\)")
+LINK = re.compile(r"\]\((?!https?:|#|attachment:)([^)]+)\)")
 
 
 def notebook(page: Path, *, site: str) -> str:
@@ -29,19 +29,31 @@ def notebook(page: Path, *, site: str) -> str:
     """
     text, cells, end = page.read_text(encoding="utf-8"), list[dict[str, Any]](), 0
     for block in CELL.finditer(text):
-        cells += _words(text[end : block.start()], site)
+        cells += _words(text[end : block.start()], site, page.parent)
         cells.append(_code(block, page.parent))
         end = block.end()
-    cells += _words(text[end:], site)
+    cells += _words(text[end:], site, page.parent)
     kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
     numbered = [{"id": f"cell-{number}", **cell} for number, cell in enumerate(cells)]
     return json.dumps({"cells": numbered, "metadata": kernel, "nbformat": 4, "nbformat_minor": 5}, indent=1)
 
 
-def _words(text: str, site: str) -> Iterator[dict[str, Any]]:
-    if text.strip():
-        linked = LINK.sub(lambda link: f"]({site}/{link[1]})", text.strip())
-        yield {"cell_type": "markdown", "metadata": {}, "source": linked}
+def _words(text: str, site: str, folder: Path) -> Iterator[dict[str, Any]]:
+    if not text.strip():
+        return
+    pictures: dict[str, Any] = {}
+
+    def attached(picture: re.Match[str]) -> str:
+        file = folder / picture[1]
+        pictures[file.name] = {"image/png": _encoded(file)}
+        return picture[0].replace(f"({picture[1]})", f"(attachment:{file.name})")
+
+    source = LINK.sub(lambda link: f"]({site}/{link[1]})", PICTURE.sub(attached, text.strip()))
+    yield {"cell_type": "markdown", "metadata": {}, "source": source} | ({"attachments": pictures} if pictures else {})
+
+
+def _encoded(picture: Path) -> str:
+    return b64encode(picture.read_bytes()).decode()
 
 
 def _code(block: re.Match[str], folder: Path) -> dict[str, Any]:
@@ -58,5 +70,4 @@ def _outputs(text: str, folder: Path) -> Iterator[dict[str, Any]]:
     for printed in PRINTED.findall(text):
         yield {"output_type": "stream", "name": "stdout", "text": printed}
     for name in PICTURE.findall(text):
-        picture = b64encode((folder / name).read_bytes()).decode()
-        yield {"output_type": "display_data", "metadata": {}, "data": {"image/png": picture}}
+        yield {"output_type": "display_data", "metadata": {}, "data": {"image/png": _encoded(folder / name)}}

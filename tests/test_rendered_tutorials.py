@@ -76,12 +76,15 @@ def test_a_notebook_has_the_cells_outputs_and_pictures_of_its_page(script: Simpl
         re.sub(r"\]\(\S*x-1.png\)", "](x-1.png)", rendered)
         + "\n```bash\nqadtr-brevitas info x\n```\n\n[Other](other.md)\n"
     )
-    page.write_text(text, encoding="utf-8")
+    page.write_text(f"![Seen before.](x-1.png)\n\n{text}", encoding="utf-8")
     make = runpy.run_path(str(DOCS / "notebooks.py"))["notebook"]
     cells = json.loads(make(page, site="https://x/y"))["cells"]
     sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
     assert sources[0].startswith("from PIL import Image")
     assert sources[2:] == ["%%writefile file.yaml\na: 1", "!qadtr-brevitas info x"]
+    words = cells[0]
+    assert words["source"].startswith("![Seen before.](attachment:x-1.png)")
+    assert b64decode(words["attachments"]["x-1.png"]["image/png"]).startswith(b"\x89PNG")
     first = cells[1]["outputs"]
     assert first[0]["text"] == "one\n2\n"
     assert b64decode(first[1]["data"]["image/png"]).startswith(b"\x89PNG")
@@ -94,4 +97,5 @@ def test_pictures_are_there_and_small(tutorial: Path) -> None:
     text = tutorial.read_text(encoding="utf-8")
     pictures = [tutorial.parent / name for name in re.findall(r"!\[.+?\]\((.+?\.png)\)", text)]
     assert sum(picture.stat().st_size for picture in pictures) <= MOST_BYTES
-    assert len(pictures) == len(re.findall("<!-- picture: ", text))
+    outputs = re.findall(r"<!-- output -->\n(.*?)<!-- end of output -->", text, re.DOTALL)
+    assert "".join(outputs).count("![") == text.count("<!-- picture: ")
