@@ -69,6 +69,10 @@ class Slot:
         if key is None or not isinstance(name, str):
             rule = f"{self._rule}: choose from {', '.join(self.registry.names())}"
             raise located_error([((key or self.key,), rule)])
+        name, named = self.registry.divide(name)
+        if twice := named.keys() & fields:
+            raise located_error([((twice.pop(),), "stands in the name already, after the slash: give it once")])
+        fields |= named
         try:
             plugin = self.registry.load(name)
         except QadtrError as error:

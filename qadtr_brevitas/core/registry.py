@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from functools import cache
 from importlib import import_module
@@ -25,11 +25,13 @@ class Registry:
         kind: what one of them is called.
         contract: "package.module:Class" of the abstract class that each derives from.
         builtin: the plug-ins of this package.
+        prefixes: plug-ins that a name PREFIX/ROOT stands for, which other libraries use, with ROOT as `root`.
     """
 
     kind: str
     contract: str
     builtin: Mapping[str, tuple[str, str]]
+    prefixes: Mapping[str, str] = field(default_factory=dict[str, str])
 
     def entries(self) -> dict[str, tuple[str, str]]:
         """Return every known plug-in, built-in ones first; an entry point cannot replace a built-in one."""
@@ -38,6 +40,13 @@ class Registry:
     def names(self, pattern: str = "*") -> list[str]:
         """Return the names that match a shell pattern, sorted."""
         return sorted(name for name in self.entries() if fnmatch(name, pattern))
+
+    def divide(self, name: str) -> tuple[str, dict[str, str]]:
+        """Return the name of a plug-in and the settings that stand for a name PREFIX/ROOT; others as they are."""
+        prefix, slash, root = name.partition("/")
+        if not slash or prefix.lower() not in self.prefixes:
+            return name, {}
+        return self.prefixes[prefix.lower()], {"root": root} if root else {}
 
     def describe(self, name: str) -> str:
         """Return the one-line description of a plug-in."""
@@ -177,6 +186,10 @@ DATASETS = Registry(
         "cifar10": ("qadtr_brevitas.data.image_folder:Cifar10", "CIFAR-10 as image folder or tar, 32x32, 10 classes"),
         "digits": ("qadtr_brevitas.data.digits:Digits", "UCI handwritten digits drawn in color, 32x32, embedded"),
         "gtsrb": ("qadtr_brevitas.data.gtsrb:Gtsrb", "GTSRB traffic signs, as published or as tar, 43 classes"),
+        "hfds": (
+            "qadtr_brevitas.data.hugging_face:HuggingFace",
+            "a data set of Hugging Face: a name of the Hub or a folder",
+        ),
         "image-folder": (
             "qadtr_brevitas.data.image_folder:ImageFolder",
             "ROOT/{train,test}/<class>/*.<image>, or ROOT/<class>/*.<image>",
@@ -184,6 +197,8 @@ DATASETS = Registry(
         "shards": ("qadtr_brevitas.data.shards:ShardFolder", "tars of pictures and classes, as webdataset writes them"),
         "shapes": ("qadtr_brevitas.data.shapes:Shapes", "procedural colored shapes, any size and number"),
     },
+    # The names of timm's dataset factory.
+    prefixes={"hfds": "hfds", "wds": "shards"},
 )
 
 SCHEDULES = Registry(

@@ -42,10 +42,11 @@ def parse_dataset_choice(choice: str) -> dict[str, Any]:
     if choice.lstrip().startswith("{"):
         return Slot(DATASETS).write(parse_plugin(DATASETS, choice, option="--data"))
     name, _, root = choice.partition(":")
+    name, named = DATASETS.divide(name)
     fields = fields_of(DATASETS.load(name))
     if root and "root" not in fields:
         raise UsageError(f"data set {name} reads no folder: give --data {name}")
-    return {"name": name, **({"root": root} if root else {})}
+    return {"name": name, **({"root": root} if root else named)}
 
 
 def find_dataset(
