@@ -19,6 +19,8 @@ AUTO = "auto"
 _SECONDS = 5.0
 # What `ray start --head` listens on: for nodes of the cluster, and for programs on other machines.
 _PORT, _CLIENT_PORT = 6379, 10001
+# Of HTTP/2: the type of a frame, and the bytes of the head of any.
+_SETTINGS, _FRAME_HEAD = 4, 9
 _ADDRESS = re.compile(r"(ray://)?([\w.-]+|\[[0-9a-fA-F:]+\])(?::(\d{1,5}))?", re.ASCII)
 
 
@@ -35,7 +37,7 @@ def connected(address: str) -> Generator[Any]:
     Raises:
         UsageError: Ray is not installed, the address cannot be read, or no cluster answers there.
     """
-    # A port on which something else listens: Ray tries so often, for seconds each, and reads this when it is imported.
+    # Ray tries so often, for 40 seconds each, and reads this when it is imported.
     os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "3")
     ray: Any = require("ray", extra="ray", purpose="study --ray")
     if ray.is_initialized():
@@ -46,7 +48,7 @@ def connected(address: str) -> Generator[Any]:
     _check_port(known)
     try:
         ray.init(address=known, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, TimeoutError, ValueError, RuntimeError) as error:
+    except (ConnectionError, TimeoutError, ValueError, RuntimeError, SystemExit) as error:
         raise _no_cluster(known, str(error).strip().partition("\n")[0]) from error
     try:
         yield ray
@@ -70,9 +72,19 @@ def _check_port(address: str) -> None:
         return
     host, port = _host_and_port(address)
     try:
-        socket.create_connection((host, port), timeout=_SECONDS).close()
+        with socket.create_connection((host, port), timeout=_SECONDS) as connection:
+            is_cluster = os.environ.get("RAY_USE_TLS") == "1" or _speaks_grpc(connection)
     except (OSError, OverflowError) as error:
         raise _no_cluster(address, f"{host} does not answer on port {port}: {error}") from error
+    if not is_cluster:
+        raise _no_cluster(address, f"something else listens on port {port} of {host}")
+
+
+def _speaks_grpc(connection: socket.socket) -> bool:
+    """Return whether the other side answers as a server of HTTP/2, with a SETTINGS frame (RFC 9113, section 3.4)."""
+    connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, _SETTINGS, 0, 0, 0, 0, 0)))
+    head = connection.recv(_FRAME_HEAD)
+    return len(head) == _FRAME_HEAD and head[3] == _SETTINGS
 
 
 def _host_and_port(address: str) -> tuple[str, int]:

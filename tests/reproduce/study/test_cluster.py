@@ -5,8 +5,11 @@ from __future__ import annotations
 import socket
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
 from types import SimpleNamespace
 
 import pytest
@@ -210,6 +213,39 @@ class TestAddress:
         (tmp_path / "ray").mkdir()
         (tmp_path / "ray" / "ray_current_cluster").write_text(f"127.0.0.1:{closed_port}\n")
         assert f"no Ray cluster at '127.0.0.1:{closed_port}'" in self.refusal(tmp_path, "auto")
+
+    @pytest.fixture
+    def answers(self) -> Iterator[Callable[[bytes], str]]:
+        """Return what opens a port at which a program answers with some bytes, and returns its address."""
+        with ExitStack() as stack:
+
+            def listen(answer: bytes) -> str:
+                server = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+
+                def serve() -> None:
+                    connection, _ = server.accept()
+                    with connection:
+                        connection.recv(100)
+                        connection.sendall(answer)
+
+                Thread(target=serve, daemon=True).start()
+                return f"127.0.0.1:{server.getsockname()[1]}"
+
+            yield listen
+
+    @pytest.mark.parametrize("answer", [b"", b"HTTP/1.1 400 Bad Request\r\n\r\n"])
+    def test_where_something_else_listens(self, tmp_path: Path, answers: Callable[[bytes], str], answer: bytes) -> None:
+        assert "something else listens" in self.refusal(tmp_path, answers(answer))
+
+    def test_what_ray_says_of_a_server_that_could_be_its_own(
+        self, tmp_path: Path, answers: Callable[[bytes], str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def init(**options: object) -> None:
+            raise RuntimeError("Version mismatch\nand more")
+
+        monkeypatch.setattr(sys.modules["ray"], "init", init, raising=False)
+        found = self.refusal(tmp_path, answers(bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))))
+        assert "(Version mismatch)" in found
 
     @pytest.mark.parametrize("address", ["budget.images=5", "http://head:6379", "head:port", ""])
     def test_what_is_no_address(self, tmp_path: Path, address: str) -> None:
