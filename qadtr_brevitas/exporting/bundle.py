@@ -1,7 +1,7 @@
 """All that a network is deployed with, written beside its file: how to feed it, a runner without PyTorch, test vectors.
 
     model.onnx  README.md  labels.txt  preprocess.json  run.py  test_vectors.npz  export-report.json  [float.onnx]
-    [masks.npz  defend.py]
+    [masks.npz  defend.py]  [integers.py | quant_nodes.py]
 
 The README and export-report.json say what was compared, in one plain sentence and in figures.
 """
@@ -33,6 +33,13 @@ FLOAT_FILE = "float.onnx"
 README_FILE, LABELS_FILE, PREPROCESS_FILE = "README.md", "labels.txt", "preprocess.json"
 RUNNER_FILE, VECTORS_FILE = "run.py", "test_vectors.npz"
 _DEPLOYED = Path(__file__).parent / "deployed"
+# What run.py imports for a runtime, and what has to be installed for it.
+_HELPERS = {"integers": INTEGERS_RUNNER, "qonnx": "quant_nodes.py"}
+_PACKAGES = {
+    "onnxruntime": "numpy pillow onnxruntime",
+    "qonnx": "numpy pillow onnx onnxruntime",
+    "integers": "numpy pillow",
+}
 
 
 class Vectors:
@@ -99,9 +106,9 @@ def write_bundle(
     (folder / LABELS_FILE).write_text("".join(f"{name}\n" for name in info.classes), encoding="utf-8")
     vectors.save(folder / VECTORS_FILE)
     height, width = info.image_size
-    if form.file == INTEGERS_FILE:
-        shutil.copy(_DEPLOYED / INTEGERS_RUNNER, folder / INTEGERS_RUNNER)
     files = {form.file: _file_facts(folder / form.file, form)}
+    for name in filter(None, (_HELPERS.get(files[form.file]["runtime"]),)):
+        shutil.copy(_DEPLOYED / name, folder / name)
     if (folder / FLOAT_FILE).is_file():
         files[FLOAT_FILE] = {**_file_facts(folder / FLOAT_FILE, None), "precision": "32"}
     settings = {
@@ -141,9 +148,6 @@ def _readme(info: ModelInfo, form: Format, report: ExportReport, settings: dict[
     facts = settings["files"][form.file]
     shape = f"({report.batch if report.batch != 'dynamic' else 'N'}, {len(info.mean)}, {settings['height']}, "
     shape += f"{settings['width']})"
-    needed = {"onnxruntime": "numpy pillow onnxruntime", "integers": "numpy pillow"}.get(
-        facts["runtime"], "numpy pillow qonnx onnxruntime"
-    )
     opset = f"ONNX opset {facts['opset']}; " if "opset" in facts else ""
     yield f"# {Path(report.model).name} at {report.precision} bit, as {form.name}\n"
     yield f"`{form.file}`: {form.help}. {opset}{report.bytes / 1e6:.3g} MB, of which the weights"
@@ -154,7 +158,7 @@ def _readme(info: ModelInfo, form: Format, report: ExportReport, settings: dict[
     yield f"- Pictures: {_resizing(settings)}; `{PREPROCESS_FILE}` has it for programs."
     yield f"- Runs in: {form.runtimes}.\n"
     yield "```"
-    yield f"pip install {needed}"
+    yield f"pip install {_PACKAGES[facts['runtime']]}"
     yield f"python {RUNNER_FILE} --check               # the test vectors: {VECTORS_FILE}"
     yield f"python {RUNNER_FILE} picture.jpg           # its class"
     yield f"python {RUNNER_FILE} --images FOLDER       # accuracy on FOLDER/CLASS/*"

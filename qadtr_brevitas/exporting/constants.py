@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from typing import Any
 
@@ -9,17 +10,22 @@ import numpy as np
 
 from qadtr_brevitas.exporting.graph import attribute, library
 
+_STANDARD = ("", "ai.onnx")
+# Larger constants are no sizes, which shapes could depend on.
+_MOST_SIZES = 64
+
 
 def fold_constants(model: Any, *, keep: Collection[str] = ()) -> Any:
-    """Return a model without nodes that read constants alone, or only shapes, and without identities.
+    """Compute, in place, what reads constants alone or only shapes, and remove identities; return the model.
 
     Args:
-        model: an ONNX ModelProto of standard operators, its nodes in an order in which they can be computed.
+        model: an ONNX ModelProto of standard operators and quantizers, its nodes in an order in which they can be
+            computed.
         keep: kinds of nodes that stay, and with them all that reads them.
     """
     while True:
         # Sizes that were computed are known once the nodes that computed them are folded.
-        model = library("onnx").shape_inference.infer_shapes(model)
+        infer_shapes(model)
         count = len(model.graph.node)
         _fold_shapes(model.graph)
         _fold(model, keep)
@@ -27,6 +33,36 @@ def fold_constants(model: Any, *, keep: Collection[str] = ()) -> Any:
         remove_unread(model.graph)
         if len(model.graph.node) == count:
             return model
+
+
+def infer_shapes(model: Any) -> None:
+    """Write the shape of every tensor into a graph in place; other nodes than standard ones keep that of their input.
+
+    Args:
+        model: as for `fold_constants`.
+    """
+    onnx, graph = library("onnx"), model.graph
+    plain = onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import)
+    plain.graph.name = graph.name
+    plain.graph.node.extend(graph.node)
+    plain.graph.input.extend(graph.input)
+    plain.graph.output.extend(graph.output)
+    for tensor in graph.initializer:
+        if math.prod(tensor.dims) > _MOST_SIZES:
+            value = onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
+            plain.graph.input.append(value)
+        else:
+            plain.graph.initializer.append(tensor)
+    for node in plain.graph.node:
+        if node.domain not in _STANDARD:
+            node.op_type, node.domain = "Identity", ""
+            del node.input[1:]
+            del node.attribute[:]
+    found = onnx.shape_inference.infer_shapes(plain, data_prop=True)
+    del graph.value_info[:]
+    graph.value_info.extend(found.graph.value_info)
+    for output, known in zip(graph.output, found.graph.output, strict=True):
+        output.CopyFrom(known)
 
 
 def _fold_shapes(graph: Any) -> None:

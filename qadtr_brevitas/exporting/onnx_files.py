@@ -10,11 +10,11 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 
+from qadtr_brevitas.exporting.clean import cleaned, folded
 from qadtr_brevitas.exporting.compiler import Compiler
 from qadtr_brevitas.exporting.constants import fold_constants
 from qadtr_brevitas.exporting.formats import Classifier, Format
@@ -23,7 +23,7 @@ from qadtr_brevitas.exporting.graph import library
 from qadtr_brevitas.exporting.head_scales import move_steps_outside
 from qadtr_brevitas.exporting.integers import integer_layers
 from qadtr_brevitas.exporting.narrow import narrow_weights
-from qadtr_brevitas.exporting.rewrite import rewrite, transpose_weights
+from qadtr_brevitas.exporting.rewrite import rewrite
 from qadtr_brevitas.exporting.rules import check_network
 from qadtr_brevitas.exporting.shortcuts import replace_shortcuts
 from qadtr_brevitas.exporting.tracing import KnownPools, exporter_errors
@@ -37,12 +37,10 @@ _OPSET = 17
 
 
 def _write_qonnx(frozen: nn.Module, images: Tensor, path: Path) -> None:
-    """QONNX as Brevitas exports it, with the graph cleaned by qonnx."""
+    """QONNX as Brevitas exports it, with a graph that tools can read."""
     with exporting():
-        model = _cleaned(export_qonnx(frozen, images, path))
-        for old, new in ((model.graph.input[0].name, INPUT), (model.graph.output[0].name, OUTPUT)):
-            model.rename_tensor(old, new)
-        _save(model, path)
+        model = export_qonnx(frozen, images, path)
+        _save_onnx(cleaned(model.model, input_name=INPUT, output_name=OUTPUT), path)
 
 
 def writer_for(compiler: Compiler) -> Callable[[nn.Module, Tensor, Path], None]:
@@ -55,7 +53,8 @@ def writer_for(compiler: Compiler) -> Callable[[nn.Module, Tensor, Path], None]:
         with exporting():
             model = _traced_for(compiler, frozen, image, path)
             rewrite(model, compiler.adapt_input)
-            _save(_cleaned(model), path)
+            # The names that qonnx gives them.
+            _save_onnx(cleaned(model.model, input_name="global_in", output_name="global_out"), path)
 
     return write
 
@@ -77,13 +76,10 @@ def check_traced(compiler: Compiler, frozen: nn.Module, image: Tensor) -> None:
 
 def _traced_for(compiler: Compiler, frozen: nn.Module, image: Tensor, path: Path) -> Any:
     """Return a QONNX graph that a compiler can take, with the names that PyTorch gave."""
-    fold, infer = library("qonnx.transformation.fold_constants"), library("qonnx.transformation.infer_shapes")
     frozen = copy.deepcopy(frozen)
     replace_shortcuts(frozen, image)
-    # As cleanup does, but for the names, which say what layer a node is from.
-    model = export_qonnx(frozen, image, path).transform(infer.InferShapes())
-    model = model.transform(fold.FoldConstants(exclude_op_types=["Quant"]))
-    transpose_weights(model)
+    # With the names that say what layer a node is from.
+    model = library("qonnx.core.modelwrapper").ModelWrapper(folded(export_qonnx(frozen, image, path).model))
     check_network(model, compiler)
     return model
 
@@ -92,30 +88,6 @@ def export_qonnx(frozen: nn.Module, image: Tensor, path: Path) -> Any:
     """Return a frozen network as Brevitas writes it, a qonnx ModelWrapper; call it within `exporting`."""
     library("brevitas.export").export_qonnx(frozen, args=image, export_path=str(path), **_tracing())
     return library("qonnx.core.modelwrapper").ModelWrapper(str(path))
-
-
-def _cleaned(model: Any) -> Any:
-    """Return a qonnx graph without constant parts, with readable names."""
-    infer, wrapper = library("qonnx.transformation.infer_shapes"), library("qonnx.core.modelwrapper").ModelWrapper
-    # qonnx starts anew after every node that it folds, and sorts the graph after every step: minutes for a transformer.
-    model = model.transform(infer.InferShapes(), cleanup=False)
-    model.model = fold_constants(model.model)
-    # Sizes that depended on what is folded are inferred anew.
-    del model.graph.value_info[:]
-    model = model.cleanup()
-    rename = wrapper.rename_tensor
-
-    def rename_everywhere(self: Any, old: str, new: str) -> None:
-        rename(self, old, new)
-        # qonnx renames the first of the inputs of a node that reads one tensor twice, as x * x does.
-        for node in self.graph.node:
-            for index, name in enumerate(node.input):
-                if name == old:
-                    node.input[index] = new
-
-    unsorted = patch.object(wrapper, "cleanup", lambda self: self)
-    with patch.object(wrapper, "rename_tensor", rename_everywhere), unsorted:
-        return library("qonnx.util.cleanup").cleanup_model(model)
 
 
 def _save(model: Any, path: Path) -> None:
@@ -197,38 +169,43 @@ def _load_fused(path: Path) -> Classifier:
 
 
 def _load_session(path: Path, level: str) -> Classifier:
+    return _session_of(str(path), level)
+
+
+def _session_of(model: str | bytes, level: str) -> Classifier:
+    """Return what a model computes that is a path or the bytes of a file."""
     runtime = library("onnxruntime")
     options = runtime.SessionOptions()
     options.graph_optimization_level = getattr(runtime.GraphOptimizationLevel, level)
     options.intra_op_num_threads = torch.get_num_threads()
-    session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    session = runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     given = session.get_inputs()[0]
     return _in_batches(lambda images: session.run(None, {given.name: images})[0], given.shape[0])
 
 
 def load_qonnx(path: Path) -> Classifier:
-    """qonnx makes a session of each node for each call, so it is given as many images at once as the graph takes."""
+    """Return what a file of quantizers computes: of the first image in qonnx itself, of others in onnxruntime.
+
+    qonnx makes a session of each node for each call. onnxruntime is given the operators that quantizers stand for.
+    """
+    # It imports onnx, which is optional.
+    from qadtr_brevitas.exporting.deployed.quant_nodes import load_standard
+
     wrapper, executor = library("qonnx.core.modelwrapper"), library("qonnx.core.onnx_exec")
-    infer_shapes = library("qonnx.transformation.infer_shapes")
-    model = wrapper.ModelWrapper(str(path))
+    fast = _session_of(load_standard(path).SerializeToString(), "ORT_DISABLE_ALL")
+    model: Any = wrapper.ModelWrapper(str(path))
     given, wanted = model.graph.input[0].name, model.graph.output[0].name
-
-    def run(model: Any, images: Any) -> Any:
-        return executor.execute_onnx(model, {given: images})[wanted]
-
-    in_batches = _in_batches(lambda images: run(model, images), model.get_tensor_shape(given)[0])
+    slow = _in_batches(
+        lambda images: executor.execute_onnx(model, {given: images})[wanted], model.get_tensor_shape(given)[0]
+    )
+    tried = False
 
     def classify(images: Tensor) -> Tensor:
-        many = wrapper.ModelWrapper(str(path))
-        # The shapes between input and output are those for one image: found anew.
-        del many.graph.value_info[:]
-        many.set_tensor_shape(given, list(images.shape))
-        many.set_tensor_shape(wanted, [len(images), *many.get_tensor_shape(wanted)[1:]])
-        try:
-            logits = torch.from_numpy(run(many.transform(infer_shapes.InferShapes()), images.cpu().numpy()))
-        except Exception:  # whatever a graph that was traced for one image stumbles over
-            return in_batches(images)
-        return logits if len(logits) == len(images) else in_batches(images)
+        nonlocal tried
+        if tried:
+            return fast(images)
+        tried = True
+        return torch.cat([slow(images[:1]), *([fast(images[1:])] if len(images) > 1 else [])])
 
     return classify
 
@@ -260,7 +237,8 @@ QONNX = Format(
     max_bits=32,
     write=_write_qonnx,
     load=load_qonnx,
-    runtimes="qonnx and tools that read QONNX (FINN, hls4ml, netron); onnxruntime does not know its Quant nodes",
+    runtimes="qonnx and tools that read QONNX (FINN, hls4ml, netron). onnxruntime does not know its Quant nodes; "
+    "`run.py` gives it the standard operators that they stand for",
 )
 QCDQ = Format(
     name="qcdq",

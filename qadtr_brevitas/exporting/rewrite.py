@@ -17,28 +17,6 @@ from qadtr_brevitas.exporting.graph import attribute, library, nodes_of
 PIXELS = 255.0
 
 
-def transpose_weights(model: Any) -> None:
-    """Turn quantized weights around in place where a node does so before each product: linear layers without a bias.
-
-    Args:
-        model: a qonnx ModelWrapper with all shapes, and constants folded.
-    """
-    for turn in nodes_of(model, "Transpose"):
-        quant = model.find_producer(turn.input[0])
-        if quant is None or quant.op_type != "Quant" or model.get_initializer(quant.input[0]) is None:
-            continue
-        order, twin = attribute(turn, "perm"), _copy(quant, turn.output[0])
-        for index, name in enumerate(quant.input):
-            value = model.get_initializer(name)
-            if value.ndim == len(order):
-                twin.input[index] = new_tensor(model, [value.shape[axis] for axis in order], value.transpose(order))
-        model.graph.node.remove(turn)
-        model.graph.node.append(twin)
-        if not model.find_consumers(quant.output[0]):
-            model.graph.node.remove(quant)
-    model.graph.node.sort(key=_order(model))
-
-
 def is_ceiled(model: Any, pool: Any) -> bool:
     """Return whether a pool has a window that reaches over the border, as `ceil_mode` allows."""
     kernel = attribute(pool, "kernel_shape")

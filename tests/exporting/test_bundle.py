@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -42,29 +43,25 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def bundle(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_bundle(pictures, tmp_path_factory.mktemp("exports") / "out", "qcdq", batch=5, baseline=True)
+
+
+def make_bundle(pictures: Path, output: Path, form: str, **settings: Any) -> Path:
     data = ImageFolder(root=str(pictures), image_size=16, crop=0.875, class_order="name")
     given = loaded(plain())
     facts = {**vars(given.info), "classes": CLASSES}
     given = type(given)(given.name, given.model, given.fingerprint, ModelInfo(**facts))
     texture = torch.randint(256, (3, 5, 5), generator=torch.Generator().manual_seed(2)) / 255
     patch = Patch(texture=texture, mask=torch.ones(5, 5, dtype=torch.bool), meta={"target": 1})
-    output = tmp_path_factory.mktemp("exports") / "out"
-    export(
-        given,
-        Precision(4, 4),
-        find_format("qcdq"),
-        output,
-        split=data.load("test"),
-        patches=[("sticker", patch)],
-        batch=5,
-        baseline=True,
-        resize=18,
-    )
+    split, patches = data.load("test"), [("sticker", patch)]
+    export(given, Precision(4, 4), find_format(form), output, split=split, patches=patches, resize=18, **settings)
     return output
 
 
-def run(bundle: Path, tmp_path: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
-    for name in ABSENT:
+def run(
+    bundle: Path, tmp_path: Path, *arguments: object, absent: tuple[str, ...] = ABSENT
+) -> subprocess.CompletedProcess[str]:
+    for name in absent:
         (tmp_path / f"{name}.py").write_text(f"raise ImportError('{name} is not installed')\n")
     command = [sys.executable, "-W", "error", str(bundle / "run.py"), *map(str, arguments)]
     return subprocess.run(
@@ -85,6 +82,17 @@ def test_the_accuracy_is_reproduced_to_the_image(bundle: Path, pictures: Path, t
             "correct": round(24 * accuracy),
             "accuracy": pytest.approx(accuracy),
         }
+
+
+def test_a_file_of_quantizers_needs_onnx_and_onnxruntime_alone(pictures: Path, tmp_path: Path) -> None:
+    pytest.importorskip("qonnx")
+    bundle = make_bundle(pictures, tmp_path / "out", "qonnx")
+    report = json.loads((bundle / "export-report.json").read_text())
+    absent = (*(name for name in ABSENT if name != "onnx"), "qonnx")
+    found = run(bundle, tmp_path, "--images", pictures / "test", "--json", absent=absent)
+    assert (found.returncode, found.stderr) == (0, "")
+    assert json.loads(found.stdout)["accuracy"] == pytest.approx(report["agreement"]["exported_accuracy"])
+    assert "pip install numpy pillow onnx onnxruntime" in (bundle / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("package", ["PIL", "onnxruntime"])

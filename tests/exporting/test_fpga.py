@@ -27,7 +27,7 @@ pytestmark = pytest.mark.slow
 NETS = {"plain": plain, "residual": residual, "padded": lambda: residual("A"), "mobile": Mobile}
 COMMON = {
     *(ONNX_FILE, EXPORT_REPORT_FILE, "README.md", "input.npy", "expected_output.npy"),
-    *("labels.txt", "preprocess.json", "run.py", "test_vectors.npz"),
+    *("labels.txt", "preprocess.json", "run.py", "quant_nodes.py", "test_vectors.npz"),
 }
 
 

@@ -5,7 +5,7 @@ python run.py --images FOLDER       # accuracy on FOLDER/CLASS/*, with the names
 python run.py --check               # the test vectors that came with the network
 python run.py --defend cat.jpg      # the class under masks, where the folder has them, and whether it is certified
 
-It needs numpy and pillow, and onnxruntime or qonnx, as preprocess.json says.
+It needs numpy and pillow, and mostly onnxruntime, as README.md says.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ try:
     import numpy as np
     from PIL import Image
 except ImportError as missing:
-    sys.exit(f"{missing}: pip install numpy pillow, and onnxruntime or qonnx, as README.md says")
+    sys.exit(f"{missing}: pip install numpy pillow, and what else README.md says")
 
 FOLDER = Path(__file__).resolve().parent
 SUFFIXES = set(Image.registered_extensions())
@@ -128,9 +128,20 @@ def _eight_bit(image: Image.Image) -> Image.Image:
 
 
 def _onnxruntime(path: Path) -> Callable[[Any], Any]:
+    return _session(str(path))
+
+
+def _qonnx(path: Path) -> Callable[[Any], Any]:
+    """Run a file with Quant nodes, which onnxruntime does not know, as the standard operators that they stand for."""
+    from quant_nodes import load_standard  # pyright: ignore[reportMissingImports]
+
+    return _session(load_standard(path).SerializeToString())  # pyright: ignore[reportUnknownMemberType]
+
+
+def _session(model: str | bytes) -> Callable[[Any], Any]:
     import onnxruntime  # pyright: ignore[reportMissingImports]
 
-    session: Any = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    session: Any = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
     return lambda images: session.run(None, {name: images})[0]
 
@@ -139,15 +150,6 @@ def _integers(path: Path) -> Callable[[Any], Any]:
     from integers import IntegerNetwork  # pyright: ignore[reportMissingImports]
 
     return IntegerNetwork(path).run  # pyright: ignore[reportUnknownVariableType, reportUnknownMemberType]
-
-
-def _qonnx(path: Path) -> Callable[[Any], Any]:
-    from qonnx.core.modelwrapper import ModelWrapper  # pyright: ignore[reportMissingImports]
-    from qonnx.core.onnx_exec import execute_onnx  # pyright: ignore[reportMissingImports]
-
-    model: Any = ModelWrapper(str(path))
-    given, wanted = model.graph.input[0].name, model.graph.output[0].name
-    return lambda images: execute_onnx(model, {given: images})[wanted]
 
 
 def measure(network: Network, folder: Path, *, as_json: bool) -> int:
