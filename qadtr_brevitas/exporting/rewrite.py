@@ -85,8 +85,9 @@ def _replace_global_pools(model: Any) -> None:
         if pool.op_type == "ReduceMean" and (len(shape) != 4 or sorted(_axes(model, pool)) not in ([2, 3], [-2, -1])):
             continue
         kept = pool.op_type == "GlobalAveragePool" or attribute(pool, "keepdims", 1)
+        factor = _take_factor(model, pool)
         output = pool.output[0] if kept else new_tensor(model, [*shape[:2], 1, 1])
-        _average(model, pool, output, kernel=shape[2:], strides=[1, 1], pads=[0, 0, 0, 0])
+        _average(model, pool, output, kernel=shape[2:], strides=[1, 1], pads=[0, 0, 0, 0], factor=factor)
         if not kept:
             model.graph.node.append(new_node("Flatten", [output], pool.output[0], axis=1))
 
@@ -101,16 +102,48 @@ def _replace_average_pools(model: Any) -> None:
         pads = list(attribute(pool, "pads", [0, 0, 0, 0]))
         if is_ceiled(model, pool) or (any(pads) and not attribute(pool, "count_include_pad", 0)):
             continue
-        kernel = attribute(pool, "kernel_shape")
-        _average(model, pool, pool.output[0], kernel=kernel, strides=attribute(pool, "strides", [1, 1]), pads=pads)
+        kernel, strides = attribute(pool, "kernel_shape"), attribute(pool, "strides", [1, 1])
+        factor = _take_factor(model, pool)
+        _average(model, pool, pool.output[0], kernel=kernel, strides=strides, pads=pads, factor=factor)
+
+
+def factor_behind(model: Any, pool: Any) -> tuple[float, Any]:
+    """Return the fixed factor that alone reads a pool's result, as `divisor_override` leaves one, and its node.
+
+    Returns:
+        1 and None where there is none, or not a positive one.
+    """
+    readers = model.find_consumers(pool.output[0])
+    if len(readers) == 1 and readers[0].op_type == "Mul":
+        values = [model.get_initializer(name) for name in readers[0].input]
+        factor = next((float(value) for value in values if value is not None and value.size == 1), 0.0)
+        if factor > 0:
+            return factor, readers[0]
+    return 1.0, None
+
+
+def _take_factor(model: Any, pool: Any) -> float:
+    """Take the factor behind a pool out of the graph, and return it: hls4ml cannot merge it into an average."""
+    factor, product = factor_behind(model, pool)
+    if product is not None:
+        model.graph.node.remove(product)
+        pool.output[0] = product.output[0]
+    return factor
 
 
 def _average(
-    model: Any, pool: Any, output: str, *, kernel: Sequence[int], strides: Sequence[int], pads: Sequence[int]
+    model: Any,
+    pool: Any,
+    output: str,
+    *,
+    kernel: Sequence[int],
+    strides: Sequence[int],
+    pads: Sequence[int],
+    factor: float,
 ) -> None:
-    """Put a depthwise convolution with 2-bit weights of one level in the place of a pool."""
+    """Put a depthwise convolution with 2-bit weights of one level in the place of a pool, times a factor."""
     channels = model.get_tensor_shape(pool.input[0])[1]
-    step = 1 / math.prod(kernel)
+    step = factor / math.prod(kernel)
     weight = new_tensor(model, [channels, 1, *kernel], np.full([channels, 1, *kernel], step))
     settings = [new_tensor(model, [], np.array(value)) for value in (step, 0.0, 2.0)]
     quantized = new_tensor(model, [channels, 1, *kernel])

@@ -11,7 +11,7 @@ import numpy as np
 from qadtr_brevitas.core.errors import ExportError
 from qadtr_brevitas.exporting.compiler import Compiler
 from qadtr_brevitas.exporting.graph import attribute, bits_of, constant, layer_of, nodes_of, scale_of
-from qadtr_brevitas.exporting.rewrite import is_ceiled
+from qadtr_brevitas.exporting.rewrite import factor_behind, is_ceiled
 
 _MAX_ACT_BITS = 8
 _PRODUCTS = ("Conv", "Gemm", "MatMul")
@@ -153,9 +153,18 @@ def _facts(model: Any, quant: Any) -> tuple[float, ...]:
 def _quant_behind(model: Any, name: str) -> Any:
     """Return the Quant node whose values a tensor holds; a pool's result is a multiple of them."""
     producer = model.find_producer(name)
-    while producer is not None and producer.op_type in (*_PASSING, *_POOLS):
+    while producer is not None and (producer.op_type in (*_PASSING, *_POOLS) or _is_factor_of_pool(model, producer)):
         producer = model.find_producer(producer.input[0])
     return producer if producer is not None and producer.op_type == "Quant" else None
+
+
+def _is_factor_of_pool(model: Any, node: Any) -> bool:
+    """Return whether a node is the factor that `rewrite` merges into the average in front of it."""
+    pool = model.find_producer(node.input[0])
+    if pool is None or pool.op_type not in _POOLS:
+        return False
+    _, product = factor_behind(model, pool)
+    return product is not None and product.output[0] == node.output[0]
 
 
 def _scales(model: Any) -> Iterator[tuple[str, str]]:
@@ -164,5 +173,12 @@ def _scales(model: Any) -> Iterator[tuple[str, str]]:
             yield layer_of(quant), _STEPS
     for pool in nodes_of(model, *_POOLS):
         pixels = prod(attribute(pool, "kernel_shape") or model.get_tensor_shape(pool.input[0])[2:])
-        if np.frexp(pixels)[0] != 0.5:
+        factor, _ = factor_behind(model, pool)
+        # A factor of 4 / 3 is a float.
+        divisor = round(pixels / factor, 4)
+        if np.frexp(divisor)[0] == 0.5:
+            continue
+        if factor == 1:
             yield layer_of(pool), f"an average over {pixels} pixels, no power of two: use images of another size"
+        else:
+            yield layer_of(pool), f"an average that divides by {divisor:g}, no power of two: choose another divisor"
