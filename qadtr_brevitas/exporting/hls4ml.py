@@ -42,6 +42,10 @@ class Hls4ml(Compiler):
             # hls4ml 1.3.0 then takes a side for the channels ("operands could not be broadcast together").
             if attribute(node, "group", 1) == channels > 1 and channels in size:
                 yield f"a depthwise convolution of {channels} channels to {channels} pixels: use images of another size"
+        elif _flattens_pixels(model, node):
+            others = {reader.op_type for reader in _readers_behind(model, node.output[0])} - {"Gemm", "MatMul"}
+            for kind in sorted(others):
+                yield f"{kind} on a flattened image: put a linear layer first, or pool to one pixel before nn.Flatten"
 
     def adapt_input(self, model: Any) -> None:
         """Normalize pixels, (x - mean) / std, as one BatchNorm, which hls4ml can turn to channels last."""
@@ -68,6 +72,22 @@ class Hls4ml(Compiler):
         write_json(folder / "hls4ml_config.json", settings)
         shutil.copy(_SCRIPTS / self.script, folder / "build.py")
         (folder / "README.md").write_text(_README)
+
+
+def _flattens_pixels(model: Any, node: Any) -> bool:
+    """Return whether a node makes one row of the channels and pixels of an image, whose order is another there."""
+    if node.op_type not in ("Flatten", "Reshape"):
+        return False
+    before, after = (model.get_tensor_shape(name) for name in (node.input[0], node.output[0]))
+    return len(before) == 4 and before[2:] != [1, 1] and len(after) == 2
+
+
+def _readers_behind(model: Any, name: str) -> Iterator[Any]:
+    for reader in model.find_consumers(name):
+        if reader.op_type in ("Quant", "Relu"):
+            yield from _readers_behind(model, reader.output[0])
+        else:
+            yield reader
 
 
 _README = """\

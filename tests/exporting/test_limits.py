@@ -86,6 +86,24 @@ def enlarged() -> nn.Module:
     return nn.Sequential(*stem(8), nn.MaxPool2d(16), nn.AdaptiveAvgPool2d(3), nn.Flatten(), nn.Linear(72, 4))
 
 
+class TwoHeads(nn.Module):
+    """A flattened image that two linear layers read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(*stem(8), nn.MaxPool2d(4))
+        self.left, self.right = nn.Linear(128, 4), nn.Linear(128, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.features(x).flatten(1)
+        return self.left(x) + self.right(x)
+
+
+def normalized() -> nn.Module:
+    """A BatchNorm of the pixels of a flattened image."""
+    return nn.Sequential(*stem(8), nn.MaxPool2d(4), nn.Flatten(), nn.BatchNorm1d(128), nn.Linear(128, 4))
+
+
 REFUSED = {
     "relu as a function, finn": (Functional, "finn", r"the network itself: pools activations.*nn\.ReLU"),
     "depthwise with two outputs": (lambda: around(conv(16, groups=8), channels=16), "finn", r"3\.0: .*2 outputs"),
@@ -104,6 +122,7 @@ REFUSED = {
         "hls4ml",
         r"3: an average that divides by 3,",
     ),
+    "norm of a flattened image": (normalized, "hls4ml", r"4: BatchNormalization on a flattened image"),
     "mean over tokens": (Tokens, "hls4ml", "the network itself: .*a mean that is no pooling"),
 }
 
@@ -132,6 +151,7 @@ TAKEN = {
     "identity block behind the stem": (lambda: around(BasicBlock(8, 8, shortcut="B")), "hls4ml"),
     "average of 9 divided by 8": (lambda: around(nn.AvgPool2d(3, 2, 1, divisor_override=8)), "hls4ml"),
     "average divided by 3": (lambda: around(nn.AvgPool2d(2, divisor_override=3)), "finn"),
+    "flattened image of two layers": (TwoHeads, "hls4ml"),
     "flattened image": (lambda: nn.Sequential(*stem(8), nn.MaxPool2d(4), nn.Flatten(), nn.Linear(128, 4)), "hls4ml"),
 }
 

@@ -12,6 +12,7 @@ import json
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -100,13 +101,19 @@ def _turn_weights_behind_flatten(model: Any) -> None:
         shape = model.get_tensor_shape(node.input[0])
         if len(shape) != 4 or shape[2:] == [1, 1]:
             continue
-        (reader,) = model.find_consumers(node.output[0])
-        while reader.op_type in ("Quant", "Relu"):
-            (reader,) = model.find_consumers(reader.output[0])
-        name = model.find_producer(reader.input[1]).input[0]
-        weight = model.get_initializer(name)
-        rows = weight.reshape(*shape[1:], -1).transpose(1, 2, 0, 3)
-        model.set_initializer(name, rows.reshape(weight.shape))
+        for product in _products_behind(model, node.output[0]):
+            name = model.find_producer(product.input[1]).input[0]
+            weight = model.get_initializer(name)
+            rows = weight.reshape(*shape[1:], -1).transpose(1, 2, 0, 3)
+            model.set_initializer(name, rows.reshape(weight.shape))
+
+
+def _products_behind(model: Any, name: str) -> Iterator[Any]:
+    for reader in model.find_consumers(name):
+        if reader.op_type in ("Quant", "Relu"):
+            yield from _products_behind(model, reader.output[0])
+        else:
+            yield reader
 
 
 if __name__ == "__main__":
