@@ -55,9 +55,10 @@ class Inverted(nn.Module):
 class Mobile(nn.Module):
     """MobileNet-like: linear bottlenecks, depthwise convolutions, ReLU6 and a mean in the place of a pool."""
 
-    def __init__(self) -> None:
+    def __init__(self, blocks: int = 2) -> None:
         super().__init__()
-        self.features = nn.Sequential(*stem(8, stride=2), Inverted(8), Inverted(8), nn.Conv2d(8, 16, 1), nn.ReLU6())
+        body = [Inverted(8) for _ in range(blocks)]
+        self.features = nn.Sequential(*stem(8, stride=2), *body, nn.Conv2d(8, 16, 1), nn.ReLU6())
         self.classifier = nn.Linear(16, 4)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -22,8 +22,6 @@ from qadtr_brevitas.exporting.estimate import Estimate, LayerCost, compiler_pyth
 from qadtr_brevitas.exporting.finn import Finn
 from qadtr_brevitas.exporting.hls4ml import Hls4ml
 from qadtr_brevitas.models.cifar import BasicBlock
-from qadtr_brevitas.models.create import create_float_model
-from tests.evaluation.models import make_model_dir
 from tests.exporting.networks import Mobile, head, loaded, plain, stem
 
 pytestmark = pytest.mark.slow
@@ -51,22 +49,32 @@ def hls4ml() -> None:
         pytest.skip(str(error))
 
 
-def cifar(name: str) -> nn.Module:
-    return create_float_model(name, num_classes=4, args={})
-
-
 def identity() -> nn.Module:
     """A stem whose output two layers read, one of them a sum: the first block of every CIFAR ResNet."""
     return nn.Sequential(*stem(8), BasicBlock(8, 8, shortcut="B"), *head(8, nn.AdaptiveAvgPool2d(1)))
 
 
-NETS = {"resnet8b": lambda: cifar("cifar_resnet8b"), "plain": plain, "mobile": Mobile}
+def cifar() -> nn.Module:
+    """The two kinds of blocks that CIFAR ResNets consist of: one that keeps its channels and one that doubles them."""
+    blocks = [BasicBlock(8, 8, shortcut="B"), BasicBlock(8, 16, shortcut="B")]
+    return nn.Sequential(*stem(8), *blocks, *head(16, nn.AdaptiveAvgPool2d(1)))
+
+
+def divided(divisor: int) -> nn.Module:
+    """The plain network, whose average pool divides by another number than it has pixels."""
+    net = plain()
+    (pool,) = [name for name, module in net.named_modules() if isinstance(module, nn.AvgPool2d)]
+    net.set_submodule(pool, nn.AvgPool2d(2, divisor_override=divisor))
+    return net
+
+
+NETS = {"cifar": cifar, "divided": lambda: divided(3), "mobile": lambda: Mobile(blocks=1)}
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.usefixtures("finn")
-@pytest.mark.parametrize(("name", "bits"), [("resnet8b", 4), ("plain", 2), ("mobile", 2)])
+@pytest.mark.parametrize(("name", "bits"), [("cifar", 4), ("divided", 2), ("mobile", 2)])
 def test_finn_makes_hardware_of_the_whole_network(name: str, bits: int, tmp_path: Path) -> None:
     given = loaded(NETS[name](), target="finn", precisions=(bits,))
     export(given, Precision.parse(bits), find_format("finn"), tmp_path / "out", split=None)
@@ -90,25 +98,14 @@ def test_finn_makes_hardware_of_the_whole_network(name: str, bits: int, tmp_path
 @pytest.mark.usefixtures("finn")
 def test_the_command_shows_costs_of_several_precisions_side_by_side(tmp_path: Path) -> None:
     given = ["--data", "shapes", "model.args={}", "quant.precisions=[32,4,2]", "quant.calibration.samples=20"]
-    small = ["data.dataset.image_size=16", "data.dataset.train_images=40", "data.dataset.test_images=10"]
+    sizes = {"classes": 4, "image_size": 16, "train_images": 40, "test_images": 10}
+    data = [f"data.dataset.{key}={value}" for key, value in sizes.items()]
     model, output = tmp_path / "model", tmp_path / "out"
-    convert = ["convert", "cifar_resnet8b", *given, *small, "--target", "finn", "-o", str(model)]
-    assert CliRunner().invoke(cli, convert).exit_code == 0
-    arguments = [
-        "export",
-        str(model),
-        "-p",
-        "4",
-        "-p",
-        "2",
-        "-f",
-        "finn",
-        "--estimate",
-        "--no-emulate",
-        "--images",
-        "10",
-    ]
-    result = CliRunner().invoke(cli, [*arguments, "-o", str(output)])
+    convert = ["convert", "tests.exporting.networks:plain", *given, *data, "--target", "finn", "-o", str(model)]
+    result = CliRunner().invoke(cli, convert)
+    assert result.exit_code == 0, result.output
+    arguments = ["export", str(model), "-p", "4", "-p", "2", "-f", "finn", "--estimate", "--no-emulate"]
+    result = CliRunner().invoke(cli, [*arguments, "--images", "10", "-o", str(output)])
     assert result.exit_code == 0, result.output
     for words in (
         "Cost of 4 on an FPGA",
@@ -134,7 +131,7 @@ def test_the_command_shows_costs_of_several_precisions_side_by_side(tmp_path: Pa
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.usefixtures("hls4ml")
-@pytest.mark.parametrize(("net", "bits"), [(identity, 4), (plain, 2)])
+@pytest.mark.parametrize(("net", "bits"), [(identity, 4), (lambda: divided(8), 2)])
 def test_hls4ml_computes_bit_for_bit_what_the_network_computes(net: object, bits: int, tmp_path: Path) -> None:
     given, form = loaded(net(), target="hls4ml"), find_format("hls4ml")
     report = export(given, Precision.parse(bits), form, tmp_path / "out", split=None, emulate=True)
@@ -200,11 +197,7 @@ def test_whether_it_fits_a_board(has: dict[str, int], fits: bool | None) -> None
 
 
 def test_a_model_that_was_not_converted_for_it_is_refused_with_its_layers(tmp_path: Path) -> None:
-    run = make_model_dir(tmp_path / "net")
-    result = CliRunner().invoke(
-        cli, ["export", str(run), "-p", "4", "-f", "finn", "--no-verify", "-o", str(tmp_path / "out")]
-    )
-    assert result.exit_code == 1
-    assert "layer1.0, layer1.1" in result.stderr
-    assert "adds activations that are not quantized" in result.stderr
-    assert not (tmp_path / "out").exists()
+    given = loaded(cifar(), precisions=(4,))
+    with pytest.raises(ExportError, match=r"3, 4: adds activations that are not quantized.*--target finn"):
+        export(given, Precision.parse(4), find_format("finn"), tmp_path / "out", split=None)
+    assert not list(tmp_path.iterdir())
