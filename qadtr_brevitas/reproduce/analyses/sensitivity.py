@@ -36,8 +36,8 @@ _NOTE = (
 class SensitivityAnalysis(Analysis):
     """Change of the logits with one layer quantized; with a budget, the bit-widths per layer with the least sum of it.
 
-    The bit-widths are those of the model's precisions of one bit-width, as 4, not w4a8. With `budget`, layers.json has the mixed precision that was
-    chosen, which `convert MODEL --layers layers.json` adds to a model.
+    The bit-widths are those of the model's precisions of one bit-width, as 4, not w4a8. With `budget`, layers.json has
+    the mixed precision that was chosen, which `convert MODEL --layers layers.json` adds to a model.
     """
 
     images: Annotated[int, Field(ge=1, description="training images that are looked at")] = 256
