@@ -113,17 +113,19 @@ def test_never_needs_overwrite(recipe: Path, tmp_path: Path) -> None:
 def test_killed_command_goes_on(tmp_path: Path, repository: Path) -> None:
     shapes = "{name: shapes, image_size: 8, classes: 3, train_images: 96, test_images: 30}"
     keys = "train: {epochs: 2, batch_size: 16, scheduler: {warmup_epochs: 0}, checkpoint_every: 2, norm_batches: 1}"
+    small = "model: {name: cifar_resnet8}\nquant: {precisions: [32, 4]}"
     recipe = tmp_path / "shapes.yaml"
-    recipe.write_text(f"data: {{dataset: {shapes}}}\n{keys}\n")
+    recipe.write_text(f"data: {{dataset: {shapes}}}\n{keys}\n{small}\n")
     environment = {**os.environ, "PYTHONPATH": str(repository), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "qadtr_brevitas", "train", str(recipe), "--device", "cpu", "-q", "-o"]
+    arguments = [str(recipe), "--device", "cpu", "--threads", "1", "-q", "-o"]
     killed = tmp_path / "killed"
-    process = subprocess.Popen([*command, str(killed)], env=environment)
+    command = [sys.executable, "-m", "qadtr_brevitas", "train", *arguments, str(killed)]
+    process = subprocess.Popen(command, env=environment)
     deadline = time.monotonic() + 120
     while not (killed / "state" / "training.pt").is_file() and time.monotonic() < deadline:
         time.sleep(0.01)
     process.kill()
     assert process.wait() == -signal.SIGKILL
     for output in (killed, tmp_path / "whole"):
-        assert subprocess.run([*command, str(output)], env=environment, check=False).returncode == 0
+        assert run(*arguments, output).exit_code == 0
     assert same_weights(killed, tmp_path / "whole")
