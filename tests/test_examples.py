@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import runpy
 from collections.abc import Callable
+from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import nn
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 BUDGETS: dict[str, dict[str, Any]] = {
     "own_model": {"steps": 80},
     "own_data": {"steps": 40, "epochs": 1, "count": 400},
     "custom_attack": {"steps": 60, "images": 20},
-    "ptq_methods": {"steps": 60, "samples": 64, "images": 60},
+    "ptq_methods": {"steps": 60, "samples": 32, "images": 20},
     "certify_and_deploy": {"steps": 60, "images": 6, "masks": 2},
     "finn_from_python": {"steps": 60, "images": 4},
     "ray_study": {
@@ -26,10 +30,19 @@ BUDGETS: dict[str, dict[str, Any]] = {
 pytestmark = pytest.mark.slow
 
 
+@cache
+def trained(make: Callable[..., nn.Module], steps: int) -> nn.Module:
+    """The network that most scripts begin with, trained once."""
+    return make(steps=steps)
+
+
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
     """Return what runs a script as `python NAME.py` in an empty folder, but for its budget."""
     monkeypatch.syspath_prepend(EXAMPLES)
+    start = import_module("digits_network")
+    make = start.digits_network
+    monkeypatch.setattr(start, "digits_network", lambda *, steps: copy.deepcopy(trained(make, steps)))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return lambda name: runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name=name)["main"](**BUDGETS[name])
