@@ -53,6 +53,8 @@ def fuse(model: Any) -> None:
         _merge_pad(model, conv)
     for node in list(model.graph.node):
         _quantize_once(model, node.output[0])
+    for pool in nodes_of(model, "MaxPool"):
+        _pool_levels(model, pool)
     for node in nodes_of(model, "Conv", "Gemm"):
         _fuse(model, node)
     for node in nodes_of(model, "MatMul"):
@@ -130,6 +132,19 @@ def _quantize_once(model: Any, name: str) -> None:
         model.graph.node.insert(position, node)
     model.graph.node.remove(values)
     model.graph.node.insert(1 + list(model.graph.node).index(first), values)
+
+
+def _pool_levels(model: Any, pool: Any) -> None:
+    """Take the maximum of levels in the place of that of their values, which are in the same order."""
+    values = model.find_producer(pool.input[0])
+    if values is None or values.op_type != "DequantizeLinear" or _constant(model, values.input[0]) is not None:
+        return
+    output, largest = pool.output[0], f"{pool.output[0]}_levels"
+    behind = library("onnx").helper.make_node(
+        "DequantizeLinear", [largest, *values.input[1:]], [output], name=f"{output}_values"
+    )
+    pool.input[0], pool.output[0] = values.input[0], largest
+    model.graph.node.insert(1 + list(model.graph.node).index(pool), behind)
 
 
 def _highest(model: Any, quantizer: Any) -> float:
