@@ -43,8 +43,11 @@ class Hls4ml(Compiler):
             if attribute(node, "group", 1) == channels > 1 and channels in size:
                 yield f"a depthwise convolution of {channels} channels to {channels} pixels: use images of another size"
         elif _flattens_pixels(model, node):
-            others = {reader.op_type for reader in _readers_behind(model, node.output[0])} - {"Gemm", "MatMul"}
-            for kind in sorted(others):
+            readers = [reader.op_type for reader in _readers_behind(model, node.output[0])]
+            # hls4ml 1.3.0 then computes other logits.
+            if len(readers) > 1:
+                yield "several layers read a flattened image: pool to one pixel before nn.Flatten"
+            for kind in sorted(set(readers) - {"Gemm", "MatMul"}):
                 yield f"{kind} on a flattened image: put a linear layer first, or pool to one pixel before nn.Flatten"
 
     def adapt_input(self, model: Any) -> None:

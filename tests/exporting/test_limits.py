@@ -122,6 +122,7 @@ REFUSED = {
         "hls4ml",
         r"3: an average that divides by 3,",
     ),
+    "flattened image of two layers": (TwoHeads, "hls4ml", "several layers read a flattened image"),
     "norm of a flattened image": (normalized, "hls4ml", r"4: BatchNormalization on a flattened image"),
     "mean over tokens": (Tokens, "hls4ml", "the network itself: .*a mean that is no pooling"),
 }
@@ -151,7 +152,6 @@ TAKEN = {
     "identity block behind the stem": (lambda: around(BasicBlock(8, 8, shortcut="B")), "hls4ml"),
     "average of 9 divided by 8": (lambda: around(nn.AvgPool2d(3, 2, 1, divisor_override=8)), "hls4ml"),
     "average divided by 3": (lambda: around(nn.AvgPool2d(2, divisor_override=3)), "finn"),
-    "flattened image of two layers": (TwoHeads, "hls4ml"),
     "flattened image": (lambda: nn.Sequential(*stem(8), nn.MaxPool2d(4), nn.Flatten(), nn.Linear(128, 4)), "hls4ml"),
 }
 
