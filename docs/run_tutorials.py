@@ -75,7 +75,8 @@ def _run(language: str, title: str | None, text: str, names: dict[str, Any]) -> 
                 words = shlex.split(line, comments=True)
                 if words and command_line(words[1:]) != 0:
                     raise SystemExit(f"this failed: {line}")
-    return "\n".join(_shortened(printed.getvalue()))
+    # Readers have another folder.
+    return "\n".join(_shortened(printed.getvalue().replace(f"{Path.cwd()}{os.sep}", "")))
 
 
 def _shortened(text: str) -> Iterator[str]:

@@ -18,11 +18,13 @@ MOST_BYTES = 60_000
 TUTORIAL = """# Title
 
 ```python
+from pathlib import Path
 from PIL import Image
 
 Image.new("RGB", (900, 300), "red").save("made.png")
 print("one  ")
 print(number := 2)
+print(Path("made.png").resolve())
 ```
 
 <!-- picture: made.png: What it shows. -->
@@ -54,7 +56,7 @@ def test_outputs_and_pictures_follow_their_blocks_and_rendering_again_changes_no
 
     text = render(TUTORIAL)
     first, second = re.findall(r"<!-- output -->\n(.*?)<!-- end of output -->", text, re.DOTALL)
-    assert first.startswith("```text\none\n2\n```\n\n![What it shows.](")
+    assert first.startswith("```text\none\n2\nmade.png\n```\n\n![What it shows.](")
     assert second.splitlines()[-2:] == ["...", "```"]
     assert (tmp_path / "file.yaml").read_text() == "a: 1\n"
     with Image.open(tmp_path / "pictures" / "x-1.png") as picture:
@@ -80,13 +82,13 @@ def test_a_notebook_has_the_cells_outputs_and_pictures_of_its_page(script: Simpl
     make = runpy.run_path(str(DOCS / "notebooks.py"))["notebook"]
     cells = json.loads(make(page, site="https://x/y"))["cells"]
     sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
-    assert sources[0].startswith("from PIL import Image")
+    assert sources[0].startswith("from pathlib import Path")
     assert sources[2:] == ["%%writefile file.yaml\na: 1", "!qadtr-brevitas info x"]
     words = cells[0]
     assert words["source"].startswith("![Seen before.](attachment:x-1.png)")
     assert b64decode(words["attachments"]["x-1.png"]["image/png"]).startswith(b"\x89PNG")
     first = cells[1]["outputs"]
-    assert first[0]["text"] == "one\n2\n"
+    assert first[0]["text"] == "one\n2\nmade.png\n"
     assert b64decode(first[1]["data"]["image/png"]).startswith(b"\x89PNG")
     assert cells[-1]["source"] == "[Other](https://x/y/other.md)"
     assert 'print("never run")' in "".join(cell["source"] for cell in cells if cell["cell_type"] == "markdown")
