@@ -177,7 +177,7 @@ def test_every_setting_reaches_the_saved_model(tmp_path: Path) -> None:
 def test_a_run_is_converted_again_with_its_own_weights_and_data(tmp_path: Path) -> None:
     run = make_model_dir(tmp_path / "run")
     recipe = recipe_of("--method", "minmax", model=str(run), data="shapes")
-    assert (recipe.model.name, recipe.model.num_classes, recipe.model.checkpoint) == ("cifar_resnet20", 3, str(run))
+    assert (recipe.model.name, recipe.model.num_classes, recipe.model.checkpoint) == ("cifar_resnet8", 3, str(run))
     first, second = tmp_path / "first", tmp_path / "second"
     dataset = "data.dataset={name: shapes, image_size: 16, classes: 3, train_images: 60, test_images: 30}"
     quick = ["quant.precisions=[32,3]", "--method", "minmax", "--samples", "20"]

@@ -101,7 +101,7 @@ def test_several_precisions_have_a_folder_each(tmp_path: Path) -> None:
         (["-p", "4", "-f", "onnx"], 2, "'onnx' is not one of"),
         (["-p", "4", "-p", "8", "-f", "qcdq"], 2, "no precision 8: it was converted for 32, 4"),
         (["-p", "4", "-f", "qcdq", "--no-verify", "--estimate"], 2, "estimates are FINN's, and the format is qcdq"),
-        (["-p", "4", "-f", "finn", "--no-verify"], 1, "layer1.0, layer1.1"),
+        (["-p", "4", "-f", "finn", "--no-verify"], 1, "layer1.0"),
         (["-p", "4", "-f", "qcdq", "--no-verify", "--images", "100"], 2, "leave out --no-verify or --images"),
         (["-p", "4", "-f", "qcdq", "--no-verify", "-o", ".", "--overwrite"], 2, ". is not replaced"),
         (["-p", "4", "-f", "finn", "--board", "Pynq-Z7"], 2, "did you mean 'Pynq-Z2'"),

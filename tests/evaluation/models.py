@@ -25,7 +25,7 @@ DATASET = "{name: shapes, image_size: 16, classes: 3, train_images: 60, test_ima
 def make_model_dir(path: Path, *, precisions: tuple[int, ...] = (32, 4), name: int = 0, recipe: bool = True) -> Path:
     """A switchable network, alike but for its `name`; with a run's recipe unless told otherwise."""
     info = ModelInfo(
-        name="cifar_resnet20",
+        name="cifar_resnet8",
         args={},
         num_classes=CLASSES,
         image_size=(SIDE, SIDE),
@@ -43,7 +43,7 @@ def make_model_dir(path: Path, *, precisions: tuple[int, ...] = (32, 4), name: i
 
 def make_switchable(*, precisions: tuple[int, ...] = (32, 4), name: int = 0) -> SwitchableModel:
     """The network of `make_model_dir`, in eval mode."""
-    net = create_float_model("cifar_resnet20", num_classes=CLASSES, args={}).eval()
+    net = create_float_model("cifar_resnet8", num_classes=CLASSES, args={}).eval()
     net.load_state_dict(_weights(name))
     model = convert(net, precisions, mean=PIXELS, std=PIXELS, image_size=(SIDE, SIDE))
     calibrate(model, [train_split().batch(torch.arange(30))[0]])
@@ -59,7 +59,7 @@ def train_split() -> Split:
 def _weights(seed: int) -> dict[str, Tensor]:
     """Weights of a few steps, with which the network knows some of its training images."""
     torch.manual_seed(seed)
-    net = create_float_model("cifar_resnet20", num_classes=CLASSES, args={})
+    net = create_float_model("cifar_resnet8", num_classes=CLASSES, args={})
     optimizer = torch.optim.Adam(net.parameters(), lr=3e-3)
     images, labels = train_split().batch(torch.arange(60))
     for _ in range(20):
