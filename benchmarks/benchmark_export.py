@@ -55,11 +55,15 @@ class Case:
 
 
 def make_case(name: str, images: int) -> Case:
-    """The network with published weights, where these are; CIFAR networks with CIFAR-10, others with smooth noise."""
+    """The network with published weights, where these are, and images.
+
+    CIFAR networks get CIFAR-10, others pictures of ImageNet's sample if their weights are published, else smooth noise.
+    """
     import torch
 
     from qadtr_brevitas.core.errors import DataError
     from qadtr_brevitas.core.registry import DATASETS
+    from qadtr_brevitas.data.image_folder import ImageFolder
     from qadtr_brevitas.models.create import create_float_model, own_image_size
     from qadtr_brevitas.models.weights import load_into, load_weights
 
@@ -77,7 +81,11 @@ def make_case(name: str, images: int) -> Case:
         else:
             batch, labels = split.batch(torch.arange(len(split)))
             return Case(name, net, batch, labels if is_published else None, is_published)
-    size, _ = own_image_size(name, {})
+    size, crop = own_image_size(name, {})
+    sample = checkpoint.parent / "imagenet1k-sample.tar"
+    if is_published and sample.is_file():
+        pictures = ImageFolder(root=str(sample), holdout=4).fitted(size, crop).load("test", limit=images, seed=0)
+        return Case(name, net, *pictures.batch(torch.arange(len(pictures))), is_published)
     coarse = torch.rand(images, 3, 8, 8)
     noise = torch.nn.functional.interpolate(coarse, (size, size), mode="bilinear")
     return Case(name, net, noise, None, is_published)
