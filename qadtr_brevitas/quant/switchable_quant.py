@@ -151,7 +151,8 @@ class SwitchableActQuant(SwitchableQuant):
         now = self.switch.states.now if now is None else now
         bits = self.bits_at(now.precision)
         if self.shape:
-            return self.scheme.quantize_weight(x, self.scale(bits).to(x.dtype), self.levels(bits))
+            # In float16 a small step would be 0.
+            return self.scheme.quantize_weight(x, self.scale(bits), self.levels(bits)).to(x.dtype)
         keep_input = self.min_bits < WIDE_BITS
         return self.scheme.quantize_activation(x, self.scale(bits), self.levels(bits), keep_input=keep_input)
 

@@ -94,3 +94,18 @@ def test_it_learns_freezes_and_saves_its_thresholds() -> None:
 def test_dynamic_ranges_are_refused() -> None:
     with pytest.raises(UsageError, match=r"attention_scales.*static"):
         converted(attention_scales="head", activations="dynamic")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_small_steps_serve_half_precision(dtype: torch.dtype) -> None:
+    model = converted(attention_scales="head")
+    quantizer = next(iter(quantizers(model).values()))
+    with torch.no_grad():
+        quantizer.thresholds["4"].fill_(1e-7)
+    x = torch.full((2, HEADS, 3, 2), 0.5, dtype=dtype, requires_grad=True)
+    with at_precision(model, 4):
+        y = quantizer.quantize(x)
+    y.sum().backward()
+    assert y.dtype == x.grad.dtype == dtype  # pyright: ignore[reportOptionalMemberAccess]
+    assert (y > 0).all()
+    assert quantizer.thresholds["4"].grad.isfinite().all()  # pyright: ignore[reportOptionalMemberAccess]
