@@ -291,14 +291,7 @@ def test_a_port_that_is_taken(server: ViewServer) -> None:
         ViewServer(server.scenes, port=server.server_address[1])
 
 
-def test_the_command_prints_the_address_and_ends_by_ctrl_c(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    served: list[Scene] = []
-
-    def serve(self: ViewServer) -> None:
-        served.extend(self.scenes)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(ViewServer, "serve_forever", serve)
+def test_the_command_prints_the_address_and_ends_by_ctrl_c(folder: Path, served: list[Scene]) -> None:
     result = CliRunner().invoke(cli, ["view", str(folder), "--images", "5", "-q"])
     assert result.exit_code == 0, result.output
     assert re.fullmatch(r"http://127\.0\.0\.1:\d+/\?token=\S+\n", result.stdout)

@@ -11,7 +11,7 @@ from PIL import Image
 from qadtr_brevitas.cli.main import cli
 from qadtr_brevitas.core.files import read_json, write_json
 from qadtr_brevitas.core.patch_size import PatchSize
-from qadtr_brevitas.viewing import Scene, ViewServer
+from qadtr_brevitas.viewing import Scene
 from qadtr_brevitas.viewing.subject import Subject, find_subject
 from tests.evaluation.models import make_model_dir
 
@@ -31,14 +31,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_report_names_models_patches_and_images(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    served: list[Scene] = []
-
-    def serve(self: ViewServer) -> None:
-        served.extend(self.scenes)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(ViewServer, "serve_forever", serve)
+def test_a_report_names_models_patches_and_images(place: Path, served: list[Scene]) -> None:
     for given in (place / "report", place / "report" / "report.json"):
         served.clear()
         result = CliRunner().invoke(cli, ["view", str(given), "--images", "5", "-q"])
