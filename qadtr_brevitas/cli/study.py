@@ -104,9 +104,9 @@ def command(
     """Train, attack, evaluate and analyze everything in STUDY that is missing, and write a report.
 
     STUDY is a file or one of the shipped studies (`list studies`): table02 to table16, table18 to table21, figure01,
-    figure03, figure04 of the paper; cifar10_defenses compares all defenses on one budget. KEY=VALUE changes one of its
-    keys, for instance budget.images=500. Finished steps are kept: give the same command to resume an interrupted study.
-    Other studies use the same networks and patches.
+    figure03, figure04 of the paper; cifar10_defenses and gtsrb_defenses compare defenses on one budget. KEY=VALUE
+    changes one of its keys, for instance budget.images=500. Finished steps are kept: give the same command to resume an
+    interrupted study. Other studies use the same networks and patches.
     """
     if not Path(study).is_file() and study.removesuffix(".yaml") not in shipped.shipped_studies():
         raise UsageError(f"there is no study {study!r}: {suggest(Path(study).stem, shipped.shipped_studies())}")
