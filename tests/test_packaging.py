@@ -49,6 +49,18 @@ def test_extras_of_extras_exist(name: str) -> None:
     assert set(match[1].split(",")) <= PROJECT["optional-dependencies"].keys()
 
 
+@pytest.mark.parametrize("folder", ["recipes", "docs", "examples", "qadtr_brevitas"])
+def test_extras_that_texts_name_exist(folder: str) -> None:
+    files = [path for path in (REPOSITORY / folder).rglob("*") if path.suffix in {".yaml", ".md", ".py"}]
+    named = {
+        (extra, str(path.relative_to(REPOSITORY)))
+        for path in files
+        for names in re.findall(rf"{PROJECT['name']}\[([\w,]+)\]", path.read_text(encoding="utf-8"))
+        for extra in names.split(",")
+    }
+    assert [found for found in sorted(named) if found[0] not in PROJECT["optional-dependencies"]] == []
+
+
 def test_the_citation_has_the_version_and_the_paper() -> None:
     import qadtr_brevitas
 
