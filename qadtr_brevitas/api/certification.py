@@ -20,6 +20,7 @@ from qadtr_brevitas.evaluation import Grid
 from qadtr_brevitas.evaluation import evaluate as evaluate_grid
 from qadtr_brevitas.evaluation.certification import Certification, CertifyMethod
 from qadtr_brevitas.evaluation.defended_classifier import DefendedClassifier
+from qadtr_brevitas.evaluation.mask_fill import MaskFillKind
 from qadtr_brevitas.evaluation.report import CertifiedCell, EvaluationReport, Rate
 
 _WIDTH = 100
@@ -74,6 +75,7 @@ def certify(
     precisions: Sequence[PrecisionLike] | None = None,
     masks: int | None = None,
     method: CertifyMethod = "double masking",
+    fill: MaskFillKind = "mean",
     images: int | None = None,
     seed: int = 0,
     batch_size: int = 256,
@@ -91,6 +93,7 @@ def certify(
         masks: masks along each side of an image; more certify more and take longer, with the fourth power. None for 6,
             or 5 in one round, where it has to be a prime number.
         method: `double masking`, or `one round`, of far fewer passes under larger masks (see evaluation/one_round.py).
+        fill: what masks show: the `mean` color, or pixels that `interpolate` the visible ones, which proves more.
         images: at most this many images, drawn class-balanced; None for all.
         seed: of the draw of images.
         batch_size: images in one forward pass.
@@ -113,7 +116,7 @@ def certify(
             split=as_split(loader, loaded, images=images, seed=seed),
             data_name="loader",
             precisions=precisions,
-            certifications=[Certification(size, masks, method) for size in sizes],  # pyright: ignore[reportArgumentType]
+            certifications=[Certification(size, masks, method, fill) for size in sizes],  # pyright: ignore[reportArgumentType]
             seed=seed,
             batch_size=batch_size,
         )
@@ -128,6 +131,7 @@ def defend(
     patch: PatchSizeLike,
     masks: int | None = None,
     method: CertifyMethod = "double masking",
+    fill: MaskFillKind = "mean",
     batch_size: int = 256,
 ) -> DefendedClassifier:
     """Return the defended classifier of a network at one precision.
@@ -138,10 +142,12 @@ def defend(
         patch: size of the largest patch to defend against, as 5, "3x10" or (3, 10).
         masks: masks along each side of an image; None for 6, or 5 in one round.
         method: `double masking`, or `one round`.
+        fill: what masks show, the `mean` color or pixels that `interpolate` the visible ones.
         batch_size: masked images in one forward pass.
 
     Raises:
         UsageError: a precision that the model lacks, a patch that does not fit on its images, or a model that was not
             converted.
     """
-    return DefendedClassifier(as_loaded(model), precision, Certification(patch, masks, method), batch_size=batch_size)
+    against = Certification(patch, masks, method, fill)
+    return DefendedClassifier(as_loaded(model), precision, against, batch_size=batch_size)

@@ -46,7 +46,9 @@ if TYPE_CHECKING:
 
     from qadtr_brevitas.auditing import AuditReport
     from qadtr_brevitas.auditing.headline import Headline
+    from qadtr_brevitas.core.patch_size import PatchSize
     from qadtr_brevitas.evaluation import CellStore, Grid, NamedAttack
+    from qadtr_brevitas.evaluation.certification import Certification
     from qadtr_brevitas.evaluation.entries import NamedPatch
     from qadtr_brevitas.evaluation.report import EvaluationReport
     from qadtr_brevitas.evaluation.sharding import Shard
@@ -142,7 +144,6 @@ def _plan(
     from qadtr_brevitas.config.slots import slot_name
     from qadtr_brevitas.core.plugin import plugin_settings
     from qadtr_brevitas.evaluation import Grid, NamedAttack
-    from qadtr_brevitas.evaluation.certification import Certification
     from qadtr_brevitas.evaluation.defended import defended
     from qadtr_brevitas.evaluation.ensemble import missing_ensembles
     from qadtr_brevitas.evaluation.entries import load_models, load_patches
@@ -159,11 +160,8 @@ def _plan(
     if given.images is not None:
         # Refuses more images than there are.
         split = split.balanced(given.images, seed=given.seed)
-    method = "one round" if given.certify_method == "one-round" else "double masking"
     scored = models[: len(given.model_dirs)]
-    behind = [
-        (model, Certification(size, given.certify_masks, method)) for model in scored for size in given.defend or ()
-    ]
+    behind = [(model, against) for model in scored for against in _certifications(given, given.defend)]
     moves = PatchVariants(at=given.at, shifts=given.shifts or (), degrees=given.degrees or ())
     grid = Grid(
         loaded_models=[*scored, *(defended(model, against, batch_size=given.batch_size) for model, against in behind)],
@@ -177,7 +175,7 @@ def _plan(
         eot=means,
         precisions=wanted,
         transfer=given.transfer,
-        certifications=[Certification(size, given.certify_masks, method) for size in given.certify or ()],
+        certifications=_certifications(given, given.certify),
         certify_images=given.certify_images,
         seed=given.seed,
         batch_size=given.batch_size,
@@ -186,6 +184,13 @@ def _plan(
     _tell_ensemble_cost(grid, added)
     _tell_left_out(patches, grid, alone=not (attacks or given.certify or given.audit))
     return grid, patches
+
+
+def _certifications(given: EvaluateOptions, sizes: Sequence[PatchSize] | None) -> list[Certification]:
+    from qadtr_brevitas.evaluation.certification import Certification
+
+    method = "one round" if given.certify_method == "one-round" else "double masking"
+    return [Certification(size, given.certify_masks, method, given.certify_fill) for size in sizes or ()]
 
 
 def _tell_certification_cost(grid: Grid) -> None:

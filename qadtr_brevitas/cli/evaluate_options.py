@@ -47,6 +47,7 @@ class EvaluateOptions:
     certify: tuple[PatchSize, ...] | None
     certify_masks: int | None
     certify_method: Literal["double-masking", "one-round"]
+    certify_fill: Literal["mean", "interpolate"]
     certify_images: int | None
     defend: tuple[PatchSize, ...] | None
     images: int | None
@@ -82,7 +83,7 @@ def check_certify(given: EvaluateOptions) -> None:
     Raises:
         UsageError: an option of certification without --certify.
     """
-    for option in ("--certify-masks", "--certify-method", "--certify-images"):
+    for option in ("--certify-masks", "--certify-method", "--certify-fill", "--certify-images"):
         # The defended prediction has masks and a method too.
         used = given.certify or (given.defend and option != "--certify-images")
         if was_given(option.removeprefix("--").replace("-", "_")) and not used:
@@ -236,6 +237,14 @@ certify_options = option_block(
         default="double-masking",
         show_default=True,
         help="PatchCleanser's double masking, or one round of 30 passes under larger masks.",
+    ),
+    click.option(
+        "--certify-fill",
+        type=click.Choice(["mean", "interpolate"]),
+        default="mean",
+        show_default=True,
+        help="What masks show: the mean color, as PatchCleanser does, or pixels interpolated from visible ones, which "
+        "proves more.",
     ),
     click.option(
         "--certify-images",

@@ -64,6 +64,7 @@ class _ExportOptions:
     defend: tuple[PatchSize, ...] | None
     certify_masks: int | None
     certify_method: Literal["double-masking", "one-round"]
+    certify_fill: Literal["mean", "interpolate"]
     data: str | None
     seed: int
 
@@ -153,6 +154,13 @@ class _ExportOptions:
     show_default=True,
     help="What answers through the masks of --defend.",
 )
+@click.option(
+    "--certify-fill",
+    type=click.Choice(["mean", "interpolate"]),
+    default="mean",
+    show_default=True,
+    help="What the masks of --defend show: the mean color, or pixels interpolated from visible ones.",
+)
 @click.option("--data", help="Data set as NAME[:ROOT].  [default: the one the model was trained on]")
 @seed_option()
 @threads_option
@@ -239,7 +247,7 @@ def _check_unverified(given: _ExportOptions) -> None:
 
 
 def _certification(given: _ExportOptions) -> Certification | None:
-    for name in ("certify_masks", "certify_method"):
+    for name in ("certify_masks", "certify_method", "certify_fill"):
         if was_given(name) and not given.defend:
             option = name.replace("_", "-")
             raise UsageError(f"--{option} is for --defend: add it, for instance --defend 5, or leave out --{option}")
@@ -254,7 +262,7 @@ def _certification(given: _ExportOptions) -> Certification | None:
     from qadtr_brevitas.evaluation.certification import Certification
 
     method = "one round" if given.certify_method == "one-round" else "double masking"
-    return Certification(size, given.certify_masks, method)
+    return Certification(size, given.certify_masks, method, given.certify_fill)
 
 
 def _outputs(given: _ExportOptions) -> dict[Precision, Path]:

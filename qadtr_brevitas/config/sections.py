@@ -274,6 +274,9 @@ class MasksSection(RecipeSection):
         description="sizes of patches to certify against, as 5 or 3x10; the masks of an image are for one of them",
     )
     per_side: int = Field(default=6, ge=2, description="masks along each side of an image, as in certification")
+    fill: Literal["mean", "interpolate"] = Field(
+        default="mean", description="what masks show, as in certification: the mean color, or pixels around them"
+    )
     one: float = Field(default=0.3, ge=0, le=1, description="share of the images under one mask")
     two: float = Field(default=0.7, ge=0, le=1, description="share of the images under two masks")
     attacked: float = Field(

@@ -90,7 +90,7 @@ def adaptive_patches(
             # Any mask that does not cover the patch of its image.
             weights = (~kinds[chosen]).float().cpu()
             drawn = torch.multinomial(weights.clamp(min=1e-9), 1, generator=generator)[:, 0].to(images.device)
-            seen = torch.where(masks[drawn][:, None], fill, paste(images, texture, shape, corners))
+            seen = fill.cover(paste(images, texture, shape, corners), masks[drawn][:, None])
             loss = loss + cross_entropy(network.model(seen), target, reduction="sum")
         (gradient,) = torch.autograd.grad(loss, texture)
         texture = (texture.detach() - step_size * gradient.sign()).clamp(0, 1)

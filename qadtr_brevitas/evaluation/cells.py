@@ -73,7 +73,8 @@ class CertifyKey:
         precision: precision of the model, or several together.
         data: fingerprint of all images.
         size: side of a square patch in pixels, or height and width as 3x10.
-        masks: masks along each side of an image, with the method where it is not double masking.
+        masks: masks along each side of an image, with the method and the fill where they are not
+            double masking and the mean color.
         start: first image of the chunk.
         stop: the image after its last.
     """

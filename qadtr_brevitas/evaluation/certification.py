@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from qadtr_brevitas.core.errors import UsageError
-from qadtr_brevitas.core.files import fingerprint_tensors
+from qadtr_brevitas.core.files import fingerprint_facts, fingerprint_tensors
 from qadtr_brevitas.core.patch_size import PatchSize, PatchSizeLike
 from qadtr_brevitas.evaluation.cells import CellStore, CertifyKey
 from qadtr_brevitas.evaluation.entries import LoadedModel
 from qadtr_brevitas.evaluation.jobs import EvaluationInputs, Victim
+from qadtr_brevitas.evaluation.mask_fill import MaskFill, MaskFillKind
 from qadtr_brevitas.evaluation.masked_predictor import Certified
 from qadtr_brevitas.evaluation.masks import MASKS_PER_SIDE, covering_masks, mean_color
 from qadtr_brevitas.evaluation.one_round import WINDOWS_PER_SIDE, line_masks, one_round
@@ -35,25 +36,36 @@ class Certification:
         size: its size, as 5 or 3x10.
         masks: masks along each side of an image; None for 6, or 5 in one round, where it has to be a prime.
         method: the certifier.
+        fill: what masks show.
 
     Raises:
-        UsageError: a size that cannot be read, or an unknown method.
+        UsageError: a size that cannot be read, or an unknown method or fill.
     """
 
     size: PatchSize
     masks: int
     method: CertifyMethod
+    fill: MaskFillKind
 
-    def __init__(self, size: PatchSizeLike, masks: int | None = None, method: CertifyMethod = "double masking") -> None:
+    def __init__(
+        self,
+        size: PatchSizeLike,
+        masks: int | None = None,
+        method: CertifyMethod = "double masking",
+        fill: MaskFillKind = "mean",
+    ) -> None:
         if method not in get_args(CertifyMethod):
             raise UsageError(f"there is no certifier {method!r}: choose from {', '.join(get_args(CertifyMethod))}")
+        if fill not in get_args(MaskFillKind):
+            raise UsageError(f"masks cannot show {fill!r}: choose fill from {', '.join(get_args(MaskFillKind))}")
         object.__setattr__(self, "size", PatchSize.parse(size))
         default = MASKS_PER_SIDE if method == "double masking" else WINDOWS_PER_SIDE
         object.__setattr__(self, "masks", default if masks is None else masks)
         object.__setattr__(self, "method", method)
+        object.__setattr__(self, "fill", fill)
 
     def __str__(self) -> str:
-        return f"{self.size}, {self.method}"
+        return ", ".join([str(self.size), self.method, *([] if self.fill == "mean" else [self.fill])])
 
     def covering(self, image_size: tuple[int, int]) -> Tensor:
         """Boolean (M, H, W) masks of which one covers any such patch, or any two places of it.
@@ -70,18 +82,18 @@ class Certification:
         return count if self.method == "one round" else count + count * (count - 1) // 2
 
     def run(
-        self, model: Callable[[Tensor], Tensor], images: Tensor, *, fill: Tensor, batch_size: int, prove: bool = True
+        self, model: Callable[[Tensor], Tensor], images: Tensor, *, color: Tensor, batch_size: int, prove: bool = True
     ) -> Certified:
         """Return defended predictions of images, and which of them are proved.
 
         Args:
             model: images (n, C, H, W) in [0, 1] -> logits, the same whenever it is asked; in eval mode.
             images: (N, C, H, W) in [0, 1].
-            fill: (C, 1, 1), color of what masks cover.
+            color: (C, 1, 1), the mean color.
             batch_size: masked images in one forward pass.
             prove: whether to prove predictions; in one round the proof costs nothing.
         """
-        masks = self.covering((images.shape[2], images.shape[3]))
+        masks, fill = self.covering((images.shape[2], images.shape[3])), MaskFill(color, self.fill)
         if self.method == "one round":
             return one_round(model, images, masks, self.size, fill=fill, batch_size=batch_size)
         return double_masking(model, images, masks, fill=fill, patch=self.size, batch_size=batch_size, prove=prove)
@@ -102,14 +114,15 @@ class CertifyJob:
     @property
     def key(self) -> CertifyKey:
         """What its outcomes depend on."""
-        size, method = self.certification.size, self.certification.method
+        size, method, fill = self.certification.size, self.certification.method, self.certification.fill
+        masks = self.certification.masks
         return CertifyKey(
             model=self.victim.loaded.fingerprint,
             precision=str(self.victim.precision),
             data=self.inputs.data,
-            # Squares under double masking keep the cells that earlier releases made.
+            # Squares and mean colors under double masking keep the cells that earlier releases made.
             size=size.height if size.is_square else str(size),
-            masks=self.certification.masks if method == "double masking" else f"{method}, {self.certification.masks}",
+            masks=_joined(masks if method == "double masking" else f"{method}, {masks}", fill),
             start=self.chunk.start,
             stop=self.chunk.stop,
         )
@@ -132,11 +145,11 @@ class CertifyJob:
     def compute(self, store: CellStore, device: torch.device) -> None:
         """Look at the images under all masks and keep the outcomes."""
         images, _ = self.inputs.split.batch(torch.tensor(self.chunk), device=device)
-        fill = mean_color(self.victim.loaded.info.mean)
+        color = mean_color(self.victim.loaded.info.mean)
         # Not inference_mode: Brevitas's quantizers fail on its tensors.
         with torch.no_grad():
             found = self.certification.run(
-                self.victim.logits(self.inputs.seed), images, fill=fill, batch_size=self.inputs.batch_size
+                self.victim.logits(self.inputs.seed), images, color=color, batch_size=self.inputs.batch_size
             )
         assert found.passes is not None
         outcomes = {"defended": found.defended, "proved": found.proved, "passes": found.passes}
@@ -144,5 +157,10 @@ class CertifyJob:
 
 
 def covering_fingerprint(certification: Certification, victim: Victim, image_size: tuple[int, int]) -> str:
-    """Return the fingerprint of the masks and of the color they show, which a certificate holds for."""
-    return fingerprint_tensors([certification.covering(image_size), mean_color(victim.loaded.info.mean)])
+    """Return the fingerprint of the masks and of what they show, which a certificate holds for."""
+    found = fingerprint_tensors([certification.covering(image_size), mean_color(victim.loaded.info.mean)])
+    return found if certification.fill == "mean" else fingerprint_facts([found, certification.fill])
+
+
+def _joined(masks: int | str, fill: MaskFillKind) -> int | str:
+    return masks if fill == "mean" else f"{masks}, {fill}"

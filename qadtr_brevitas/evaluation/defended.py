@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from qadtr_brevitas.core.files import fingerprint_facts
 from qadtr_brevitas.evaluation.certification import Certification
 from qadtr_brevitas.evaluation.entries import LoadedModel
+from qadtr_brevitas.evaluation.mask_fill import MaskFill
 from qadtr_brevitas.evaluation.masked_predictor import Certified
 from qadtr_brevitas.evaluation.masks import mean_color
 from qadtr_brevitas.quant import at_precision, get_precision
@@ -32,11 +33,11 @@ class DefendedModel(nn.Module):
     Args:
         model: a switchable model, in eval mode.
         certification: the defense.
-        mean: the model's mean color, which masks show.
+        mean: the model's mean color.
         batch_size: masked images in one forward pass.
 
     Attributes:
-        fill: (C, 1, 1), color of what masks cover.
+        color: (C, 1, 1) in [0, 1], the mean color.
     """
 
     def __init__(
@@ -44,7 +45,12 @@ class DefendedModel(nn.Module):
     ) -> None:
         super().__init__()
         self.model, self.certification, self.batch_size = model, certification, batch_size
-        self.fill = mean_color(mean)
+        self.color = mean_color(mean)
+
+    @property
+    def fill(self) -> MaskFill:
+        """What masks show."""
+        return MaskFill(self.color, self.certification.fill)
 
     def decide(self, images: Tensor, *, prove: bool = True) -> Certified:
         """Return defended predictions at the current precision, and which of them are proved.
@@ -54,7 +60,7 @@ class DefendedModel(nn.Module):
             prove: whether to prove predictions; without, it is faster.
         """
         return self.certification.run(
-            self._remembering_nothing, images, fill=self.fill, batch_size=self.batch_size, prove=prove
+            self._remembering_nothing, images, color=self.color, batch_size=self.batch_size, prove=prove
         )
 
     def forward(self, images: Tensor) -> Tensor:

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from qadtr_brevitas.evaluation.mask_fill import MaskFill
+
 
 @dataclass(frozen=True)
 class Certified:
@@ -36,7 +38,7 @@ class MaskedPredictor:
         model: images (n, C, H, W) in [0, 1] -> logits (n, classes), the same whenever it is asked; in eval mode.
         images: (N, C, H, W) in [0, 1].
         masks: boolean (M, H, W), on the device of the images.
-        fill: (C, 1, 1), color of what is covered.
+        fill: what they show.
         batch_size: masked images in one forward pass.
         passes: (N,) int64, passes of each image so far; changed in place.
     """
@@ -44,7 +46,7 @@ class MaskedPredictor:
     model: Callable[[Tensor], Tensor]
     images: Tensor
     masks: Tensor
-    fill: Tensor
+    fill: MaskFill
     batch_size: int
     passes: Tensor = field(init=False)
 
@@ -70,7 +72,7 @@ class MaskedPredictor:
         portions = (part.split(self.batch_size) for part in (images, first, second))
         for image, one, two in zip(*portions, strict=True) if len(images) else ():
             covered = (self.masks[one] | self.masks[two])[:, None]
-            yield self.model(torch.where(covered, self.fill, self.images[image]))
+            yield self.model(self.fill.cover(self.images[image], covered))
 
 
 def plurality(classes: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.core.patch_size import PatchSize, PatchSizeLike
+from qadtr_brevitas.evaluation.mask_fill import MaskFill
 from qadtr_brevitas.evaluation.masked_predictor import Certified, MaskedPredictor, plurality
 from qadtr_brevitas.evaluation.masks import check_covers, covered_places, covering_set
 from qadtr_brevitas.evaluation.patch_cleanser import UNPROVED
@@ -87,7 +88,7 @@ def one_round(
     masks: Tensor,
     patch: PatchSizeLike,
     *,
-    fill: Tensor,
+    fill: MaskFill,
     batch_size: int = 256,
 ) -> Certified:
     """Defended predictions of images after one round over the masks, and which of them are proved.
@@ -103,7 +104,7 @@ def one_round(
         images: (N, C, H, W) in [0, 1].
         masks: boolean (M, H, W), as `line_masks` returns them.
         patch: its size.
-        fill: (C, 1, 1), color of what is covered, in [0, 1].
+        fill: what masks show.
         batch_size: masked images in one forward pass.
 
     Raises:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from qadtr_brevitas.core.patch_size import PatchSizeLike
+from qadtr_brevitas.evaluation.mask_fill import MaskFill
 from qadtr_brevitas.evaluation.masked_predictor import Certified, MaskedPredictor, plurality
 from qadtr_brevitas.evaluation.masks import check_covers
 
@@ -20,7 +21,7 @@ def double_masking(
     images: Tensor,
     masks: Tensor,
     *,
-    fill: Tensor,
+    fill: MaskFill,
     patch: PatchSizeLike | None = None,
     batch_size: int = 256,
     prove: bool = True,
@@ -43,7 +44,7 @@ def double_masking(
             its weights frozen.
         images: (N, C, H, W) in [0, 1].
         masks: boolean (M, H, W) that cover any patch, see `masks.covering_masks`.
-        fill: (C, 1, 1), color of what is covered, in [0, 1].
+        fill: what masks show.
         patch: its size, for which the masks are checked; None to trust them.
         batch_size: masked images in one forward pass; the outcome does not depend on it.
         prove: whether to prove predictions; without, none is, and images on which all masks agree take M passes.

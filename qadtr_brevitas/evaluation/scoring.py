@@ -152,6 +152,7 @@ class _PredictionReader:
                 model=victim.loaded.name,
                 precision=str(victim.precision),
                 method=certification.method,
+                fill=certification.fill,
                 size=size.height if size.is_square else str(size),
                 masks=len(certification.covering(image_size)),
                 clean_accuracy=Rate.of(accuracy(defended, labels)),

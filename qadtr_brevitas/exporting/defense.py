@@ -77,9 +77,11 @@ def write_defense(
     """
     size = loaded.info.image_size
     masks = certification.covering(size)
-    arrays: dict[str, Any] = {"masks": masks.numpy(), "fill": _fill(loaded, form).flatten().numpy()}
+    arrays: dict[str, Any] = {"masks": masks.numpy(), "color": _color(loaded, form).flatten().numpy()}
     if form.takes_bytes:
-        arrays["fill"] = arrays["fill"] * PIXELS
+        arrays["color"] = arrays["color"] * PIXELS
+    if certification.fill == "interpolate":
+        arrays["levels"] = np.float32(1 if form.takes_bytes else PIXELS)
     if certification.method == "one round":
         arrays["kinds"] = place_kinds(masks, certification.size).numpy()
     np.savez_compressed(folder / MASKS_FILE, **arrays)
@@ -109,12 +111,12 @@ def expected_answers(
         images: (N, C, H, W) in [0, 1].
     """
     classifier = DefendedClassifier(loaded, precision, certification)
-    classifier.loaded.model.fill = _fill(loaded, form)
+    classifier.loaded.model.color = _color(loaded, form)
     with torch.no_grad():
         return classifier(images)
 
 
-def _fill(loaded: LoadedModel, form: Format) -> Tensor:
-    """Return the color that masks show, (C, 1, 1) in [0, 1], as the file can take it."""
+def _color(loaded: LoadedModel, form: Format) -> Tensor:
+    """Return the mean color, (C, 1, 1) in [0, 1], as the file can take it."""
     color = mean_color(loaded.info.mean)
     return (color * PIXELS).round() / PIXELS if form.takes_bytes else color

@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy
 
 from qadtr_brevitas.config import MasksSection, Recipe
 from qadtr_brevitas.core.errors import UsageError
+from qadtr_brevitas.evaluation.mask_fill import MaskFill
 from qadtr_brevitas.evaluation.masks import CoveringSet, covering_set, mean_color
 
 
@@ -41,7 +42,7 @@ class TrainingMasks:
     Args:
         section: how many, for which patches, and how they are chosen.
         image_size: (H, W) of the training images in pixels.
-        mean: mean color of the network's normalization, which masks show.
+        mean: mean color of the network's normalization.
         device: where the images are.
 
     Raises:
@@ -52,7 +53,7 @@ class TrainingMasks:
         self, section: MasksSection, image_size: tuple[int, int], *, mean: Sequence[float], device: torch.device
     ) -> None:
         self._section = section
-        self._fill = mean_color(mean).to(device)
+        self._fill = MaskFill(mean_color(mean), section.fill).to(device)
         sets = [covering_set(image_size, patch, per_side=section.per_side) for patch in section.patches]
         for found in sets:
             _check_something_is_seen(found)
@@ -116,7 +117,7 @@ class TrainingMasks:
         counts = plan.counts.to(images.device)[:, None, None]
         first, second = self._masks[chosen[:, 0]], self._masks[chosen[:, 1]]
         covered = (first & (counts > 0)) | (second & (counts > 1))
-        return torch.where(covered[:, None], self._fill, images)
+        return self._fill.cover(images, covered[:, None])
 
     def _draw(self, images: int, generator: torch.Generator) -> Tensor:
         """(images, 2) numbers of two different masks of the same set."""
@@ -177,7 +178,7 @@ class TrainingMasks:
         losses: list[Tensor] = []
         for candidate in candidates.to(images.device).unbind(dim=1):
             masks = self._masks[candidate] if covered is None else self._masks[candidate] | covered
-            logits = model(torch.where(masks[:, None], self._fill, seen))
+            logits = model(self._fill.cover(seen, masks[:, None]))
             losses.append(cross_entropy(logits.float(), truth, reduction="none"))
         worst = torch.stack(losses, dim=1).argmax(dim=1).cpu()
         return candidates.gather(1, worst[:, None])[:, 0]

@@ -15,6 +15,7 @@ from qadtr_brevitas.evaluation.certification import Certification
 from qadtr_brevitas.evaluation.defended import DefendedModel, defended
 from qadtr_brevitas.evaluation.defended_classifier import DefendedClassifier
 from qadtr_brevitas.evaluation.entries import LoadedModel
+from qadtr_brevitas.evaluation.mask_fill import MaskFill
 from qadtr_brevitas.evaluation.masks import covering_masks, mean_color
 from qadtr_brevitas.evaluation.patch_cleanser import double_masking
 from qadtr_brevitas.quant import frozen_weights, get_precision, set_precision
@@ -80,7 +81,7 @@ def test_a_classifier_says_what_double_masking_says_and_leaves_the_network_as_it
     loaded.model.eval()
     set_precision(loaded.model, 4)
     with torch.no_grad():
-        fill = mean_color(loaded.info.mean)
+        fill = MaskFill(mean_color(loaded.info.mean))
         expected = double_masking(loaded.model, images, classifier.masks, fill=fill)
     assert found.classes.equal(expected.defended)
     assert found.certified.equal(expected.proved >= 0)

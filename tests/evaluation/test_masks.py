@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from qadtr_brevitas.core.errors import UsageError
+from qadtr_brevitas.evaluation.mask_fill import MaskFill
 from qadtr_brevitas.evaluation.masks import check_covers, covered_places, covering_masks, covering_set, mean_color
 from qadtr_brevitas.evaluation.patch_cleanser import double_masking
 
-FILL = torch.full((3, 1, 1), 0.5)
+FILL = MaskFill(torch.full((3, 1, 1), 0.5))
 
 
 @pytest.mark.parametrize("image_size", [(5, 5), (8, 8), (6, 9), (32, 32)])

@@ -11,7 +11,7 @@ from torch import Tensor
 from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.evaluation.masks import covered_places, covering_masks
 from qadtr_brevitas.evaluation.one_round import line_masks, one_round, place_kinds
-from tests.evaluation.test_patch_cleanser import FILL, PATCH, SIDE, binary_images, patched, random_model
+from tests.evaluation.test_patch_cleanser import FILL, INTERPOLATE, PATCH, SIDE, binary_images, patched, random_model
 
 
 @pytest.mark.parametrize("image_size", [(5, 5), (8, 8), (7, 12), (32, 32)])
@@ -39,11 +39,12 @@ def test_a_whole_plane_covers_every_place_by_a_window_on_each_of_its_lines() -> 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_no_patch_changes_what_is_proved_and_some_patch_changes_the_rest(seed: int) -> None:
+    fill = FILL if seed % 2 else INTERPOLATE
     masks = line_masks((SIDE, SIDE), PATCH, per_side=2)
     model, images = random_model(seed), binary_images(16, seed)
-    found = one_round(model, images, masks, PATCH, fill=FILL)
+    found = one_round(model, images, masks, PATCH, fill=fill)
     for image, before, label in zip(images, found.defended, found.proved, strict=True):
-        after = one_round(model, torch.stack(list(patched(image))), masks, PATCH, fill=FILL).defended
+        after = one_round(model, torch.stack(list(patched(image))), masks, PATCH, fill=fill).defended
         if label >= 0:
             assert before == label
             assert (after == label).all()

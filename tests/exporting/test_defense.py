@@ -44,16 +44,19 @@ class Colors:
         return images.flatten(1) @ self.weight + self.bias
 
 
+@pytest.mark.parametrize("fill", ["mean", "interpolate"])
 @pytest.mark.parametrize("method", MODELS)
-def test_numpy_decides_as_pytorch_does(method: str, tmp_path: Path) -> None:
-    against = qb.Certification(2, MODELS[method], method)  # pyright: ignore[reportArgumentType]
-    net, fill = Colors(), torch.full((3, 1, 1), 0.5)
+def test_numpy_decides_as_pytorch_does(method: str, fill: str, tmp_path: Path) -> None:
+    against = qb.Certification(2, MODELS[method], method, fill)  # pyright: ignore[reportArgumentType]
+    net, color = Colors(), torch.full((3, 1, 1), 0.5)
     # From images of the color under masks, on which they change nothing, to noise.
     strength = torch.linspace(0, 0.4, 80).view(-1, 1, 1, 1)
     images = 0.5 + strength * torch.rand(80, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    expected = against.run(net, images, fill=fill, batch_size=64)
+    expected = against.run(net, images, color=color, batch_size=64)
     masks = against.covering((8, 8))
-    arrays = {"masks": masks.numpy(), "fill": fill.flatten().numpy()}
+    arrays = {"masks": masks.numpy(), "color": color.flatten().numpy()}
+    if fill == "interpolate":
+        arrays["levels"] = np.float32(255)
     if method == "one round":
         arrays["kinds"] = place_kinds(masks, against.size).numpy()
     np.savez(tmp_path / "masks.npz", **arrays)

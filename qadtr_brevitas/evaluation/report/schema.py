@@ -228,13 +228,14 @@ class CertifiedCell(Document):
     `clean_accuracy` is that of the defended prediction on clean images; `certified_accuracy` counts the images whose
     defended prediction is right whatever one such patch shows and wherever it lies.
 
-    It holds for the weights, masks (with their color) and images of these fingerprints, and for no others. `passes` is
-    the mean number of forward passes per image. Reports of older releases do not have them.
+    It holds for the weights, masks (with what they show) and images of these fingerprints, and for no others. `passes`
+    is the mean number of forward passes per image. Reports of older releases do not have them.
     """
 
     model: str
     precision: str
     method: Literal["double masking", "one round"] = "double masking"
+    fill: Literal["mean", "interpolate"] = "mean"
     size: int | str
     masks: int
     clean_accuracy: Rate
@@ -249,7 +250,8 @@ class CertifiedCell(Document):
         """How tables call the patch and the masks."""
         size = f"{self.size}x{self.size}" if isinstance(self.size, int) else self.size
         method = "" if self.method == "double masking" else f", {self.method}"
-        return f"{size}, {self.masks} masks{method}"
+        fill = "" if self.fill == "mean" else ", interpolated"
+        return f"{size}, {self.masks} masks{method}{fill}"
 
 
 class EvaluationReport(Document):

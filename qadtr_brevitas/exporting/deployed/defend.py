@@ -47,15 +47,17 @@ class Defense:
 
     def __init__(self, run: Callable[[Any], Any], path: Path) -> None:
         stored = np.load(path)
-        # (M, H, W), True where an image is covered; (C,), what is seen there.
-        self.masks, self.fill = stored["masks"], stored["fill"].astype(np.float32)
+        # (M, H, W), True where an image is covered; (C,), the mean color.
+        self.masks, self.color = stored["masks"], stored["color"].astype(np.float32)
+        # Covered pixels are interpolated between so many levels of one unit; None: they show the mean color.
+        self.levels = stored.get("levels")
         # Sets of masks that cover one place, (kinds, M), for one round only.
         self.kinds = stored.get("kinds")
         self._run = run
 
     def __call__(self, image: Any) -> Answer:
         """Classify an image as the file takes it, (C, H, W)."""
-        seen = _Masked(self._run, image, self.masks, self.fill)
+        seen = _Masked(self._run, image, self.masks, self._cover)
         logits = seen.logits([(mask, mask) for mask in range(len(self.masks))])
         votes = logits.argmax(1)
         majority = int(np.bincount(votes).argmax())
@@ -68,12 +70,18 @@ class Defense:
             label, certified = _second_round(seen, votes, majority), False
         return Answer(label, certified, seen.passes)
 
+    def _cover(self, image: Any, covered: Any) -> Any:
+        """Return an image (C, H, W) under masks, (n, C, H, W), of booleans (n, 1, H, W)."""
+        color = self.color[:, None, None]
+        shown = color if self.levels is None else _interpolated(image, covered, color, self.levels)
+        return np.where(covered, shown, image).astype(np.float32)
+
 
 class _Masked:
     """An image under pairs of masks, given by their numbers; a mask with itself is that mask alone."""
 
-    def __init__(self, run: Callable[[Any], Any], image: Any, masks: Any, fill: Any) -> None:
-        self.run, self.image, self.masks, self.fill = run, image, masks, fill[:, None, None]
+    def __init__(self, run: Callable[[Any], Any], image: Any, masks: Any, cover: Callable[[Any, Any], Any]) -> None:
+        self.run, self.image, self.masks, self.cover = run, image, masks, cover
         self.passes = 0
 
     def logits(self, pairs: list[tuple[int, int]]) -> Any:
@@ -83,13 +91,41 @@ class _Masked:
         for start in range(0, len(pairs), BATCH):
             first, second = (np.array(side) for side in zip(*pairs[start : start + BATCH], strict=True))
             covered = (self.masks[first] | self.masks[second])[:, None]
-            found.append(self.run(np.where(covered, self.fill, self.image).astype(np.float32)))
+            found.append(self.run(self.cover(self.image, covered)))
         return np.concatenate(found)
 
     def stands(self, pairs: list[tuple[int, int]], label: int) -> bool:
         """Return whether the image has a class under all pairs; it is run until one shows another class."""
         parts = (pairs[start : start + BATCH] for start in range(0, len(pairs), BATCH))
         return all((self.logits(part).argmax(1) == label).all() for part in parts)
+
+
+def _interpolated(image: Any, covered: Any, color: Any, levels: Any) -> Any:
+    """Return the mean of the nearest visible pixels on four sides, weighted by the inverse of their distance.
+
+    In a pixel that has none the color is seen. Each step is that of PyTorch, so that both round to the same level.
+    """
+    pixels = np.broadcast_to(np.rint(image.astype(np.float32) * levels), (len(covered), *image.shape))
+    total, weights = np.zeros_like(pixels), np.zeros(covered.shape, np.float32)
+    for axis in (2, 3):
+        for place, distance in _nearest_visible(covered, axis):
+            weight = np.where(distance > 0, 1 / np.maximum(distance, 1).astype(np.float32), np.float32(0))
+            total = total + weight * np.take_along_axis(pixels, np.broadcast_to(place, pixels.shape), axis)
+            weights = weights + weight
+    mean = np.rint(total / np.maximum(weights, np.finfo(np.float32).tiny))
+    return np.where(weights > 0, mean / levels, color)
+
+
+def _nearest_visible(covered: Any, axis: int) -> list[tuple[Any, Any]]:
+    """Return places and distances of the nearest visible pixels before and after each; distance 0 where none is."""
+    length = covered.shape[axis]
+    here = np.moveaxis(np.broadcast_to(np.arange(length), np.moveaxis(covered, axis, -1).shape), -1, axis)
+    before = np.maximum.accumulate(np.where(covered, -1, here), axis)
+    after = np.flip(np.minimum.accumulate(np.flip(np.where(covered, length, here), axis), axis), axis)
+    return [
+        (np.maximum(before, 0), np.where(before < 0, 0, here - before)),
+        (np.minimum(after, length - 1), np.where(after == length, 0, after - here)),
+    ]
 
 
 def _least_sure_first(logits: Any) -> list[tuple[int, int]]:
