@@ -10,8 +10,10 @@ class that the switchable network gives. Beside them the size of the file, and m
 one thread: of the file, of the float network, of onnxruntime's quantize_static and of Brevitas's own export.
 
 Weights and images are those of benchmark_export.py: published ones where QADTR_BREVITAS_DATA names a folder with them.
-Random weights get BatchNorm statistics of the images, without which all images have one class. Each pair of network and
-format runs in a process of its own and is stopped after --limit minutes; pairs that --output has are not run again.
+Random weights get BatchNorm statistics of the images, without which all images have one class. Random weights make
+MobileNetV2 pass the last bit of a sum on louder and louder, so it is trained on CIFAR-10 for some minutes, once; its
+weights lie beside --output. Each pair of network and format runs in a process of its own and is stopped after --limit
+minutes; pairs that --output has are not run again.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.benchmark_export import CALIBRATION, make_case, quantize_static, session
+from benchmarks.trained_case import trained_case
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -48,6 +51,8 @@ NETWORKS: dict[str, tuple[str, int | None]] = {
     "efficientnet_lite0": ("tf_efficientnet_lite0", None),
     "deit_tiny": ("deit_tiny_patch16_224", None),
 }
+# Of random weights no judge of files: what is trained first, and for how many steps.
+TRAINED = {"mobilenetv2": 400}
 BITS = {"finn": 4, "hls4ml": 4, "qonnx": 4, "qcdq": 8, "ort": 8}
 PATCH = 0.25
 ROUNDS = 10
@@ -178,8 +183,8 @@ def settle_norms(net: nn.Module, images: Tensor) -> None:
         norm.momentum = 0.1
 
 
-def measure(name: str, format_name: str, count: int) -> dict[str, Any]:
-    """Return the row of one network in one format."""
+def measure(name: str, format_name: str, count: int, weights: Path) -> dict[str, Any]:
+    """Return the row of one network in one format; a network that is trained has its weights in a file."""
     import torch
     from torch.nn import functional as F
 
@@ -191,7 +196,10 @@ def measure(name: str, format_name: str, count: int) -> dict[str, Any]:
 
     torch.set_num_threads(1)
     architecture, side = NETWORKS[name]
-    case = make_case(architecture, count)
+    if name in TRAINED:
+        case = trained_case(architecture, count, side=side or 32, steps=TRAINED[name], weights=weights)
+    else:
+        case = make_case(architecture, count)
     clean = case.images if side is None else F.interpolate(case.images, (side, side), mode="area")
     if clean.shape[-1] >= LARGE:
         clean = clean[: max(1, count // SHARE)]
@@ -228,14 +236,14 @@ def measure(name: str, format_name: str, count: int) -> dict[str, Any]:
     return row
 
 
-def measure_within(name: str, format_name: str, count: int, minutes: float) -> dict[str, Any]:
+def measure_within(name: str, format_name: str, count: int, minutes: float, weights: Path) -> dict[str, Any]:
     """Return the row as a process of its own measures it, or one that says that it took too long or why it failed."""
     bare = {"network": name, "format": format_name, "bits": BITS[format_name]}
     with tempfile.TemporaryDirectory() as scratch:
         output = Path(scratch) / "row.json"
         # A fork has the libraries that this process has loaded.
         process = multiprocessing.get_context("fork").Process(
-            target=_write_row, args=(name, format_name, count, scratch, output)
+            target=_write_row, args=(name, format_name, count, weights, scratch, output)
         )
         process.start()
         process.join(60 * minutes)
@@ -249,10 +257,10 @@ def measure_within(name: str, format_name: str, count: int, minutes: float) -> d
         return json.loads(output.read_text())
 
 
-def _write_row(name: str, format_name: str, count: int, scratch: str, output: Path) -> None:
+def _write_row(name: str, format_name: str, count: int, weights: Path, scratch: str, output: Path) -> None:
     os.setsid()
     tempfile.tempdir = os.environ["TMPDIR"] = scratch
-    output.write_text(json.dumps(measure(name, format_name, count)))
+    output.write_text(json.dumps(measure(name, format_name, count, weights)))
 
 
 def _verdict(ask: Callable[[Written], str], written: Written) -> str:
@@ -298,10 +306,11 @@ def main() -> None:
         for form in given.format or JUDGES:
             if (name, form) in done:
                 continue
+            weights = given.output.with_name(f"{given.output.stem}_{name}.pt")
             if given.limit:
-                row = measure_within(name, form, given.images, given.limit)
+                row = measure_within(name, form, given.images, given.limit, weights)
             else:
-                row = measure(name, form, given.images)
+                row = measure(name, form, given.images, weights)
             rows.append(row)
             print(json.dumps(row), flush=True)
             # Each row is kept, however long the next one takes.
