@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from qadtr_brevitas.cli.common import RecordedCommand, command_line, emit, examples, output_options, say
+from qadtr_brevitas.cli.common import LocalPath, RecordedCommand, command_line, emit, examples, output_options, say
 from qadtr_brevitas.cli.start import load_libraries
 from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.core.extras import require
@@ -27,9 +27,7 @@ from qadtr_brevitas.core.extras import require
     help="Report whose images and attacks all others must have.  [default: the first]",
 )
 @click.option("--title", default="Who resists patches", show_default=True, help="Title of the page.")
-@click.option(
-    "--output", "-o", type=click.Path(path_type=Path), default="board.html", show_default=True, help="HTML file."
-)
+@click.option("--output", "-o", type=LocalPath(), default="board.html", show_default=True, help="HTML file.")
 @output_options
 def command(folders: tuple[Path, ...], protocol: Path | None, title: str, output: Path) -> None:
     """Rank the models of many reports, of different people, on one page.

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable, Generator
@@ -42,6 +43,7 @@ _Command = TypeVar("_Command", bound=Callable[..., Any])
 # between all parts of a bar.
 _WIDE, _SHORTEST, _TIME_AND_SPACES = 100, 8, 12
 
+_URL = re.compile(r"([a-z][a-z0-9+.-]*)://", flags=re.IGNORECASE)
 QUIET, JSON, DEBUG = (f"qadtr_brevitas.{name}" for name in ("quiet", "json", "debug"))
 
 
@@ -99,6 +101,23 @@ def was_given(parameter: str) -> bool:
     return click.get_current_context().get_parameter_source(parameter) is ParameterSource.COMMANDLINE
 
 
+class LocalPath(click.Path):
+    """Where results go: a path of a file system, which a URL is not."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if (scheme := _URL.match(str(value))) is not None:
+            self.fail(
+                f"{value} is a URL, and results are files that are renamed and locked: mount the storage on every "
+                f"machine (s3: mount-s3, gs: gcsfuse, others: rclone mount) and give that folder, as /mnt/{scheme[1]}",
+                param,
+                ctx,
+            )
+        return super().convert(value, param, ctx)
+
+
 def work_options(*, data: str, output: str) -> Callable[[_Command], _Command]:
     """Add what `attack` and `evaluate` have in common: data, output, device, seed, threads and the output options.
 
@@ -108,7 +127,7 @@ def work_options(*, data: str, output: str) -> Callable[[_Command], _Command]:
     """
     return option_block(
         click.option("--data", help=f"Data set as NAME[:ROOT].  [default: {data}]", shell_complete=_complete_datasets),
-        click.option("--output", "-o", type=click.Path(path_type=Path), help=f"Folder.  [default: {output}]"),
+        click.option("--output", "-o", type=LocalPath(), help=f"Folder.  [default: {output}]"),
         device_option,
         seed_option(),
         threads_option,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qadtr_brevitas.cli.common import (
+    LocalPath,
     command_of,
     emit,
     examples,
@@ -143,7 +144,7 @@ _calibration_options = option_block(
     metavar="NAME:PATTERN=BITS,...|FILE.json",
     help="Add a mixed precision, mixed:NAME: bit-widths by pattern of module names, the last match counts.",
 )
-@click.option("--output", "-o", type=click.Path(path_type=Path), help="Model directory.  [default: models/MODEL]")
+@click.option("--output", "-o", type=LocalPath(), help="Model directory.  [default: models/MODEL]")
 @click.option("--overwrite", is_flag=True, help="Replace a model directory that is there and holds nothing else.")
 @click.option("--dry-run", is_flag=True, help="Only show what would be done to each layer; write nothing.")
 @seed_option()

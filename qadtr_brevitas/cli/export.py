@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from qadtr_brevitas.cli.common import (
+    LocalPath,
     RecordedCommand,
     command_line,
     emit,
@@ -94,7 +95,7 @@ class _ExportOptions:
 @click.option(
     "--output",
     "-o",
-    type=click.Path(path_type=Path),
+    type=LocalPath(),
     help="Folder; with several precisions, of one for each.  [default: exports/MODEL-PRECISION-FORMAT]",
 )
 @click.option("--overwrite", is_flag=True, help="Replace an export that is there, and nothing else.")

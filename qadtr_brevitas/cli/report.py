@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from qadtr_brevitas.cli.common import RecordedCommand, command_line, emit, examples, output_options, say
+from qadtr_brevitas.cli.common import LocalPath, RecordedCommand, command_line, emit, examples, output_options, say
 from qadtr_brevitas.cli.start import load_libraries
 from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.core.extras import require
@@ -22,9 +22,7 @@ from qadtr_brevitas.core.extras import require
 )
 @click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="DIR...")
 @click.option("--title", default="QADT-R: measurements", show_default=True, help="Title of the page.")
-@click.option(
-    "--output", "-o", type=click.Path(path_type=Path), default="report.html", show_default=True, help="HTML file."
-)
+@click.option("--output", "-o", type=LocalPath(), default="report.html", show_default=True, help="HTML file.")
 @output_options
 def command(folders: tuple[Path, ...], title: str, output: Path) -> None:
     """Write evaluations, analyses and studies as one page, beside the values of the paper.

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from qadtr_brevitas.cli.common import (
+    LocalPath,
     RecordedCommand,
     command_line,
     command_of,
@@ -24,6 +25,7 @@ from qadtr_brevitas.cli.common import (
 from qadtr_brevitas.cli.completion import complete_studies
 from qadtr_brevitas.cli.start import load_libraries
 from qadtr_brevitas.cli.study_cluster import run_on_cluster
+from qadtr_brevitas.cli.study_cost import tell_cost
 from qadtr_brevitas.config import shipped
 from qadtr_brevitas.core.errors import UsageError, suggest
 from qadtr_brevitas.core.extras import require
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from qadtr_brevitas.core.progress import Progress
     from qadtr_brevitas.evaluation.sharding import Shard
     from qadtr_brevitas.reproduce.study.plan import StudyPlan
+    from qadtr_brevitas.reproduce.study.resources import StudyResources
     from qadtr_brevitas.reproduce.study.run import StartProgress
     from qadtr_brevitas.reproduce.study.sections import Study
 
@@ -46,6 +49,7 @@ if TYPE_CHECKING:
         "qadtr-brevitas study table11",
         "qadtr-brevitas study table11 --scale smoke -o studies/try",
         "qadtr-brevitas study table13 budget.images=500 seeds=[0,1] --dry-run",
+        "qadtr-brevitas study table11 --scale full --estimate --device cuda --price 2.5",
         "qadtr-brevitas study table11 --jobs 4",
         "qadtr-brevitas study my_study.yaml --shard 2/3        # on three machines that share the folders",
         "qadtr-brevitas study table11 --ray                    # on the cluster of `ray start`",
@@ -54,10 +58,10 @@ if TYPE_CHECKING:
 @click.argument("study", shell_complete=complete_studies)
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--scale", default="small", show_default=True, help="Which scale of the study: smoke, small or full.")
-@click.option("--output", "-o", type=click.Path(path_type=Path), help="Its folder.  [default: studies/STUDY-SCALE]")
+@click.option("--output", "-o", type=LocalPath(), help="Its folder.  [default: studies/STUDY-SCALE]")
 @click.option(
     "--work",
-    type=click.Path(path_type=Path),
+    type=LocalPath(),
     help="Folder of runs, patches and cells, which studies share.  [default: work, beside the output folder]",
 )
 @click.option(
@@ -82,6 +86,19 @@ if TYPE_CHECKING:
     flag_value="auto",
     help="Run the steps on a Ray cluster whose nodes see the folders; a step takes --threads CPUs, 1 if not given.",
 )
+@click.option(
+    "--estimate", is_flag=True, help="Only tell what the missing steps cost, from times of a few images on --device."
+)
+@click.option(
+    "--speedup",
+    type=click.FloatRange(min=0, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="For --estimate: how many times faster the study's device is than --device.",
+)
+@click.option(
+    "--price", type=click.FloatRange(min=0), help="For --estimate: dollars for an hour of the study's device."
+)
 @click.option("--dry-run", is_flag=True, help="Only list the steps and which of them are finished.")
 @click.option("--all", "show_all", is_flag=True, help="Print every table, and not only the result in short.")
 @device_option
@@ -97,6 +114,9 @@ def command(
     processes: int,
     jobs: int,
     ray: str | None,
+    estimate: bool,
+    speedup: float,
+    price: float | None,
     dry_run: bool,
     show_all: bool,
     device: str,
@@ -120,13 +140,17 @@ def command(
     output = output or Path("studies") / f"{Path(study).stem}-{scale}"
     work = work or output.resolve().parent / "work"
 
+    from qadtr_brevitas.core.device import resolve_device
     from qadtr_brevitas.evaluation.sharding import Shard
     from qadtr_brevitas.reproduce.study.plan import make_plan
+    from qadtr_brevitas.reproduce.study.resources import StudyResources
 
     own_shard = Shard.parse(shard) if shard else None
     plan = make_plan(checked, work=work, output=output)
     if dry_run:
         return _show(plan)
+    if estimate:
+        return tell_cost(plan, device=device, speedup=speedup, price=price)
     for package in ("jinja2", "matplotlib"):
         require(package, extra="reproduce", purpose="study")
 
@@ -135,20 +159,18 @@ def command(
         plan = make_plan(checked, work=work.resolve(), output=output.resolve())
         run_on_cluster(plan, work.resolve(), address=ray, device=device, processes=processes)
     else:
-        _run_here(plan, work, shard=own_shard, jobs=jobs, device=device, processes=processes)
+        resources = StudyResources(work, str(resolve_device(device)), processes, command_line())
+        _run_here(plan, resources, shard=own_shard, jobs=jobs)
     _report(checked, plan, output, scale=scale, show_all=show_all)
 
 
-def _run_here(plan: StudyPlan, work: Path, *, shard: Shard | None, jobs: int, device: str, processes: int) -> None:
+def _run_here(plan: StudyPlan, resources: StudyResources, *, shard: Shard | None, jobs: int) -> None:
     """Run the steps on this machine."""
-    from qadtr_brevitas.core.device import resolve_device
     from qadtr_brevitas.reproduce.study.jobs import helping_processes
     from qadtr_brevitas.reproduce.study.locks import StepLocks
-    from qadtr_brevitas.reproduce.study.resources import StudyResources
     from qadtr_brevitas.reproduce.study.run import run_study
 
-    resources = StudyResources(work, str(resolve_device(device)), processes, command_line())
-    locks = work / "locks"
+    locks = resources.work / "locks"
     with _progress_bar() as start_progress, helping_processes(plan, resources, locks, jobs=jobs) as share:
         own = share or shard
         run_study(plan, resources, StepLocks(locks), shard=own, report=say, start_progress=start_progress)

@@ -10,6 +10,7 @@ from typing import Literal
 import click
 
 from qadtr_brevitas.cli.common import (
+    LocalPath,
     command_of,
     device_option,
     emit,
@@ -36,7 +37,7 @@ from qadtr_brevitas.pipeline.directories import METRICS_FILE, MODEL_FOLDERS
 )
 @click.argument("recipe", shell_complete=complete_recipes)
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...", shell_complete=complete_keys)
-@click.option("--output", "-o", type=click.Path(path_type=Path), help="Run directory.  [default: runs/RECIPE]")
+@click.option("--output", "-o", type=LocalPath(), help="Run directory.  [default: runs/RECIPE]")
 @click.option(
     "--resume",
     type=click.Choice(["auto", "never"]),

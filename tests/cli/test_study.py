@@ -35,6 +35,17 @@ def test_a_study_runs_from_start_to_report(tmp_path: Path, capsys: pytest.Captur
     assert "0 of 7 steps" in capsys.readouterr().err
 
 
+def test_an_estimate_makes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["study", str(write_study_file(tmp_path)), "-o", str(tmp_path / "out"), *SCALE, "--estimate", "--json"]
+    assert main([*command, "--speedup", "10", "--price", "3"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {row["kind"] for row in found["rows"]} == {"train", "make patches", "evaluate"}
+    assert found["dollars"] == pytest.approx(3 * found["hours"])
+    assert found["hours"] == pytest.approx(sum(row["hours"] for row in found["rows"]))
+    assert not (tmp_path / "work").exists()
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -43,6 +54,8 @@ def test_a_study_runs_from_start_to_report(tmp_path: Path, capsys: pytest.Captur
         (["table11", "models.qadtr.recipe=nowhere"], "'nowhere'"),
         (["table11", "model.qadtr.recipe=nowhere"], "did you mean 'models'?"),
         (["table11", "--scale", "smoke", "--shard", "3/2"], "'3/2'"),
+        (["table11", "-o", "s3://bucket/study"], "/mnt/s3"),
+        (["table11", "--work", "gs://bucket/work"], "gcsfuse"),
         (["table20", "analyses.spatial.models=[qatt]"], "'qatt' in this study: did you mean 'qat'"),
     ],
 )
