@@ -29,8 +29,8 @@ from torch import Tensor
 Rounding: TypeAlias = Callable[[Tensor], Tensor]
 """A function from values in steps to levels in steps."""
 
-# 256 kB of floats: a block of input and output stays in a core's L2 cache through all passes over it.
-_BLOCK = 1 << 16
+# 256 kB of floats for each thread: its part of input and output stays in its core's L2 cache through all passes.
+_PART = 1 << 16
 _SMALLEST_HALF = 2.0**-24
 
 
@@ -79,7 +79,7 @@ class _QuantizeImages(torch.autograd.Function):
         if _is_blockable(x):
             y = torch.empty_like(x)
             source, target = (_flat(t).view(len(scale), -1) for t in (x, y))
-            images = max(1, _BLOCK // source.shape[1])
+            images = max(1, _block() // source.shape[1])
             for s, t, step in zip(source.split(images), target.split(images), scale.split(images), strict=True):
                 torch.div(s, step[:, None], out=t)
                 t.round_().clamp_(lo, hi).mul_(step[:, None])
@@ -219,6 +219,11 @@ def _is_blockable(x: Tensor) -> bool:
     )
 
 
+def _block() -> int:
+    """Return the length of a block: every operation on one divides it among all threads in the same way."""
+    return _PART * torch.get_num_threads()
+
+
 def _flat(x: Tensor) -> Tensor:
     return x.as_strided((x.numel(),), (1,))
 
@@ -235,8 +240,8 @@ def _end(step: Tensor, level: int, dtype: torch.dtype) -> Tensor:
 
 def _quantize_blocks(x: Tensor, step: Tensor, lo: int, hi: int) -> Tensor:
     # A Python number would be converted to a tensor in each block.
-    y = torch.empty_like(x)
-    for source, target in zip(_flat(x).split(_BLOCK), _flat(y).split(_BLOCK), strict=True):
+    y, block = torch.empty_like(x), _block()
+    for source, target in zip(_flat(x).split(block), _flat(y).split(block), strict=True):
         torch.div(source, step, out=target)
         target.round_().clamp_(lo, hi).mul_(step)
     return y
@@ -247,7 +252,7 @@ def _backward_blocks(g: Tensor, x: Tensor, y: Tensor | None, low: float, high: f
         return torch.ops.aten.hardtanh_backward(g, x, low, high), None
     dx = torch.empty_like(x)
     total = torch.zeros((), dtype=torch.float64)
-    blocks = (_flat(t).split(_BLOCK) for t in (g, x, y, dx))
+    blocks = (_flat(t).split(_block()) for t in (g, x, y, dx))
     for g_block, x_block, y_block, dx_block in zip(*blocks, strict=True):
         torch.ops.aten.hardtanh_backward(g_block, x_block, low, high, grad_input=dx_block)
         total += _dot(g_block, y_block) - _dot(dx_block, x_block)

@@ -114,7 +114,7 @@ def test_all_memory_layouts_and_paths_agree(change: str, monkeypatch: pytest.Mon
 
     expected = compute()
     if change == "small blocks":
-        monkeypatch.setattr(fake_quantize, "_BLOCK", 50)
+        monkeypatch.setattr(fake_quantize, "_PART", 50)
     else:
         monkeypatch.setattr(fake_quantize, "_is_blockable", lambda x: False)
     torch.testing.assert_close(compute(), expected, rtol=1e-6, atol=1e-6)

@@ -46,7 +46,7 @@ def test_activation_gradients_are_those_of_learned_steps(lo: int, hi: int, layou
 def test_blocks_and_whole_tensors_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     results = []
     for block in (7, 1 << 20):
-        monkeypatch.setattr(fake_quantize, "_BLOCK", block)
+        monkeypatch.setattr(fake_quantize, "_PART", block)
         x, scale = inputs(5, 5).requires_grad_(), torch.tensor(0.2, requires_grad=True)
         y = quantize_activation(x, scale, 0, 3)
         y.square().sum().backward()
