@@ -36,6 +36,15 @@ if TYPE_CHECKING:
 _NOT_HERE = ("seed", "train")
 
 
+class _PtqMethodName(click.Choice[str]):
+    """The name of a PTQ method, or one of another tool that is refused with what to take instead."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if value in PTQ_METHODS.declined:
+            self.fail(f"there is no {value!r}: {PTQ_METHODS.declined[value]}", param, ctx)
+        return super().convert(value, param, ctx)
+
+
 @dataclass(frozen=True, kw_only=True)
 class _ConvertOptions:
     """The command line, as click read it."""
@@ -109,7 +118,7 @@ _calibration_options = option_block(
         "--weights",
         "-w",
         multiple=True,
-        type=click.Choice(PTQ_METHODS.names()),
+        type=_PtqMethodName(PTQ_METHODS.names()),
         help="Choose levels of weights by outputs, gptq for instance; again for one method after another.",
     ),
     click.option("--bias-correction", is_flag=True, help="Keep mean outputs of layers at those of the float network."),

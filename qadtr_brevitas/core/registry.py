@@ -26,12 +26,14 @@ class Registry:
         contract: "package.module:Class" of the abstract class that each derives from.
         builtin: the plug-ins of this package.
         prefixes: plug-ins that a name PREFIX/ROOT stands for, which other libraries use, with ROOT as `root`.
+        declined: names that other tools have, and why there is no such plug-in and what to take instead.
     """
 
     kind: str
     contract: str
     builtin: Mapping[str, tuple[str, str]]
     prefixes: Mapping[str, str] = field(default_factory=dict[str, str])
+    declined: Mapping[str, str] = field(default_factory=dict[str, str])
 
     def entries(self) -> dict[str, tuple[str, str]]:
         """Return every known plug-in, built-in ones first; an entry point cannot replace a built-in one."""
@@ -113,6 +115,8 @@ class Registry:
 
     def _entry(self, name: str) -> tuple[str, str]:
         entries = self.entries()
+        if name not in entries and name in self.declined:
+            raise UsageError(f"there is no {self.kind} {name!r}: {self.declined[name]}")
         if name not in entries:
             raise UsageError(f"unknown {self.kind} {name!r}: {suggest(name, entries)}")
         return entries[name]
@@ -353,6 +357,12 @@ PTQ_METHODS = Registry(
         "qronos": (
             "qadtr_brevitas.quant.brevitas_ptq:Qronos",
             "past and future errors, by Brevitas (Zhang et al. 2025)",
+        ),
+    },
+    declined={
+        "channel-splitting": (
+            "duplicated channels change the shapes that all precisions share, so that 32 bit would not be the float "
+            "network; take 'equalize', which evens out the ranges of channels"
         ),
     },
 )

@@ -47,6 +47,12 @@ def test_a_model_for_a_compiler_says_so_and_loads_again(tmp_path: Path) -> None:
     assert "quant.target=hls4ml is also set by an option" in twice.stderr
 
 
+def test_a_ptq_method_that_cannot_be_is_refused_with_the_nearest() -> None:
+    result = convert("--data", "shapes", "--weights", "channel-splitting", "--dry-run")
+    assert result.exit_code == 2
+    assert "equalize" in result.stderr
+
+
 def test_levels_that_a_ptq_method_chose_are_in_the_model_directory(tmp_path: Path) -> None:
     plain, chosen = tmp_path / "plain", tmp_path / "chosen"
     common = ["--data", "shapes", *SMALL, "quant.precisions=[32,3]", "--seed", 1]

@@ -119,6 +119,20 @@ def test_an_unknown_name_is_answered_with_the_nearest() -> None:
         REGISTRIES["attacks"].load("lavn")
 
 
+def test_a_name_of_another_tool_is_answered_with_what_to_take(add_plugins: AddPlugins, toys: Registry) -> None:
+    toys = dataclasses.replace(toys, declined={"mine": "take 'ours'"})
+    assert toys.names() == ["ours"]
+    with pytest.raises(UsageError, match=r"toy 'mine'.*take 'ours'"):
+        toys.load("mine")
+    add_plugins("toy", mine="toys:Good")
+    assert toys.load("mine").__name__ == "Good"
+
+
+def test_channel_splitting_is_refused_with_why_and_what_to_take() -> None:
+    with pytest.raises(UsageError, match=r"channel-splitting.*32 bit.*'equalize'"):
+        REGISTRIES["ptq-methods"].make("channel-splitting")
+
+
 def test_entry_points_add_plugins_but_replace_none(add_plugins: AddPlugins, toys: Registry) -> None:
     add_plugins("toy", mine="toys:Good", ours="nowhere:Nothing")
     assert toys.names() == ["mine", "ours"]
