@@ -79,7 +79,7 @@ def test_tables_and_files_show_what_is_proved(tmp_path: Path) -> None:
     ]
     assert read_report(tmp_path) == report
     # Programs read these keys: a change needs a new schema version.
-    keys = {"model", "precision", "method", "size", "masks", "clean_accuracy", "certified_accuracy", "passes"}
+    keys = {"model", "precision", "method", "fill", "size", "masks", "clean_accuracy", "certified_accuracy", "passes"}
     prints = {"weights_fingerprint", "masks_fingerprint", "data_fingerprint"}
     assert set(json.loads((tmp_path / "report.json").read_text())["certified"][0]) == keys | prints
     (table,) = [table for table in terminal_tables(report) if table.title == "Certified accuracy against one patch"]
@@ -105,24 +105,26 @@ def test_tables_and_files_show_what_is_proved(tmp_path: Path) -> None:
 
 
 def test_rectangles_and_one_round_stand_beside_squares(tmp_path: Path) -> None:
-    wanted = [TWO, Certification("1x4", 6), Certification(2, method="one round")]
+    filled = Certification(TWO.size, TWO.masks, fill="interpolate")
+    wanted = [TWO, Certification("1x4", 6), Certification(2, method="one round"), filled]
     report = evaluate(make_grid([reader()], certifications=wanted, precisions=[4]), output=tmp_path)
-    square, bar, single = report.certified
-    assert [(cell.size, cell.method) for cell in report.certified] == [
-        (2, "double masking"),
-        ("1x4", "double masking"),
-        (2, "one round"),
+    square, bar, single, interpolated = report.certified
+    assert [(cell.size, cell.method, cell.fill) for cell in report.certified] == [
+        (2, "double masking", "mean"),
+        ("1x4", "double masking", "mean"),
+        (2, "one round", "mean"),
+        (2, "double masking", "interpolate"),
     ]
     # The median stays under each pair of masks, but not under lines of windows that cover half of an image.
     assert square.certified_accuracy.value == bar.certified_accuracy.value == 1
     assert single.passes == single.masks
     # All pairs once: 16 masks, 120 pairs.
-    assert square.passes == 16 + 120
-    assert len({cell.masks_fingerprint for cell in report.certified}) == 3
+    assert square.passes == interpolated.passes == 16 + 120
+    assert len({cell.masks_fingerprint for cell in report.certified}) == 4
     assert {cell.weights_fingerprint for cell in report.certified} == {"reader-weights"}
     assert {cell.data_fingerprint for cell in report.certified} == {report.data.fingerprint}
     assert "1x4, 20 masks: certified" in str([table.rows for table in tables(report)])
-    assert "one round" in certified_csv(report)
+    assert {"one round", "interpolate"} <= set(certified_csv(report).replace("\n", ",").split(","))
 
 
 def test_success_rates_and_certificates_stand_in_one_table(tmp_path: Path) -> None:
@@ -145,7 +147,8 @@ def test_a_certificate_is_never_taken_for_other_weights_precisions_masks_or_imag
     assert forwards() == 0
     assert forwards(fingerprint="others") > 0
     assert forwards(precisions=[4]) > 0
-    for other in (Certification(2, 5), Certification(3, 6), Certification("2x1", 6), Certification(2, 5, "one round")):
+    others = [Certification(3, 6), Certification("2x1", 6), Certification(2, 5, "one round")]
+    for other in (Certification(2, 5), Certification(TWO.size, TWO.masks, fill="interpolate"), *others):
         assert forwards(certifications=[other]) > 0
     assert forwards(split=coded_split(39)) > 0
 
@@ -175,6 +178,8 @@ def test_wrong_sizes_methods_and_repeats_are_refused() -> None:
         Certification("5y")
     with pytest.raises(UsageError, match=r"'two rounds'.*one round"):
         Certification(5, method="two rounds")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(UsageError, match=r"'blur'.*interpolate"):
+        Certification(5, fill="blur")  # pyright: ignore[reportArgumentType]
     with pytest.raises(UsageError, match="2x2, double masking"):
         make_grid([reader()], certifications=[TWO, TWO])
     with pytest.raises(UsageError, match=r"prime number .* got 6"):

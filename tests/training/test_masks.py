@@ -16,6 +16,7 @@ from qadtr_brevitas.config.load import make_recipe as checked_recipe
 from qadtr_brevitas.core.errors import RecipeError, UsageError
 from qadtr_brevitas.core.precision import Precision
 from qadtr_brevitas.core.seeding import generator
+from qadtr_brevitas.evaluation.mask_fill import MaskFill
 from qadtr_brevitas.evaluation.masks import covering_masks
 from qadtr_brevitas.quant import get_precision, set_precision
 from qadtr_brevitas.training.images import ImageSource
@@ -89,6 +90,17 @@ def test_two_random_masks_differ() -> None:
     result = make_masks().apply(never, images, torch.zeros(200).long(), make_plan([2] * 200), generator=generator(0))
     single = covering_masks((SIDE, SIDE), 2, per_side=3)[0].sum()
     assert bool((covered(result).flatten(1).sum(dim=1) > single).all())
+
+
+def test_masks_show_what_certification_shows() -> None:
+    images = torch.randint(256, (40, 3, SIDE, SIDE), generator=generator(0, "images")) / 255
+    plan, labels = make_plan([1, 2] * 20), torch.zeros(40).long()
+    mean = make_masks().apply(never, images, labels, plan, generator=generator(0))
+    filled = make_masks(fill="interpolate").apply(never, images, labels, plan, generator=generator(0))
+    # No pixel of 8 bit has the mean color.
+    hidden = (mean == torch.tensor(MEAN).view(-1, 1, 1)).all(dim=1, keepdim=True)
+    expected = MaskFill(torch.tensor(MEAN).view(-1, 1, 1), "interpolate").cover(images, hidden)
+    assert torch.equal(filled, expected)
 
 
 def test_the_search_finds_the_worst_mask_and_the_worst_beside_it() -> None:
