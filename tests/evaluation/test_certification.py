@@ -100,7 +100,7 @@ def test_tables_and_files_show_what_is_proved(tmp_path: Path) -> None:
     ]
     assert "certified" in (tmp_path / "report.md").read_text()
     lines = certified_csv(report).splitlines()
-    assert lines[0].startswith("model,precision,method,size,masks,clean_accuracy_count")
+    assert lines[0].startswith("model,precision,method,fill,size,masks,clean_accuracy_count")
     assert len(lines) == 1 + 2 * 2
 
 

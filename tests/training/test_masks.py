@@ -33,7 +33,9 @@ FOUR = Precision(4, 4)
 
 
 def make_masks(**keys: Any) -> TrainingMasks:
-    return TrainingMasks(MasksSection(**{"patches": [2], "per_side": 3, **keys}), (SIDE, SIDE), mean=MEAN, device=CPU)
+    return TrainingMasks(
+        MasksSection.model_validate({"patches": [2], "per_side": 3, **keys}), (SIDE, SIDE), mean=MEAN, device=CPU
+    )
 
 
 def make_plan(counts: list[int], *, searched: bool = False) -> MaskPlan:
