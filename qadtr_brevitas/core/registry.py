@@ -354,6 +354,10 @@ PTQ_METHODS = Registry(
         ),
         "gpfq": ("qadtr_brevitas.quant.brevitas_ptq:Gpfq", "greedy path following, by Brevitas"),
         "gptq": ("qadtr_brevitas.quant.gptq:Gptq", "later weights make up for rounding errors (Frantar et al. 2022)"),
+        "magr": (
+            "qadtr_brevitas.quant.magr:MagR",
+            "smaller largest weights at nearly the same outputs, before gptq (Zhang et al. 2024)",
+        ),
         "qronos": (
             "qadtr_brevitas.quant.brevitas_ptq:Qronos",
             "past and future errors, by Brevitas (Zhang et al. 2025)",
@@ -362,7 +366,7 @@ PTQ_METHODS = Registry(
     declined={
         "channel-splitting": (
             "duplicated channels change the shapes that all precisions share, so that 32 bit would not be the float "
-            "network; take 'equalize', which evens out the ranges of channels"
+            "network; take 'equalize', which evens out the ranges of channels, or 'magr', which makes outliers smaller"
         ),
     },
 )

@@ -18,7 +18,7 @@ from qadtr_brevitas.quant.layers import SwitchableLayer, switchable_layers
 from qadtr_brevitas.quant.model import SwitchableModel
 from qadtr_brevitas.quant.ptq import PtqRun, quantized_precisions
 from qadtr_brevitas.quant.relaxed_rounding import RelaxedLevels, distance_from_levels, exponent_at
-from qadtr_brevitas.quant.rounding_method import RoundingMethod, set_levels
+from qadtr_brevitas.quant.rounding_method import RoundingMethod, set_levels, wanted_weight
 from qadtr_brevitas.quant.switch import at_precision, evaluating, frozen_weights
 from qadtr_brevitas.quant.switchable_quant import SwitchableActQuant
 
@@ -128,7 +128,7 @@ def _levels(layer: SwitchableLayer) -> Tensor:
 def _relaxed(layer: SwitchableLayer) -> RelaxedLevels:
     quantizer = layer.weight_quant.quantizer
     step = quantizer.step_of_each(layer.weight, quantizer.bits)
-    return RelaxedLevels((layer.weight / step).detach(), _levels(layer), quantizer.levels(quantizer.bits))
+    return RelaxedLevels((wanted_weight(layer) / step).detach(), _levels(layer), quantizer.levels(quantizer.bits))
 
 
 @contextmanager

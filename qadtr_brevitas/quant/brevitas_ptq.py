@@ -18,7 +18,7 @@ from qadtr_brevitas.quant.freeze import freeze
 from qadtr_brevitas.quant.layers import SwitchableLayer, switchable_layers
 from qadtr_brevitas.quant.model import SwitchableModel
 from qadtr_brevitas.quant.ptq import PtqRun, quantized_precisions
-from qadtr_brevitas.quant.rounding_method import RoundingMethod, set_levels
+from qadtr_brevitas.quant.rounding_method import RoundingMethod, set_levels, wanted_weight
 from qadtr_brevitas.quant.switch import at_precision
 
 with warnings.catch_warnings():
@@ -89,7 +89,7 @@ class _BrevitasRun(PtqRun):
         """Return a frozen copy with float weights instead of those that an earlier method rounded."""
         frozen = freeze(self._model, precision)
         for copied, layer in self._copies(frozen):
-            copied.weight = nn.Parameter(layer.weight.detach().clone())
+            copied.weight = nn.Parameter(wanted_weight(layer).clone())
         return frozen
 
     def _take_levels(self, frozen: nn.Module, precision: Precision) -> None:

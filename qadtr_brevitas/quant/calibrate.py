@@ -17,7 +17,7 @@ from qadtr_brevitas.data.batches import ImageBatches, Loader
 from qadtr_brevitas.quant.feature_clip import calibrate_feature_clips, clip_passes, feature_clips
 from qadtr_brevitas.quant.norm import copy_float_statistics
 from qadtr_brevitas.quant.observations import Observations
-from qadtr_brevitas.quant.ptq import PtqMethod, ptq_states
+from qadtr_brevitas.quant.ptq import PtqMethod, PtqRun, ptq_states
 from qadtr_brevitas.quant.range_methods import LevelGrid, RangeMethod
 from qadtr_brevitas.quant.ranges import Sample, all_of
 from qadtr_brevitas.quant.switch import Observer, observing, switch_of
@@ -49,8 +49,8 @@ def calibrate(
             quantization error per bit-width (a grid search); `minmax` clips no value that was observed, except that a
             ReLU6 whose steps are powers of two may clip below 6; `{"name": "percentile", "percentile": 99.9}` clips the
             values above a percentile of the magnitudes.
-        weights: PTQ methods that run afterwards, in order, given likewise: `gptq`, `bias-correction`; `equalize` runs
-            before. What they set in an earlier calibration is removed.
+        weights: PTQ methods that run afterwards, in order, given likewise: `gptq`, `bias-correction`; `equalize` and
+            `magr` run before. What they set in an earlier calibration is removed.
         progress: called after each batch with the number of batches done and that of all passes.
 
     Raises:
@@ -72,6 +72,24 @@ def calibrate(
     count_batch = _counter(progress, len(batches) * passes)
     for run in runs:
         run.rewrite(batches, count_batch)
+    with ExitStack() as aiming:
+        for run in runs:
+            aiming.enter_context(run.aiming(batches, count_batch))
+        _set_ranges(model, ranges, runs, batches, count_batch)
+        copy_float_statistics(model)
+        for run in runs:
+            run.improve(batches, count_batch)
+    calibrate_feature_clips(model, batches, count_batch)
+
+
+def _set_ranges(
+    model: nn.Module,
+    ranges: RangeMethod,
+    runs: Sequence[PtqRun],
+    batches: ImageBatches,
+    count_batch: Callable[[], object],
+) -> None:
+    """Run the float network once, and set the thresholds of every quantizer."""
     quantizers = [module for module in model.modules() if isinstance(module, SwitchableActQuant) and module.thresholds]
     observed = Observations(quantizers, len(batches), sampled=ranges.needs_values)
     with observing(model, _observer(observed, ranges)), ExitStack() as watching:
@@ -82,10 +100,6 @@ def calibrate(
             count_batch()
     for quantizer in observed:
         _set_thresholds(quantizer, observed.seen_by(quantizer), ranges)
-    copy_float_statistics(model)
-    for run in runs:
-        run.improve(batches, count_batch)
-    calibrate_feature_clips(model, batches, count_batch)
 
 
 def _counter(progress: Progress | None, total: int) -> Callable[[], None]:
@@ -110,7 +124,9 @@ def _observer(observed: Observations, method: RangeMethod) -> Observer:
         with torch._C.DisableTorchFunction():  # pyright: ignore[reportPrivateUsage]
             if isinstance(quantizer, SwitchableWeightQuant):
                 # At once, so that there is never a second copy of all weights.
-                rows = x.detach().float().reshape(math.prod(quantizer.shape), -1)
+                wanted = None if quantizer.rounding is None else quantizer.rounding.wanted
+                weight = x.detach() if wanted is None else wanted
+                rows = weight.float().reshape(math.prod(quantizer.shape), -1)
                 _set_thresholds(quantizer, all_of(rows), method)
                 weights.add(quantizer)
             else:

@@ -18,9 +18,8 @@ from qadtr_brevitas.quant.layer_inputs import LayerCalls, Moments
 from qadtr_brevitas.quant.layers import SwitchableLayer, switchable_layers
 from qadtr_brevitas.quant.ptq import PtqRun, quantized_precisions
 from qadtr_brevitas.quant.quantizer import Levels
-from qadtr_brevitas.quant.rounding_method import RoundingMethod, set_levels
+from qadtr_brevitas.quant.rounding_method import RoundingMethod, set_levels, wanted_weight
 from qadtr_brevitas.quant.switch import at_precision, evaluating, frozen_weights
-from qadtr_brevitas.quant.switchable_quant import SwitchableWeightQuant
 
 # Added to the diagonal of second moments, as a share of its mean, where a system of equations is solved.
 DAMPING = 0.01
@@ -119,7 +118,7 @@ class _Run(PtqRun):
         with at_precision(self._model, precision):
             if not quantizer.is_active:
                 return
-            problems = _problems(quantizer, layer.weight.detach(), moments)
+            problems = _problems(layer, moments)
         set_levels(self._model, layer, precision, torch.cat([self._chosen(problem) for problem in problems]))
 
     def _chosen(self, problem: RoundingProblem) -> Tensor:
@@ -131,13 +130,14 @@ class _Run(PtqRun):
         return torch.where(better[:, None], levels, problem.start)
 
 
-def _problems(quantizer: SwitchableWeightQuant, weight: Tensor, moments: Moments) -> list[RoundingProblem]:
+def _problems(layer: SwitchableLayer, moments: Moments) -> list[RoundingProblem]:
     """Return the problem of each group of channels of a layer."""
+    quantizer, weight = layer.weight_quant.quantizer, layer.weight.detach()
     bits = quantizer.bits
     step = quantizer.step_of_each(weight, bits).expand_as(weight)
     start = (quantizer.quantize(weight) / step).round()
-    groups = len(moments.quantized)
-    by_group = [each.float().reshape(groups, weight.shape[0] // groups, -1) for each in (weight, step, start)]
+    groups, wanted = len(moments.quantized), wanted_weight(layer)
+    by_group = [each.float().reshape(groups, weight.shape[0] // groups, -1) for each in (wanted, step, start)]
     return [
         RoundingProblem(_target(w, moments, group), s, q, quantizer.levels(bits), moments.quantized[group])
         for group, (w, s, q) in enumerate(zip(*by_group, strict=True))

@@ -28,7 +28,7 @@ class PtqRun(ABC):
     """One run of a PTQ method on one model, with what it remembers between its passes over the images."""
 
     passes: int = 0
-    """Passes over all batches that `rewrite` and `improve` make, for the progress; they count each batch."""
+    """Passes over all batches that `rewrite`, `aiming` and `improve` make, for the progress; they count each batch."""
 
     def rewrite(self, batches: Iterable[Tensor], count_batch: Callable[[], object]) -> None:
         """Change the float network, in place, to one that computes the same, bit for bit; by default, do nothing.
@@ -40,6 +40,18 @@ class PtqRun(ABC):
             count_batch: likewise.
         """
         return
+
+    def aiming(self, batches: Iterable[Tensor], count_batch: Callable[[], object]) -> AbstractContextManager[object]:
+        """Return a context in which the rest of the calibration runs, for other weights than the float ones.
+
+        It begins after all `rewrite` and before the ranges are set. A method may set `WeightRounding.wanted` inside:
+        the weights that get ranges and that levels are to come near to. By default nothing is set.
+
+        Args:
+            batches: as in `improve`.
+            count_batch: likewise.
+        """
+        return nullcontext()
 
     def watching_float(self) -> AbstractContextManager[object]:
         """Return a context in which the float network runs once on all batches, in order.

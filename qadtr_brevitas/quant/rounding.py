@@ -28,6 +28,8 @@ class WeightRounding(PtqState):
         bits: bit-width of the weight at each precision below 32.
 
     Attributes:
+        wanted: the weight that levels are to come near to while a model is calibrated, (out, in, ...), if it is not the
+            float weight; None otherwise.
         learned: returns the weight while its levels are learned, (out, in, ...), between levels; None otherwise.
     """
 
@@ -35,6 +37,7 @@ class WeightRounding(PtqState):
         super().__init__(method)
         self.switch = switch
         self.bits = {str(precision): of for precision, of in bits.items()}
+        self.wanted: Tensor | None = None
         self.learned: Callable[[], Tensor] | None = None
         for name in self.bits:
             self.register_buffer(name, torch.zeros(weight.shape, dtype=torch.int16, device=weight.device))

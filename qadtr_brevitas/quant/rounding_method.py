@@ -36,6 +36,12 @@ class RoundingMethod(PtqMethod):
         quantizer.rounding = WeightRounding(self, switch, layer.weight, bits)
 
 
+def wanted_weight(layer: SwitchableLayer) -> Tensor:
+    """Return the weight that the levels of a layer are to come near to: the float one, or what MagR made of it."""
+    rounding = layer.weight_quant.quantizer.rounding
+    return layer.weight.detach() if rounding is None or rounding.wanted is None else rounding.wanted
+
+
 @torch.no_grad()
 def set_levels(model: nn.Module, layer: SwitchableLayer, precision: Precision, levels: Tensor) -> None:
     """Keep the levels of the weight of a layer at a precision, whole numbers in the shape of the weight."""
