@@ -150,7 +150,7 @@ def convert(
     images, found = _probed(net, device, mean=mean, std=std, image_size=image_size, sums=compiler is not None)
     _check_products(net, found)
     if compiler is not None:
-        check_target(compiler, found, first_last, activations, clipping)
+        check_target(compiler, found, first_last, activations, clipping, quantizers.after)
     mark_first_and_last(net, found)
     plan = ConversionPlan(
         switch=switch,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -36,6 +37,11 @@ from qadtr_brevitas.quant.proxies import SwitchableActProxy, SwitchableWeightPro
 from qadtr_brevitas.quant.quantizer import SMALLEST_THRESHOLD
 from qadtr_brevitas.quant.switch import Switch, at_precision
 from qadtr_brevitas.quant.switchable_quant import SwitchableQuant, SwitchableWeightQuant
+
+# Where quantizers hang in the layers that they belong to.
+_QUANTIZERS = ("product_quant", "input_quant", "weight_quant", "act_quant")
+# Layers that an error names.
+_NAMED = 4
 
 
 class FrozenModel(nn.Module):
@@ -79,6 +85,7 @@ def freeze(model: SwitchableModel, precision: PrecisionLike) -> FrozenModel:
             granularity that Brevitas's own quantizers lack.
     """
     with at_precision(model, precision):
+        _check_stock(model)
         copied = copy.deepcopy(model)
         replacements: dict[nn.Module, nn.Module | None] = {}
         for name, module in list(copied.named_modules(remove_duplicate=False)):
@@ -96,19 +103,39 @@ def freeze(model: SwitchableModel, precision: PrecisionLike) -> FrozenModel:
         return frozen.to(copied.mean.device).eval()
 
 
-def _check_stock(quantizer: SwitchableQuant) -> None:
-    kind = type(quantizer.scheme).__name__
-    if not quantizer.scheme.has_stock_levels:
+def _check_stock(model: nn.Module) -> None:
+    """Refuse levels and granularities that Brevitas's own quantizers lack, by layer."""
+    quantizers = {name: m for name, m in model.named_modules() if isinstance(m, SwitchableQuant) and m.is_active}
+    odd = {name: each for name, each in quantizers.items() if not each.scheme.has_stock_levels and not each.dynamic}
+    if odd:
+        kinds = sorted({type(each.scheme).__name__ for each in odd.values()})
         raise UsageError(
-            f"{kind} levels cannot be frozen: Brevitas's own quantizers, and so all export formats, have uniform "
-            "levels only; convert with the quantizer 'uniform' or 'power-of-two' (and without softmax_quantizer and "
-            "gelu_quantizer) to export"
+            f"{' and '.join(kinds)} levels cannot be frozen ({_places(odd)}): Brevitas's own quantizers, and so all "
+            "export formats, have uniform levels only; convert with the quantizer 'uniform' or 'power-of-two' (and "
+            "without softmax_quantizer and gelu_quantizer) to export"
         )
-    if quantizer.scheme.granularity == "group" and isinstance(quantizer, SwitchableWeightQuant):
+    grouped = [
+        name
+        for name, each in quantizers.items()
+        if each.scheme.granularity == "group" and isinstance(each, SwitchableWeightQuant)
+    ]
+    if grouped:
         raise UsageError(
-            "weights with a threshold per group cannot be frozen: no export format has them; convert with "
-            "granularity 'channel' to export"
+            f"weights with a threshold per group cannot be frozen ({_places(grouped)}): no export format has them; "
+            "convert with granularity 'channel' to export"
         )
+
+
+def _places(quantizers: Iterable[str]) -> str:
+    """Return the layers of some quantizers, of which module names are given: the first ones, and how many more."""
+    layers = list(dict.fromkeys(_layer_of(name) for name in quantizers))
+    return ", ".join(layers[:_NAMED]) + (f" and {len(layers) - _NAMED} more" if len(layers) > _NAMED else "")
+
+
+def _layer_of(name: str) -> str:
+    parts = name.split(".")
+    end = next((index for index, part in enumerate(parts) if part in _QUANTIZERS), len(parts))
+    return ".".join(parts[1:end]) or "the network"
 
 
 def _exclude_stock_layers(net: nn.Module) -> None:
@@ -198,7 +225,6 @@ def _per_channel(quantizer: SwitchableQuant) -> dict[str, Any]:
 
 
 def _settings(quantizer: SwitchableQuant) -> dict[str, Any]:
-    _check_stock(quantizer)
     threshold = quantizer.threshold(quantizer.bits).detach().clone()
     return {
         "bit_width": quantizer.bits,

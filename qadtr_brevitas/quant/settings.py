@@ -11,9 +11,13 @@ from qadtr_brevitas.core.registry import QUANTIZERS
 from qadtr_brevitas.quant.feature_clip import FeatureClipping
 from qadtr_brevitas.quant.plan import Activations, FirstLast
 from qadtr_brevitas.quant.probe import Probe
+from qadtr_brevitas.quant.products import ATTENTION
 from qadtr_brevitas.quant.provenance import GELU, SOFTMAX
 from qadtr_brevitas.quant.quantizer import Quantizer, make_quantizer
 from qadtr_brevitas.quant.targets import Target
+
+# Layers that an error names.
+_NAMED = 4
 
 Given = Quantizer | str | Mapping[str, Any] | None
 """A quantizer as an object, its name, or its name and keys; None for the default."""
@@ -38,9 +42,10 @@ def chosen_quantizers(target: Target | None, *, weights: Given, acts: Given, sof
     """Return the quantizers of a conversion for a target, or for any.
 
     Raises:
-        UsageError: one is unknown, the target does not compute with it, or weights or activations cannot have it.
+        UsageError: one is unknown, weights or activations cannot have it, or the target does not compute with that of
+            weights or activations. `check_target` checks those of functions, when it is known which layers have them.
     """
-    after = {name: _quantizer(given, target) for name, given in ((SOFTMAX, softmax), (GELU, gelu)) if given is not None}
+    after = {name: make_quantizer(given) for name, given in ((SOFTMAX, softmax), (GELU, gelu)) if given is not None}
     found = Quantizers(_quantizer(weights, target), _quantizer(acts, target), after)
     if not found.weights.for_weights:
         others = [name for name, kind in QUANTIZERS.load_all().items() if kind.for_weights]
@@ -58,7 +63,7 @@ def _quantizer(given: Quantizer | str | Mapping[str, Any] | None, target: Target
     """Return the given quantizer, or the target's default, if the target supports it."""
     wanted = "uniform" if target is None else target.quantizer
     quantizer = make_quantizer(wanted if given is None else given)
-    if target is not None and not isinstance(quantizer, type(make_quantizer(target.quantizer))):
+    if target is not None and not _computes_with(target, quantizer):
         raise UsageError(
             f"{target.name} computes with the quantizer {target.quantizer!r} only, got {type(quantizer).__name__}: "
             "leave the quantizers out, or convert without target"
@@ -71,14 +76,30 @@ def _quantizer(given: Quantizer | str | Mapping[str, Any] | None, target: Target
     return quantizer
 
 
+def _computes_with(target: Target, quantizer: Quantizer) -> bool:
+    return isinstance(quantizer, type(make_quantizer(target.quantizer)))
+
+
 def check_target(
-    target: Target, found: Probe, first_last: FirstLast, activations: Activations, clipping: FeatureClipping | None
+    target: Target,
+    found: Probe,
+    first_last: FirstLast,
+    activations: Activations,
+    clipping: FeatureClipping | None,
+    after: Mapping[str, Quantizer],
 ) -> None:
-    """Raise if a target does not support a setting or a product.
+    """Raise if a target does not support a setting, a product, or a quantizer of the values of functions.
 
     Raises:
-        UsageError: it does not.
+        UsageError: it does not; the layers are named, and the nearest that it supports.
     """
+    for function, quantizer in after.items():
+        if not _computes_with(target, quantizer):
+            raise UsageError(
+                f"{target.name} computes with the quantizer {target.quantizer!r} only, got {type(quantizer).__name__} "
+                f"as {function}_quantizer of {_readers(found, function)}: the nearest is {function}_quantizer="
+                f"{target.quantizer}, or convert without target"
+            )
     if clipping is not None and target.products is not None:
         raise UsageError(
             f"{target.name} computes with integers, and feature_clip (after {', '.join(clipping.after)}) divides by "
@@ -96,3 +117,16 @@ def check_target(
                 f"{target.name} computes convolutions of images and linear layers only, and {owner} computes "
                 f"{product.name}: convert it without target, or choose a convolutional network"
             )
+
+
+def _readers(found: Probe, function: str) -> str:
+    """Return the layers that read the values of a function: the first ones, and how many more."""
+    products = (
+        product
+        for product in found.products
+        if (function == SOFTMAX and product.name == ATTENTION)
+        or any(operand.function == function for operand in product.operands)
+    )
+    layers = list(dict.fromkeys(product.owner or "the network" for product in products))
+    more = f" and {len(layers) - _NAMED} more" if len(layers) > _NAMED else ""
+    return (", ".join(layers[:_NAMED]) or "no layer") + more

@@ -6,8 +6,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qadtr_brevitas.core.errors import UsageError
+from qadtr_brevitas.core.registry import TARGETS
 from qadtr_brevitas.quant import SwitchableModel, at_precision, calibrate, convert, freeze
 from qadtr_brevitas.quant.switchable_quant import SwitchableActQuant
+from qadtr_brevitas.quant.targets import find_target
 from qadtr_brevitas.quant.twin import Twin
 from qadtr_brevitas.quant.uniform import Uniform
 
@@ -107,17 +109,60 @@ def test_levels_below_zero_pass_gradients_down_to_their_end() -> None:
     assert x.grad.tolist() == [0.0, 1.0, 1.0, 0.0]
 
 
-@pytest.mark.parametrize("target", ["finn", "ort"])
-def test_targets_refuse_them_by_name(target: str) -> None:
-    with pytest.raises(UsageError, match=f"{target}.*{'Log2'}"):
-        converted(target=target)
+class Blocks(nn.Module):
+    """The network as a module of another one, so that its layers have names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Attending().eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(x)
 
 
-def test_a_frozen_model_refuses_them_and_says_what_to_leave_out() -> None:
-    model = converted(softmax_quantizer=None)
-    calibrate(model, IMAGES)
-    with pytest.raises(UsageError, match=r"Twin.*gelu_quantizer"):
+@pytest.mark.parametrize("target", TARGETS.names())
+@pytest.mark.parametrize(
+    ("settings", "facts"),
+    [
+        ({"softmax_quantizer": "log2"}, "Log2 as softmax_quantizer of block:"),
+        ({"gelu_quantizer": "twin"}, "Twin as gelu_quantizer of block.down:"),
+    ],
+)
+def test_every_target_refuses_them_by_layer_with_the_nearest(target: str, settings: dict[str, str], facts: str) -> None:
+    with pytest.raises(UsageError, match=f"{target} .*{facts}") as caught:
+        convert(Blocks().eval(), [32, 8], image_size=(8, 8), target=target, **settings)  # pyright: ignore
+    assert f"{next(iter(settings))}={find_target(target).quantizer}" in str(caught.value)  # pyright: ignore
+
+
+@pytest.mark.parametrize("settings", [{}, {"attention_scales": "head"}])
+def test_attention_is_taken_or_refused_by_layer(settings: dict[str, str]) -> None:
+    for target in TARGETS.names():
+        if find_target(target).products is not None:  # pyright: ignore[reportOptionalMemberAccess]
+            with pytest.raises(UsageError, match=rf"{target} .*block computes \w+: .*without target"):
+                convert(Blocks().eval(), [32, 8], image_size=(8, 8), target=target, **settings)  # pyright: ignore
+            continue
+        model = convert(Blocks().eval(), [32, 8], image_size=(8, 8), target=target, **settings)  # pyright: ignore
+        calibrate(model, IMAGES)
+        with at_precision(model, 8), torch.no_grad():
+            torch.testing.assert_close(freeze(model, 8)(IMAGES), model(IMAGES), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "facts"),
+    [
+        ({"softmax_quantizer": "log2"}, ("Log2", "softmax_quantizer", "(block)")),
+        ({"gelu_quantizer": "twin"}, ("Twin", "gelu_quantizer", "(block.down)")),
+        ({"weight_quantizer": "log2"}, ("Log2", "uniform", "block.stem, block.up")),
+        ({"weight_quantizer": {"name": "uniform", "granularity": "group", "group_size": 4}}, ("channel", "block.stem")),
+    ],
+)
+def test_no_export_has_them_and_the_layers_are_named(settings: dict[str, object], facts: tuple[str, ...]) -> None:
+    model = convert(Blocks().eval(), [32, 4], image_size=(8, 8), **settings)  # pyright: ignore
+    with pytest.raises(UsageError, match="cannot be frozen") as caught:
         freeze(model, 4)
+    assert all(fact in str(caught.value) for fact in facts), caught.value
+    # The float network has none of them.
+    freeze(model, 32)
 
 
 def test_a_granularity_is_refused_by_key() -> None:
