@@ -23,6 +23,7 @@ from qadtr_brevitas.exporting.graph import library
 from qadtr_brevitas.exporting.head_scales import move_steps_outside
 from qadtr_brevitas.exporting.integers import integer_layers
 from qadtr_brevitas.exporting.narrow import narrow_weights
+from qadtr_brevitas.exporting.near_ties import clear_near_ties
 from qadtr_brevitas.exporting.rewrite import rewrite
 from qadtr_brevitas.exporting.rules import check_network
 from qadtr_brevitas.exporting.shortcuts import replace_shortcuts
@@ -53,6 +54,7 @@ def writer_for(compiler: Compiler) -> Callable[[nn.Module, Tensor, Path], None]:
         with exporting():
             model = _traced_for(compiler, frozen, image, path)
             rewrite(model, compiler.adapt_input)
+            clear_near_ties(model)
             # The names that qonnx gives them.
             _save_onnx(cleaned(model.model, input_name="global_in", output_name="global_out"), path)
 
