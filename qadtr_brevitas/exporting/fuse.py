@@ -19,6 +19,7 @@ import numpy as np
 
 from qadtr_brevitas.exporting.constants import remove_unread
 from qadtr_brevitas.exporting.graph import attribute, library, nodes_of
+from qadtr_brevitas.exporting.rewrite import reconnect
 
 _INT8 = np.iinfo(np.int8)
 _ZERO = 128
@@ -57,8 +58,10 @@ def fuse(model: Any) -> None:
         _pool_levels(model, pool)
     for node in nodes_of(model, "Conv", "Gemm"):
         _fuse(model, node)
+    for node in nodes_of(model, "Mul"):
+        _scale_steps(model, node)
     for node in nodes_of(model, "MatMul"):
-        _turn_weights(model, node)
+        _fuse_tokens(model, node)
     _use_unsigned_bytes(model)
     remove_unread(model.graph)
     # What is said of types there is not true any more.
@@ -159,7 +162,9 @@ def _is_wider_below(model: Any, quantizer: Any, other: Any) -> bool:
 
 
 def _fuse(model: Any, node: Any) -> None:
-    layer = _read(model, node)
+    if node.op_type == "Gemm" and not _is_plain(node):
+        return
+    layer = _read(model, node.input[0], node.input[1], node.input[2] if len(node.input) > 2 else "")
     if layer is None:
         return
     readers = model.find_consumers(node.output[0])
@@ -182,22 +187,27 @@ def _fuse(model: Any, node: Any) -> None:
         model.graph.node.remove(norm)
 
 
-def _read(model: Any, node: Any) -> Layer | None:
+def _read(model: Any, given: str, weights: str, bias: str) -> Layer | None:
     """None where something is not quantized, or not from 0 on."""
-    if node.op_type == "Gemm" and not _is_plain(node):
+    levels = _levels_behind(model, given)
+    if levels is None or np.any(_constant(model, levels.input[2])):
         return None
-    given, weights = _levels_behind(model, node.input[0]), model.find_producer(node.input[1])
-    if given is None or weights is None or weights.op_type != "DequantizeLinear":
+    return _read_weights(model, weights, bias, float(_constant(model, levels.input[1])))
+
+
+def _read_weights(model: Any, weights: str, bias: str, input_step: float) -> Layer | None:
+    values = model.find_producer(weights)
+    if values is None or values.op_type != "DequantizeLinear":
         return None
-    ints, steps, zero = (_constant(model, name) for name in weights.input)
-    if ints is None or ints.dtype != np.int8 or np.any(zero) or np.any(_constant(model, given.input[2])):
+    ints, steps, zero = (_constant(model, name) for name in values.input)
+    if ints is None or ints.dtype != np.int8 or np.any(zero):
         return None
     out = ints.shape[0]
-    bias = _constant(model, node.input[2]) if len(node.input) > 2 else np.zeros(out)
-    if bias is None:
+    offset = _constant(model, bias) if bias else np.zeros(out)
+    if offset is None:
         return None
     steps = np.broadcast_to(steps.astype(np.float64), (out,))
-    return Layer(ints.copy(), steps, bias.astype(np.float64), float(_constant(model, given.input[1])))
+    return Layer(ints.copy(), steps, offset.astype(np.float64), input_step)
 
 
 def _is_plain(gemm: Any) -> bool:
@@ -256,16 +266,39 @@ def _scale(layer: Layer, factor: Any) -> None:
     layer.weights, layer.steps = np.round(scaled).astype(np.int8), layer.steps / factor
 
 
-def _turn_weights(model: Any, product: Any) -> None:
-    """Store the weights of a linear layer on tokens as it multiplies them, (in, out)."""
+def _scale_steps(model: Any, product: Any) -> None:
+    """Take a fixed factor of dequantized values, as attention has one, into their steps: products are integers then."""
+    for name, other in (tuple(product.input), tuple(product.input)[::-1]):
+        values, factor = model.find_producer(name), _constant(model, other)
+        if values is None or values.op_type != "DequantizeLinear" or factor is None or factor.size != 1:
+            continue
+        if len(model.find_consumers(name)) == 1 and factor.item() > 0:
+            step = _constant(model, values.input[1]) * factor.reshape(())
+            values.input[1], values.output[0] = _new_constant(model, step), product.output[0]
+            model.graph.node.remove(product)
+            return
+
+
+def _fuse_tokens(model: Any, product: Any) -> None:
+    """Store the weights of a linear layer on tokens as it multiplies them, (in, out), and its bias as integers."""
     turn = model.find_producer(product.input[1])
-    weights = None if turn is None or turn.op_type != "Transpose" else model.find_producer(turn.input[0])
-    if weights is None or weights.op_type != "DequantizeLinear":
+    if turn is None or turn.op_type != "Transpose" or tuple(attribute(turn, "perm", [1, 0])) != (1, 0):
         return
-    ints, steps = (_constant(model, name) for name in weights.input[:2])
-    if ints is not None and ints.ndim == 2 and not np.any(_constant(model, weights.input[2])):
-        steps = np.broadcast_to(steps, (len(ints),))
-        product.input[1] = _weights(model, ints.T, steps, axis=1)
+    readers = model.find_consumers(product.output[0])
+    total = readers[0] if len(readers) == 1 and readers[0].op_type == "Add" else None
+    bias = "" if total is None else next((name for name in total.input if name != product.output[0]), "")
+    layer = _read(model, product.input[0], turn.input[0], bias) if bias else None
+    if layer is None or layer.bias.shape != layer.steps.shape:
+        bias, layer = "", _read_weights(model, turn.input[0], "", 1.0)
+    if layer is None or layer.weights.ndim != 2:
+        return
+    if bias:
+        _use_bytes(layer)
+        make_room_for_bias(layer)
+        accumulator = layer.input_step * layer.steps
+        rounded = np.round(layer.bias / accumulator).astype(np.int32)
+        reconnect(total, bias, _values(model, rounded, accumulator, zero=0, axis=0))
+    product.input[1] = _weights(model, layer.weights.T, layer.steps, axis=1)
 
 
 def _use_unsigned_bytes(model: Any) -> None:

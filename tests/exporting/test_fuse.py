@@ -11,7 +11,8 @@ import onnx
 import pytest
 import torch
 from onnx import numpy_helper
-from torch import nn
+from timm.layers import Attention
+from torch import Tensor, nn
 
 from qadtr_brevitas.evaluation.entries import LoadedModel
 from qadtr_brevitas.exporting import find_format
@@ -127,6 +128,35 @@ def test_layers_that_stay_float_are_named_with_the_reason(tmp_path: Path) -> Non
     assert found.integer == found.layers - len(found.kept)
     assert set(found.kept) >= {"4.conv2", "5.conv2"}
     assert all("--target ort" in reason for name, reason in found.kept.items() if name.endswith("conv2"))
+
+
+class Attending(nn.Module):
+    """Patches as tokens, and a block of attention on them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Conv2d(3, 16, 4, 4), nn.Linear(16, 4)
+        self.attention = Attention(16, num_heads=2, qkv_bias=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.embed(x).flatten(2).transpose(1, 2)
+        return self.head((tokens + self.attention(tokens)).mean(1))
+
+
+@pytest.mark.slow
+def test_all_products_of_attention_run_in_integers(tmp_path: Path) -> None:
+    given = loaded(Attending(), target="ort", precisions=(8,))
+    with torch.no_grad():
+        given.model.net.attention.qkv.bias.normal_()
+    frozen = write(given, 8, tmp_path)
+    with torch.no_grad():
+        expected = frozen(IMAGES)
+    found = find_format("ort").load(tmp_path / ONNX_FILE)(IMAGES)
+    assert (found - expected).abs().amax(1).median() < 0.01 * expected.abs().max()
+    # embed, qkv, query times key, probabilities times value, proj, head; the factor before the softmax is in a step.
+    counted = find_format("ort").count_integers(tmp_path / ONNX_FILE)
+    assert (counted.integer, counted.kept) == (6, {})
+    assert not {"Gemm", "MatMul", "FusedMatMul", "Mul"} & set(optimized(tmp_path))
 
 
 @pytest.mark.slow
