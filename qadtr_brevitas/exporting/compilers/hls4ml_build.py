@@ -12,7 +12,6 @@ import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -101,19 +100,14 @@ def _turn_weights_behind_flatten(model: Any) -> None:
         shape = model.get_tensor_shape(node.input[0])
         if len(shape) != 4 or shape[2:] == [1, 1]:
             continue
-        for product in _products_behind(model, node.output[0]):
-            name = model.find_producer(product.input[1]).input[0]
-            weight = model.get_initializer(name)
-            rows = weight.reshape(*shape[1:], -1).transpose(1, 2, 0, 3)
-            model.set_initializer(name, rows.reshape(weight.shape))
-
-
-def _products_behind(model: Any, name: str) -> Iterator[Any]:
-    for reader in model.find_consumers(name):
-        if reader.op_type in ("Quant", "Relu"):
-            yield from _products_behind(model, reader.output[0])
-        else:
-            yield reader
+        product = model.find_consumers(node.output[0])[0]
+        # Exports have one linear layer there, behind quantizers and ReLUs.
+        while product.op_type in ("Quant", "Relu"):
+            product = model.find_consumers(product.output[0])[0]
+        name = model.find_producer(product.input[1]).input[0]
+        weight = model.get_initializer(name)
+        rows = weight.reshape(*shape[1:], -1).transpose(1, 2, 0, 3)
+        model.set_initializer(name, rows.reshape(weight.shape))
 
 
 if __name__ == "__main__":
