@@ -52,7 +52,7 @@ NETWORKS: dict[str, tuple[str, int | None]] = {
     "deit_tiny": ("deit_tiny_patch16_224", None),
 }
 # Of random weights no judge of files: what is trained first, and for how many steps.
-TRAINED = {"mobilenetv2": 400}
+TRAINED = {"mobilenetv2": 200}
 BITS = {"finn": 4, "hls4ml": 4, "qonnx": 4, "qcdq": 8, "ort": 8}
 PATCH = 0.25
 ROUNDS = 10
