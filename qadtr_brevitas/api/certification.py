@@ -93,7 +93,7 @@ def certify(
         masks: masks along each side of an image; more certify more and take longer, with the fourth power. None for 6,
             or 5 in one round, where it has to be a prime number.
         method: `double masking`, or `one round`, of far fewer passes under larger masks (see evaluation/one_round.py).
-        fill: what masks show: the `mean` color, or pixels that `interpolate` the visible ones, which proves more.
+        fill: what masks show: the `mean` color, or pixels that `interpolate` the visible ones, as in training.
         images: at most this many images, drawn class-balanced; None for all.
         seed: of the draw of images.
         batch_size: images in one forward pass.

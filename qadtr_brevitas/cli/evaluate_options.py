@@ -243,8 +243,8 @@ certify_options = option_block(
         type=click.Choice(["mean", "interpolate"]),
         default="mean",
         show_default=True,
-        help="What masks show: the mean color, as PatchCleanser does, or pixels interpolated from visible ones, which "
-        "proves more.",
+        help="What masks show: the mean color, as PatchCleanser does, or pixels interpolated from visible ones; best "
+        "what train.masks.fill was.",
     ),
     click.option(
         "--certify-images",
