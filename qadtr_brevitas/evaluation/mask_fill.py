@@ -1,7 +1,7 @@
 """What images show where masks cover them.
 
-Certification holds for every fill that depends on visible pixels alone: a patch under a mask then changes nothing. Which
-fill proves most depends on the pictures, and on what the network was trained on (docs/results/certified.md).
+Certification holds for every fill that depends on visible pixels alone: a patch under a mask then changes nothing.
+Which fill proves most depends on the pictures, and on what the network was trained on (docs/results/certified.md).
 """
 
 from __future__ import annotations
