@@ -29,6 +29,7 @@ from torch import Tensor
 
 from qadtr_brevitas.core.device import keep_freed_memory
 from qadtr_brevitas.evaluation.entries import load_subjects
+from qadtr_brevitas.evaluation.mask_fill import MaskFill
 from qadtr_brevitas.evaluation.masked_predictor import Certified
 from qadtr_brevitas.evaluation.masks import covering_masks, mean_color
 from qadtr_brevitas.evaluation.one_round import line_masks, one_round
@@ -70,10 +71,11 @@ def main() -> None:
     torch.set_num_threads(1)
     model, mean, test = subject(arguments.model)
     images, labels = test.batch(torch.arange(arguments.images))
-    now, fill = clock(torch.device("cpu")), mean_color(mean)
+    now, color = clock(torch.device("cpu")), mean_color(mean)
+    fill = MaskFill(color)
     pairs, lines = covering_masks((32, 32), PATCH), line_masks((32, 32), PATCH)
     methods = {
-        "naive": lambda: naive_test(model, images, pairs, fill),
+        "naive": lambda: naive_test(model, images, pairs, color),
         "double masking": lambda: double_masking(model, images, pairs, fill=fill),
         "one round": lambda: one_round(model, images, lines, PATCH, fill=fill),
     }

@@ -17,6 +17,7 @@ from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.core.seeding import generator
 from qadtr_brevitas.data.split import Split
 from qadtr_brevitas.evaluation.entries import LoadedModel, NamedPatch
+from qadtr_brevitas.evaluation.mask_fill import MaskFill
 from qadtr_brevitas.evaluation.masks import covering_set, mean_color
 from qadtr_brevitas.evaluation.patch_cleanser import double_masking
 from qadtr_brevitas.quant import at_precision, frozen_weights, precisions_or_all
@@ -188,9 +189,8 @@ class Scene:
             return seen[-1]
 
         with torch.no_grad():
-            found = double_masking(
-                remembering, images, masks, fill=mean_color(self.loaded.info.mean), prove=asked.prove
-            )
+            fill = MaskFill(mean_color(self.loaded.info.mean))
+            found = double_masking(remembering, images, masks, fill=fill, prove=asked.prove)
         # The first passes are those under each mask alone.
         alone = torch.cat(seen)[: len(masks)].softmax(dim=1)
         best = alone.max(dim=1)
