@@ -11,7 +11,14 @@ import qadtr_brevitas
 
 PACKAGE = Path(qadtr_brevitas.__file__).parent
 REPRODUCE = "qadtr_brevitas.reproduce"
-COMMANDS = {"cli/analyze.py", "cli/board.py", "cli/report.py", "cli/study.py", "cli/study_cluster.py"}
+COMMANDS = {
+    "cli/analyze.py",
+    "cli/board.py",
+    "cli/report.py",
+    "cli/study.py",
+    "cli/study_cluster.py",
+    "cli/study_cost.py",
+}
 CONTRACT_CHECK = "testing/analyses.py"
 
 
