@@ -235,7 +235,8 @@ def seconds_per_image(recipe: Recipe, device: torch.device, *, batch: int = 8, r
     found: list[Work] = []
     for precision in (max(recipe.quant.precisions), min(recipe.quant.precisions)):
         with at_precision(model, precision):
-            trained = _shortest(model.train() and training, device, repeats)
+            model.train()
+            trained = _shortest(training, device, repeats)
             model.eval()
             with frozen_weights(model):
                 attacked, scored = _shortest(attack, device, repeats), _shortest(forward, device, repeats)
