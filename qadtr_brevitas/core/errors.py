@@ -70,6 +70,12 @@ class RecipeError(UsageError):
         return ": ".join(filter(None, (place, problem.path, problem.message)))
 
 
+def first_names(names: Sequence[str], *, most: int = 4) -> str:
+    """Return names for a message: the first ones, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
 def suggest(name: str, choices: Iterable[str]) -> str:
     """Words an unknown name: the nearest right one if there is one, else all of them."""
     choices = sorted(choices)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from qadtr_brevitas.core.errors import ExportError
+from qadtr_brevitas.core.errors import ExportError, first_names
 from qadtr_brevitas.exporting.compiler import Compiler
 from qadtr_brevitas.exporting.graph import attribute, bits_of, constant, layer_of, nodes_of, scale_of
 from qadtr_brevitas.exporting.rewrite import factor_behind, is_ceiled
@@ -32,7 +32,6 @@ _UNQUANTIZED_SUM = "adds activations that are not quantized"
 _UNEQUAL_SUM = "adds activations on different levels"
 _STEPS = "steps that are no powers of two"
 _CURED = (_UNQUANTIZED_SUM, _UNEQUAL_SUM, _STEPS)
-_SHOWN = 4
 
 
 def check_network(model: Any, compiler: Compiler) -> None:
@@ -52,18 +51,13 @@ def check_network(model: Any, compiler: Compiler) -> None:
             layers.append(layer)
     if not found:
         return
-    message = ". ".join(f"{_names(layers)}: {what}" for what, layers in found.items())
+    message = ". ".join(f"{first_names(layers)}: {what}" for what, layers in found.items())
     if any(what in _CURED for what in found):
         message += (
             f". Sums and steps come right with `qadtr-brevitas convert MODEL --target {compiler.name}`, or training "
             f"with quant.target={compiler.name}"
         )
     raise ExportError(f"{compiler.name} cannot take this network. {message}")
-
-
-def _names(layers: list[str]) -> str:
-    more = f" and {len(layers) - _SHOWN} more" if len(layers) > _SHOWN else ""
-    return ", ".join(layers[:_SHOWN]) + more
 
 
 def _all(model: Any, compiler: Compiler) -> Iterator[tuple[str, str]]:

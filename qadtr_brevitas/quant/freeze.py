@@ -17,7 +17,7 @@ from brevitas.quant import (
 )
 from torch import Tensor, nn
 
-from qadtr_brevitas.core.errors import UsageError
+from qadtr_brevitas.core.errors import UsageError, first_names
 from qadtr_brevitas.core.precision import PrecisionLike
 from qadtr_brevitas.quant.feature_clip import FeatureClip, feature_clips
 from qadtr_brevitas.quant.layers import (
@@ -40,8 +40,6 @@ from qadtr_brevitas.quant.switchable_quant import SwitchableQuant, SwitchableWei
 
 # Where quantizers hang in the layers that they belong to.
 _QUANTIZERS = ("product_quant", "input_quant", "weight_quant", "act_quant")
-# Layers that an error names.
-_NAMED = 4
 
 
 class FrozenModel(nn.Module):
@@ -128,8 +126,7 @@ def _check_stock(model: nn.Module) -> None:
 
 def _places(quantizers: Iterable[str]) -> str:
     """Return the layers of some quantizers, of which module names are given: the first ones, and how many more."""
-    layers = list(dict.fromkeys(_layer_of(name) for name in quantizers))
-    return ", ".join(layers[:_NAMED]) + (f" and {len(layers) - _NAMED} more" if len(layers) > _NAMED else "")
+    return first_names(list(dict.fromkeys(_layer_of(name) for name in quantizers)))
 
 
 def _layer_of(name: str) -> str:

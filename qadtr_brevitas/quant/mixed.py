@@ -13,12 +13,11 @@ from typing import Any
 
 from torch import nn
 
-from qadtr_brevitas.core.errors import UsageError
+from qadtr_brevitas.core.errors import UsageError, first_names
 from qadtr_brevitas.core.layer_bits import MixedPrecision
 from qadtr_brevitas.core.precision import Precision, PrecisionLike, parse_precisions
 from qadtr_brevitas.quant.switchable_quant import SwitchableQuant, SwitchableWeightQuant
 
-_SHOWN = 4
 WHOLE = "network"
 """The name of the network itself, where it quantizes what no module of its own does."""
 
@@ -96,7 +95,7 @@ def _check_patterns(mixed: MixedPrecision, found: Sequence[tuple[str, Switchable
             near = get_close_matches(pattern.strip("*."), layers, n=3, cutoff=0.3) or layers
             raise UsageError(
                 f"{mixed.precision}: no layer whose {' or '.join(kinds)} are quantized is called {pattern!r}: choose "
-                f"from {_names(near)}, with * for anything"
+                f"from {first_names(near)}, with * for anything"
             )
     for kind in ("weights", "activations"):
         without = [
@@ -104,15 +103,10 @@ def _check_patterns(mixed: MixedPrecision, found: Sequence[tuple[str, Switchable
         ]
         if without:
             raise UsageError(
-                f"{mixed.precision} says no bit-width for the {kind} of {_names(list(dict.fromkeys(without)))}: begin "
-                "with a pattern for all others, for instance '*': 4"
+                f"{mixed.precision} says no bit-width for the {kind} of {first_names(list(dict.fromkeys(without)))}: "
+                "begin with a pattern for all others, for instance '*': 4"
             )
 
 
 def _kind(quantizer: SwitchableQuant) -> str:
     return "weights" if isinstance(quantizer, SwitchableWeightQuant) else "activations"
-
-
-def _names(layers: Sequence[str]) -> str:
-    more = f" and {len(layers) - _SHOWN} more" if len(layers) > _SHOWN else ""
-    return ", ".join(layers[:_SHOWN]) + more

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qadtr_brevitas.core.errors import UsageError
+from qadtr_brevitas.core.errors import UsageError, first_names
 from qadtr_brevitas.core.registry import QUANTIZERS
 from qadtr_brevitas.quant.feature_clip import FeatureClipping
 from qadtr_brevitas.quant.plan import Activations, FirstLast
@@ -15,9 +15,6 @@ from qadtr_brevitas.quant.products import ATTENTION
 from qadtr_brevitas.quant.provenance import GELU, SOFTMAX
 from qadtr_brevitas.quant.quantizer import Quantizer, make_quantizer
 from qadtr_brevitas.quant.targets import Target
-
-# Layers that an error names.
-_NAMED = 4
 
 Given = Quantizer | str | Mapping[str, Any] | None
 """A quantizer as an object, its name, or its name and keys; None for the default."""
@@ -127,6 +124,4 @@ def _readers(found: Probe, function: str) -> str:
         if (function == SOFTMAX and product.name == ATTENTION)
         or any(operand.function == function for operand in product.operands)
     )
-    layers = list(dict.fromkeys(product.owner or "the network" for product in products))
-    more = f" and {len(layers) - _NAMED} more" if len(layers) > _NAMED else ""
-    return (", ".join(layers[:_NAMED]) or "no layer") + more
+    return first_names(list(dict.fromkeys(product.owner or "the network" for product in products))) or "no layer"
