@@ -55,7 +55,7 @@ def tell_cost(plan: StudyPlan, *, device: str, speedup: float, price: float | No
     }
     emit(document, _table(rows, total, speedup=speedup, price=price, device=str(where)).rich())
     if left_out:
-        say(f"not counted: {len(left_out)} steps, such as {left_out[0]!r}, whose passes depend on what they find")
+        say(f"not counted: {len(left_out)} steps, such as {left_out[0]!r}, whose passes are not known beforehand")
     say(
         f"one {where} would take {format_seconds(total)}"
         + ("" if speedup == 1 else f" if it were {speedup:g} times faster")

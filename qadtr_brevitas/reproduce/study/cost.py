@@ -16,7 +16,6 @@ from qadtr_brevitas.attacks.base import ImageAttack
 from qadtr_brevitas.attacks.universal import UniversalPatch
 from qadtr_brevitas.config import Recipe
 from qadtr_brevitas.config.slots import slot_name
-from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.data.split import Split, numbered
 from qadtr_brevitas.models.create import model_config, own_image_size
 from qadtr_brevitas.pipeline.build import build_switchable
@@ -100,12 +99,13 @@ def estimate(
         recipe = _recipe_of(step, recipes)
         if step.is_finished():
             continue
-        if recipe is None:
+        work = None if recipe is None else work_of(step, recipe)
+        if recipe is None or work is None:
             left_out.append(step.name)
             continue
         network = f"{recipe.model.name}, {_side(recipe)} px"
         by_network[network] = recipe
-        found[_KINDS[type(step)], network].append(work_of(step, recipe))
+        found[_KINDS[type(step)], network].append(work)
     times = {network: measure(recipe, device) for network, recipe in by_network.items()}
     rows = [
         CostRow(kind, network, len(parts), total := sum(parts, Work()), total.seconds(times[network]))
@@ -114,8 +114,8 @@ def estimate(
     return rows, left_out
 
 
-def work_of(step: StudyStep, recipe: Recipe) -> Work:
-    """Return what a step does, on networks of a recipe."""
+def work_of(step: StudyStep, recipe: Recipe) -> Work | None:
+    """Return what a step does, on networks of a recipe; None if it makes patches in a way whose cost is not known."""
     if isinstance(step, ModelStep):
         return _training(recipe) if step.network.section.train else Work()
     if isinstance(step, PatchStep):
@@ -140,10 +140,10 @@ def _training(recipe: Recipe) -> Work:
     return work
 
 
-def _patches(step: PatchStep) -> Work:
+def _patches(step: PatchStep) -> Work | None:
     attack, images = step.attack, step.budget.held_out
     if not isinstance(attack, UniversalPatch):
-        raise UsageError(f"the cost of {slot_name(attack)} is not known")
+        return None
     checks = attack.steps // attack.check_every + 2
     one = Work(forward=checks * images, attack=attack.steps * attack.batch_size) * attack.restarts
     return one * (len(step.targets) * len(step.mode.precisions))

@@ -10,7 +10,7 @@ from qadtr_brevitas.attacks.a_qapa import AQapa
 from qadtr_brevitas.attacks.pixel import Pgd
 from qadtr_brevitas.config import load_recipe
 from qadtr_brevitas.reproduce.study.cost import Work, attack_work, estimate, seconds_per_image
-from tests.reproduce.study.support import plan_study, write_study_file
+from tests.reproduce.study.support import STUDY, plan_study, write_study_file
 
 
 def test_an_attack_is_counted_by_the_passes_it_makes() -> None:
@@ -38,3 +38,11 @@ def test_times_of_an_image_are_those_of_its_kinds_of_passes() -> None:
     found = seconds_per_image(load_recipe("digits_smoke+uniform"), torch.device("cpu"), repeats=1)
     assert 0 < found.forward < found.attack < 1
     assert 0 < found.training < 1
+
+
+def test_patches_that_are_made_in_an_unknown_way_are_left_out(tmp_path: Path) -> None:
+    study = STUDY.replace("{{name: lavan, size: 3, steps: 3}}, targets: [0]", "{{name: random-patch, size: 3}}")
+    _, plan, _ = plan_study(write_study_file(tmp_path, study=study), scale="smoke")
+    rows, left_out = estimate(plan, device=torch.device("cpu"), measure=lambda recipe, device: Work(1, 10, 100))
+    assert {row.kind for row in rows} == {"train", "evaluate"}
+    assert left_out
