@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 from click.core import ParameterSource
 
+from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.core.progress import Progress
 
 if TYPE_CHECKING:
@@ -99,6 +100,27 @@ def option_block(*options: Callable[[_Command], _Command]) -> Callable[[_Command
 def was_given(parameter: str) -> bool:
     """Whether an option of the running command stands on the command line, even with its default's value."""
     return click.get_current_context().get_parameter_source(parameter) is ParameterSource.COMMANDLINE
+
+
+def check_needed(*parameters: str, needs: str, is_there: bool) -> None:
+    """Refuse options that are on the command line where what uses them is not.
+
+    Args:
+        parameters: names of their parameters.
+        needs: the option that uses them, with a value if it takes one, as `--certify 8`.
+        is_there: whether something uses them.
+
+    Raises:
+        UsageError: one of them is on the command line, and nothing uses it.
+    """
+    given = [parameter for parameter in parameters if was_given(parameter)]
+    if is_there or not given:
+        return
+    command = click.get_current_context().command
+    option = next(found.opts[0] for found in command.params if found.name == given[0])
+    name, _, value = needs.partition(" ")
+    example = f", for instance {needs}" if value else ""
+    raise UsageError(f"{option} needs {name}: add it{example}, or remove {option}")
 
 
 class LocalPath(click.Path):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from qadtr_brevitas.cli.certify_options import certification_of, certify_options
 from qadtr_brevitas.cli.common import (
     RecordedCommand,
     be_quiet,
@@ -23,10 +24,7 @@ from qadtr_brevitas.cli.evaluate_options import (
     EvaluateOptions,
     all_option,
     audit_options,
-    certify_options,
-    check_audit_options,
-    check_certify,
-    check_clean,
+    check_options,
     move_options,
     plan_options,
     run_audits,
@@ -92,9 +90,7 @@ def command(**options: Any) -> None:
     given = EvaluateOptions(**options)
     output = given.output or given.model_dirs[0] / EVALUATION_FOLDER
     # Checked before anything heavy is imported.
-    check_audit_options(given)
-    check_clean(given)
-    check_certify(given)
+    check_options(given)
     twin = [given.twin] if given.twin else []
     check_models([*given.model_dirs, *given.surrogates, *twin, *given.ablations])
     check_data(given.data)
@@ -161,7 +157,7 @@ def _plan(
         # Refuses more images than there are.
         split = split.balanced(given.images, seed=given.seed)
     scored = models[: len(given.model_dirs)]
-    behind = [(model, against) for model in scored for against in _certifications(given, given.defend)]
+    behind = [(model, against) for model in scored for against in _against(given, given.defend)]
     moves = PatchVariants(at=given.at, shifts=given.shifts or (), degrees=given.degrees or ())
     grid = Grid(
         loaded_models=[*scored, *(defended(model, against, batch_size=given.batch_size) for model, against in behind)],
@@ -175,7 +171,7 @@ def _plan(
         eot=means,
         precisions=wanted,
         transfer=given.transfer,
-        certifications=_certifications(given, given.certify),
+        certifications=_against(given, given.certify),
         certify_images=given.certify_images,
         seed=given.seed,
         batch_size=given.batch_size,
@@ -186,11 +182,8 @@ def _plan(
     return grid, patches
 
 
-def _certifications(given: EvaluateOptions, sizes: Sequence[PatchSize] | None) -> list[Certification]:
-    from qadtr_brevitas.evaluation.certification import Certification
-
-    method = "one round" if given.certify_method == "one-round" else "double masking"
-    return [Certification(size, given.certify_masks, method, given.certify_fill) for size in sizes or ()]
+def _against(given: EvaluateOptions, sizes: Sequence[PatchSize] | None) -> list[Certification]:
+    return [certification_of(given, size) for size in sizes or ()]
 
 
 def _tell_certification_cost(grid: Grid) -> None:

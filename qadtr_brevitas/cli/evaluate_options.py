@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import click
 
-from qadtr_brevitas.cli.common import option_block, progress, was_given
+from qadtr_brevitas.cli.certify_options import MASK_OPTIONS
+from qadtr_brevitas.cli.common import check_needed, option_block, progress
 from qadtr_brevitas.cli.completion import complete_plugins
+from qadtr_brevitas.cli.option_values import Numbers, patch_size_option
 from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.core.patch_size import PatchSize
 from qadtr_brevitas.core.progress import part_of
@@ -66,80 +67,19 @@ class EvaluateOptions:
     seed: int
 
 
-def check_clean(given: EvaluateOptions) -> None:
-    """Refuses --clean together with anything that attacks.
+def check_options(given: EvaluateOptions) -> None:
+    """Refuse options that contradict each other, and those that nothing uses.
 
     Raises:
-        UsageError: both are given.
+        UsageError: --clean beside an attack; an option of the audit, of certificates or of masks without these.
     """
     attacking = {"--patches": given.patches, "--attack": given.attacks, "--audit": given.audit}
     if given.clean and (also := [name for name, value in attacking.items() if value]):
         raise UsageError(f"--clean measures accuracy without an attack: remove {also[0]} or --clean")
+    check_needed(*MASK_OPTIONS, needs="--certify 8", is_there=bool(given.certify or given.defend))
+    check_needed("certify_images", needs="--certify 8", is_there=bool(given.certify))
+    check_needed("twin", "ablations", "audit_images", "audit_profile", needs="--audit", is_there=given.audit)
 
-
-def check_certify(given: EvaluateOptions) -> None:
-    """Refuses what only certification uses where nothing is certified.
-
-    Raises:
-        UsageError: an option of certification without --certify.
-    """
-    for option in ("--certify-masks", "--certify-method", "--certify-fill", "--certify-images"):
-        # The defended prediction has masks and a method too.
-        used = given.certify or (given.defend and option != "--certify-images")
-        if was_given(option.removeprefix("--").replace("-", "_")) and not used:
-            raise UsageError(f"{option} needs --certify: add it, for instance --certify 8, or remove {option}")
-
-
-class Numbers(click.ParamType[tuple[int | float, ...]]):
-    """Numbers with commas between them, as 6,12,18.
-
-    Args:
-        kind: int or float.
-        rule: what they have to be, in words.
-        least: the smallest allowed; None for any but 0.
-        count: how many; None for any number of them.
-    """
-
-    name = "numbers"
-
-    def __init__(self, kind: type[int] | type[float], rule: str, *, least: int | None = None, count: int | None = None):
-        self.kind, self.rule, self.least, self.count = kind, rule, least, count
-
-    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int | float, ...]:
-        """Read them."""
-        try:
-            found = tuple(self.kind(word) for word in value.split(","))
-        except ValueError:
-            found = ()
-        if not found or len(found) != (self.count or len(found)) or not all(map(self._is_allowed, found)):
-            self.fail(f"{value!r} is not {self.rule}", param, ctx)
-        return tuple(dict.fromkeys(found)) if self.count is None else found
-
-    def _is_allowed(self, number: float) -> bool:
-        return math.isfinite(number) and (number != 0 if self.least is None else number >= self.least)
-
-
-class PatchSizes(click.ParamType[tuple[PatchSize, ...]]):
-    """Sizes of patches with commas between them, as 5,3x10."""
-
-    name = "sizes"
-
-    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> tuple[PatchSize, ...]:
-        """Read them."""
-        try:
-            return tuple(dict.fromkeys(map(PatchSize.parse, value.split(","))))
-        except UsageError as error:
-            self.fail(str(error), param, ctx)
-
-
-patch_size_option = click.option(
-    "--patch-size",
-    "patch_sizes",
-    metavar="SIZE[,SIZE...]",
-    type=PatchSizes(),
-    help="Scale patches of your own to fit into these sizes, as 8 or 6x10.",
-)
-"""--patch-size, of patches of one's own."""
 
 plan_options = option_block(
     click.option("--clean", is_flag=True, help="Measure accuracy without an attack, and nothing else."),
@@ -217,49 +157,6 @@ move_options = option_block(
     ),
 )
 
-certify_options = option_block(
-    click.option(
-        "--certify",
-        metavar="SIZE[,SIZE...]",
-        type=PatchSizes(),
-        help="Prove which predictions no patch of this size can change, as 6 or 3x10; with 6 masks along a side, up to "
-        "666 forward passes of each image.",
-    ),
-    click.option(
-        "--certify-masks",
-        type=click.IntRange(min=2),
-        help="Masks along each side of an image for --certify; more prove more and take longer.  [default: 6, in one "
-        "round 5]",
-    ),
-    click.option(
-        "--certify-method",
-        type=click.Choice(["double-masking", "one-round"]),
-        default="double-masking",
-        show_default=True,
-        help="PatchCleanser's double masking, or one round of 30 passes under larger masks.",
-    ),
-    click.option(
-        "--certify-fill",
-        type=click.Choice(["mean", "interpolate"]),
-        default="mean",
-        show_default=True,
-        help="What masks show: the mean color, as PatchCleanser does, or pixels interpolated from visible ones; best "
-        "what train.masks.fill was.",
-    ),
-    click.option(
-        "--certify-images",
-        type=click.IntRange(min=1),
-        help="Certify so many of the test images only, balanced over classes; more later take up where these end.",
-    ),
-    click.option(
-        "--defend",
-        metavar="SIZE[,SIZE...]",
-        type=PatchSizes(),
-        help="Score the prediction defended against patches of this size too, as a model of its own: what is made on "
-        "others, and on itself through the masks, meets it. Tens of forward passes for each.",
-    ),
-)
-
 work_division = option_block(
     click.option(
         "--shard",
@@ -310,20 +207,6 @@ audit_options = option_block(
         help="The network trained without a part of the defense: does the part help against black boxes too? Repeat.",
     ),
 )
-
-
-def check_audit_options(given: EvaluateOptions) -> None:
-    """Refuses what only an audit uses where there is none.
-
-    Raises:
-        UsageError: an option of the audit without --audit.
-    """
-    names = {"twin": "--twin", "ablations": "--ablation"} | {
-        name: "--" + name.replace("_", "-") for name in ("audit_images", "audit_profile")
-    }
-    for name, option in names.items():
-        if was_given(name) and not given.audit:
-            raise UsageError(f"{option} needs --audit: add it, or remove {option}")
 
 
 def run_audits(grid: Grid, given: EvaluateOptions, *, output: Path, device: torch.device) -> list[AuditReport]:

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
+from qadtr_brevitas.cli.certify_options import MASK_OPTIONS, certification_of, mask_options
 from qadtr_brevitas.cli.common import (
     LocalPath,
     RecordedCommand,
+    check_needed,
     command_line,
     emit,
     examples,
@@ -22,8 +24,8 @@ from qadtr_brevitas.cli.common import (
     threads_option,
     was_given,
 )
-from qadtr_brevitas.cli.evaluate_options import PatchSizes
 from qadtr_brevitas.cli.export_tables import export_tables
+from qadtr_brevitas.cli.option_values import PatchSizes
 from qadtr_brevitas.cli.phases import phases
 from qadtr_brevitas.cli.start import check_data, check_models, load_libraries
 from qadtr_brevitas.core.errors import UsageError
@@ -143,25 +145,7 @@ class _ExportOptions:
     type=PatchSizes(),
     help="Write masks of patches of this size, as 5 or 3x10, beside the file: run.py --defend answers through them.",
 )
-@click.option(
-    "--certify-masks",
-    type=click.IntRange(min=2),
-    help="Masks along each side of an image for --defend.  [default: 6, in one round 5]",
-)
-@click.option(
-    "--certify-method",
-    type=click.Choice(["double-masking", "one-round"]),
-    default="double-masking",
-    show_default=True,
-    help="What answers through the masks of --defend.",
-)
-@click.option(
-    "--certify-fill",
-    type=click.Choice(["mean", "interpolate"]),
-    default="mean",
-    show_default=True,
-    help="What the masks of --defend show: the mean color, or pixels interpolated from visible ones.",
-)
+@mask_options
 @click.option("--data", help="Data set as NAME[:ROOT].  [default: the one the model was trained on]")
 @seed_option()
 @threads_option
@@ -248,10 +232,7 @@ def _check_unverified(given: _ExportOptions) -> None:
 
 
 def _certification(given: _ExportOptions) -> Certification | None:
-    for name in ("certify_masks", "certify_method", "certify_fill"):
-        if was_given(name) and not given.defend:
-            option = name.replace("_", "-")
-            raise UsageError(f"--{option} is for --defend: add it, for instance --defend 5, or leave out --{option}")
+    check_needed(*MASK_OPTIONS, needs="--defend 5", is_there=given.defend is not None)
     if given.defend is None:
         return None
     (size, *others) = given.defend
@@ -259,11 +240,7 @@ def _certification(given: _ExportOptions) -> Certification | None:
         raise UsageError(
             "--defend takes one size, of the largest patch to defend against: masks of it hide smaller ones"
         )
-
-    from qadtr_brevitas.evaluation.certification import Certification
-
-    method = "one round" if given.certify_method == "one-round" else "double masking"
-    return Certification(size, given.certify_masks, method, given.certify_fill)
+    return certification_of(given, size)
 
 
 def _outputs(given: _ExportOptions) -> dict[Precision, Path]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from qadtr_brevitas.cli.common import device_option, emit, examples, load_split, output_options, say, seed_option
-from qadtr_brevitas.cli.evaluate_options import patch_size_option
+from qadtr_brevitas.cli.option_values import patch_size_option
 from qadtr_brevitas.cli.start import check_data, check_models, load_libraries
 from qadtr_brevitas.pipeline.directories import Kind, what_is
 

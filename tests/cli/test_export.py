@@ -103,6 +103,7 @@ def test_several_precisions_have_a_folder_each(tmp_path: Path) -> None:
         (["-p", "4", "-f", "qcdq", "--no-verify", "--estimate"], 2, "estimates are FINN's, and the format is qcdq"),
         (["-p", "4", "-f", "finn", "--no-verify"], 1, "layer1.0"),
         (["-p", "4", "-f", "qcdq", "--no-verify", "--images", "100"], 2, "leave out --no-verify or --images"),
+        (["-p", "4", "-f", "qcdq", "--certify-fill", "mean"], 2, "--certify-fill needs --defend"),
         (["-p", "4", "-f", "qcdq", "--no-verify", "-o", ".", "--overwrite"], 2, ". is not replaced"),
         (["-p", "4", "-f", "finn", "--board", "Pynq-Z7"], 2, "did you mean 'Pynq-Z2'"),
         (["-p", "4", "-f", "qcdq", "--board", "Pynq-Z1"], 2, "--board: the format qcdq is for no board"),

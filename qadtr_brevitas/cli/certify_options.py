@@ -1,0 +1,93 @@
+"""The options of certificates and of predictions defended by masks, which `evaluate` and `export` share."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal, Protocol
+
+import click
+
+from qadtr_brevitas.cli.common import option_block
+from qadtr_brevitas.cli.option_values import PatchSizes
+from qadtr_brevitas.core.patch_size import PatchSize
+
+if TYPE_CHECKING:
+    from qadtr_brevitas.evaluation.certification import Certification
+
+MASK_OPTIONS = ("certify_masks", "certify_method", "certify_fill")
+"""Parameters of `mask_options`."""
+
+
+class MaskValues(Protocol):
+    """The masks of a command line, as click read them."""
+
+    @property
+    def certify_masks(self) -> int | None:
+        """Masks along each side of an image; None for those of the method."""
+        ...
+
+    @property
+    def certify_method(self) -> Literal["double-masking", "one-round"]:
+        """What answers through them."""
+        ...
+
+    @property
+    def certify_fill(self) -> Literal["mean", "interpolate"]:
+        """What they show."""
+        ...
+
+
+mask_options = option_block(
+    click.option(
+        "--certify-masks",
+        type=click.IntRange(min=2),
+        help="Masks along each side of an image; more prove more and take longer.  [default: 6, in one round 5]",
+    ),
+    click.option(
+        "--certify-method",
+        type=click.Choice(["double-masking", "one-round"]),
+        default="double-masking",
+        show_default=True,
+        help="PatchCleanser's double masking, or one round of 30 passes under larger masks.",
+    ),
+    click.option(
+        "--certify-fill",
+        type=click.Choice(["mean", "interpolate"]),
+        default="mean",
+        show_default=True,
+        help="What masks show: the mean color, as PatchCleanser does, or pixels interpolated from visible ones; best "
+        "what train.masks.fill was.",
+    ),
+)
+"""--certify-masks, --certify-method and --certify-fill."""
+
+certify_options = option_block(
+    click.option(
+        "--certify",
+        metavar="SIZE[,SIZE...]",
+        type=PatchSizes(),
+        help="Prove which predictions no patch of this size can change, as 6 or 3x10; with 6 masks along a side, up to "
+        "666 forward passes of each image.",
+    ),
+    mask_options,
+    click.option(
+        "--certify-images",
+        type=click.IntRange(min=1),
+        help="Certify so many of the test images only, balanced over classes; more later take up where these end.",
+    ),
+    click.option(
+        "--defend",
+        metavar="SIZE[,SIZE...]",
+        type=PatchSizes(),
+        help="Score the prediction defended against patches of this size too, as a model of its own: what is made on "
+        "others, and on itself through the masks, meets it. Tens of forward passes for each.",
+    ),
+)
+"""Those and --certify, --certify-images and --defend."""
+
+
+def certification_of(given: MaskValues, size: PatchSize) -> Certification:
+    """Return the masks that cover patches of a size."""
+    from qadtr_brevitas.evaluation.certification import Certification
+
+    method = "one round" if given.certify_method == "one-round" else "double masking"
+    return Certification(size, given.certify_masks, method, given.certify_fill)
