@@ -62,9 +62,14 @@ def is_product(name: str, args: Sequence[Any]) -> bool:
 
 
 def is_sum(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Return whether a call of the function of this name adds two tensors, in place or not."""
+    """Return whether a call of the function of this name adds two tensors, in place or not.
+
+    Sizes are tensors without dimensions while a network is traced, and sums of them are none of activations.
+    """
+    if name not in (SUM, "add_"):
+        return False
     summands = [*args, *(kwargs[key] for key in ("other",) if key in kwargs)]
-    return name in (SUM, "add_") and len(summands) == 2 and all(isinstance(x, Tensor) for x in summands)
+    return len(summands) == 2 and all(isinstance(x, Tensor) for x in summands) and any(x.dim() for x in summands)
 
 
 @cache
