@@ -66,22 +66,30 @@ def infer_shapes(model: Any) -> None:
 
 
 def _fold_shapes(graph: Any) -> None:
-    shapes = _shapes(graph)
+    """Compute shapes that are known, and known sizes that are picked from others."""
+    shapes, to_array = _shapes(graph), library("onnx").numpy_helper.to_array
+    sizes: dict[str, list[int | None]] = {}
+    fixed = {tensor.name: tensor for tensor in graph.initializer}
     for node in list(graph.node):
-        shape = shapes.get(node.input[0]) if node.op_type == "Shape" else None
-        if shape is not None:
-            dims = np.array(shape[attribute(node, "start", 0) : attribute(node, "end", len(shape))], dtype=np.int64)
+        found: Any = None
+        if node.op_type == "Shape" and node.input[0] in shapes:
+            shape = shapes[node.input[0]]
+            found = sizes[node.output[0]] = shape[attribute(node, "start", 0) : attribute(node, "end", len(shape))]
+        elif node.op_type == "Gather" and node.input[0] in sizes and (index := fixed.get(node.input[1])) is not None:
+            found = np.array(sizes[node.input[0]], dtype=object)[to_array(index)]
+        if found is not None and None not in np.ravel(found):
+            dims = np.array(found, dtype=np.int64)
             graph.initializer.append(library("onnx").numpy_helper.from_array(dims, node.output[0]))
             graph.node.remove(node)
 
 
-def _shapes(graph: Any) -> dict[str, list[int]]:
-    """Return the shapes of tensors all of whose sizes are known."""
-    shapes: dict[str, list[int]] = {}
+def _shapes(graph: Any) -> dict[str, list[int | None]]:
+    """Return the shapes of tensors, None for each size that is not known."""
+    shapes: dict[str, list[int | None]] = {}
     for value in (*graph.value_info, *graph.input):
         kind = value.type.tensor_type
-        if kind.HasField("shape") and all(dim.HasField("dim_value") for dim in kind.shape.dim):
-            shapes[value.name] = [dim.dim_value for dim in kind.shape.dim]
+        if kind.HasField("shape"):
+            shapes[value.name] = [dim.dim_value if dim.HasField("dim_value") else None for dim in kind.shape.dim]
     return shapes
 
 
