@@ -11,12 +11,15 @@ from typing import Any
 
 from qadtr_brevitas.exporting.constants import fold_constants, infer_shapes, remove_unread
 from qadtr_brevitas.exporting.graph import attribute, library
+from qadtr_brevitas.exporting.pads import merge_pads
 
 _COMMUTATIVE = ("Add", "Mul", "And", "Or", "Xor", "Sum")
 
 
 def folded(model: Any) -> Any:
     """Return a graph without constant parts, each of whose nodes has constants of its own, last in sums and products.
+
+    Convolutions pad themselves in it, where that is exact.
 
     Args:
         model: an ONNX ModelProto of standard operators and quantizers, its nodes in an order in which they can be
@@ -25,6 +28,7 @@ def folded(model: Any) -> Any:
     fold_constants(model)
     _turn_weights(model.graph)
     remove_unread(model.graph)
+    merge_pads(model)
     _give_each_reader_its_own(model.graph)
     _put_constants_last(model.graph)
     infer_shapes(model)

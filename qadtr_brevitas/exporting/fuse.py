@@ -1,9 +1,8 @@
 """Standard ONNX in the form that onnxruntime turns into integer kernels.
 
 Between DequantizeLinear, a layer and QuantizeLinear it wants nothing but a ReLU, unsigned bytes, and biases on the
-levels of the accumulator. Merging a BatchNorm's factor into the steps of the weights, or a border of zeros into a
-convolution, is exact; rounding a bias to the accumulator brings a few values to the next level, which the layers behind
-pass on the louder the fewer their bits are.
+levels of the accumulator. Merging a BatchNorm's factor into the steps of the weights is exact; rounding a bias to the
+accumulator brings a few values to the next level, which the layers behind pass on the louder the fewer their bits are.
 
 On x86 processors without VNNI sums of two products of an unsigned with a signed byte saturate at 16 bit. So weights are
 unsigned bytes around 128, like activations, which are slower; or signed ones where none exceeds 64, as those of up to 7
@@ -28,8 +27,6 @@ _LARGEST_WEIGHT = 64
 # Half of what an accumulator holds; the other half is room for the products.
 _LARGEST_BIAS = 2.0**30
 LAYERS = ("Conv", "Gemm", "MatMul")
-# These pass zeros on as zeros, pixel by pixel.
-_PIXELWISE = ("QuantizeLinear", "Clip", "DequantizeLinear")
 # These give an output the levels of their input.
 _PASSING = ("MaxPool", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze")
 
@@ -50,8 +47,6 @@ def fuse(model: Any) -> None:
     Args:
         model: a qonnx ModelWrapper of what Brevitas's QCDQ export wrote, with constants folded.
     """
-    for conv in nodes_of(model, "Conv"):
-        _merge_pad(model, conv)
     for node in list(model.graph.node):
         _quantize_once(model, node.output[0])
     for pool in nodes_of(model, "MaxPool"):
@@ -81,35 +76,6 @@ def obstacle(model: Any, node: Any) -> str:
     if kinds == ["Add"]:
         return "its result is added in floats: convert with --target ort, which quantizes sums"
     return f"its result is not quantized before {', '.join(kinds) or 'the output'}" if kinds or not readers else ""
-
-
-def _merge_pad(model: Any, conv: Any) -> None:
-    """Let a convolution pad with zeros itself, also where they are quantized on the way."""
-    chain = [conv]
-    node = model.find_producer(conv.input[0])
-    while node is not None and node.op_type in _PIXELWISE:
-        chain.append(node)
-        node = model.find_producer(node.input[0])
-    if node is None or node.op_type != "Pad" or (pads := _zeros_around(model, node)) is None:
-        return
-    if any(len(model.find_consumers(reader.input[0])) > 1 for reader in chain):
-        return
-    own = attribute(conv, "pads", pads * 0)
-    for old in [found for found in conv.attribute if found.name in ("pads", "auto_pad")]:
-        conv.attribute.remove(old)
-    conv.attribute.append(library("onnx").helper.make_attribute("pads", [int(pad) for pad in own + pads]))
-    chain[-1].input[0] = node.input[0]
-    model.graph.node.remove(node)
-
-
-def _zeros_around(model: Any, pad: Any) -> Any:
-    """Return how many zeros a Pad puts around an image, (top, left, bottom, right); None for another kind of Pad."""
-    pads = _constant(model, pad.input[1])
-    value = _constant(model, pad.input[2]) if len(pad.input) > 2 and pad.input[2] else 0
-    if pads is None or len(pads) != 8 or attribute(pad, "mode", b"constant") != b"constant" or value is None:
-        return None
-    is_border = not pads[[0, 1, 4, 5]].any() and (pads >= 0).all() and not np.any(value)
-    return pads[[2, 3, 6, 7]] if is_border else None
 
 
 def _quantize_once(model: Any, name: str) -> None:

@@ -22,6 +22,7 @@ from qadtr_brevitas.exporting.formats import Classifier, Format
 from qadtr_brevitas.exporting.graph import library
 from qadtr_brevitas.exporting.integer_graph import INPUT, Translation
 from qadtr_brevitas.exporting.onnx_files import export_qonnx, exporting
+from qadtr_brevitas.exporting.pads import merge_pads
 from qadtr_brevitas.exporting.rewrite import PIXELS
 
 INTEGERS_FILE, INTEGERS_RUNNER = "model.safetensors", "integers.py"
@@ -44,7 +45,7 @@ def write_integers(frozen: nn.Module, images: Tensor, path: Path) -> None:
     try:
         with exporting():
             model = export_qonnx(frozen, images[:1], scratch)
-            model.model = fold_constants(model.model)
+            model.model = merge_pads(fold_constants(model.model))
             model = model.transform(library("qonnx.transformation.infer_shapes").InferShapes())
             found = Translation(model)
     finally:

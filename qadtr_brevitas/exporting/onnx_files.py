@@ -24,6 +24,7 @@ from qadtr_brevitas.exporting.head_scales import move_steps_outside
 from qadtr_brevitas.exporting.integers import integer_layers
 from qadtr_brevitas.exporting.narrow import narrow_weights
 from qadtr_brevitas.exporting.near_ties import clear_near_ties
+from qadtr_brevitas.exporting.pads import merge_pads
 from qadtr_brevitas.exporting.rewrite import rewrite
 from qadtr_brevitas.exporting.rules import check_network
 from qadtr_brevitas.exporting.shortcuts import replace_shortcuts
@@ -119,7 +120,8 @@ def _qcdq(frozen: nn.Module, images: Tensor, path: Path, *, dynamic: bool) -> An
     with exporting():
         tracing = _tracing(dynamic=dynamic)
         library("brevitas.export").export_onnx_qcdq(frozen, args=images, export_path=str(path), **tracing)
-    return move_steps_outside(fold_constants(library("onnx").load(str(path)), keep=("DequantizeLinear",)))
+    model = fold_constants(library("onnx").load(str(path)), keep=("DequantizeLinear",))
+    return move_steps_outside(merge_pads(model))
 
 
 def write_float(network: nn.Module, images: Tensor, path: Path, *, dynamic: bool = False) -> None:
@@ -133,7 +135,7 @@ def write_float(network: nn.Module, images: Tensor, path: Path, *, dynamic: bool
     """
     with exporting():
         torch.onnx.export(network, (images,), str(path), **_tracing(dynamic=dynamic))
-    _save_onnx(fold_constants(library("onnx").load(str(path))), path)
+    _save_onnx(merge_pads(fold_constants(library("onnx").load(str(path)))), path)
 
 
 def _tracing(*, dynamic: bool = False) -> dict[str, Any]:

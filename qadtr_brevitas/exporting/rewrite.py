@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from qadtr_brevitas.exporting.graph import attribute, library, nodes_of
+from qadtr_brevitas.exporting.pads import padding_of, set_padding
 
 PIXELS = 255.0
 
@@ -48,16 +49,7 @@ def rewrite(model: Any, adapt_input: Callable[[Any], None]) -> None:
 def _pad_explicitly(model: Any) -> None:
     """Write the padding "same" as numbers of pixels; and no rounding up where it makes no difference."""
     for conv in nodes_of(model, "Conv"):
-        if attribute(conv, "auto_pad", b"NOTSET") in (b"NOTSET", b"VALID"):
-            continue
-        dilations = attribute(conv, "dilations", [1, 1])
-        total = [
-            dilation * (side - 1) for dilation, side in zip(dilations, attribute(conv, "kernel_shape"), strict=True)
-        ]
-        before = [pixels // 2 for pixels in total]
-        after = [pixels - half for pixels, half in zip(total, before, strict=True)]
-        _set_attribute(conv, "pads", [*before, *after])
-        _set_attribute(conv, "auto_pad", "NOTSET")
+        set_padding(conv, padding_of(conv))
     for pool in nodes_of(model, "MaxPool"):
         if not is_ceiled(model, pool):
             _set_attribute(pool, "ceil_mode", 0)

@@ -23,6 +23,7 @@ _KNOWN = {"Quant", "Relu", *_PRODUCTS, *_POOLS, *_PASSING, *_AFFINE}
 _ADVICE = {
     "Slice": "it cuts tensors apart, as an adaptive pool to a size that is no factor of its input does",
     "Concat": "it joins tensors",
+    "Pad": "it cuts pixels off, adds others than zeros, or has other readers than convolutions",
     "Clip": "it is followed by no quantizer of its own",
     "Resize": "it makes images larger, as an adaptive pool does to more pixels than there are: use larger images",
     "Transpose": "it moves channels or tokens",

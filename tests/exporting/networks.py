@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from timm.layers.conv2d_same import Conv2dSame
 from torch import Tensor, nn
 
 from qadtr_brevitas.data.split import Split
@@ -63,6 +64,22 @@ class Mobile(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.classifier(self.features(x).mean((2, 3)))
+
+
+class Ported(nn.Module):
+    """What networks from TensorFlow have: uneven borders of zeros, read with and without them, and sizes computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.pad, self.act = nn.Sequential(*stem(8)), nn.ZeroPad2d((0, 1, 0, 1)), nn.ReLU()
+        self.conv, self.shortcut = nn.Conv2d(8, 8, 3, 2), nn.Conv2d(8, 8, 1, 2)
+        self.depthwise = nn.Sequential(Conv2dSame(8, 8, 3, 2, groups=8), nn.ReLU())
+        self.head = head(8, nn.AdaptiveAvgPool2d(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = self.act(self.conv(self.pad(x)) + self.shortcut(x))
+        return self.head(self.depthwise(x))
 
 
 def loaded(net: nn.Module, *, precisions: tuple[int, ...] = (32, 4, 2), **settings: object) -> LoadedModel:
