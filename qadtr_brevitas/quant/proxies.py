@@ -10,12 +10,14 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from brevitas.inject import ExtendedInjector
 from brevitas.proxy import ActQuantProxyFromInjector, WeightQuantProxyFromInjector
 from brevitas.quant_tensor import IntQuantTensor
 from torch import Tensor, nn
 
 from qadtr_brevitas.quant.pickling import allow_pickling
+from qadtr_brevitas.quant.products import products_not_intercepted
 from qadtr_brevitas.quant.switch import Switch, SwitchState
 from qadtr_brevitas.quant.switchable_quant import (
     SwitchableActQuant,
@@ -67,6 +69,13 @@ class SwitchableWeightProxy(_KeepTensorQuant, WeightQuantProxyFromInjector):
             w: weight, (out, in, ...).
             now: the state of the switch, where the caller has read it.
         """
+        if not torch._C._len_torch_function_stack():  # pyright: ignore[reportPrivateUsage]
+            return self._quantized(w, now)
+        # What a quantizer adds is no sum of the module around it.
+        with products_not_intercepted():
+            return self._quantized(w, now)
+
+    def _quantized(self, w: Tensor, now: SwitchState | None) -> Tensor:
         quantizer = self.quantizer
         now = quantizer.switch.states.now if now is None else now
         if now.observer is not None:
@@ -105,6 +114,12 @@ class SwitchableActProxy(_KeepTensorQuant, ActQuantProxyFromInjector):
             x: activations of any shape.
             now: the state of the switch, where the caller has read it.
         """
+        if not torch._C._len_torch_function_stack():  # pyright: ignore[reportPrivateUsage]
+            return self._quantized(x, now)
+        with products_not_intercepted():
+            return self._quantized(x, now)
+
+    def _quantized(self, x: Tensor, now: SwitchState | None) -> Tensor:
         fused = self.fused_activation_quant_proxy
         quantizer: SwitchableActQuant = fused.tensor_quant
         now = quantizer.switch.states.now if now is None else now

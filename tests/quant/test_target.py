@@ -248,3 +248,17 @@ def test_a_network_that_multiplies_activations_is_refused() -> None:
 def test_floats_and_ranges_at_run_time_are_refused(setting: str, value: str) -> None:
     with pytest.raises(UsageError, match=f"{setting}='{value}'.*'hls4ml'"):
         convert(Net(), [32, 4], image_size=SIZE, target="hls4ml", **{setting: value})
+
+
+def test_what_quantizers_add_to_round_or_for_gradients_is_no_sum_of_the_network() -> None:
+    model = switchable(Net(), target="finn", method="mse")
+    calibrate(model, [IMAGES], weights=["gptq"])
+    images = IMAGES.clone().requires_grad_()
+    with at_precision(model, 4):
+        logits = model(images)
+        logits.sum().backward()
+        frozen = freeze(model, 4)
+    assert images.grad is not None
+    assert images.grad.abs().max() > 0
+    with torch.no_grad():
+        assert torch.allclose(frozen(IMAGES), logits, atol=1e-4)
