@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -46,6 +48,14 @@ def has_fast_bf16(device: torch.device | str) -> bool:
     # torch 2.9 does not tell.
     capabilities: Callable[[], dict[str, bool]] = getattr(torch.cpu, "get_capabilities", dict)
     return torch.device(device).type == "cpu" and bool(capabilities().get("amx_bf16"))
+
+
+def has_compiler() -> bool:
+    """Return whether torch.compile has what it needs on this machine: a C++ compiler, or a GPU."""
+    import torch
+
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    return torch.cuda.is_available() or shutil.which(compiler) is not None
 
 
 def _existing() -> list[str]:

@@ -11,7 +11,7 @@ With y in the place of x the same formulas are those of PACT (Choi et al. 2018):
 only. At 8 bit and more, where rounding contributes only noise to the step's gradient, this saves keeping x.
 
 Under autocast activations are bfloat16, which represents all integer levels up to 8 bit and rounds those above. In
-blocks the step stays float32; on other devices it is rounded to bfloat16.
+blocks and in the fused kernels of GPUs (`quant/fused.py`) the step stays float32; otherwise it is rounded to bfloat16.
 
 Gradients of gradients are the derivatives of these formulas: the mask and the integer levels round(x / s) are constant,
 as they are almost everywhere. A backward pass that records a graph (`create_graph=True`) computes the formulas with
@@ -25,6 +25,8 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+
+from qadtr_brevitas.quant.fused import fused_kernels
 
 Rounding: TypeAlias = Callable[[Tensor], Tensor]
 """A function from values in steps to levels in steps."""
@@ -40,8 +42,10 @@ class _QuantizeActivation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, lo: int, hi: int, keep_input: bool) -> Tensor:
         ctx.lo, ctx.hi, ctx.keep_input = lo, hi, keep_input
-        ctx.blocks = _is_blockable(x)
-        if ctx.blocks:
+        ctx.blocks, ctx.fused = _is_blockable(x), fused_kernels(x)
+        if ctx.fused is not None:
+            y = ctx.fused.forward(x, scale, lo, hi)
+        elif ctx.blocks:
             y = _quantize_blocks(x, scale.detach().reshape(()), lo, hi)
         else:
             step = _step(scale, x.dtype)
@@ -60,7 +64,9 @@ class _QuantizeActivation(torch.autograd.Function):
         if torch.is_grad_enabled():
             dx, dscale = _differentiable_backward(grads[0], x, y, scale, (ctx.lo, ctx.hi), keep_input=ctx.keep_input)
             return dx, dscale, None, None, None
-        if ctx.blocks:
+        if ctx.fused is not None:
+            dx, dot = ctx.fused.backward(grads[0], x, y, scale, ctx.lo, ctx.hi)
+        elif ctx.blocks:
             low, high = (_end(scale.reshape(()), level, x.dtype).item() for level in (ctx.lo, ctx.hi))
             dx, dot = _backward_blocks(_like(grads[0], x), x, y, low, high)
         else:

@@ -1,0 +1,64 @@
+"""Quantize-dequantize whose step and levels are tensors, so that one graph of a compiler serves all bit-widths.
+
+The formulas are those of `quant/fake_quantize.py`, whose eager functions are the reference.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class TensorLevels(NamedTuple):
+    """A fixed quantization of activations; each tensor is float32 and has no dimensions.
+
+    Args:
+        step: positive.
+        lo: lowest integer level.
+        hi: highest integer level.
+        low: values at or below it get no gradient.
+        high: values at or above it get no gradient.
+    """
+
+    step: Tensor
+    lo: Tensor
+    hi: Tensor
+    low: Tensor
+    high: Tensor
+
+
+def quantized(x: Tensor, step: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
+    """Return x rounded to the levels lo * step ... hi * step, in its own type."""
+    return (torch.clamp(torch.round(x.float() / step), lo, hi) * step).to(x.dtype)
+
+
+class _QuantizeFixed(torch.autograd.Function):
+    """Rounds forward, and passes gradients on inside a range."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, levels: TensorLevels, by_input: bool) -> Tensor:
+        step, lo, hi, low, high = levels
+        y = quantized(x, step, lo, hi)
+        values = x if by_input else y
+        # Bytes, because CPUs without AVX-512 read booleans one after the other.
+        above_and_below = torch.minimum(torch.sign(values - low), torch.sign(high - values))
+        ctx.save_for_backward(above_and_below.clamp(min=0.0).to(torch.uint8))
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (inside,) = ctx.saved_tensors
+        return grads[0] * inside, None, None
+
+
+def quantize_fixed(x: Tensor, levels: TensorLevels, *, by_input: bool) -> Tensor:
+    """Quantize activations by fixed levels.
+
+    Args:
+        x: activations of any shape.
+        levels: the step and the levels.
+        by_input: whether gradients pass where x lies within `low` and `high`, or where the result does.
+    """
+    return _QuantizeFixed.apply(x, levels, by_input)  # pyright: ignore[reportReturnType]
