@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qadtr_brevitas.cli.common import command_of, emit, examples, load_split, progress, say, work_options
+from qadtr_brevitas.cli.common import (
+    command_of,
+    compile_option,
+    emit,
+    examples,
+    load_split,
+    progress,
+    say,
+    work_options,
+)
 from qadtr_brevitas.cli.completion import complete_plugins
 from qadtr_brevitas.cli.start import check_data, check_models, load_libraries
 from qadtr_brevitas.core.errors import UsageError, suggest
@@ -65,6 +74,7 @@ _HELD_OUT = 1_000
     is_flag=True,
     help="Make patches in float32 alone; at 32 bit it is bfloat16 where the CPU is faster at that. Scores are float32.",
 )
+@compile_option
 @work_options(data="the one the model was trained on", output="MODEL_DIR/patches, or patches/PROTOCOL in it")
 def command(
     model_dir: Path,
@@ -76,6 +86,7 @@ def command(
     held_out: int | None,
     protocol: str | None,
     float32: bool,
+    compiles: bool,
     data: str | None,
     output: Path | None,
     device: str,
@@ -99,6 +110,7 @@ def command(
     from qadtr_brevitas.evaluation.entries import load_models
     from qadtr_brevitas.evaluation.unseen import craft_unseen
     from qadtr_brevitas.pipeline.datasets import find_dataset
+    from qadtr_brevitas.quant.compiled import compile_passes
     from qadtr_brevitas.quant.inference import parse_modes
 
     wanted = parse_modes(precisions) if precisions else None
@@ -107,6 +119,8 @@ def command(
     output = output or default
     where = resolve_device(device)
     loaded = load_models([model_dir], device=where)[0]
+    if compiles:
+        compile_passes(loaded.model, report=say)
     train, judge = divide_for_crafting(load_split(dataset, "train"), train=train_images, held_out=held_out, seed=seed)
     aims = _read_targets(targets, train.classes)
     named = {"name": slot_name(dataset), "settings": plugin_settings(dataset)}

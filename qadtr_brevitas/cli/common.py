@@ -123,6 +123,16 @@ def check_needed(*parameters: str, needs: str, is_there: bool) -> None:
     raise UsageError(f"{option} needs {name}: add it{example}, or remove {option}")
 
 
+compile_option = click.option(
+    "--compile",
+    "compiles",
+    is_flag=True,
+    help="Run the passes of attacks through torch.compile: a wait at the first one, of 32 bit and of all other "
+    "precisions together, then faster ones. Results differ by float rounding.",
+)
+"""--compile, of commands that attack."""
+
+
 class LocalPath(click.Path):
     """Where results go: a path of a file system, which a URL is not."""
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from qadtr_brevitas.cli.certify_options import MASK_OPTIONS
-from qadtr_brevitas.cli.common import check_needed, option_block, progress
+from qadtr_brevitas.cli.common import check_needed, option_block, progress, say
 from qadtr_brevitas.cli.completion import complete_plugins
 from qadtr_brevitas.cli.option_values import Numbers, patch_size_option
 from qadtr_brevitas.core.errors import UsageError
@@ -55,6 +55,7 @@ class EvaluateOptions:
     batch_size: int
     shard: str | None
     cells: tuple[Path, ...]
+    compiles: bool
     audit: bool
     audit_images: int
     audit_profile: Literal["quick", "full"]
@@ -214,10 +215,13 @@ def run_audits(grid: Grid, given: EvaluateOptions, *, output: Path, device: torc
     from qadtr_brevitas.auditing import audit
     from qadtr_brevitas.evaluation.defended import DefendedModel
     from qadtr_brevitas.evaluation.entries import load_models
+    from qadtr_brevitas.quant.compiled import compile_passes
 
     precisions = _single(grid)
     twin = load_models([given.twin], device=device)[0] if given.twin else None
     ablations = load_models(given.ablations, device=device)
+    for loaded in (*([twin] if twin else []), *ablations) if given.compiles else ():
+        compile_passes(loaded.model, report=say)
     audits: list[AuditReport] = []
     with progress("auditing") as report:
         undefended = [loaded for loaded in grid.loaded_models if not isinstance(loaded.model, DefendedModel)]

@@ -14,6 +14,7 @@ from qadtr_brevitas.cli.common import (
     RecordedCommand,
     command_line,
     command_of,
+    compile_option,
     device_option,
     emit,
     examples,
@@ -86,6 +87,7 @@ if TYPE_CHECKING:
     flag_value="auto",
     help="Run the steps on a Ray cluster whose nodes see the folders; a step takes --threads CPUs, 1 if not given.",
 )
+@compile_option
 @click.option(
     "--estimate", is_flag=True, help="Only tell what the missing steps cost, from times of a few images on --device."
 )
@@ -114,6 +116,7 @@ def command(
     processes: int,
     jobs: int,
     ray: str | None,
+    compiles: bool,
     estimate: bool,
     speedup: float,
     price: float | None,
@@ -157,9 +160,11 @@ def command(
     if ray is not None:
         # Nodes have current folders of their own.
         plan = make_plan(checked, work=work.resolve(), output=output.resolve())
-        run_on_cluster(plan, work.resolve(), address=ray, device=device, processes=processes)
+        run_on_cluster(plan, work.resolve(), address=ray, device=device, processes=processes, compiles=compiles)
     else:
-        resources = StudyResources(work, str(resolve_device(device)), processes, command_line())
+        resources = StudyResources(
+            work, str(resolve_device(device)), processes, command_line(), compiles=compiles, report=say
+        )
         _run_here(plan, resources, shard=own_shard, jobs=jobs)
     _report(checked, plan, output, scale=scale, show_all=show_all)
 

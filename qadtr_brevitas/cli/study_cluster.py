@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from qadtr_brevitas.reproduce.study.plan import StudyPlan
 
 
-def run_on_cluster(plan: StudyPlan, work: Path, *, address: str, device: str, processes: int) -> None:
+def run_on_cluster(plan: StudyPlan, work: Path, *, address: str, device: str, processes: int, compiles: bool) -> None:
     """Run the steps on the cluster at an address; the folders are absolute."""
     import torch
 
@@ -27,7 +27,7 @@ def run_on_cluster(plan: StudyPlan, work: Path, *, address: str, device: str, pr
 
     # The cores of this machine say nothing about those of others.
     threads = torch.get_num_threads() if "OMP_NUM_THREADS" in os.environ else 1
-    resources = StudyResources(work, device, processes, command_line())
+    resources = StudyResources(work, device, processes, command_line(), compiles)
     with _live_table() as show:
         run_on_ray(plan, resources, address=address, threads=threads, report=say, show=show)
 

@@ -333,8 +333,10 @@ class TrainSection(RecipeSection):
     )
     clip_grad_norm: float | None = Field(default=None, gt=0, description="largest norm of the gradient")
     amp: Literal["no", "bf16", "fp16"] = Field(default="no", description="automatic mixed precision")
-    compile: bool = Field(
-        default=False, description="run training passes through torch.compile: a wait per precision, then faster steps"
+    compile: bool | Literal["quantizers"] = Field(
+        default=False,
+        description="run passes of training and attacks through torch.compile, after a wait per precision; quantizers: "
+        "these alone, after one short wait (on GPUs they always are)",
     )
     validate_every: int = Field(default=1, ge=1, description="epochs between two validations")
     checkpoint_every: int = Field(default=200, ge=1, description="steps between two states to resume from")

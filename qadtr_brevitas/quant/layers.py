@@ -89,22 +89,28 @@ class _FastPath:
         quant, weight_quant = self.input_quant, self.weight_quant
         now = weight_quant.quantizer.switch.states.now
         x = quant.quantize(input, now) if isinstance(quant, SwitchableActProxy) else input
-        weight = weight_quant.quantize(self.weight, now)
+        weight, bias = self.fixed(now) if now.prepared is None else now.prepared.layers[id(self)]
         if not torch._C._len_torch_function_stack():  # pyright: ignore[reportPrivateUsage]
-            return self._product(x, weight, self.bias, now)
+            return super().inner_forward_impl(x, weight, bias)  # pyright: ignore
         with products_not_intercepted():
-            return self._product(x, weight, self.bias, now)
+            return super().inner_forward_impl(x, weight, bias)  # pyright: ignore
+
+    def fixed(self, now: SwitchState) -> tuple[Tensor, Tensor | None]:
+        """Return the quantized weight and the bias that the product is computed with, at the current precision."""
+        return self._weight_and_bias(self.weight_quant.quantize(self.weight, now), self.bias, now)
 
     def inner_forward_impl(self, x: Tensor, quant_weight: Tensor, quant_bias: Tensor | None) -> Tensor:
         """Compute the product in Brevitas's own forward as in this one."""
-        return self._product(x, quant_weight, quant_bias, self.weight_quant.quantizer.switch.states.now)
+        now = self.weight_quant.quantizer.switch.states.now
+        weight, bias = self._weight_and_bias(quant_weight, quant_bias, now)
+        return super().inner_forward_impl(x, weight, bias)  # pyright: ignore
 
-    def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None, now: SwitchState) -> Tensor:
+    def _weight_and_bias(self, weight: Tensor, bias: Tensor | None, now: SwitchState) -> tuple[Tensor, Tensor | None]:
         if self.bias_correction is not None:
             bias = self.bias_correction(bias, now.precision)
         if now.folding is not None and isinstance(self, QuantConv2d):
             weight, bias = now.folding.weights(self, weight, bias)
-        return super().inner_forward_impl(x, weight, bias)  # pyright: ignore
+        return weight, bias
 
     def reset_parameters(self) -> None:
         """Do nothing: the weights are those of a float layer."""

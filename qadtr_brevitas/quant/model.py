@@ -83,12 +83,18 @@ class SwitchableModel(nn.Module):
         Returns:
             Logits, (N, classes).
         """
-        self.switch.images = len(images)
-        normalized = normalize(images, self.mean, self.std)
-        if (folding := self.switch.folding) is None:
-            return _checked(self.net(normalized))
-        with folding.arithmetic(images):
-            return _checked(self.net(normalized)).to(images.dtype)
+        now = self.switch.states.now
+        now.images = len(images)
+        if now.passes is not None and now.passes.serves(images):
+            return now.passes(images)
+        if now.folding is None:
+            return self.logits(images)
+        with now.folding.arithmetic(images):
+            return self.logits(images).to(images.dtype)
+
+    def logits(self, images: Tensor) -> Tensor:
+        """Return the logits of images, by the layers themselves and in the arithmetic of the caller."""
+        return _checked(self.net(normalize(images, self.mean, self.std)))
 
     @property
     def channels(self) -> int:

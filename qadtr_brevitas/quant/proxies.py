@@ -25,6 +25,7 @@ from qadtr_brevitas.quant.switchable_quant import (
     SwitchablePixelQuant,
     SwitchableWeightQuant,
 )
+from qadtr_brevitas.quant.tensor_levels import quantize_fixed
 from qadtr_brevitas.quant.uniform import Uniform
 
 allow_pickling()
@@ -127,6 +128,8 @@ class SwitchableActProxy(_KeepTensorQuant, ActQuantProxyFromInjector):
             observed = now.observer(quantizer, x)
             if observed is not None:
                 return observed
+        elif now.prepared is not None and id(quantizer) in now.prepared.acts:
+            return quantize_fixed(x, now.prepared.acts[id(quantizer)], by_input=quantizer.passes_by_input)
         elif self._is_quant_enabled and not self.disable_quant and quantizer.is_active_at(now.precision):
             return quantizer.quantize(x, now)
         activation = fused.activation_impl

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.core.precision import FLOAT_BITS, Precision, PrecisionLike, parse_precisions
 from qadtr_brevitas.quant.frozen import FrozenWeights
+
+if TYPE_CHECKING:
+    from qadtr_brevitas.quant.prepared import Prepared
 
 # Called with a quantizer (SwitchableQuant) and the float tensor that it would quantize; returns what takes its place,
 # or None for the tensor as it is in float.
@@ -41,6 +44,18 @@ class Folding(Protocol):
         ...
 
 
+class Passes(Protocol):
+    """Another form of a network, that some passes run through (`quant.compiled.compiled_passes`)."""
+
+    def serves(self, images: Tensor) -> bool:
+        """Return whether it can take the place of the network as it is set now."""
+        ...
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Return the logits of images, (N, classes)."""
+        ...
+
+
 T = TypeVar("T")
 _UNSET = object()
 
@@ -56,6 +71,8 @@ class SwitchState:
         observer: called by each quantizer instead of quantizing, with the tensor; it returns what passes, None for the
             tensor as it is.
         folding: the norms folded into convolutions; None if none are.
+        passes: the form that passes run through where it serves them; None for the network itself.
+        prepared: tensors to compute with instead of the parameters; None for the parameters.
         images: number of images in the batch that is running.
     """
 
@@ -64,6 +81,8 @@ class SwitchState:
         self.frozen: FrozenWeights | None = None
         self.observer: Observer | None = None
         self.folding: Folding | None = None
+        self.passes: Passes | None = None
+        self.prepared: Prepared | None = None
         self.images = 1
 
 
@@ -122,6 +141,8 @@ class Switch:
     frozen = _PerThread["FrozenWeights | None"]()
     observer = _PerThread["Observer | None"]()
     folding = _PerThread["Folding | None"]()
+    passes = _PerThread["Passes | None"]()
+    prepared = _PerThread["Prepared | None"]()
     images = _PerThread[int]()
 
     def __init__(self, precisions: Sequence[Precision]) -> None:

@@ -17,6 +17,8 @@ from qadtr_brevitas.quant.frozen import version_of
 from qadtr_brevitas.quant.quantizer import SMALLEST_THRESHOLD, Levels, Quantizer
 from qadtr_brevitas.quant.rounding import WeightRounding
 from qadtr_brevitas.quant.switch import Switch, SwitchState
+from qadtr_brevitas.quant.tensor_levels import TensorLevels
+from qadtr_brevitas.quant.uniform import is_uniform
 
 # First and last layers and residual streams keep at least this many bits by default.
 WIDE_BITS = 8
@@ -153,8 +155,29 @@ class SwitchableActQuant(SwitchableQuant):
         if self.shape:
             # In float16 a small step would be 0.
             return self.scheme.quantize_weight(x, self.scale(bits), self.levels(bits)).to(x.dtype)
-        keep_input = self.min_bits < WIDE_BITS
-        return self.scheme.quantize_activation(x, self.scale(bits), self.levels(bits), keep_input=keep_input)
+        return self.scheme.quantize_activation(x, self.scale(bits), self.levels(bits), keep_input=self.keeps_input)
+
+    @property
+    def keeps_input(self) -> bool:
+        """Whether the threshold learns from rounding errors, and not as in PACT."""
+        return self.min_bits < WIDE_BITS
+
+    @property
+    def passes_by_input(self) -> bool:
+        """Whether gradients pass where the input, and not its quantized value, is in the range."""
+        return self.keeps_input
+
+    def fixed_levels(self, now: SwitchState) -> TensorLevels | None:
+        """Return step and levels at the current precision as tensors; None if they are not all of this quantizer."""
+        if self.shape or not is_uniform(self.scheme):
+            return None
+        bits = self.bits_at(now.precision)
+        step = self.scale(bits).detach().float()
+        ends = [step.new_tensor(end) for end in (*self.levels(bits), *self._passing_steps(self.levels(bits)))]
+        return TensorLevels(step, ends[0], ends[1], ends[2] * step, ends[3] * step)
+
+    def _passing_steps(self, levels: Levels) -> tuple[float, float]:
+        return self.scheme.passing(levels)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Brevitas's contract: (dequantized value, scale, zero point, bit-width)."""
@@ -170,6 +193,14 @@ class SwitchablePixelQuant(SwitchableActQuant):
     attack has made white could never change again.
     """
 
+    @property
+    def passes_by_input(self) -> bool:
+        return True
+
+    def _passing_steps(self, levels: Levels) -> tuple[float, float]:
+        low, high = super()._passing_steps(levels)
+        return low - _HALF_STEP, high + _HALF_STEP
+
     def quantize(self, x: Tensor, now: SwitchState | None = None) -> Tensor:
         if not (x.requires_grad and torch.is_grad_enabled()):
             return super().quantize(x, now)
@@ -179,10 +210,10 @@ class SwitchablePixelQuant(SwitchableActQuant):
 
     def _straight_through(self, x: Tensor, scale: Tensor, levels: Levels) -> Tensor:
         """Return zeros with the gradient of x up to half a step outside of the range in which others have one."""
-        low, high = self.scheme.passing(levels)
+        low, high = self._passing_steps(levels)
         with torch.no_grad():
             steps = x / scale
-            inside = (steps >= low - _HALF_STEP) & (steps <= high + _HALF_STEP)
+            inside = (steps >= low) & (steps <= high)
         passed = x * inside
         return passed - passed.detach()
 
@@ -201,6 +232,9 @@ class SwitchableDynamicQuant(SwitchableActQuant):
             "a dynamic quantizer has no threshold, because it measures the range of each image: "
             "convert with activations='static' for thresholds"
         )
+
+    def fixed_levels(self, now: SwitchState) -> TensorLevels | None:
+        return None
 
     def image_scales(self, x: Tensor, bits: int) -> Tensor:
         """Return the step of each image, (images,), or one of all, (1,), if the length is not a multiple of images.

@@ -54,6 +54,12 @@ class Uniform(Quantizer):
         return quantize_images(x, scale, *levels, low=low, high=high)
 
 
+def is_uniform(scheme: Quantizer) -> bool:
+    """Return whether a quantizer of activations rounds and passes gradients as `Uniform` does, whatever its steps."""
+    ours = Uniform.round, Uniform.passing, Uniform.quantize_activation
+    return (type(scheme).round, type(scheme).passing, type(scheme).quantize_activation) == ours
+
+
 @plugin
 class PowerOfTwo(Uniform):
     """Integer multiples of the power of two that is nearest to a learned step: shifts in fixed point."""

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import sys
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qadtr_brevitas.core.device import has_compiler
 from qadtr_brevitas.core.errors import UsageError
+from qadtr_brevitas.quant.compiled import allow_graphs
 
 # Torch gives up on a function, and runs it eagerly, after so many graphs; some are for batches of other sizes.
 _GRAPHS_EACH, _SPARE_GRAPHS = 2, 8
@@ -35,14 +33,8 @@ def compile_training(
         UsageError: there are several processes.
     """
     if processes > 1:
-        raise UsageError("train.compile is for one process: give train.compile=false under torchrun")
-    if backend == "inductor" and not torch.cuda.is_available() and not _has_compiler():
+        raise UsageError("train.compile is for one process: give train.compile=quantizers under torchrun")
+    if backend == "inductor" and not has_compiler():
         return None
-    # Loaded at its first use, which takes a second.
-    config: Any = torch._dynamo.config  # pyright: ignore
-    config.recompile_limit = max(config.recompile_limit, _GRAPHS_EACH * precisions + _SPARE_GRAPHS)
+    allow_graphs(_GRAPHS_EACH * precisions + _SPARE_GRAPHS)
     return torch.compile(model, backend=backend)
-
-
-def _has_compiler() -> bool:
-    return shutil.which(os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")) is not None

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
@@ -25,6 +26,8 @@ from qadtr_brevitas.pipeline.build import build_splits, build_switchable, fit_da
 from qadtr_brevitas.pipeline.calibration import calibrate_on, calibration_count
 from qadtr_brevitas.pipeline.directories import LAST_FOLDER
 from qadtr_brevitas.quant import SwitchableModel, set_precision
+from qadtr_brevitas.quant.compiled import compile_passes
+from qadtr_brevitas.quant.fused import fused_on_cpu
 from qadtr_brevitas.training.alrs import adapt_learning_rates
 from qadtr_brevitas.training.compiled import compile_training
 from qadtr_brevitas.training.gradient_rules import GradientRuleOptimizer
@@ -161,9 +164,11 @@ class _Trainer:
             for part in range(count)
         ]
         self.compiled = None
-        if recipe.train.compile:
+        if recipe.train.compile is True:
             drawn = len({*recipe.train.precision.possible(), *([FLOAT] if recipe.train.float_epochs else [])})
             self.compiled = compile_training(self.model, precisions=drawn, processes=self.processes)
+        if self.compiled is not None:
+            compile_passes(self.model, report=observer.on_message)
         self.loss_forward = LossForward(self.model)
         self.writer = RunWriter(run, self.counters, self.info, observer, is_main=accelerator.is_main_process)
         self.validation = Validation(self.model, val, test, recipe.train.validate_every, self.writer, accelerator)
@@ -176,21 +181,16 @@ class _Trainer:
         if self.saved is None:
             self.writer.start(self.recipe)
         self.accelerator.wait_for_everyone()
-        for message in start_messages(
-            self.writer.run,
-            self.recipe,
-            self.info,
-            self.saved,
-            processes=self.processes,
-            is_compiled=self.compiled is not None,
-        ):
+        run = self.writer.run
+        for message in start_messages(run, self.recipe, self.info, self.saved, processes=self.processes):
             self.writer.message(message)
         if self.saved and self.saved.scaler and self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(self.saved.scaler)
         last = self.phases[-1]
         self.writer.open_log(total_steps=last.end_step, epochs=last.first_epoch + last.epochs)
         try:
-            with self.stop_request:
+            fused = fused_on_cpu() if self.recipe.train.compile == "quantizers" else nullcontext()
+            with self.stop_request, fused:
                 for phase in self.phases:
                     if self.counters.step < phase.end_step:
                         self._train_phase(phase)

@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from qadtr_brevitas.config import Recipe
+from qadtr_brevitas.core.device import has_compiler
 from qadtr_brevitas.pipeline.build import own_classes
 from qadtr_brevitas.pipeline.checkpoint import ModelInfo
 from qadtr_brevitas.training.state import TrainingState
 
 
 def start_messages(
-    run: Path, recipe: Recipe, info: ModelInfo, saved: TrainingState | None, *, processes: int, is_compiled: bool
+    run: Path, recipe: Recipe, info: ModelInfo, saved: TrainingState | None, *, processes: int
 ) -> Iterator[str]:
     """Yield sentences about what a run starts from, and what it costs.
 
@@ -22,9 +23,8 @@ def start_messages(
         info: of its model.
         saved: the state that it resumes from; None at the start.
         processes: of the run.
-        is_compiled: whether training passes are compiled.
     """
-    if recipe.train.compile and not is_compiled:
+    if recipe.train.compile and not has_compiler():
         yield "train.compile: there is no C++ compiler (g++ or CXX), so training is not compiled"
     if saved is None:
         if cost := recipe.train.mask_search_cost:

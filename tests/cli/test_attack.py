@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from click.testing import CliRunner, Result
 from qadtr_brevitas.attacks.patch import Patch
 from qadtr_brevitas.cli.main import cli
 from qadtr_brevitas.evaluation import craft
+from qadtr_brevitas.quant import compiled
 from tests.evaluation.models import make_model_dir
 
 pytestmark = pytest.mark.slow
@@ -142,3 +144,15 @@ def test_help() -> None:
     assert result.exit_code == 0
     for words in ("--precision", "--held-out", "Examples:", "qadtr-brevitas attack runs/qadtr"):
         assert words in result.output
+
+
+def test_compiled_passes_make_the_same_patch(run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.compiler.reset()
+    # The default backend takes many seconds.
+    monkeypatch.setattr(compiled, "compile_passes", partial(compiled.compile_passes, backend="aot_eager"))
+    for folder, options in (("eager", []), ("compiled", ["--compile"])):
+        result = attack(run_dir, *FAST, "--target", "0", "--precision", "4", *options, "-o", tmp_path / folder)
+        assert result.exit_code == 0, result.output
+    assert "compiled the passes of attacks at 4 bit" in result.stderr
+    eager, ours = (Patch.load(tmp_path / folder / "lavan-4x4-4bit-target0").texture for folder in ("eager", "compiled"))
+    torch.testing.assert_close(ours, eager, rtol=0, atol=1.5 / 255)

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 from qadtr_brevitas.evaluation.report import EvaluationReport
+from qadtr_brevitas.quant import compiled
 from tests.cli.evaluation import NOISE, evaluate
 from tests.evaluation.models import make_model_dir
 
@@ -323,3 +326,15 @@ def test_certification_needs_no_patches_and_its_masks_need_a_certification(tmp_p
     refused = evaluate(model, "--certify-masks", 2)
     assert refused.exit_code == 2
     assert "--certify-masks needs --certify" in refused.stderr
+
+
+def test_attacks_of_an_evaluation_are_compiled_where_asked(
+    runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.compiler.reset()
+    # The default backend takes many seconds.
+    monkeypatch.setattr(compiled, "compile_passes", partial(compiled.compile_passes, backend="aot_eager"))
+    command = [runs[0], "--attack", "fgsm", "--precision", "4", "--ensemble", "no", "--compile"]
+    result = evaluate(*command, "-o", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert result.stderr.count("compiled the passes of attacks") == 1

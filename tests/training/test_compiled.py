@@ -12,7 +12,6 @@ from torch._dynamo.utils import counters
 
 from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.quant import SwitchableModel, at_precision
-from qadtr_brevitas.training import compiled
 from qadtr_brevitas.training.compiled import compile_training
 from qadtr_brevitas.training.loop import train
 from tests.training.support import Recorder, calibrated_model, make_recipe, same_weights
@@ -59,12 +58,12 @@ def test_graphs_are_whole_and_their_gradients_those_of_the_eager_model(model: Sw
 
 
 def test_several_processes_are_refused() -> None:
-    with pytest.raises(UsageError, match=r"train\.compile=false"):
+    with pytest.raises(UsageError, match=r"train\.compile=quantizers"):
         compile_training(nn.Linear(2, 2), precisions=1, processes=2)
 
 
 def test_without_a_compiler_training_is_eager_and_says_so_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiled, "_has_compiler", lambda: False)
+    monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     recorder = Recorder()
     train(make_recipe(**SHORT, compile=True), tmp_path / "eager", device="cpu", observer=recorder)

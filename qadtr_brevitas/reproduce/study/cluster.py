@@ -87,6 +87,7 @@ def run_on_ray(
             device=device,
             processes=resources.processes,
             command=resources.command,
+            compiles=resources.compiles,
             threads=threads,
             current=Path.cwd(),
             environment={name: value for name, value in os.environ.items() if name.startswith("QADTR_BREVITAS_")},

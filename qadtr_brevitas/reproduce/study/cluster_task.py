@@ -37,6 +37,7 @@ class TaskSettings(NamedTuple):
         device: `cpu` or `cuda`; Ray shows a task its own GPUs only.
         processes: processes of a training.
         command: command line, for reports.
+        compiles: whether the passes of attacks run through torch.compile.
         threads: CPU threads of each process.
         current: the current folder of the command, which relative paths of recipes start from.
         environment: variables that are set where the node does not set them itself.
@@ -47,6 +48,7 @@ class TaskSettings(NamedTuple):
     device: str
     processes: int
     command: str
+    compiles: bool
     threads: int
     current: Path
     environment: Mapping[str, str]
@@ -157,10 +159,10 @@ def _prepare(settings: TaskSettings) -> None:
 
 
 @lru_cache(maxsize=1)
-def _loaded(work: Path, device: str, processes: int, command: str) -> StudyResources:
-    return StudyResources(work, device, processes, command)
+def _loaded(work: Path, device: str, processes: int, command: str, compiles: bool) -> StudyResources:
+    return StudyResources(work, device, processes, command, compiles)
 
 
 def _resources(settings: TaskSettings) -> StudyResources:
     """Return the resources of this process, which keep models and images from one step to the next."""
-    return _loaded(settings.work, settings.device, settings.processes, settings.command)
+    return _loaded(settings.work, settings.device, settings.processes, settings.command, settings.compiles)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Generator
 from contextlib import contextmanager
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -52,7 +53,7 @@ def helping_processes(plan: StudyPlan, resources: StudyResources, locks: Path, *
 def _help(plan: StudyPlan, resources: StudyResources, locks: Path, share: Shard, threads: int) -> None:
     torch.set_num_threads(threads)
     try:
-        run_study(plan, resources, StepLocks(locks), shard=share)
+        run_study(plan, replace(resources, report=None), StepLocks(locks), shard=share)
     except QadtrError:
         # The process that was started first meets the same failures.
         return

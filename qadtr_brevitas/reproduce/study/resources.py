@@ -19,6 +19,7 @@ from qadtr_brevitas.data.split import Split
 from qadtr_brevitas.evaluation.craft import divide_for_crafting
 from qadtr_brevitas.evaluation.entries import LoadedModel, load_models
 from qadtr_brevitas.pipeline.datasets import recorded_dataset
+from qadtr_brevitas.quant.compiled import compile_passes
 from qadtr_brevitas.reproduce.study.sections import Budget
 
 _CACHED_MODELS, _CACHED_SPLITS = 5, 3
@@ -55,12 +56,16 @@ class StudyResources:
         device_name: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
         processes: processes of a training; torchrun starts them if there are several.
         command: command line, for reports.
+        compiles: whether the passes of attacks run through torch.compile.
+        report: called with messages about compilations; None for no messages.
     """
 
     work: Path
     device_name: str
     processes: int = 1
     command: str = ""
+    compiles: bool = False
+    report: Callable[[str], None] | None = None
     _models: Cache[LoadedModel] = field(default_factory=lambda: Cache[LoadedModel](_CACHED_MODELS))
     _splits: Cache[Split] = field(default_factory=lambda: Cache[Split](_CACHED_SPLITS))
 
@@ -71,7 +76,13 @@ class StudyResources:
 
     def load_model(self, folder: Path, name: str) -> LoadedModel:
         """Return the model of a run or model directory, under the name it has in the study."""
-        return replace(self._models.get(folder, lambda: load_models([folder], device=self.device)[0]), name=name)
+        return replace(self._models.get(folder, lambda: self._load(folder)), name=name)
+
+    def _load(self, folder: Path) -> LoadedModel:
+        loaded = load_models([folder], device=self.device)[0]
+        if self.compiles:
+            compile_passes(loaded.model, report=self.report)
+        return loaded
 
     def dataset(self, folder: Path) -> Dataset:
         """Return the data set that a model was made on.

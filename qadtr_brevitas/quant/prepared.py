@@ -1,0 +1,62 @@
+"""What a network computes with while its weights do not change, as plain tensors.
+
+A compiled graph that reads them instead of parameters serves all precisions that quantize: only the values differ.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from qadtr_brevitas.quant.layers import switchable_layers
+from qadtr_brevitas.quant.norm import norms
+from qadtr_brevitas.quant.proxies import SwitchableActProxy
+from qadtr_brevitas.quant.switch import SwitchState, switch_of
+from qadtr_brevitas.quant.tensor_levels import TensorLevels
+
+Statistics: TypeAlias = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+"""Running mean, running variance, weight and bias of a norm, each (channels,)."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The tensors of each module, by its id.
+
+    Args:
+        layers: quantized weight and bias of a convolution or linear layer.
+        acts: levels of a quantizer of activations; those that are not here quantize as always.
+        norms: what a norm normalizes with; None if it is folded into a convolution.
+    """
+
+    layers: dict[int, tuple[Tensor, Tensor | None]]
+    acts: dict[int, TensorLevels]
+    norms: dict[int, Statistics | None]
+
+
+@torch.no_grad()
+def prepare(model: nn.Module) -> Prepared:
+    """Return the tensors of a switchable model at its current precision.
+
+    Args:
+        model: in evaluation mode, within `frozen_weights` and perhaps `folded_norms`.
+    """
+    now = switch_of(model).states.now
+    folded = frozenset[nn.Module]() if now.folding is None else now.folding.norms
+    proxies = [module for module in model.modules() if isinstance(module, SwitchableActProxy)]
+    return Prepared(
+        {id(layer): _detached(layer.fixed(now)) for layer in switchable_layers(model).values()},
+        {id(proxy.quantizer): levels for proxy in proxies if (levels := _levels(proxy, now)) is not None},
+        {id(norm): None if norm in folded else norm.at(now.precision) for norm in norms(model)},
+    )
+
+
+def _levels(proxy: SwitchableActProxy, now: SwitchState) -> TensorLevels | None:
+    return proxy.quantizer.fixed_levels(now) if proxy.is_quant_enabled else None
+
+
+def _detached(pair: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
+    weight, bias = pair
+    return weight.detach(), None if bias is None else bias.detach()
