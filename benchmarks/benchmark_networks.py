@@ -1,0 +1,197 @@
+"""What does a switchable training step cost beside those of other tools, on several networks, eager and compiled?
+
+    python -m benchmarks.benchmark_networks --network cifar_resnet20 --batch 128 --fused
+    python -m benchmarks.benchmark_networks --network deit_small_patch16_224 --batch 16 --rounds 3 --precisions 32,4
+    python -m benchmarks.benchmark_networks --network cifar_resnet20 --batch 128 --compile --precisions 4
+
+Each round runs one step of each kind, and a figure is the median over the rounds of its time over that of the float
+step in the same round. Beside them: Brevitas's own layers at 4 bit, and the QAT of torchao where it is installed, which
+quantizes linear layers only (int8 activations per token, int4 weights). With one thread times are processor seconds;
+with more they are wall seconds, which other work on the machine makes longer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import brevitas.nn as qnn
+import torch
+from brevitas.quant import Int8ActPerTensorFloat, Int8WeightPerChannelFloat
+from torch import nn
+
+from benchmarks.benchmark import Normalized, Step, at, patch_step, training_step
+from qadtr_brevitas.core.device import keep_freed_memory
+from qadtr_brevitas.models.create import create_float_model
+from qadtr_brevitas.quant import calibrate, convert, frozen_weights
+from qadtr_brevitas.quant.compiled import compile_passes
+from qadtr_brevitas.quant.fused import fused_on_cpu
+from qadtr_brevitas.training.compiled import compile_training
+
+
+def stock(net: nn.Module) -> nn.Module:
+    """The network with Brevitas's own layers at 4 bit."""
+    weights: dict[str, Any] = {"weight_quant": Int8WeightPerChannelFloat, "weight_bit_width": 4}
+    for name, module in list(net.named_modules()):
+        if isinstance(module, nn.Conv2d):
+            names = ("stride", "padding", "dilation", "groups")
+            geometry = {key: getattr(module, key) for key in names}
+            shape = (module.in_channels, module.out_channels, module.kernel_size)
+            net.set_submodule(name, qnn.QuantConv2d(*shape, bias=module.bias is not None, **geometry, **weights))
+        elif isinstance(module, nn.Linear):
+            shape = (module.in_features, module.out_features)
+            inputs = {"input_quant": Int8ActPerTensorFloat, "input_bit_width": 4}
+            net.set_submodule(name, qnn.QuantLinear(*shape, bias=module.bias is not None, **weights, **inputs))
+        elif isinstance(module, nn.ReLU):
+            net.set_submodule(name, qnn.QuantReLU(bit_width=4))
+    return net
+
+
+def torchao(net: nn.Module) -> nn.Module:
+    """The network as torchao prepares it for QAT."""
+    from torchao.quantization import Int8DynamicActivationInt4WeightConfig, quantize_
+    from torchao.quantization.qat import QATConfig
+
+    quantize_(net, QATConfig(Int8DynamicActivationInt4WeightConfig(group_size=32), step="prepare"))
+    return net
+
+
+def fused(step: Step) -> None:
+    """The step with quantizers as fused kernels, as with `train.compile=quantizers`."""
+    with fused_on_cpu():
+        step()
+
+
+def trainer(model: nn.Module, run: Any, images: torch.Tensor, labels: torch.Tensor) -> Step:
+    """A training step through `run`, which may be the model or its compiled form."""
+    optimizer = torch.optim.SGD(model.parameters(), 0.001, momentum=0.9)
+    model.train().to(memory_format=torch.channels_last)
+    return partial(training_step, run, optimizer, images, labels)
+
+
+def steps_of(
+    given: argparse.Namespace, images: torch.Tensor, labels: torch.Tensor
+) -> tuple[dict[str, Step], nn.Module]:
+    """The training steps by name, and the switchable model."""
+
+    def net() -> nn.Module:
+        return create_float_model(given.network, num_classes=given.classes)
+
+    models = {"float": Normalized(net())}
+    steps = {"float": trainer(models["float"], models["float"], images, labels)}
+    switchable = convert(net(), sorted(given.precisions, reverse=True))
+    calibrate(switchable, [images[:8]])
+    step = trainer(switchable, switchable, images, labels)
+    steps |= {f"switchable {bits}": partial(at, switchable, bits, step) for bits in given.precisions}
+    if given.fused:
+        eager = {bits: partial(at, switchable, bits, step) for bits in given.precisions}
+        steps |= {f"switchable {bits}, fused": partial(fused, eager[bits]) for bits in given.precisions}
+    if given.compile:
+        steps["compiled float"] = trainer(models["float"], torch.compile(models["float"]), images, labels)
+        run = compile_training(switchable, precisions=len(given.precisions), processes=1)
+        step = trainer(switchable, run, images, labels)
+        steps |= {f"compiled switchable {bits}": partial(at, switchable, bits, step) for bits in given.precisions}
+    if not given.alone:
+        others = Normalized(stock(net()))
+        steps["stock Brevitas 4"] = trainer(others, others, images, labels)
+        if find_spec("torchao"):
+            others = Normalized(torchao(net()))
+            steps["torchao, linear layers"] = trainer(others, others, images, labels)
+    return steps, switchable
+
+
+def rounds_of(steps: dict[str, Step], rounds: int, threads: int) -> tuple[dict[str, float], dict[str, float]]:
+    """Median seconds, and medians of ratios to the first step of the same round."""
+    clock = time.process_time if threads == 1 else time.perf_counter
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for name, step in steps.items():
+        start = time.perf_counter()
+        step()
+        if "compiled" in name:
+            print(f"  first step of {name}: {time.perf_counter() - start:.0f} s", flush=True)
+        # Brevitas collects statistics first.
+        step()
+    for _ in range(rounds):
+        for name, step in steps.items():
+            start = clock()
+            step()
+            times[name].append(clock() - start)
+    base = next(iter(times.values()))
+    ratios = {name: statistics.median(t / b for t, b in zip(own, base, strict=True)) for name, own in times.items()}
+    return {name: statistics.median(own) for name, own in times.items()}, ratios
+
+
+def crafting(model: Any, given: argparse.Namespace, images: torch.Tensor, labels: torch.Tensor) -> dict[str, Step]:
+    """Patch steps by name, the float network first; weights are frozen by the caller."""
+    plain = Normalized(create_float_model(given.network, num_classes=given.classes)).eval().requires_grad_(False)
+    steps: dict[str, Step] = {"float": partial(patch_step, plain, images, labels)}
+    passes, step = model.switch.passes, partial(patch_step, model, images, labels)
+
+    def through(form: Any, bits: int) -> None:
+        model.switch.passes = form
+        at(model, bits, step)
+
+    steps |= {f"switchable {bits}": partial(through, None, bits) for bits in given.precisions}
+    if given.fused:
+        eager = {bits: partial(through, None, bits) for bits in given.precisions}
+        steps |= {f"switchable {bits}, fused": partial(fused, eager[bits]) for bits in given.precisions}
+    if given.compile:
+        run = torch.compile(plain)
+        steps["compiled float"] = partial(patch_step, run, images, labels)
+        steps |= {f"compiled switchable {bits}": partial(through, passes, bits) for bits in given.precisions}
+    return steps
+
+
+def main() -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--network", default="cifar_resnet20")
+    parser.add_argument("--classes", type=int, default=None, help="default: 10 for cifar_ networks, else 1000")
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "--precisions", type=lambda text: [int(bits) for bits in text.split(",")], default=[32, 8, 5, 4, 2]
+    )
+    parser.add_argument("--compile", action="store_true", help="whole passes through torch.compile too")
+    parser.add_argument("--fused", action="store_true", help="compiled quantizers too, as train.compile=quantizers")
+    parser.add_argument("--alone", action="store_true", help="without stock Brevitas and torchao")
+    parser.add_argument("--output", type=Path, default=None)
+    given = parser.parse_args()
+    given.classes = given.classes or (10 if given.network.startswith("cifar") else 1000)
+    torch.set_num_threads(given.threads)
+    keep_freed_memory()
+    torch.manual_seed(0)
+    side = create_float_model(given.network, num_classes=given.classes).pretrained_cfg["input_size"][-1]
+    images = torch.rand(given.batch, 3, side, side).contiguous(memory_format=torch.channels_last)
+    labels = torch.randint(given.classes, (given.batch,))
+    steps, model = steps_of(given, images, labels)
+    figures: dict[str, Any] = {"network": given.network, "batch": given.batch, "threads": given.threads}
+    figures["training"] = rounds_of(steps, given.rounds, given.threads)
+    if given.compile:
+        compile_passes(model, report=print)
+    model.eval()
+    with frozen_weights(model):
+        figures["crafting"] = rounds_of(crafting(model, given, images, labels), given.rounds, given.threads)
+    for kind in ("training", "crafting"):
+        seconds, ratios = figures[kind]
+        print(f"{kind} step of {given.network}, batch {given.batch}, {given.threads} thread(s)")
+        for name, value in ratios.items():
+            print(f"  {name:26} {seconds[name]:7.3f} s {value:6.2f}x")
+        for start, end in (("switchable", ""), ("switchable", "fused"), ("compiled switchable", "")):
+            named = {name: value for name, value in ratios.items() if name.startswith(start)}
+            own = [value for name, value in named.items() if name.endswith("fused") == (end == "fused")]
+            if own:
+                print(f"  mean of {start} {end:10} {'':9} {statistics.mean(own):6.2f}x", flush=True)
+    if given.output:
+        given.output.write_text(json.dumps(figures, indent=1))
+
+
+if __name__ == "__main__":
+    main()
