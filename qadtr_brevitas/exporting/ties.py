@@ -22,6 +22,7 @@ from qadtr_brevitas.core.errors import ExportError
 from qadtr_brevitas.data.split import Split
 from qadtr_brevitas.exporting.rewrite import PIXELS
 from qadtr_brevitas.quant.freeze import FrozenModel
+from qadtr_brevitas.quant.products import QuantizedProduct
 
 _SAME_CLASS = 0.99
 _BATCH = 50
@@ -156,9 +157,15 @@ class _CountingRound(nn.Module):
 
 
 def _act_quants(frozen: nn.Module) -> Iterator[Any]:
-    """Yield Brevitas's quantizers of activations, which have no types."""
+    """Yield Brevitas's quantizers of activations, which have no types.
+
+    Weights that a module multiplies in its own forward have a proxy of the same kind.
+    """
+    products = [module for module in frozen.modules() if isinstance(module, QuantizedProduct)]
+    weights = [product.operands["weight"] for product in products if "weight" in product.operands]
+    of_weights = {part for weight in weights for part in weight.modules()}
     for module in frozen.modules():
-        if isinstance(module, FusedActivationQuantProxy):
+        if isinstance(module, FusedActivationQuantProxy) and module not in of_weights:
             yield module.tensor_quant
 
 
