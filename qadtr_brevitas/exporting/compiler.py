@@ -90,8 +90,8 @@ class Compiler(ABC):
         yield from ()
 
     @abstractmethod
-    def adapt_input(self, model: Any) -> None:
-        """Rewrite how a graph takes pixels, in place.
+    def adapt(self, model: Any) -> None:
+        """Rewrite what this compiler alone wants otherwise, such as how a graph takes pixels, in place.
 
         Args:
             model: a qonnx ModelWrapper with all shapes.

@@ -53,7 +53,7 @@ class Finn(Compiler):
         *("KV260_SOM", "AUP-ZU3_8GB", "U50", "U200", "U250", "U280", "U55C", "VEK280", "VCK190", "V80"),
     )
 
-    def adapt_input(self, model: Any) -> None:
+    def adapt(self, model: Any) -> None:
         """Take pixels as bytes, 0 to 255."""
         given = model.graph.input[0].name
         scaled = new_tensor(model, model.get_tensor_shape(given))

@@ -12,7 +12,7 @@ import numpy as np
 from qadtr_brevitas.core.files import write_json
 from qadtr_brevitas.exporting.compiler import CLOCK_NS, BuildTarget, Compiler
 from qadtr_brevitas.exporting.formats import Format
-from qadtr_brevitas.exporting.graph import attribute
+from qadtr_brevitas.exporting.graph import attribute, nodes_of, scale_of
 from qadtr_brevitas.exporting.onnx_files import load_qonnx, writer_for
 from qadtr_brevitas.exporting.rewrite import new_node, new_tensor
 
@@ -50,8 +50,15 @@ class Hls4ml(Compiler):
             for kind in sorted(set(readers) - {"Gemm", "MatMul"}):
                 yield f"{kind} on a flattened image: put a linear layer first, or pool to one pixel before nn.Flatten"
 
-    def adapt_input(self, model: Any) -> None:
-        """Normalize pixels, (x - mean) / std, as one BatchNorm, which hls4ml can turn to channels last."""
+    def adapt(self, model: Any) -> None:
+        """Normalize pixels, (x - mean) / std, as one BatchNorm, which hls4ml can turn to channels last.
+
+        Biases behind weights of several steps become offsets of BatchNorms.
+        """
+        for conv in nodes_of(model, "Conv"):
+            quant = model.find_producer(conv.input[1])
+            if len(conv.input) > 2 and scale_of(model, quant).size > 1:
+                _take_bias(model, conv)
         (subtract,) = model.find_consumers(model.graph.input[0].name)
         (divide,) = model.find_consumers(subtract.output[0])
         assert (subtract.op_type, divide.op_type) == ("Sub", "Div")
@@ -75,6 +82,22 @@ class Hls4ml(Compiler):
         write_json(folder / "hls4ml_config.json", settings)
         shutil.copy(_SCRIPTS / self.script, folder / "build.py")
         (folder / "README.md").write_text(_README)
+
+
+def _take_bias(model: Any, conv: Any) -> None:
+    """Take the bias of a convolution into the BatchNorm behind it, or into a new one: hls4ml adds none to such sums."""
+    bias = model.get_initializer(conv.input[2])
+    del conv.input[2]
+    readers = model.find_consumers(conv.output[0])
+    if [reader.op_type for reader in readers] == ["BatchNormalization"]:
+        mean = readers[0].input[3]
+        model.set_initializer(mean, model.get_initializer(mean) - bias)
+        return
+    values = (np.ones_like(bias), bias, np.zeros_like(bias), np.ones_like(bias))
+    sums, output = new_tensor(model, model.get_tensor_shape(conv.output[0])), conv.output[0]
+    conv.output[0] = sums
+    inputs = [sums, *(new_tensor(model, value.shape, value) for value in values)]
+    model.graph.node.append(new_node("BatchNormalization", inputs, output, epsilon=0.0))
 
 
 def _flattens_pixels(model: Any, node: Any) -> bool:

@@ -54,7 +54,7 @@ def writer_for(compiler: Compiler) -> Callable[[nn.Module, Tensor, Path], None]:
     def write(frozen: nn.Module, image: Tensor, path: Path) -> None:
         with exporting():
             model = _traced_for(compiler, frozen, image, path)
-            rewrite(model, compiler.adapt_input)
+            rewrite(model, compiler.adapt)
             clear_near_ties(model)
             # The names that qonnx gives them.
             _save_onnx(cleaned(model.model, input_name="global_in", output_name="global_out"), path)

@@ -33,15 +33,15 @@ def is_ceiled(model: Any, pool: Any) -> bool:
     return bool(attribute(pool, "ceil_mode", 0)) and list(outputs) != full
 
 
-def rewrite(model: Any, adapt_input: Callable[[Any], None]) -> None:
+def rewrite(model: Any, adapt: Callable[[Any], None]) -> None:
     """Change a qonnx ModelWrapper in place.
 
     Args:
         model: with all shapes, and constants folded.
-        adapt_input: changes how it takes pixels, as its compiler wants them.
+        adapt: changes what its compiler alone wants otherwise, such as how it takes pixels.
     """
     changes = (_pad_explicitly, _split_pools, _replace_global_pools, _replace_average_pools, _quantize_before_flatten)
-    for change in (*changes, _rectify_unsigned, adapt_input):
+    for change in (*changes, _rectify_unsigned, adapt):
         change(model)
     model.graph.node.sort(key=_order(model))
 
