@@ -67,17 +67,22 @@ class Mobile(nn.Module):
 
 
 class Ported(nn.Module):
-    """What networks from TensorFlow have: uneven borders of zeros, read with and without them, and sizes computed."""
+    """A block of a CIFAR ResNet, and what networks from TensorFlow have.
+
+    Those pad unevenly with zeros, read what they pad without its border too, and compute sizes.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.stem, self.pad, self.act = nn.Sequential(*stem(8)), nn.ZeroPad2d((0, 1, 0, 1)), nn.ReLU()
-        self.conv, self.shortcut = nn.Conv2d(8, 8, 3, 2), nn.Conv2d(8, 8, 1, 2)
-        self.depthwise = nn.Sequential(Conv2dSame(8, 8, 3, 2, groups=8), nn.ReLU())
-        self.head = head(8, nn.AdaptiveAvgPool2d(1))
+        self.block = BasicBlock(8, 8, shortcut="B")
+        self.conv, self.shortcut = nn.Conv2d(8, 12, 3, 2), nn.Conv2d(8, 12, 1, 2)
+        self.depthwise = nn.Sequential(Conv2dSame(12, 12, 3, 2, groups=12), nn.ReLU())
+        self.head = head(12, nn.AdaptiveAvgPool2d(1))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
+        # The stem's output has two readers, one of them a sum.
+        x = self.block(self.stem(x))
         x = self.act(self.conv(self.pad(x)) + self.shortcut(x))
         return self.head(self.depthwise(x))
 

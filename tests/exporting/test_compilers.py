@@ -21,8 +21,7 @@ from qadtr_brevitas.exporting import export, find_format
 from qadtr_brevitas.exporting.estimate import Estimate, LayerCost, compiler_python, run_compiler, try_compiler
 from qadtr_brevitas.exporting.finn import Finn
 from qadtr_brevitas.exporting.hls4ml import Hls4ml
-from qadtr_brevitas.models.cifar import BasicBlock
-from tests.exporting.networks import Mobile, head, loaded, plain, stem
+from tests.exporting.networks import Mobile, Ported, loaded, plain
 
 pytestmark = pytest.mark.slow
 
@@ -49,17 +48,6 @@ def hls4ml() -> None:
         pytest.skip(str(error))
 
 
-def identity() -> nn.Module:
-    """A stem whose output two layers read, one of them a sum: the first block of every CIFAR ResNet."""
-    return nn.Sequential(*stem(8), BasicBlock(8, 8, shortcut="B"), *head(8, nn.AdaptiveAvgPool2d(1)))
-
-
-def cifar() -> nn.Module:
-    """The two kinds of blocks that CIFAR ResNets consist of: one that keeps its channels and one that doubles them."""
-    blocks = [BasicBlock(8, 8, shortcut="B"), BasicBlock(8, 16, shortcut="B")]
-    return nn.Sequential(*stem(8), *blocks, *head(16, nn.AdaptiveAvgPool2d(1)))
-
-
 def divided(divisor: int) -> nn.Module:
     """The plain network, whose average pool divides by another number than it has pixels."""
     net = plain()
@@ -68,13 +56,13 @@ def divided(divisor: int) -> nn.Module:
     return net
 
 
-NETS = {"cifar": cifar, "divided": lambda: divided(3), "mobile": lambda: Mobile(blocks=1)}
+NETS = {"ported": Ported, "divided": lambda: divided(3), "mobile": lambda: Mobile(blocks=1)}
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.usefixtures("finn")
-@pytest.mark.parametrize(("name", "bits"), [("cifar", 4), ("divided", 2), ("mobile", 2)])
+@pytest.mark.parametrize(("name", "bits"), [("ported", 4), ("divided", 2), ("mobile", 2)])
 def test_finn_makes_hardware_of_the_whole_network(name: str, bits: int, tmp_path: Path) -> None:
     given = loaded(NETS[name](), target="finn", precisions=(bits,))
     export(given, Precision.parse(bits), find_format("finn"), tmp_path / "out", split=None)
@@ -132,7 +120,7 @@ def test_the_command_shows_costs_of_several_precisions_side_by_side(tmp_path: Pa
 @pytest.mark.timeout(600)
 @pytest.mark.usefixtures("hls4ml")
 def test_hls4ml_computes_bit_for_bit_what_the_network_computes(tmp_path: Path) -> None:
-    given, form = loaded(identity(), target="hls4ml"), find_format("hls4ml")
+    given, form = loaded(Ported(), target="hls4ml"), find_format("hls4ml")
     report = export(given, Precision.parse(4), form, tmp_path / "out", split=None, emulate=True)
     assert report.emulation is not None
     assert not report.unchecked
@@ -196,7 +184,7 @@ def test_whether_it_fits_a_board(has: dict[str, int], fits: bool | None) -> None
 
 
 def test_a_model_that_was_not_converted_for_it_is_refused_with_its_layers(tmp_path: Path) -> None:
-    given = loaded(cifar(), precisions=(4,))
-    with pytest.raises(ExportError, match=r"3, 4: adds activations that are not quantized.*--target finn"):
+    given = loaded(Ported(), precisions=(4,))
+    with pytest.raises(ExportError, match=r"block.*: adds activations that are not quantized.*--target finn"):
         export(given, Precision.parse(4), find_format("finn"), tmp_path / "out", split=None)
     assert not list(tmp_path.iterdir())
