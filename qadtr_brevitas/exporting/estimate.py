@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -153,12 +154,18 @@ def run_compiler(compiler: Compiler, folder: Path, *options: str) -> dict[str, A
             cwd=scratch,
         )
         if done.returncode or not result.is_file():
-            last = " ".join(done.stderr.strip().splitlines()[-_LINES:])
             raise ExportError(
-                f"{compiler.name} does not build the network ({last or f'exit code {done.returncode}'}): "
+                f"{compiler.name} does not build the network ({_why(done.returncode, done.stderr)}): "
                 f"for all it says, run {python} {script} FOLDER RESULT.json on an export made with --no-emulate"
             )
         return json.loads(result.read_text())
+
+
+def _why(code: int, errors: str) -> str:
+    """Return why a process ended, by its exit code, negative for a signal, and what it wrote."""
+    if code < 0:
+        return f"it was stopped by {signal.Signals(-code).name}, as where memory runs out"
+    return " ".join(errors.strip().splitlines()[-_LINES:]) or f"exit code {code}"
 
 
 def try_compiler(

@@ -152,6 +152,13 @@ def test_what_a_compiler_says_is_passed_on_and_nothing_is_left(impostor: Path, t
     assert list(tmp_path.iterdir()) == [impostor]
 
 
+def test_a_compiler_that_a_signal_stops_says_so_and_not_its_last_warning(impostor: Path, tmp_path: Path) -> None:
+    impostor.write_text("#!/bin/sh\necho 'UserWarning: all is well' >&2\nkill -SEGV $$\n")
+    with pytest.raises(ExportError, match=r"finn does not build the network \(.*SIGSEGV") as found:
+        run_compiler(Finn(), tmp_path)
+    assert "UserWarning" not in str(found.value)
+
+
 def test_a_compiler_that_computes_something_else_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = {"version": "1", "differences": {"step_tidy_up": 0.0, "step_convert_to_hw": 0.5}, "largest": 4.0}
     monkeypatch.setattr("qadtr_brevitas.exporting.estimate.run_compiler", lambda *given: found)
