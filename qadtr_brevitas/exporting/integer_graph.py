@@ -11,6 +11,7 @@ import numpy as np
 from qadtr_brevitas.core.errors import ExportError
 from qadtr_brevitas.exporting.graph import attribute, bits_of, layer_of
 from qadtr_brevitas.exporting.integer_values import Array, Program, Term, Value
+from qadtr_brevitas.exporting.pads import padding_of
 from qadtr_brevitas.exporting.rewrite import PIXELS, is_ceiled
 
 INPUT = "images"
@@ -76,11 +77,11 @@ class Translation:
 
     def _conv(self, node: Any) -> Value:
         value, weights, steps = self._product(node)
-        if weights.ndim != 4 or attribute(node, "auto_pad", b"NOTSET") not in (b"NOTSET", b""):
+        if weights.ndim != 4:
             raise _refused(node, "convolves something else than images")
         facts: dict[str, Any] = {
             "strides": list(attribute(node, "strides", [1, 1])),
-            "pads": list(attribute(node, "pads", [0] * 4)),
+            "pads": padding_of(node),
             "dilations": list(attribute(node, "dilations", [1, 1])),
             "groups": attribute(node, "group", 1),
         }
@@ -93,9 +94,24 @@ class Translation:
             raise _refused(node, "is a matrix product, but no linear layer")
         return self._products("linear", node, value, weights, steps, {})
 
-    def _product(self, node: Any) -> tuple[Value, Array, Array]:
-        """Return what a layer reads, its weights in integers and their steps, (out,)."""
-        value, quant = self.values.get(node.input[0]), self.model.find_producer(node.input[1])
+    def _matmul(self, node: Any) -> Value:
+        """A linear layer without bias, as PyTorch writes it: x @ weight.T."""
+        turn = self.model.find_producer(node.input[1])
+        if turn is None or turn.op_type != "Transpose" or list(attribute(turn, "perm", [1, 0])) != [1, 0]:
+            raise _refused(node, "is a matrix product, but no linear layer")
+        value, weights, steps = self._product(node, turn.input[0])
+        if len(value.shape) != 1:
+            raise _refused(node, "is a linear layer for each of several tokens")
+        return self._products("linear", node, value, weights, steps, {})
+
+    def _product(self, node: Any, weight: str = "") -> tuple[Value, Array, Array]:
+        """Return what a layer reads, its weights in integers and their steps, (out,).
+
+        Args:
+            node: the layer.
+            weight: name of its weights, (out, in, ...), where it does not read them itself.
+        """
+        value, quant = self.values.get(node.input[0]), self.model.find_producer(weight or node.input[1])
         if value is None or not value.is_levels:
             raise _refused(node, "computes on activations that are not quantized")
         weights = None if quant is None or quant.op_type != "Quant" else self._constant(quant.input[0])
@@ -137,7 +153,8 @@ class Translation:
         layer, shape = layer_of(node), self._shape(node)
         weight = self.names[node.input[1]]
         output = self.program.add(kind, layer, [term.tensor], shape, bound, weight=weight, **facts)
-        return Value((Term(output, term.scale * steps),), bias, shape)
+        # Levels have one step, which other channels may have been joined to.
+        return Value((Term(output, term.scale[:1] * steps),), bias, shape)
 
     def _shape(self, node: Any) -> tuple[int, ...]:
         return tuple(self.model.get_tensor_shape(node.output[0])[1:])

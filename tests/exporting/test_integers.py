@@ -28,19 +28,23 @@ pytestmark = pytest.mark.slow
 
 
 class Fire(nn.Module):
-    """Concatenation of two branches, a padded pool, a group convolution, and a shortcut of option A."""
+    """Concatenation of two branches, a padded pool, a group convolution, and a shortcut of option A.
+
+    Padding "same", a convolution of padded channels, and a linear layer without bias.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.stem = nn.Sequential(*stem(8), nn.MaxPool2d(3, 2, padding=1))
-        self.left, self.right = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 3, padding=2, dilation=2, groups=4)
+        self.left, self.right = nn.Conv2d(10, 8, 1), nn.Conv2d(8, 8, 2, padding="same", dilation=3, groups=4)
         self.relus = nn.ModuleList(nn.ReLU() for _ in range(3))
         self.last = nn.Conv2d(16, 24, 3, stride=2, padding=1, bias=False)
-        self.head = nn.Sequential(nn.AvgPool2d(2), nn.Flatten(), nn.Linear(96, 4))
+        self.head = nn.Sequential(nn.AvgPool2d(2), nn.Flatten(), nn.Linear(96, 4, bias=False))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)
-        x = torch.cat([self.relus[0](self.left(x)), self.relus[1](self.right(x))], 1)
+        wide = nn.functional.pad(x, (0, 0, 0, 0, 1, 1))
+        x = torch.cat([self.relus[0](self.left(wide)), self.relus[1](self.right(x))], 1)
         shortcut = nn.functional.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 4, 4))
         return self.head(self.relus[2](self.last(nn.functional.pad(x, (1, 0, 1, 0)))[:, :, :4, :4] + shortcut))
 
