@@ -36,7 +36,7 @@ class Fire(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.stem = nn.Sequential(*stem(8), nn.MaxPool2d(3, 2, padding=1))
-        self.left, self.right = nn.Conv2d(10, 8, 1), nn.Conv2d(8, 8, 2, padding="same", dilation=3, groups=4)
+        self.left, self.right = nn.Conv2d(10, 8, 1), nn.Conv2d(8, 8, 3, padding="same", dilation=2, groups=4)
         self.relus = nn.ModuleList(nn.ReLU() for _ in range(3))
         self.last = nn.Conv2d(16, 24, 3, stride=2, padding=1, bias=False)
         self.head = nn.Sequential(nn.AvgPool2d(2), nn.Flatten(), nn.Linear(96, 4, bias=False))
