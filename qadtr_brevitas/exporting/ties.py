@@ -24,7 +24,8 @@ from qadtr_brevitas.exporting.rewrite import PIXELS
 from qadtr_brevitas.quant.freeze import FrozenModel
 from qadtr_brevitas.quant.products import QuantizedProduct
 
-_SAME_CLASS = 0.99
+# Share of all images that may change their class, and how often a network of which so many do would be refused.
+_CHANGED, _LEVEL = 0.01, 0.01
 _BATCH = 50
 # Float operations move a value by less, in shares of it.
 _CLOSE = 4e-6
@@ -124,13 +125,17 @@ def check_ties(ties: Ties) -> None:
     """Refuses a network to which it matters how ties are rounded.
 
     Raises:
-        ExportError: another class for more images than one, and than one in a hundred.
+        ExportError: so many of the images get another class that it is more than one in a hundred of all images, by a
+            one-sided binomial test (p < 0.01).
     """
-    if 1 - ties.same_class > max(1 - _SAME_CLASS, 1.01 / ties.images):
+    from scipy.stats import binomtest
+
+    changed = round((1 - ties.same_class) * ties.images)
+    if binomtest(changed, ties.images, _CHANGED, alternative="greater").pvalue < _LEVEL:
         raise ExportError(
             f"FINN rounds values halfway between two levels up, {ties.ties} of {ties.values} here, and would give only "
-            f"{ties.same_class:.1%} of {ties.images} images the class that the network gives them: convert it with "
-            "--target finn, whose steps are no powers of two"
+            f"{ties.same_class:.1%} of {ties.images} images the class that the network gives them: take more bits, or "
+            "convert it with --target finn, whose steps are no powers of two"
         )
 
 

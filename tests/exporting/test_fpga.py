@@ -234,6 +234,10 @@ def test_bytes_and_requantized_levels_halfway_between_two_levels_are_decided_ali
 
 def test_ties_that_change_classes_are_an_error() -> None:
     check_ties(Ties(images=12, values=100, ties=50, max_difference=1.0, same_class=11 / 12))
+    # 1.4 % of 500 images may be 1 % of all, 3 % are more.
+    check_ties(Ties(images=500, values=100, ties=50, max_difference=1.0, same_class=0.986))
+    with pytest.raises(ExportError, match=r"97\.0% of 500 images"):
+        check_ties(Ties(images=500, values=100, ties=50, max_difference=1.0, same_class=0.97))
     with pytest.raises(
         ExportError, match=r"FINN rounds values halfway.*50 of 100 here, and would give only 83\.3% of 12"
     ):
