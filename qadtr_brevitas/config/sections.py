@@ -174,7 +174,7 @@ class FeatureClipSection(RecipeSection):
     """
 
     after: tuple[str, ...] = Field(min_length=1, description="modules whose outputs are clipped, as layer1")
-    percentile: float = Field(default=99.0, gt=0, le=100, description="of the norms on the images of the calibration")
+    percentile: float = Field(default=90.0, gt=0, le=100, description="of the norms on the images of the calibration")
 
 
 class QuantSection(RecipeSection):
