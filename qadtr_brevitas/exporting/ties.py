@@ -135,7 +135,8 @@ def check_ties(ties: Ties) -> None:
         raise ExportError(
             f"FINN rounds values halfway between two levels up, {ties.ties} of {ties.values} here, and would give only "
             f"{ties.same_class:.1%} of {ties.images} images the class that the network gives them: take more bits, or "
-            "convert it with --target finn, whose steps are no powers of two"
+            "convert it with other steps (another --method or more --samples, and --target finn, whose steps are no "
+            "powers of two)"
         )
 
 
