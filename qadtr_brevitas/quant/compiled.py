@@ -21,8 +21,9 @@ from qadtr_brevitas.core.device import has_compiler
 from qadtr_brevitas.core.precision import Precision
 from qadtr_brevitas.quant.frozen import version_of
 from qadtr_brevitas.quant.model import SwitchableModel
-from qadtr_brevitas.quant.prepared import Prepared, prepare
+from qadtr_brevitas.quant.prepared import prepare
 from qadtr_brevitas.quant.switch import SwitchState
+from qadtr_brevitas.quant.tensor_levels import Prepared
 
 # Torch gives up on a function, and runs it eagerly, after so many graphs.
 _MOST_GRAPHS = 64

@@ -89,11 +89,14 @@ class _FastPath:
         quant, weight_quant = self.input_quant, self.weight_quant
         now = weight_quant.quantizer.switch.states.now
         x = quant.quantize(input, now) if isinstance(quant, SwitchableActProxy) else input
-        weight, bias = self.fixed(now) if now.prepared is None else now.prepared.layers[id(self)]
         if not torch._C._len_torch_function_stack():  # pyright: ignore[reportPrivateUsage]
-            return super().inner_forward_impl(x, weight, bias)  # pyright: ignore
+            return self._product(x, now)
         with products_not_intercepted():
-            return super().inner_forward_impl(x, weight, bias)  # pyright: ignore
+            return self._product(x, now)
+
+    def _product(self, x: Tensor, now: SwitchState) -> Tensor:
+        weight, bias = self.fixed(now) if now.prepared is None else now.prepared.layers[id(self)]
+        return super().inner_forward_impl(x, weight, bias)  # pyright: ignore
 
     def fixed(self, now: SwitchState) -> tuple[Tensor, Tensor | None]:
         """Return the quantized weight and the bias that the product is computed with, at the current precision."""

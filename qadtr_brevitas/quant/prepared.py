@@ -5,9 +5,6 @@ A compiled graph that reads them instead of parameters serves all precisions tha
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TypeAlias
-
 import torch
 from torch import Tensor, nn
 
@@ -15,25 +12,7 @@ from qadtr_brevitas.quant.layers import switchable_layers
 from qadtr_brevitas.quant.norm import norms
 from qadtr_brevitas.quant.proxies import SwitchableActProxy
 from qadtr_brevitas.quant.switch import SwitchState, switch_of
-from qadtr_brevitas.quant.tensor_levels import TensorLevels
-
-Statistics: TypeAlias = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
-"""Running mean, running variance, weight and bias of a norm, each (channels,)."""
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """The tensors of each module, by its id.
-
-    Args:
-        layers: quantized weight and bias of a convolution or linear layer.
-        acts: levels of a quantizer of activations; those that are not here quantize as always.
-        norms: what a norm normalizes with; None if it is folded into a convolution.
-    """
-
-    layers: dict[int, tuple[Tensor, Tensor | None]]
-    acts: dict[int, TensorLevels]
-    norms: dict[int, Statistics | None]
+from qadtr_brevitas.quant.tensor_levels import Prepared, TensorLevels
 
 
 @torch.no_grad()

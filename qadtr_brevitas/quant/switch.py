@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +13,7 @@ from torch import Tensor, nn
 from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.core.precision import FLOAT_BITS, Precision, PrecisionLike, parse_precisions
 from qadtr_brevitas.quant.frozen import FrozenWeights
-
-if TYPE_CHECKING:
-    from qadtr_brevitas.quant.prepared import Prepared
+from qadtr_brevitas.quant.tensor_levels import Prepared
 
 # Called with a quantizer (SwitchableQuant) and the float tensor that it would quantize; returns what takes its place,
 # or None for the tensor as it is in float.

@@ -1,11 +1,12 @@
-"""Quantize-dequantize whose step and levels are tensors, so that one graph of a compiler serves all bit-widths.
+"""Steps, levels and weights as tensors, so that one graph of a compiler serves all bit-widths.
 
 The formulas are those of `quant/fake_quantize.py`, whose eager functions are the reference.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -27,6 +28,25 @@ class TensorLevels(NamedTuple):
     hi: Tensor
     low: Tensor
     high: Tensor
+
+
+Statistics: TypeAlias = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+"""Running mean, running variance, weight and bias of a norm, each (channels,)."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The tensors of each module, by its id.
+
+    Args:
+        layers: quantized weight and bias of a convolution or linear layer.
+        acts: levels of a quantizer of activations; those that are not here quantize as always.
+        norms: what a norm normalizes with; None if it is folded into a convolution.
+    """
+
+    layers: dict[int, tuple[Tensor, Tensor | None]]
+    acts: dict[int, TensorLevels]
+    norms: dict[int, Statistics | None]
 
 
 def quantized(x: Tensor, step: Tensor, lo: Tensor, hi: Tensor) -> Tensor:

@@ -37,7 +37,9 @@ class Tied:
         first = [nn.Conv2d(3, CHANNELS, 1, bias=bias), *norm, nn.ReLU(), nn.AvgPool2d(2, divisor_override=8)]
         second = [nn.Conv2d(CHANNELS, 12, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
         net = nn.Sequential(*first, *second, *head(12, nn.AdaptiveAvgPool2d(1)))
-        self.frozen, self.form = freeze(loaded(net, target="hls4ml").model, 4), find_format("hls4ml")
+        # Biases behind weights of several steps become offsets of BatchNorms.
+        model = loaded(net, target="hls4ml", per_channel=not bias).model
+        self.frozen, self.form = freeze(model, 4), find_format("hls4ml")
         self.file = folder / ONNX_FILE
         self.form.write(self.frozen, IMAGE, self.file)
         self.model: Any = qonnx.ModelWrapper(str(self.file))
