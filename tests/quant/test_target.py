@@ -12,7 +12,15 @@ from torch import Tensor, nn
 
 from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.core.precision import Precision
-from qadtr_brevitas.quant import SwitchableModel, at_precision, calibrate, convert, freeze
+from qadtr_brevitas.quant import (
+    SwitchableModel,
+    at_precision,
+    calibrate,
+    convert,
+    folded_norms,
+    freeze,
+    frozen_weights,
+)
 from qadtr_brevitas.quant.products import QuantizedSum
 from qadtr_brevitas.quant.range_methods import LevelGrid
 from qadtr_brevitas.quant.switch import Switch, observing
@@ -262,3 +270,14 @@ def test_what_quantizers_add_to_round_or_for_gradients_is_no_sum_of_the_network(
     assert images.grad.abs().max() > 0
     with torch.no_grad():
         assert torch.allclose(frozen(IMAGES), logits, atol=1e-4)
+
+
+def test_what_folding_adds_to_biases_is_no_sum_of_the_network() -> None:
+    model = switchable(Net(), target="finn").eval()
+    images = IMAGES.clone().requires_grad_()
+    with at_precision(model, 4), frozen_weights(model):
+        wanted = model(IMAGES)
+        with folded_norms(model, images):
+            logits = model(images)
+    assert torch.autograd.grad(logits.sum(), images)[0].abs().max() > 0
+    torch.testing.assert_close(logits, wanted, rtol=0.05, atol=0.05 * float(wanted.abs().max()))
