@@ -291,6 +291,11 @@ class QuantizedFunctions(nn.Module):
         return _unfilled, (type(self).__mro__[2],), self.__getstate__()
 
 
+def sums_are_quantized(model: nn.Module) -> bool:
+    """Return whether modules of a model quantize sums of their own forward, which torch.compile cannot trace."""
+    return any(isinstance(module, QuantizedFunctions) and module.product_quant.has_sums for module in model.modules())
+
+
 def _unfilled(base: type[nn.Module]) -> nn.Module:
     """Return a module of the quantized class of a class, without any attribute."""
     quantized = _quantized_class(base)

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from qadtr_brevitas.core.errors import UsageError
-from qadtr_brevitas.quant import SwitchableModel, at_precision
+from qadtr_brevitas.models.create import create_float_model
+from qadtr_brevitas.quant import SwitchableModel, at_precision, convert
+from qadtr_brevitas.quant.compiled import compile_passes
 from qadtr_brevitas.training.compiled import compile_training
 from qadtr_brevitas.training.loop import train
 from tests.training.support import Recorder, calibrated_model, make_recipe, same_weights
@@ -60,6 +62,16 @@ def test_graphs_are_whole_and_their_gradients_those_of_the_eager_model(model: Sw
 def test_several_processes_are_refused() -> None:
     with pytest.raises(UsageError, match=r"train\.compile=quantizers"):
         compile_training(nn.Linear(2, 2), precisions=1, processes=2)
+
+
+def test_quantized_sums_are_refused() -> None:
+    model = convert(create_float_model("cifar_resnet8", num_classes=3), [32, 4], image_size=(32, 32), target="finn")
+    with pytest.raises(UsageError, match=r"train\.compile=quantizers"):
+        compile_training(model, precisions=2, processes=1)
+    said: list[str] = []
+    compile_passes(model, report=said.append)
+    assert model.switch.passes is None
+    assert len(said) == 1
 
 
 def test_without_a_compiler_training_is_eager_and_says_so_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
