@@ -55,10 +55,12 @@ def stock(net: nn.Module) -> nn.Module:
 
 def torchao(net: nn.Module) -> nn.Module:
     """The network as torchao prepares it for QAT."""
-    from torchao.quantization import Int8DynamicActivationInt4WeightConfig, quantize_
-    from torchao.quantization.qat import QATConfig
+    from torchao.quantization import quantize_
+    from torchao.quantization.qat import IntxFakeQuantizeConfig, QATConfig
 
-    quantize_(net, QATConfig(Int8DynamicActivationInt4WeightConfig(group_size=32), step="prepare"))
+    activations = IntxFakeQuantizeConfig(torch.int8, "per_token", is_symmetric=False)
+    weights = IntxFakeQuantizeConfig(torch.int4, group_size=32)
+    quantize_(net, QATConfig(activation_config=activations, weight_config=weights, step="prepare"))
     return net
 
 
