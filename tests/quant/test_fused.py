@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
+from qadtr_brevitas.core.device import has_compiler
 from qadtr_brevitas.quant import at_precision, fake_quantize, fused
 from qadtr_brevitas.quant.fake_quantize import quantize_activation
 from qadtr_brevitas.quant.fused import FusedKernels, fused_kernels, fused_on_cpu
@@ -53,6 +54,8 @@ def tensors() -> list[Tensor]:
 def test_kernels_are_the_eager_functions_and_one_graph_serves_all_shapes_and_levels(
     monkeypatch: pytest.MonkeyPatch, backend: str
 ) -> None:
+    if backend == "inductor" and not has_compiler():
+        pytest.skip("there is no C++ compiler")
     torch.compiler.reset()
     counters.clear()
     kernels = FusedKernels(backend)
