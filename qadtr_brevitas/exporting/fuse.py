@@ -4,9 +4,9 @@ Between DequantizeLinear, a layer and QuantizeLinear it wants nothing but a ReLU
 levels of the accumulator. Merging a BatchNorm's factor into the steps of the weights is exact; rounding a bias to the
 accumulator brings a few values to the next level, which the layers behind pass on the louder the fewer their bits are.
 
-On x86 processors without VNNI sums of two products of an unsigned with a signed byte saturate at 16 bit. So weights are
-unsigned bytes around 128, like activations, which are slower; or signed ones where none exceeds 64, as those of up to 7
-bits can be written: 2 * 255 * 64 does not saturate.
+On x86 processors without VNNI sums of two products of an unsigned with a signed byte saturate at 16 bit. Weights of up
+to 7 bit are written so that none exceeds 64: 2 * 255 * 64 does not saturate. Those of 8 bit need a session option
+there, which `deployed.run.session_options` sets; unsigned bytes need none, and take twice the time where VNNI is.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from qadtr_brevitas.exporting.rewrite import reconnect
 
 _INT8 = np.iinfo(np.int8)
 _ZERO = 128
-# Of signed weights.
+# Of weights whose products cannot saturate.
 _LARGEST_WEIGHT = 64
 # Half of what an accumulator holds; the other half is room for the products.
 _LARGEST_BIAS = 2.0**30
@@ -144,8 +144,8 @@ def _fuse(model: Any, node: Any) -> None:
     del node.input[1:]
     node.input.extend(
         [
-            _weights(model, layer.weights, layer.steps, axis=0),
-            _values(model, bias, accumulator, zero=0, axis=0),
+            _values(model, layer.weights, layer.steps, axis=0),
+            _values(model, bias, accumulator, axis=0),
         ]
     )
     if norm is not None:
@@ -207,10 +207,10 @@ def _use_bytes(layer: Layer) -> None:
     """Multiplies weights by the largest power of two that fits into int8, channel by channel, and divides their steps.
 
     The products are the same and the accumulator, which biases are rounded to, is finer: of 4-bit weights by 8.
-    Weights that can be signed stay so.
+    Weights whose products cannot saturate stay so.
     """
     flat = layer.weights.reshape(len(layer.weights), -1).astype(np.float64)
-    if _can_be_signed(flat):
+    if np.abs(flat).max(initial=0) <= _LARGEST_WEIGHT:
         room = _LARGEST_WEIGHT / np.abs(flat).max(1).clip(min=1)
     else:
         room = np.minimum(_INT8.max / flat.max(1).clip(min=1), _INT8.min / flat.min(1).clip(max=-1))
@@ -263,8 +263,8 @@ def _fuse_tokens(model: Any, product: Any) -> None:
         make_room_for_bias(layer)
         accumulator = layer.input_step * layer.steps
         rounded = np.round(layer.bias / accumulator).astype(np.int32)
-        reconnect(total, bias, _values(model, rounded, accumulator, zero=0, axis=0))
-    product.input[1] = _weights(model, layer.weights.T, layer.steps, axis=1)
+        reconnect(total, bias, _values(model, rounded, accumulator, axis=0))
+    product.input[1] = _values(model, layer.weights.T, layer.steps, axis=1)
 
 
 def _use_unsigned_bytes(model: Any) -> None:
@@ -289,20 +289,9 @@ def _new_constant(model: Any, value: Any) -> str:
     return name
 
 
-def _can_be_signed(ints: Any) -> bool:
-    return bool(np.abs(ints.astype(np.int16)).max(initial=0) <= _LARGEST_WEIGHT)
-
-
-def _weights(model: Any, ints: Any, steps: Any, *, axis: int) -> str:
-    """Return the name of signed bytes times steps along an axis, stored as unsigned bytes where they have to be."""
-    if _can_be_signed(ints):
-        return _values(model, ints, steps, zero=0, axis=axis)
-    return _values(model, (ints.astype(np.int16) + _ZERO).astype(np.uint8), steps, zero=_ZERO, axis=axis)
-
-
-def _values(model: Any, ints: Any, steps: Any, *, zero: int, axis: int) -> str:
-    """Return the name of (integers - zero) times steps along an axis."""
-    zeros = np.full(len(steps), zero, ints.dtype)
+def _values(model: Any, ints: Any, steps: Any, *, axis: int) -> str:
+    """Return the name of integers times steps along an axis."""
+    zeros = np.zeros(len(steps), ints.dtype)
     inputs = [_new_constant(model, value) for value in (ints, steps.astype(np.float32), zeros)]
     output = f"{inputs[0]}_values"
     node = library("onnx").helper.make_node("DequantizeLinear", inputs, [output], name=output, axis=axis)

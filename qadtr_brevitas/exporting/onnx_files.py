@@ -178,8 +178,11 @@ def _load_session(path: Path, level: str) -> Classifier:
 
 def _session_of(model: str | bytes, level: str) -> Classifier:
     """Return what a model computes that is a path or the bytes of a file."""
+    # It imports onnxruntime, which is optional.
+    from qadtr_brevitas.exporting.deployed.run import session_options
+
     runtime = library("onnxruntime")
-    options = runtime.SessionOptions()
+    options = session_options()
     options.graph_optimization_level = getattr(runtime.GraphOptimizationLevel, level)
     options.intra_op_num_threads = torch.get_num_threads()
     session = runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
@@ -263,6 +266,8 @@ ORT = Format(
     load=_load_fused,
     exact=False,
     count_integers=integer_layers,
-    runtimes="onnxruntime on CPUs, for which it is made; OpenVINO loads it too",
+    runtimes="onnxruntime on CPUs, for which it is made; OpenVINO loads it too. Where weights "
+    "have 8 bit, x86 processors without VNNI (Intel before 2019, AMD before 2022) need onnxruntime's session option "
+    "session.x64quantprecision=1, which `run.py` sets, or sums saturate",
     remedy="ort rounds biases to integers, which tells the more the fewer the bits: -f qcdq computes the same.",
 )

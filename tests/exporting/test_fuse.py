@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import platform
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from onnx import numpy_helper
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 
 from qadtr_brevitas.evaluation.entries import LoadedModel
 from qadtr_brevitas.exporting import find_format
+from qadtr_brevitas.exporting.deployed import run
 from qadtr_brevitas.exporting.fuse import Layer, make_room_for_bias
 from qadtr_brevitas.pipeline.directories import ONNX_FILE
 from qadtr_brevitas.quant import calibrate, freeze
@@ -32,8 +35,6 @@ def write(given: LoadedModel, bits: int, folder: Path) -> nn.Module:
 
 def optimized(folder: Path) -> Counter[str]:
     """What onnxruntime makes of the file."""
-    import onnxruntime
-
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.optimized_model_filepath = str(folder / "optimized.onnx")
@@ -59,7 +60,7 @@ def test_at_8_bit_every_convolution_runs_in_integers(net: object, integer_layers
     # A byte a weight: the former weights are gone, and nothing is stored that is not read.
     graph = onnx.load(str(tmp_path / ONNX_FILE)).graph
     assert {tensor.name for tensor in graph.initializer} <= {name for node in graph.node for name in node.input}
-    stored = sum(math.prod(t.dims) for t in graph.initializer if t.data_type == onnx.TensorProto.UINT8 and t.dims[1:])
+    stored = sum(math.prod(t.dims) for t in graph.initializer if t.data_type == onnx.TensorProto.INT8 and t.dims[1:])
     assert stored == sum(module.weight.numel() for module in frozen.modules() if hasattr(module, "weight_quant"))
 
 
@@ -174,16 +175,53 @@ def test_weights_of_few_bits_use_as_much_of_a_byte_as_cannot_saturate(tmp_path: 
     graph = onnx.load(str(tmp_path / ONNX_FILE)).graph
     stored = map(numpy_helper.to_array, graph.initializer)
     filters = [weights for weights in stored if weights.ndim == 4 and weights.dtype != np.float32]
+    assert {weights.dtype for weights in filters} == {np.dtype(np.int8)}
+    peaks = [np.abs(weights.astype(int)).reshape(len(weights), -1).max(1) for weights in filters]
     # The first layer has 8 bit.
-    assert sorted(weights.dtype.name for weights in filters) == ["int8", "int8", "uint8"]
-    for weights in filters:
-        signed = weights.astype(int) - (128 if weights.dtype == np.uint8 else 0)
-        peaks = np.abs(signed.reshape(len(weights), -1)).max(1)
-        low, high = (64, 127) if weights.dtype == np.uint8 else (32, 64)
-        assert (((peaks >= low) & (peaks <= high)) | (peaks == 0)).all()
+    assert sorted(peak.max() <= 64 for peak in peaks) == [False, True, True]
+    for peak in peaks:
+        low, high = (32, 64) if peak.max() <= 64 else (64, 127)
+        assert (((peak >= low) & (peak <= high)) | (peak == 0)).all()
     # On x86 processors without VNNI, two such products are added in 16 bit.
     assert np.iinfo(np.int16).max >= 2 * 255 * 64
     with torch.no_grad():
         expected = frozen(IMAGES)
     found = find_format("ort").load(tmp_path / ONNX_FILE)(IMAGES)
     assert (found - expected).abs().amax(1).median() < 0.02 * expected.abs().max()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="only x86 processors saturate")
+def test_onnxruntime_multiplies_without_saturating_where_it_is_told_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(loaded(plain(), target="ort", precisions=(8,)), 8, tmp_path)
+    expected = find_format("ort").load(tmp_path / ONNX_FILE)(IMAGES)
+    monkeypatch.setattr(run, "adds_exactly", lambda: False)
+    options = run.session_options()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    onnxruntime.InferenceSession(str(tmp_path / ONNX_FILE), options, providers=["CPUExecutionProvider"])
+    graph = onnx.load(str(tmp_path / "optimized.onnx")).graph
+    stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    convolutions = [stored[node.input[3]] for node in graph.node if node.op_type == "QLinearConv"]
+    # Its kernels for two unsigned bytes add in 32 bit.
+    assert {weights.dtype for weights in convolutions if np.abs(weights.astype(int)).max() > 64} == {np.dtype(np.uint8)}
+    torch.testing.assert_close(find_format("ort").load(tmp_path / ONNX_FILE)(IMAGES), expected, rtol=0, atol=1e-5)
+
+
+def test_a_processor_that_does_not_tell_is_taken_to_saturate(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unread(path: Path, **options: object) -> str:
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(Path, "read_text", unread)
+    monkeypatch.setattr(platform, "machine", lambda: "AMD64")
+    assert not run.adds_exactly()
+    monkeypatch.setattr(platform, "machine", lambda: "arm64")
+    assert run.adds_exactly()
+
+
+@pytest.mark.parametrize(("flags", "exact"), [("sse4_2 avx2", False), ("avx2 avx_vnni", True), ("avx512_vnni", True)])
+def test_processors_with_vnni_add_exactly(flags: str, exact: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(Path, "read_text", lambda path, **options: f"flags\t: fpu {flags}\n")
+    assert run.adds_exactly() == exact
