@@ -1,11 +1,12 @@
 """What does a switchable training step cost beside those of other tools, on several networks, eager and compiled?
 
-    python -m benchmarks.benchmark_networks --network cifar_resnet20 --batch 128 --fused
+    python -m benchmarks.benchmark_networks --network cifar_resnet20 --batch 128 --fused --qadtr
     python -m benchmarks.benchmark_networks --network deit_small_patch16_224 --batch 16 --rounds 3 --precisions 32,4
     python -m benchmarks.benchmark_networks --network cifar_resnet20 --batch 128 --compile --precisions 4
 
 Each round runs one step of each kind, and a figure is the median over the rounds of its time over that of the float
-step in the same round. Beside them: Brevitas's own layers at 4 bit, and the QAT of torchao where it is installed, which
+step in the same round. `--qadtr` adds steps of QADT-R, as the loop makes them: patches in three gradient steps on half
+of the batch, and GIR. Beside them: Brevitas's own layers at 4 bit, and the QAT of torchao where it is installed, which
 quantizes linear layers only (int8 activations per token, int4 weights). With one thread times are processor seconds;
 with more they are wall seconds, which other work on the machine makes longer.
 """
@@ -25,14 +26,17 @@ import brevitas.nn as qnn
 import torch
 from brevitas.quant import Int8ActPerTensorFloat, Int8WeightPerChannelFloat
 from torch import nn
+from torch.nn.functional import cross_entropy
 
 from benchmarks.benchmark import Normalized, Step, at, patch_step, training_step
+from qadtr_brevitas.config import load_recipe
 from qadtr_brevitas.core.device import keep_freed_memory
 from qadtr_brevitas.models.create import create_float_model
-from qadtr_brevitas.quant import calibrate, convert, frozen_weights
+from qadtr_brevitas.quant import SwitchableModel, calibrate, convert, frozen_weights
 from qadtr_brevitas.quant.compiled import compile_passes
 from qadtr_brevitas.quant.fused import fused_on_cpu
 from qadtr_brevitas.training.compiled import compile_training
+from qadtr_brevitas.training.inputs import TrainingInputs
 
 
 def stock(net: nn.Module) -> nn.Module:
@@ -77,6 +81,28 @@ def trainer(model: nn.Module, run: Any, images: torch.Tensor, labels: torch.Tens
     return partial(training_step, run, optimizer, images, labels)
 
 
+def qadtr_trainer(model: SwitchableModel, images: torch.Tensor, labels: torch.Tensor) -> Step:
+    """A training step of the shipped defense QADT-R at the model's precision."""
+    recipe = load_recipe("digits_qadtr", [f"train.batch_size={len(images)}"])
+    inputs, rule = TrainingInputs(recipe, rank=0, processes=1), recipe.train.gradient
+    assert rule is not None
+    optimizer = rule.wrap(torch.optim.SGD(model.parameters(), 0.001, momentum=0.9), seed=0)
+    number = 0
+
+    def step() -> None:
+        nonlocal number
+        precision = model.switch.precision
+        model.train()
+        batch = inputs.attack(model, images, labels, step=number, precision=precision)
+        optimizer.zero_grad()
+        cross_entropy(model(batch.images), labels).backward()
+        optimizer.set_context(step=number, precision=precision)
+        optimizer.step()
+        number += 1
+
+    return step
+
+
 def steps_of(
     given: argparse.Namespace, images: torch.Tensor, labels: torch.Tensor
 ) -> tuple[dict[str, Step], nn.Module]:
@@ -94,6 +120,12 @@ def steps_of(
     if given.fused:
         eager = {bits: partial(at, switchable, bits, step) for bits in given.precisions}
         steps |= {f"switchable {bits}, fused": partial(fused, eager[bits]) for bits in given.precisions}
+    if given.qadtr:
+        step = qadtr_trainer(switchable, images, labels)
+        steps |= {f"QADT-R {bits}": partial(at, switchable, bits, step) for bits in given.precisions}
+        if given.fused:
+            eager = {bits: partial(at, switchable, bits, step) for bits in given.precisions}
+            steps |= {f"QADT-R {bits}, fused": partial(fused, eager[bits]) for bits in given.precisions}
     if given.compile:
         steps["compiled float"] = trainer(models["float"], torch.compile(models["float"]), images, labels)
         run = compile_training(switchable, precisions=len(given.precisions), processes=1)
@@ -163,6 +195,7 @@ def main() -> None:
     )
     parser.add_argument("--compile", action="store_true", help="whole passes through torch.compile too")
     parser.add_argument("--fused", action="store_true", help="compiled quantizers too, as train.compile=quantizers")
+    parser.add_argument("--qadtr", action="store_true", help="steps of QADT-R too")
     parser.add_argument("--alone", action="store_true", help="without stock Brevitas and torchao")
     parser.add_argument("--output", type=Path, default=None)
     given = parser.parse_args()
@@ -186,7 +219,14 @@ def main() -> None:
         print(f"{kind} step of {given.network}, batch {given.batch}, {given.threads} thread(s)")
         for name, value in ratios.items():
             print(f"  {name:26} {seconds[name]:7.3f} s {value:6.2f}x")
-        for start, end in (("switchable", ""), ("switchable", "fused"), ("compiled switchable", "")):
+        kinds = (
+            ("switchable", ""),
+            ("switchable", "fused"),
+            ("QADT-R", ""),
+            ("QADT-R", "fused"),
+            ("compiled switchable", ""),
+        )
+        for start, end in kinds:
             named = {name: value for name, value in ratios.items() if name.startswith(start)}
             own = [value for name, value in named.items() if name.endswith("fused") == (end == "fused")]
             if own:
