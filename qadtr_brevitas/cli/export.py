@@ -211,6 +211,8 @@ def command(**options: Any) -> None:
             )
         reports.append(report)
         say(f"wrote {output}; the network is {output / form.file}; next: python {output / 'run.py'} --check")
+    if form.caution:
+        say(form.caution)
     if reports[0].unchecked:
         say(f"{reports[0].unchecked}, or build as README.md says")
     found = [

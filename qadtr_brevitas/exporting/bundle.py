@@ -156,7 +156,7 @@ def _readme(info: ModelInfo, form: Format, report: ExportReport, settings: dict[
     yield f"  {facts['range'][0]} to {facts['range'][1]}. The normalization of pixels is part of the file."
     yield f"- Out: `{facts['output']}`, float32 logits of {len(info.classes)} classes, in the order of `{LABELS_FILE}`."
     yield f"- Pictures: {_resizing(settings)}; `{PREPROCESS_FILE}` has it for programs."
-    yield f"- Runs in: {form.runtimes}.\n"
+    yield f"- Runs in: {form.runtimes}." + (f" {form.caution}\n" if form.caution else "\n")
     yield "```"
     yield f"pip install {_PACKAGES[facts['runtime']]}"
     yield f"python {RUNNER_FILE} --check               # the test vectors: {VECTORS_FILE}"

@@ -39,6 +39,7 @@ class Format:
         exact: the file computes what the network computes, but for the order of additions.
         remedy: what to do where a file computes something else, a sentence.
         runtimes: what runs the file, for people who are handed it.
+        caution: what they have to know besides, a sentence.
         count_integers: tells which layers of a file are computed in integers; None for formats that need no telling.
         packages: optional packages that writing and loading need.
         file: name of the file in the folder.
@@ -56,6 +57,7 @@ class Format:
     exact: bool = True
     remedy: str = ""
     runtimes: str = "the tool it is for"
+    caution: str = ""
     count_integers: Callable[[Path], IntegerLayers] | None = None
     packages: tuple[str, ...] = ("onnx", "qonnx")
     file: str = ONNX_FILE

@@ -266,8 +266,8 @@ ORT = Format(
     load=_load_fused,
     exact=False,
     count_integers=integer_layers,
-    runtimes="onnxruntime on CPUs, for which it is made; OpenVINO loads it too. Where weights "
-    "have 8 bit, x86 processors without VNNI (Intel before 2019, AMD before 2022) need onnxruntime's session option "
-    "session.x64quantprecision=1, which `run.py` sets, or sums saturate",
+    runtimes="onnxruntime on CPUs, for which it is made; OpenVINO loads it too",
+    caution="On x86 processors without VNNI (Intel before 2019, AMD before 2022) set onnxruntime's session option "
+    "session.x64quantprecision to 1, as run.py does, or products of weights of 8 bit saturate.",
     remedy="ort rounds biases to integers, which tells the more the fewer the bits: -f qcdq computes the same.",
 )
