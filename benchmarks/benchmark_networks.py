@@ -17,6 +17,7 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -74,6 +75,14 @@ def fused(step: Step) -> None:
         step()
 
 
+def eager_and_fused(name: str, run: Callable[[int], None], given: argparse.Namespace) -> dict[str, Step]:
+    """Steps by name at each precision, with eager quantizers and, if asked for, with fused ones."""
+    steps: dict[str, Step] = {f"{name} {bits}": partial(run, bits) for bits in given.precisions}
+    if given.fused:
+        steps |= {f"{name} {bits}, fused": partial(fused, partial(run, bits)) for bits in given.precisions}
+    return steps
+
+
 def trainer(model: nn.Module, run: Any, images: torch.Tensor, labels: torch.Tensor) -> Step:
     """A training step through `run`, which may be the model or its compiled form."""
     optimizer = torch.optim.SGD(model.parameters(), 0.001, momentum=0.9)
@@ -116,16 +125,10 @@ def steps_of(
     switchable = convert(net(), sorted(given.precisions, reverse=True))
     calibrate(switchable, [images[:8]])
     step = trainer(switchable, switchable, images, labels)
-    steps |= {f"switchable {bits}": partial(at, switchable, bits, step) for bits in given.precisions}
-    if given.fused:
-        eager = {bits: partial(at, switchable, bits, step) for bits in given.precisions}
-        steps |= {f"switchable {bits}, fused": partial(fused, eager[bits]) for bits in given.precisions}
+    steps |= eager_and_fused("switchable", partial(at, switchable, step=step), given)
     if given.qadtr:
         step = qadtr_trainer(switchable, images, labels)
-        steps |= {f"QADT-R {bits}": partial(at, switchable, bits, step) for bits in given.precisions}
-        if given.fused:
-            eager = {bits: partial(at, switchable, bits, step) for bits in given.precisions}
-            steps |= {f"QADT-R {bits}, fused": partial(fused, eager[bits]) for bits in given.precisions}
+        steps |= eager_and_fused("QADT-R", partial(at, switchable, step=step), given)
     if given.compile:
         steps["compiled float"] = trainer(models["float"], torch.compile(models["float"]), images, labels)
         run = compile_training(switchable, precisions=len(given.precisions), processes=1)
@@ -171,10 +174,7 @@ def crafting(model: Any, given: argparse.Namespace, images: torch.Tensor, labels
         model.switch.passes = form
         at(model, bits, step)
 
-    steps |= {f"switchable {bits}": partial(through, None, bits) for bits in given.precisions}
-    if given.fused:
-        eager = {bits: partial(through, None, bits) for bits in given.precisions}
-        steps |= {f"switchable {bits}, fused": partial(fused, eager[bits]) for bits in given.precisions}
+    steps |= eager_and_fused("switchable", partial(through, None), given)
     if given.compile:
         run = torch.compile(plain)
         steps["compiled float"] = partial(patch_step, run, images, labels)
