@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from qadtr_brevitas.exporting.clean import cleaned, folded
 from qadtr_brevitas.exporting.compiler import Compiler
 from qadtr_brevitas.exporting.constants import fold_constants
+from qadtr_brevitas.exporting.deployed.run import session_options
 from qadtr_brevitas.exporting.formats import Classifier, Format
 from qadtr_brevitas.exporting.fuse import fuse
 from qadtr_brevitas.exporting.graph import library
@@ -178,9 +179,6 @@ def _load_session(path: Path, level: str) -> Classifier:
 
 def _session_of(model: str | bytes, level: str) -> Classifier:
     """Return what a model computes that is a path or the bytes of a file."""
-    # It imports onnxruntime, which is optional.
-    from qadtr_brevitas.exporting.deployed.run import session_options
-
     runtime = library("onnxruntime")
     options = session_options()
     options.graph_optimization_level = getattr(runtime.GraphOptimizationLevel, level)

@@ -104,9 +104,11 @@ def test_with_gptq_it_starts_from_the_new_weights(model: SwitchableModel, order:
         return float((logits(model, 3) - logits(model, 32)).square().mean())
 
     layers = switchable_layers(model)
-    error(["gptq"])
-    plain = thresholds(layers)
+    plain, wide = error(["gptq"]), thresholds(layers)
     both = error(order)
     # Ranges are MagR's, wherever it stands.
-    assert thresholds(layers).sum() < 0.9 * plain.sum()
+    assert thresholds(layers).sum() < 0.9 * wide.sum()
     assert both < error(["magr"])
+    if order[0] == "magr":
+        # Which of the two is better differs from processor to processor.
+        assert both < 1.5 * plain
