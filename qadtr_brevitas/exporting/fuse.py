@@ -49,8 +49,10 @@ def fuse(model: Any) -> None:
     """
     for node in list(model.graph.node):
         _quantize_once(model, node.output[0])
-    for pool in nodes_of(model, "MaxPool"):
-        _pool_levels(model, pool)
+    for node in nodes_of(model, "MaxPool", "Concat"):
+        _pass_levels(model, node)
+    for node in nodes_of(model, "Conv"):
+        _keep_levels(model, node)
     for node in nodes_of(model, "Conv", "Gemm"):
         _fuse(model, node)
     for node in nodes_of(model, "Mul"):
@@ -93,7 +95,12 @@ def _quantize_once(model: Any, name: str) -> None:
     if values.op_type != "DequantizeLinear" or any(_is_wider_below(model, other, first) for other in others):
         return
     for other in others:
-        other.input[0] = values.output[0]
+        (copy,) = model.find_consumers(other.output[0])
+        if copy.op_type == "DequantizeLinear" and _same_levels(model, copy, values):
+            for reader in model.find_consumers(copy.output[0]):
+                reconnect(reader, copy.output[0], values.output[0])
+        else:
+            other.input[0] = values.output[0]
     # In an order in which they can be computed.
     for node in (values, first):
         model.graph.node.remove(node)
@@ -103,17 +110,51 @@ def _quantize_once(model: Any, name: str) -> None:
     model.graph.node.insert(1 + list(model.graph.node).index(first), values)
 
 
-def _pool_levels(model: Any, pool: Any) -> None:
-    """Take the maximum of levels in the place of that of their values, which are in the same order."""
-    values = model.find_producer(pool.input[0])
-    if values is None or values.op_type != "DequantizeLinear" or _constant(model, values.input[0]) is not None:
+def _pass_levels(model: Any, node: Any) -> None:
+    """Take a maximum or a concatenation of levels in the place of their values, if all have the same step."""
+    given = [model.find_producer(name) for name in node.input]
+    if any(values is None or values.op_type != "DequantizeLinear" for values in given):
         return
-    output, largest = pool.output[0], f"{pool.output[0]}_levels"
+    if any(
+        _constant(model, values.input[0]) is not None or not _same_levels(model, values, given[0]) for values in given
+    ):
+        return
+    output, passed = node.output[0], f"{node.output[0]}_levels"
     behind = library("onnx").helper.make_node(
-        "DequantizeLinear", [largest, *values.input[1:]], [output], name=f"{output}_values"
+        "DequantizeLinear", [passed, *given[0].input[1:]], [output], name=f"{output}_values"
     )
-    pool.input[0], pool.output[0] = values.input[0], largest
-    model.graph.node.insert(1 + list(model.graph.node).index(pool), behind)
+    for index, values in enumerate(given):
+        node.input[index] = values.input[0]
+    node.output[0] = passed
+    model.graph.node.insert(1 + list(model.graph.node).index(node), behind)
+
+
+def _same_levels(model: Any, values: Any, others: Any) -> bool:
+    """Return whether two DequantizeLinear have equal steps and zero points."""
+    pairs = zip(values.input[1:3], others.input[1:3], strict=True)
+    return all(np.array_equal(_constant(model, one), _constant(model, other)) for one, other in pairs)
+
+
+def _keep_levels(model: Any, conv: Any) -> None:
+    """Quantize what a convolution of weights 0 and 1, as of a shortcut, copies: to the levels that it reads."""
+    layer = _read(model, conv.input[0], conv.input[1], conv.input[2] if len(conv.input) > 2 else "")
+    readers = model.find_consumers(conv.output[0])
+    if layer is None or layer.bias.any() or any(reader.op_type == "QuantizeLinear" for reader in readers):
+        return
+    weights = layer.weights.reshape(len(layer.steps), -1) * layer.steps[:, None]
+    if not np.isin(weights, (0, 1)).all() or (weights.sum(1) > 1).any():
+        return
+    step, zero = _levels_behind(model, conv.input[0]).input[1:3]
+    output, copied, levels = conv.output[0], f"{conv.output[0]}_copied", f"{conv.output[0]}_levels"
+    conv.output[0] = copied
+    make_node = library("onnx").helper.make_node
+    behind = (
+        make_node("QuantizeLinear", [copied, step, zero], [levels], name=levels),
+        make_node("DequantizeLinear", [levels, step, zero], [output], name=f"{output}_values"),
+    )
+    position = 1 + list(model.graph.node).index(conv)
+    for node in reversed(behind):
+        model.graph.node.insert(position, node)
 
 
 def _highest(model: Any, quantizer: Any) -> float:

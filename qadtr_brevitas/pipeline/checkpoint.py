@@ -31,7 +31,7 @@ from qadtr_brevitas.quant.ptq import ptq_methods
 
 FORMAT = 1
 # Settings that the model itself knows, whatever it was converted with.
-_OF_THE_MODEL = ("ptq", "wide_head_input", "feature_clip")
+_OF_THE_MODEL = ("ptq", "wide_head_input", "quantize_once", "feature_clip")
 _NET = "net."
 
 
@@ -71,7 +71,7 @@ def stored_info(model: SwitchableModel, info: ModelInfo) -> ModelInfo:
     methods = [{"name": slot_name(method), **plugin_settings(method)} for method in ptq_methods(model)]
     # Only what differs from a plain conversion, so that equal models have equal fingerprints.
     added: dict[str, Any] = {"ptq": methods} if methods else {}
-    added |= {"wide_head_input": True} if model.wide_head_input else {}
+    added |= {name: True for name in ("wide_head_input", "quantize_once") if getattr(model, name)}
     if clips := feature_clips(model):
         added["feature_clip"] = {"after": [clip.name for clip in clips], "percentile": clips[0].percentile}
     return replace(info, quant={**settings, **added, "precisions": precisions})
@@ -129,8 +129,8 @@ def convert_again(net: nn.Module, info: ModelInfo, **changes: Any) -> Switchable
     Raises:
         UsageError: as in `convert`.
     """
-    # Older versions gave the last layer inputs of few bits, and recorded nothing.
-    settings: dict[str, Any] = {"wide_head_input": False, **info.quant, **changes}
+    # Older versions gave the last layer inputs of few bits and quantized sums twice, and recorded nothing.
+    settings: dict[str, Any] = {"wide_head_input": False, "quantize_once": False, **info.quant, **changes}
     return convert(net, mean=info.mean, std=info.std, image_size=info.image_size, in_place=True, **settings)
 
 

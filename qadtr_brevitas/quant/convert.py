@@ -36,6 +36,7 @@ from qadtr_brevitas.quant.quantizer import Quantizer
 from qadtr_brevitas.quant.refusals import check_convertible
 from qadtr_brevitas.quant.rules import PLAIN_LAYERS, converted
 from qadtr_brevitas.quant.settings import check_target, chosen_quantizers
+from qadtr_brevitas.quant.sharing import share_quantizers, share_thresholds
 from qadtr_brevitas.quant.switch import Switch
 from qadtr_brevitas.quant.targets import find_target
 from qadtr_brevitas.quant.verification import check_images_apart, check_same_function
@@ -63,6 +64,7 @@ def convert(
     gelu_quantizer: Quantizer | str | Mapping[str, Any] | None = None,
     ptq: Sequence[PtqMethod | str | Mapping[str, Any]] = (),
     wide_head_input: bool = True,
+    quantize_once: bool = True,
     feature_clip: FeatureClipping | Mapping[str, Any] | Sequence[str] | None = None,
     layers: Mapping[str, Mapping[str, Any]] | None = None,
     in_place: bool = False,
@@ -99,9 +101,9 @@ def convert(
         activations: thresholds of activations that are calibrated or learned, or ranges measured on every image.
         attention_scales: one threshold for each operand of attention, or one per head of (images, heads, tokens,
             features); with static activations.
-        target: name of the compiler that is to accept a frozen copy (`quant/targets.py`). Every target requires one
-            signed quantizer for the two sides of each sum of activations; a target may also require a quantizer and
-            linear layers with a single weight threshold.
+        target: name of the compiler that is to accept a frozen copy (`quant/targets.py`). Sums of activations are then
+            quantized, by one signed quantizer for both sides where the target requires it; a target may also require a
+            quantizer and linear layers with a single weight threshold.
         weight_quantizer: the quantizer of weights: an object, its name, or its name and keys; None for the target's
             default, or `uniform`.
         act_quantizer: the quantizer of activations, which have one threshold per tensor; likewise.
@@ -111,6 +113,9 @@ def convert(
             them.
         wide_head_input: with `first_last="8bit"`, keep 8 bit or more for a ReLU that the last layer reads directly too;
             false for models of versions before 0.2.
+        quantize_once: with a target that does (`ort`), quantize each side of a sum by itself, what ReLUs give to a
+            concatenation by one quantizer, and what a ReLU quantized not again for a reader of the same bit-width;
+            false for models of earlier versions.
         feature_clip: clip the norm of each position's features (`FeatureClipping`): the names of the modules after
             which, or `{"after": [...], "percentile": 99}`; `calibrate()` sets the thresholds. At 32 bit too the model
             is then another function than the float network.
@@ -147,7 +152,10 @@ def convert(
     clipping = None if feature_clip is None else FeatureClipping.parse(feature_clip)
     # Before the network is traced: what is clipped has other levels, and is quantized again where it is read.
     clips = None if clipping is None else insert_feature_clips(net, switch, clipping).to(device)
-    images, found = _probed(net, device, mean=mean, std=std, image_size=image_size, sums=compiler is not None)
+    once = quantize_once and compiler is not None and compiler.quantizes_once
+    images, found = _probed(
+        net, device, mean=mean, std=std, image_size=image_size, sums=compiler is not None, joins=once
+    )
     _check_products(net, found)
     if compiler is not None:
         check_target(compiler, found, first_last, activations, clipping, quantizers.after)
@@ -166,6 +174,7 @@ def convert(
         act_quantizer=quantizers.acts,
         quantizers_after=quantizers.after,
         wide_head_input=wide_head_input,
+        quantizes_once=once,
         probe=found,
     )
     modules = dict(net.named_modules())
@@ -173,6 +182,9 @@ def convert(
     sizes = {str(precision): _size(net, plan, precision, by_name.get(precision)) for precision in switch.allowed}
     replaced: dict[nn.Module, str] = {}
     reports = [*_convert_called(net, modules, plan, replaced), *_uncalled(modules, found)]
+    if once:
+        share_quantizers(net, found)
+        share_thresholds(net, found)
     set_layers(net, mixed, found.calls)
     switchable = SwitchableModel(net, switch, mean=images.mean, std=images.std, feature_clips=clips).to(device)
     switchable.train(training)
@@ -187,6 +199,7 @@ def convert(
         method.prepare(switchable)
     switchable.image_size, switchable.num_classes = images.size[1:], found.logits.shape[1]
     switchable.wide_head_input = any(map(plan.is_wide_end, found.calls))
+    switchable.quantize_once = plan.quantizes_once
     reports += [
         LayerReport(
             f"{clip.name} (clip)", "FeatureClip", False, f"clips norms at their percentile {clip.percentile:g}", 0
@@ -205,12 +218,13 @@ def _probed(
     std: Sequence[float] | None,
     image_size: tuple[int, int] | None,
     sums: bool,
+    joins: bool,
 ) -> tuple[ImageFormat, Probe]:
     """Return the images that a network takes, and the record of its forward on two of them."""
 
     def run(images: ImageFormat) -> tuple[ImageFormat, Probe]:
         _, normalized = _noise(images, device)
-        return images, probe(net, normalized, nonnegative=not any(images.mean), sums=sums)
+        return images, probe(net, normalized, nonnegative=not any(images.mean), sums=sums, joins=joins)
 
     images, certain = (
         image_format(net, mean=mean, std=std, image_size=image_size, guess=guess) for guess in (True, False)

@@ -31,6 +31,7 @@ class SwitchableModel(nn.Module):
         num_classes: number of logits per image.
         report: what the conversion did to every layer.
         wide_head_input: whether a ReLU keeps 8 bit because the last layer reads it (`convert()`).
+        quantize_once: whether what is quantized is not quantized again at the same bit-width (`convert()`).
         info: what the model was made of; None if unknown.
     """
 
@@ -40,6 +41,7 @@ class SwitchableModel(nn.Module):
     num_classes: int
     report: ConversionReport
     wide_head_input: bool = False
+    quantize_once: bool = False
     info: ModelInfo | None
 
     def __init__(

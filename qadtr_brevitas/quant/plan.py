@@ -10,7 +10,7 @@ from typing import Any, Literal
 from torch import nn
 
 from qadtr_brevitas.core.precision import FLOAT_BITS, MIN_BITS
-from qadtr_brevitas.quant.probe import Operand, Probe, Product
+from qadtr_brevitas.quant.probe import Call, Operand, Probe, Product
 from qadtr_brevitas.quant.products import PRODUCTS_OF_HEADS, ROWS_ARE_CHANNELS
 from qadtr_brevitas.quant.provenance import IMAGE
 from qadtr_brevitas.quant.proxies import act_injector, weight_injector
@@ -33,6 +33,7 @@ class ConversionPlan:
     Args:
         switch: the model's switch.
         first_last, residual, norm, narrow_range, per_channel, activations, attention_scales: as in `convert()`.
+        quantizes_once: whether the target takes it (`Target`), and the model is not of an earlier version.
         target: the compiler to convert for; None for any.
         weight_quantizer: the quantizer of weights.
         act_quantizer: the quantizer of activations.
@@ -54,6 +55,7 @@ class ConversionPlan:
     act_quantizer: Quantizer
     quantizers_after: Mapping[str, Quantizer]
     wide_head_input: bool
+    quantizes_once: bool
     probe: Probe
 
     def min_bits(self, product: Product) -> int:
@@ -85,18 +87,26 @@ class ConversionPlan:
 
     def is_wide_stream(self, name: str | None) -> bool:
         """Return whether an activation module keeps 8 bit as a residual stream."""
-        return self.residual == "8bit" and name in self.probe.calls and self.probe.calls[name].feeds_sum
+        calls = self._calls(name)
+        return self.residual == "8bit" and any(call.feeds_sum for call in calls)
 
     def is_wide_end(self, name: str | None) -> bool:
         """Return whether an activation module keeps 8 bit because the first or last layer reads it."""
         wanted = self.wide_head_input and self.first_last == "8bit"
-        return wanted and name in self.probe.calls and self.probe.calls[name].feeds_end
+        return wanted and any(call.feeds_end for call in self._calls(name))
+
+    def _calls(self, name: str | None) -> list[Call]:
+        """Return the calls of an activation module, and of those that have its quantizer."""
+        calls = self.probe.calls
+        return [calls[other] for other in self.probe.joined_with(name) if other in calls]
 
     def is_quantized(self, operand: Operand, product: Product) -> bool:
         """Return whether an operand holds values that an activation module has quantized to the wanted bit-width.
 
-        Layers that read a wide activation quantize it further.
+        Layers that read a wide activation quantize it further. Sums want no fewer bits than what they read has.
         """
+        if product.is_sum:
+            return operand.origin not in (None, IMAGE)
         if operand.origin in (None, IMAGE) or self.is_wide_stream(operand.origin):
             return False
         return not self.is_wide_end(operand.origin) or self.min_bits(product) == WIDE_BITS
@@ -121,7 +131,13 @@ class ConversionPlan:
             reads_pixels=is_image,
             function=operand.function,
             shape=self.head_shape(product),
+            held_bits=self._held_bits(operand),
         )
+
+    def _held_bits(self, operand: Operand) -> int:
+        """Return the least bit-width of an operand's values where they are not quantized to it again; else 0."""
+        is_wide = self.is_wide_stream(operand.origin) or self.is_wide_end(operand.origin)
+        return WIDE_BITS if self.quantizes_once and is_wide else 0
 
     def head_shape(self, product: Product) -> tuple[int, ...]:
         """Return the shape of the thresholds of a product's activations: (1, heads, 1, 1), or () for one of all.
@@ -144,6 +160,7 @@ class ConversionPlan:
         reads_pixels: bool = False,
         function: str | None = None,
         shape: tuple[int, ...] = (),
+        held_bits: int = 0,
     ) -> Any:
         """Return the injector of a quantizer of activations: of the values of a function, if it is given."""
         bits = tuple(p.act for p in self.switch.allowed if p.act != FLOAT_BITS and not p.is_mixed)
@@ -157,6 +174,7 @@ class ConversionPlan:
             dynamic=self.activations == "dynamic",
             reads_pixels=reads_pixels,
             shape=shape,
+            held_bits=held_bits,
         )
 
     def weight(self, shape: tuple[int, ...], *, min_bits: int) -> Any:

@@ -33,6 +33,7 @@ class Operand:
         parameters: names of the parameters that it is computed from, if it is fixed.
         nonnegative: whether it cannot be negative.
         function: SOFTMAX or GELU if it holds the values of that function; None for any other.
+        tensor: what tells the tensor from others of the forward; None if it is another one in each call.
     """
 
     label: str
@@ -42,11 +43,13 @@ class Operand:
     parameters: frozenset[str]
     nonnegative: bool
     function: str | None = None
+    tensor: int | None = None
 
     def merge(self, other: Operand) -> None:
         """Keep the facts that hold in both calls."""
         self.origin = self.origin if self.origin == other.origin else None
         self.function = self.function if self.function == other.function else None
+        self.tensor = self.tensor if self.tensor == other.tensor else None
         self.fixed &= other.fixed
         self.parameters = self.parameters | other.parameters if self.fixed else frozenset()
         self.nonnegative &= other.nonnegative
@@ -109,12 +112,19 @@ class Probe:
         products: every product, in order of first use; sums are only in `calls`.
         unseen_macs: multiply-accumulates, for one image, of functions that are not known as products.
         logits: the logits of the images, (N, classes).
+        joined: sets of activation modules, by name, that are to have one quantizer, as their outputs are concatenated.
     """
 
     calls: dict[str, Call]
     products: list[Product]
     unseen_macs: int
     logits: Tensor
+    joined: tuple[frozenset[str], ...] = ()
+
+    def joined_with(self, name: str | None) -> frozenset[str]:
+        """Return an activation module with those that it is joined with."""
+        own = frozenset() if name is None else frozenset([name])
+        return next((group for group in self.joined if own & group), own)
 
 
 class _ProbeMode(TorchFunctionMode):
@@ -131,6 +141,7 @@ class _ProbeMode(TorchFunctionMode):
         self.counter = FlopCounterMode(display=False)
         # The modules that are running, innermost last: name and number of products so far.
         self.frames: list[tuple[str, Counter[str]]] = []
+        self.joined: list[frozenset[str]] = []
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -156,8 +167,14 @@ class _ProbeMode(TorchFunctionMode):
             for origin in facts.origins:
                 if origin != IMAGE:
                     self.calls[origin].feeds_sum = True
+        if facts.joined:
+            self._join(frozenset(facts.joined))
         self.known.follow(facts, y)
         return y
+
+    def _join(self, names: frozenset[str]) -> None:
+        touched = [group for group in self.joined if group & names]
+        self.joined = [group for group in self.joined if group not in touched] + [names.union(*touched)]
 
     def _refuse(self, name: str) -> NoReturn:
         owner = self.frames[-1][0]
@@ -193,21 +210,23 @@ class _ProbeMode(TorchFunctionMode):
         known = self.known
         shape, origin, fixed = tuple(x.shape), known.origin(x), known.is_fixed(x)
         nonnegative, function = known.is_nonnegative(x), known.function(x)
-        return Operand(label, shape, origin, fixed, known.parameters(x), nonnegative, function)
+        return Operand(label, shape, origin, fixed, known.parameters(x), nonnegative, function, known.key(x))
 
     def enter(self, name: str) -> None:
         """Record the start of a module's forward."""
         self.calls.setdefault(name, Call(name)).count += 1
         self.frames.append((name, Counter()))
 
-    def leave(self, name: str, y: Any, *, is_activation: bool) -> None:
-        """Record the end of a module's forward."""
+    def leave(self, name: str, y: Any, *, activation: type[nn.Module] | None) -> None:
+        """Record the end of the forward of a module, of an activation module's class if it is one."""
         self.frames.pop()
-        if is_activation:
-            self.known.mark(y, name)
+        if activation is not None:
+            self.known.mark(y, name, activation)
 
 
-def probe(net: nn.Module, images: Tensor, *, nonnegative: bool = False, sums: bool = False) -> Probe:
+def probe(
+    net: nn.Module, images: Tensor, *, nonnegative: bool = False, sums: bool = False, joins: bool = False
+) -> Probe:
     """Run a network once in eval mode and record every module that is called and every product.
 
     Args:
@@ -215,12 +234,14 @@ def probe(net: nn.Module, images: Tensor, *, nonnegative: bool = False, sums: bo
         images: (N, C, H, W), normalized.
         nonnegative: whether normalized images are never negative.
         sums: whether sums of two tensors are recorded as products as well.
+        joins: whether activation modules whose outputs are concatenated are to have one quantizer.
 
     Raises:
         UsageError: the network does not run on such images, does not return logits (N, classes), a module computes
             other products in each call, or multiplies in a function that cannot be followed.
     """
-    watch = _ProbeMode(Provenance(net, images, nonnegative_image=nonnegative), len(images), sums=sums)
+    known = Provenance(net, images, nonnegative_image=nonnegative, joins=joins)
+    watch = _ProbeMode(known, len(images), sums=sums)
     with _hooks(net, watch), torch.no_grad(), watch.counter, watch:
         try:
             y = net(images)
@@ -230,7 +251,8 @@ def probe(net: nn.Module, images: Tensor, *, nonnegative: bool = False, sums: bo
                 f"{type(net).__name__} does not run on an image of {size}: {error}{_own_size(net, images)}"
             ) from error
     unseen = watch.counter.get_total_flops() // 2 - watch.seen_macs
-    return Probe(watch.calls, watch.products, unseen // len(images), _checked_logits(net, images, y))
+    logits = _checked_logits(net, images, y)
+    return Probe(watch.calls, watch.products, unseen // len(images), logits, tuple(watch.joined))
 
 
 def _checked_logits(net: nn.Module, images: Tensor, y: Any) -> Tensor:
@@ -284,11 +306,12 @@ def _hooks(net: nn.Module, watch: _ProbeMode) -> Generator[None]:
 def _watch(name: str, module: nn.Module, watch: _ProbeMode) -> Sequence[Any]:
     # A hook may replace the output of an activation by anything.
     is_activation = type(module) in ACTIVATIONS and not module._forward_hooks  # pyright: ignore[reportPrivateUsage]
+    activation = type(module) if is_activation else None
 
     def enter(_: nn.Module, args: tuple[Any, ...]) -> None:
         watch.enter(name)
 
     def leave(_: nn.Module, args: tuple[Any, ...], y: Any) -> None:
-        watch.leave(name, y, is_activation=is_activation)
+        watch.leave(name, y, activation=activation)
 
     return module.register_forward_pre_hook(enter), module.register_forward_hook(leave)

@@ -141,17 +141,18 @@ class QuantizedProduct(nn.Module):
 
 
 class QuantizedSum(QuantizedProduct):
-    """A sum of two tensors on the levels of one quantizer, so that hardware adds integers.
+    """A sum of two quantized tensors, so that hardware adds integers.
 
     Args:
-        quantizer: a module for both; None if the sum stays float.
+        quantizers: a module for `both`, so that both have its levels, or for `left` and `right`; a side without one is
+            quantized already. None at all if the sum stays float.
     """
 
-    def __init__(self, quantizer: nn.Module | None) -> None:
-        super().__init__(SUM, {} if quantizer is None else {"both": quantizer})
+    def __init__(self, quantizers: Mapping[str, nn.Module]) -> None:
+        super().__init__(SUM, quantizers)
 
     def quantized(self, label: str, x: Tensor) -> Tensor:
-        return super().quantized("both", x)
+        return super().quantized("both" if "both" in self.operands else label, x)
 
     def forward(self, function: Function, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         # An addition in place would overwrite what the quantizer keeps for its gradient.

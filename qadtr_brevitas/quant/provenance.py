@@ -30,6 +30,7 @@ _PRESERVING = _names(
     "reshape_as roll rot90 select split squeeze swapaxes tensor_split to transpose type type_as unbind unflatten "
     "unfold unsqueeze view view_as"
 )
+_JOINS = _names("cat concat concatenate")
 # These add values up. A layer that reads their result quantizes it anyway.
 _POOLS = _names("adaptive_avg_pool1d adaptive_avg_pool2d avg_pool1d avg_pool2d mean")
 _NONNEGATIVE = _names("abs exp hardsigmoid hardsigmoid_ relu relu_ relu6 sigmoid sigmoid_ softmax softplus square")
@@ -72,6 +73,7 @@ class TensorFacts:
         self.first_origin = known.origin(found[0]) if found else None
         self.first_function = known.function(found[0]) if found else None
         self.origins = [origin for x in found if (origin := known.origin(x)) is not None]
+        self.joined = self.origins if name in _JOINS and known.can_join(found) else []
         self.is_fixed = all(known.is_fixed(x) for x in found)
         self.parameters = frozenset[str]().union(*(known.parameters(x) for x in found))
         numbers = [x for x in given if isinstance(x, int | float)] if name in _ARITHMETIC else []
@@ -116,9 +118,14 @@ class Provenance:
         net: the network; its parameters are weights, its buffers constants.
         image: the input.
         nonnegative_image: whether the input is never negative, as pixels before normalization.
+        joins: whether a concatenation of the outputs of activation modules of one kind holds the values of the first of
+            them, as they are to have one quantizer.
     """
 
-    def __init__(self, net: nn.Module, image: Tensor, *, nonnegative_image: bool) -> None:
+    def __init__(self, net: nn.Module, image: Tensor, *, nonnegative_image: bool, joins: bool = False) -> None:
+        self._joins = joins
+        # The classes of the activation modules that are origins.
+        self._kinds: dict[str, type[nn.Module]] = {}
         self._origins: dict[int, str] = {id(image): IMAGE}
         # The parameters that enter a tensor that does not depend on the image.
         self._fixed: dict[int, frozenset[str]] = {id(buffer): frozenset() for buffer in net.buffers()}
@@ -133,6 +140,10 @@ class Provenance:
     def origin(self, x: Tensor) -> str | None:
         """Return the name of the activation module whose values x holds, IMAGE, or None."""
         return self._origins.get(id(x))
+
+    def key(self, x: Tensor) -> int | None:
+        """Return what tells x from all other tensors of the forward; None if x is not followed."""
+        return id(x) if any(x is other for other in self._views.get(_memory(x), [])) else None
 
     def is_fixed(self, x: Tensor) -> bool:
         """Return whether x is the same for every image."""
@@ -150,10 +161,16 @@ class Provenance:
         """Return SOFTMAX or GELU if x holds only values of that function, and zeros; else None."""
         return self._functions.get(id(x))
 
-    def mark(self, x: Tensor, origin: str) -> None:
-        """Record that x is the output of an activation module, which is never negative."""
+    def can_join(self, tensors: Sequence[Tensor]) -> bool:
+        """Return whether tensors hold the values of activation modules that may have one quantizer."""
+        kinds = {self._kinds.get(self.origin(x) or "") for x in tensors}
+        return self._joins and len(kinds) == 1 and None not in kinds
+
+    def mark(self, x: Tensor, origin: str, kind: type[nn.Module]) -> None:
+        """Record that x is the output of an activation module of a class, which is never negative."""
         self._forget(x)
         self._origins[id(x)] = origin
+        self._kinds[origin] = kind
         self._nonnegative.add(id(x))
         self._remember(x)
 
@@ -163,7 +180,7 @@ class Provenance:
             self._forget_views(x, facts)
         for y in tensors_in([result]):
             self._forget(y)
-            if facts.is_preserving and facts.first_origin is not None:
+            if facts.first_origin is not None and (facts.is_preserving or facts.joined):
                 self._origins[id(y)] = facts.first_origin
             if facts.result_function is not None:
                 self._functions[id(y)] = facts.result_function

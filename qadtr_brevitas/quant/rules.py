@@ -7,7 +7,7 @@ from typing import Any
 import timm.layers
 from torch import nn
 
-from qadtr_brevitas.core.errors import UsageError
+from qadtr_brevitas.core.errors import UsageError, first_names
 from qadtr_brevitas.quant.layers import (
     SwitchableConv2d,
     SwitchableGate,
@@ -104,6 +104,8 @@ def _activation(call: Call, module: nn.Module, plan: ConversionPlan) -> tuple[nn
     stream, end = plan.is_wide_stream(call.name), plan.is_wide_end(call.name)
     min_bits = WIDE_BITS if stream or end else 0
     why = ", residual stream" if stream else ", read by the last layer" if end else ""
+    if others := sorted(plan.probe.joined_with(call.name) - {call.name}):
+        why += f", one quantizer with {first_names(others)}"
     if isinstance(module, nn.ReLU6):
         quant = plan.activation(signed=False, min_bits=min_bits, max_threshold=6.0)
         return SwitchableReLU6(act_quant=quant), "unsigned, per tensor, at most 6" + why + _at_least(min_bits)
@@ -163,20 +165,29 @@ def _with_products(call: Call, module: nn.Module, plan: ConversionPlan) -> nn.Mo
 def _quantized_product(product: Product, plan: ConversionPlan) -> QuantizedProduct:
     kind = QuantizedAttention if product.name == ATTENTION else QuantizedProduct
     if product.is_sum:
-        is_float = plan.stays_float(product)
-        quant = None if is_float else plan.activation(signed=True, min_bits=plan.min_bits(product))
-        return QuantizedSum(None if quant is None else SwitchableIdentity(quant))
+        return QuantizedSum({} if plan.stays_float(product) else _quantizers_of_sum(product, plan))
     if plan.stays_float(product):
         return QuantizedProduct(product.name, {})
-    quantizers: dict[str, nn.Module] = {}
-    for operand in product.operands:
-        if not plan.is_quantized(operand, product):
-            quantizers[operand.label] = SwitchableIdentity(_operand_quant(operand, product, plan))
+    quantizers = _quantizers_of_operands(product, plan)
     if product.name == ATTENTION:
         shape, min_bits = plan.head_shape(product), plan.min_bits(product)
         quant = plan.activation(signed=False, min_bits=min_bits, function=SOFTMAX, shape=shape)
         quantizers["probabilities"] = SwitchableIdentity(quant)
     return kind(product.name, quantizers)
+
+
+def _quantizers_of_sum(product: Product, plan: ConversionPlan) -> dict[str, nn.Module]:
+    if plan.quantizes_once:
+        return _quantizers_of_operands(product, plan)
+    return {"both": SwitchableIdentity(plan.activation(signed=True, min_bits=plan.min_bits(product)))}
+
+
+def _quantizers_of_operands(product: Product, plan: ConversionPlan) -> dict[str, nn.Module]:
+    return {
+        operand.label: SwitchableIdentity(_operand_quant(operand, product, plan))
+        for operand in product.operands
+        if not plan.is_quantized(operand, product)
+    }
 
 
 def _operand_quant(operand: Operand, product: Product, plan: ConversionPlan) -> Any:
@@ -195,13 +206,14 @@ def _is_weight(operand: Operand, product: Product) -> bool:
 def _product_note(product: Product, plan: ConversionPlan) -> str:
     if plan.stays_float(product):
         return f"{product.name} {_left_float([product])}"
-    if product.is_sum:
+    if product.is_sum and not plan.quantizes_once:
         return f"both sides of a sum by one signed quantizer{_at_least(plan.min_bits(product))}"
     parts = [_operand_note(operand, product, plan) for operand in product.operands]
     if product.name == ATTENTION:
         parts.insert(2, f"unsigned{_scheme(SOFTMAX, plan)} probabilities")
     heads = " per head" if plan.head_shape(product) else ""
-    return f"{product.name} of {', '.join(parts)}{heads}{_at_least(plan.min_bits(product))}"
+    name = "sum" if product.is_sum else product.name
+    return f"{name} of {', '.join(parts)}{heads}{_at_least(plan.min_bits(product))}"
 
 
 def _operand_note(operand: Operand, product: Product, plan: ConversionPlan) -> str:

@@ -138,10 +138,36 @@ class SwitchableActQuant(SwitchableQuant):
     """Activation quantizer: per tensor or per attention head, one learned threshold per bit-width.
 
     A quantizer that never has less than 8 bit learns its threshold as PACT does, which needs less memory.
+
+    Args:
+        switch, bits, min_bits, signed, narrow_range, shape, max_threshold, scheme: those of SwitchableQuant.
+        held_bits: the least bit-width that the values have already; at this and above they pass as they are. 0 for
+            values that are not quantized.
     """
+
+    def __init__(
+        self,
+        switch: Switch,
+        bits: tuple[int, ...],
+        min_bits: int,
+        signed: bool,
+        narrow_range: bool,
+        shape: tuple[int, ...],
+        max_threshold: float | None,
+        scheme: Quantizer,
+        held_bits: int = 0,
+    ) -> None:
+        super().__init__(switch, bits, min_bits, signed, narrow_range, shape, max_threshold, scheme)
+        self.held_bits = held_bits
 
     def nominal_bits(self, precision: Precision) -> int:
         return precision.act or self.mixed[precision.name]
+
+    def is_active_at(self, precision: Precision) -> bool:
+        # At a mixed precision what it reads may be float.
+        if not self.held_bits or precision.is_mixed or precision.is_float:
+            return super().is_active_at(precision)
+        return self.bits_at(precision) < max(precision.act, self.held_bits)
 
     def quantize(self, x: Tensor, now: SwitchState | None = None) -> Tensor:
         """Quantize and dequantize x at the current precision, which must be below 32.

@@ -12,26 +12,29 @@ class Target:
     """The requirements of a compiler on the places and kinds of quantizers.
 
     Every target computes with integers: it supports neither float layers nor ranges that are measured at run time, and
-    requires one signed quantizer for both sides of each sum of activations.
+    sums of activations are quantized.
 
     Args:
         name: the registered name.
         quantizer: registered name of the quantizer of weights and activations; those derived from it are allowed too.
         linear_per_channel: whether linear layers may have a weight threshold per output channel.
         products: names of the functions that multiply and accumulate which it can compute; None for all.
+        quantizes_once: whether the two sides of a sum may have different steps. Then each tensor is quantized once for
+            all that read it at its bit-width; otherwise one signed quantizer quantizes both sides of a sum again.
     """
 
     name: str
     quantizer: str = "uniform"
     linear_per_channel: bool = True
     products: frozenset[str] | None = frozenset({"conv2d", "linear"})
+    quantizes_once: bool = False
 
 
 FINN = Target(name="finn")
 # In fixed point only steps that are powers of two are exact. Scales per channel are refused in linear layers.
 HLS4ML = Target(name="hls4ml", quantizer="power-of-two", linear_per_channel=False)
 # onnxruntime computes layers in integers whose result is quantized, and sums of quantized values.
-ORT = Target(name="ort", products=None)
+ORT = Target(name="ort", products=None, quantizes_once=True)
 
 
 def find_target(name: str | None) -> Target | None:

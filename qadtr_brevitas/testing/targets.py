@@ -41,7 +41,8 @@ def check_target(target: Target) -> None:
     assert all(isinstance(q.scheme, kind) for q in quantizers), f"a quantizer is no {target.quantizer!r}"
     sums = [module for module in model.modules() if isinstance(module, QuantizedSum)]
     assert sums, f"a sum of activations is not quantized for {name}"
-    assert all("both" in found.operands for found in sums), f"for {name} both sides of a sum need one quantizer"
+    shared = "both sides of a sum need one quantizer" if not target.quantizes_once else "a sum is quantized twice"
+    assert all(("both" in found.operands) != target.quantizes_once for found in sums), f"for {name} {shared}"
     for bits in BITS:
         with at_precision(model, bits), torch.no_grad():
             found, expected = freeze(model, bits)(images), model(images)

@@ -53,6 +53,25 @@ class Inverted(nn.Module):
         return x + self.body(x)
 
 
+class Fire(nn.Module):
+    """A module of SqueezeNet (Iandola et al. 2016): two branches that are concatenated."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.squeeze = nn.Sequential(nn.Conv2d(channels, 4, 1), nn.ReLU())
+        self.narrow = nn.Sequential(nn.Conv2d(4, channels // 2, 1), nn.ReLU())
+        self.wide = nn.Sequential(nn.Conv2d(4, channels // 2, 3, padding=1), nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.squeeze(x)
+        return torch.cat([self.narrow(x), self.wide(x)], 1)
+
+
+def branching() -> nn.Module:
+    """Two modules of SqueezeNet with a max pool between them."""
+    return nn.Sequential(*stem(8), Fire(8), nn.MaxPool2d(2), Fire(8), *head(8, nn.AdaptiveAvgPool2d(1)))
+
+
 class Mobile(nn.Module):
     """MobileNet-like: linear bottlenecks, depthwise convolutions, ReLU6 and a mean in the place of a pool."""
 

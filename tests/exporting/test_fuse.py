@@ -20,9 +20,10 @@ from qadtr_brevitas.evaluation.entries import LoadedModel
 from qadtr_brevitas.exporting import find_format
 from qadtr_brevitas.exporting.deployed import run
 from qadtr_brevitas.exporting.fuse import Layer, make_room_for_bias
+from qadtr_brevitas.models.cifar import PaddedShortcut
 from qadtr_brevitas.pipeline.directories import ONNX_FILE
 from qadtr_brevitas.quant import calibrate, freeze
-from tests.exporting.networks import Mobile, images_of, loaded, plain, residual, stem
+from tests.exporting.networks import Mobile, branching, images_of, loaded, plain, residual, stem
 
 IMAGES = images_of((16, 16))
 
@@ -43,9 +44,13 @@ def optimized(folder: Path) -> Counter[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("net", "integer_layers"), [(plain, 3), (residual, 6), (Mobile, 8)])
-def test_at_8_bit_every_convolution_runs_in_integers(net: object, integer_layers: int, tmp_path: Path) -> None:
-    frozen = write(loaded(net(), target="ort", precisions=(8,)), 8, tmp_path)
+@pytest.mark.parametrize(
+    ("net", "integer_layers"),
+    [(plain(), 3), (residual(), 6), (residual("A"), 6), (Mobile(), 8), (branching(), 7)],
+    ids=["plain", "residual", "padded shortcut", "mobile", "branching"],
+)
+def test_at_8_bit_every_convolution_runs_in_integers(net: nn.Module, integer_layers: int, tmp_path: Path) -> None:
+    frozen = write(loaded(net, target="ort", precisions=(8,)), 8, tmp_path)
     with torch.no_grad():
         expected = frozen(IMAGES)
     found = find_format("ort").load(tmp_path / ONNX_FILE)(IMAGES)
@@ -53,7 +58,10 @@ def test_at_8_bit_every_convolution_runs_in_integers(net: object, integer_layers
     kinds = optimized(tmp_path)
     assert kinds["QLinearConv"] == integer_layers
     # Integers are pooled by another kernel.
-    assert not {"BatchNormalization", "Conv", "Add", "Gemm", "MaxPool"} & set(kinds)
+    assert not {"BatchNormalization", "Conv", "FusedConv", "Add", "Gemm", "MaxPool"} & set(kinds)
+    # The image and what averages give are quantized, and nothing is again.
+    averages = kinds["GlobalAveragePool"] + kinds["AveragePool"] + kinds["ReduceMean"]
+    assert kinds["QuantizeLinear"] <= 1 + averages
     counted = find_format("ort").count_integers(tmp_path / ONNX_FILE)
     # With the linear layer.
     assert (counted.integer, counted.layers, counted.kept) == (integer_layers + 1, integer_layers + 1, {})
@@ -61,7 +69,10 @@ def test_at_8_bit_every_convolution_runs_in_integers(net: object, integer_layers
     graph = onnx.load(str(tmp_path / ONNX_FILE)).graph
     assert {tensor.name for tensor in graph.initializer} <= {name for node in graph.node for name in node.input}
     stored = sum(math.prod(t.dims) for t in graph.initializer if t.data_type == onnx.TensorProto.INT8 and t.dims[1:])
-    assert stored == sum(module.weight.numel() for module in frozen.modules() if hasattr(module, "weight_quant"))
+    # A padded shortcut is a convolution in the file.
+    shortcuts = sum(16 * 8 for module in frozen.modules() if isinstance(module, PaddedShortcut))
+    weights = sum(module.weight.numel() for module in frozen.modules() if hasattr(module, "weight_quant"))
+    assert stored == weights + shortcuts
 
 
 @pytest.mark.slow
