@@ -90,6 +90,19 @@ class FoldedNorms:
         return nullcontext()
 
 
+@dataclass(frozen=True)
+class Foldable:
+    """What may be folded while the function stays the same; it does not depend on the weights.
+
+    Args:
+        norm_after: the norm that reads the output of a convolution, by the convolution.
+        in_place: whether ReLUs may work in place.
+    """
+
+    norm_after: Mapping[nn.Module, SwitchableBatchNorm]
+    in_place: bool
+
+
 @contextmanager
 def folded_norms(model: nn.Module, images: Tensor, *, bf16: bool = False) -> Generator[FoldedNorms]:
     """Fold the BatchNorms of a model into its convolutions inside a block, as far as the function stays the same.
@@ -107,31 +120,68 @@ def folded_norms(model: nn.Module, images: Tensor, *, bf16: bool = False) -> Gen
     Raises:
         UsageError: the model is not switchable, or in training mode.
     """
+    foldable = find_foldable(model, images)
+    with folded(model, foldable, bf16=bf16 and _keeps_direction(model, foldable, images)) as folding:
+        yield folding
+
+
+@contextmanager
+def folded(model: nn.Module, foldable: Foldable, *, bf16: bool = False) -> Generator[FoldedNorms]:
+    """Fold what was found foldable inside a block; the weights must not change inside.
+
+    Args:
+        model: a switchable model in eval mode.
+        foldable: what `find_foldable` returned for it.
+        bf16: run forwards at 32 bit in bfloat16.
+
+    Yields:
+        The folded norms.
+    """
+    switch = switch_of(model)
+    with switch.having(folding=FoldedNorms(switch, foldable.norm_after, foldable.in_place, bf16)):
+        folding = switch.folding
+        assert isinstance(folding, FoldedNorms)
+        yield folding
+
+
+def find_foldable(model: nn.Module, images: Tensor) -> Foldable:
+    """Return most norms with which the logits stay the same: other layers may read or change the output of a layer.
+
+    Args:
+        model: a switchable model in eval mode.
+        images: a few images, (N, 3, H, W) in [0, 1], on the model's device.
+
+    Raises:
+        UsageError: the model is not switchable, or in training mode.
+    """
     switch = switch_of(model)
     if any(norm.training for norm in norms(model)):
         raise UsageError("norms are folded with their running statistics: call eval() on the model first")
-    before, switch.folding = switch.folding, None
-    try:
-        switch.folding = folding = _largest_exact_folding(model, switch, images, bf16=bf16)
-        yield folding
-    finally:
-        switch.folding = before
-
-
-def _largest_exact_folding(model: nn.Module, switch: Switch, images: Tensor, *, bf16: bool) -> FoldedNorms:
-    """Return the folding of most norms with the same logits: other layers may read or change the output of a layer."""
-    with observing(model, lambda quantizer, tensor: None):
+    # In the rounding of bfloat16 nothing would be seen to stay the same.
+    exact_arithmetic = torch.autocast(images.device.type, enabled=False)
+    with exact_arithmetic, switch.having(folding=None), observing(model, lambda quantizer, tensor: None):
         expected, norm_after = _find_norms(model, images)
         for found, in_place in ((norm_after, True), (norm_after, False), ({}, True)):
-            switch.folding = FoldedNorms(switch, found, in_place)
-            exact = _forward_and_back(model, images)
+            foldable = Foldable(found, in_place)
+            with folded(model, foldable):
+                exact = _forward_and_back(model, images)
             if exact is not None and _close(exact[0], expected):
-                switch.folding = FoldedNorms(switch, found, in_place, bf16)
-                rounded = _forward_and_back(model, images) if bf16 else None
-                kept = rounded is not None and _same_direction(rounded[1], exact[1])
-                # A new object: the weights that were computed in this block are not quantized.
-                return FoldedNorms(switch, found, in_place, kept)
-    return FoldedNorms(switch, {})
+                return foldable
+    return Foldable({}, in_place=False)
+
+
+def _keeps_direction(model: nn.Module, foldable: Foldable, images: Tensor) -> bool:
+    """Return whether gradients with respect to images point the same way at 32 bit in bfloat16."""
+    gradients: list[Tensor] = []
+    with observing(model, lambda quantizer, tensor: None):
+        for bf16 in (False, True):
+            with folded(model, foldable, bf16=bf16):
+                found = _forward_and_back(model, images)
+            if found is None:
+                return False
+            gradients.append(found[1])
+    cosine = torch.cosine_similarity(gradients[0].flatten(), gradients[1].flatten(), dim=0)
+    return float(cosine) >= _SAME_DIRECTION
 
 
 def _forward_and_back(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -149,10 +199,6 @@ def _forward_and_back(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]
 
 def _close(logits: Tensor, expected: Tensor) -> bool:
     return torch.allclose(logits, expected, rtol=0, atol=_TOLERANCE * float(expected.abs().max()))
-
-
-def _same_direction(first: Tensor, second: Tensor) -> bool:
-    return float(torch.cosine_similarity(first.flatten(), second.flatten(), dim=0)) >= _SAME_DIRECTION
 
 
 def _folded(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,7 @@ from qadtr_brevitas.config import Recipe
 from qadtr_brevitas.core.precision import Precision
 from qadtr_brevitas.core.seeding import generator
 from qadtr_brevitas.quant import SwitchableModel, frozen_weights
+from qadtr_brevitas.quant.folding import Foldable, find_foldable, folded
 from qadtr_brevitas.training.masks import TrainingMasks
 from qadtr_brevitas.training.objectives import ordinary_loss
 from qadtr_brevitas.training.step import AdversarialBatch, EarlierPass, ForwardOutput, StepLoss, TrainingStep
@@ -33,6 +34,7 @@ class TrainingInputs:
         processes: how many there are.
         masks: lays the recipe's masks over images; None where it has none.
         memory: what the attack keeps from step to step.
+        foldable: what is folded while images are made, once it is found.
     """
 
     recipe: Recipe
@@ -40,6 +42,7 @@ class TrainingInputs:
     processes: int
     masks: TrainingMasks | None = None
     memory: Memory = field(default_factory=dict)
+    foldable: list[Foldable] = field(default_factory=list[Foldable])
 
     def attack(
         self, model: SwitchableModel, images: Tensor, labels: Tensor, *, step: int, precision: Precision
@@ -61,10 +64,8 @@ class TrainingInputs:
         if attack is None or count == 0:
             return AdversarialBatch(images, 0)
         rng = generator(self.recipe.seed, "attack", step, str(precision), self.rank)
-        model.eval()
-        with frozen_weights(model):
+        with self._crafting(model, images):
             adversarial = self._run(attack, model, images[:count], labels[:count], rng, precision)
-        model.train()
         return AdversarialBatch(torch.cat([adversarial.detach(), images[count:]]), count)
 
     def mask(
@@ -87,11 +88,19 @@ class TrainingInputs:
         attacked = 0 if train.attack is None else self._attacked_everywhere(train.attack)
         plan = self.masks.plan(train.batch_size, attacked, generator=shared).share(self.rank, self.processes)
         own = generator(seed, "masks", step, str(precision), self.rank)
-        model.eval()
-        with frozen_weights(model):
+        with self._crafting(model, batch.images):
             images = self.masks.apply(model, batch.images, labels, plan, generator=own)
-        model.train()
         return AdversarialBatch(images, batch.attacked, (plan.counts > 0).to(images.device))
+
+    @contextmanager
+    def _crafting(self, model: SwitchableModel, images: Tensor) -> Generator[None]:
+        """Evaluate with frozen weights and folded norms in a block; afterwards the model is in training mode."""
+        model.eval()
+        if not self.foldable:
+            self.foldable.append(find_foldable(model, images[:2]))
+        with frozen_weights(model), folded(model, self.foldable[0]):
+            yield
+        model.train()
 
     def _attacked_images(self, attack: TrainingAttack) -> int:
         """Return how many images of this process's share of a global batch are attacked."""

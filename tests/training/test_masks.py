@@ -191,6 +191,8 @@ def test_masks_lie_over_attacked_images_and_are_searched_at_the_precision_of_the
     images, labels, _ = ImageSource(source.recipe, source.recipe.data.dataset.load("train")).batch(0)
     set_precision(model, FOUR)
     asked: list[tuple[Precision, bool]] = []
+    # In float, to find what is folded.
+    source.mask(model, AdversarialBatch(images, 8), labels, step=4, precision=FOUR)
     model.register_forward_pre_hook(lambda net, _: asked.append((get_precision(model), net.training)))
     before = {name: value.clone() for name, value in model.state_dict().items()}
     batch = AdversarialBatch(images.flip(2), 8)
