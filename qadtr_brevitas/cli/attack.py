@@ -110,7 +110,6 @@ def command(
     from qadtr_brevitas.evaluation.entries import load_models
     from qadtr_brevitas.evaluation.unseen import craft_unseen
     from qadtr_brevitas.pipeline.datasets import find_dataset
-    from qadtr_brevitas.quant.compiled import compile_passes
     from qadtr_brevitas.quant.inference import parse_modes
 
     wanted = parse_modes(precisions) if precisions else None
@@ -118,9 +117,7 @@ def command(
     default = patch_folder(model_dir) / protocol if protocol else patch_folder(model_dir)
     output = output or default
     where = resolve_device(device)
-    loaded = load_models([model_dir], device=where)[0]
-    if compiles:
-        compile_passes(loaded.model, report=say)
+    loaded = load_models([model_dir], device=where, compiling=say if compiles else None)[0]
     train, judge = divide_for_crafting(load_split(dataset, "train"), train=train_images, held_out=held_out, seed=seed)
     aims = _read_targets(targets, train.classes)
     named = {"name": slot_name(dataset), "settings": plugin_settings(dataset)}

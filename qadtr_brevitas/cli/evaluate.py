@@ -147,15 +147,13 @@ def _plan(
     from qadtr_brevitas.evaluation.entries import load_models, load_patches
     from qadtr_brevitas.evaluation.grid import read_means
     from qadtr_brevitas.evaluation.variants import PatchVariants
-    from qadtr_brevitas.quant.compiled import compile_passes
 
     attacks = [NamedAttack.of(plugin) for plugin in plugins]
     added = [] if given.ensemble == "no" else missing_ensembles(attacks, given.ensemble)
     attacks += added
     means = read_means(given.eot, attacks)
-    models = load_models([*given.model_dirs, *given.surrogates], device=device)
-    for loaded in models if given.compiles else ():
-        compile_passes(loaded.model, report=say)
+    compiling = say if given.compiles else None
+    models = load_models([*given.model_dirs, *given.surrogates], device=device, compiling=compiling)
     patches = load_patches(_patch_places(given), sizes=given.patch_sizes or ())
     split = load_split(dataset, "test", limit=given.images, seed=given.seed)
     if given.images is not None:

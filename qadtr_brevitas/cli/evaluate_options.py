@@ -215,13 +215,11 @@ def run_audits(grid: Grid, given: EvaluateOptions, *, output: Path, device: torc
     from qadtr_brevitas.auditing import audit
     from qadtr_brevitas.evaluation.defended import DefendedModel
     from qadtr_brevitas.evaluation.entries import load_models
-    from qadtr_brevitas.quant.compiled import compile_passes
 
     precisions = _single(grid)
-    twin = load_models([given.twin], device=device)[0] if given.twin else None
-    ablations = load_models(given.ablations, device=device)
-    for loaded in (*([twin] if twin else []), *ablations) if given.compiles else ():
-        compile_passes(loaded.model, report=say)
+    compiling = say if given.compiles else None
+    twin = load_models([given.twin], device=device, compiling=compiling)[0] if given.twin else None
+    ablations = load_models(given.ablations, device=device, compiling=compiling)
     audits: list[AuditReport] = []
     with progress("auditing") as report:
         undefended = [loaded for loaded in grid.loaded_models if not isinstance(loaded.model, DefendedModel)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -30,6 +30,7 @@ from qadtr_brevitas.pipeline.directories import (
     resolve_model_dir,
 )
 from qadtr_brevitas.quant import SwitchableModel
+from qadtr_brevitas.quant.compiled import compile_passes
 from qadtr_brevitas.quant.model_info import ModelInfo
 
 
@@ -144,14 +145,24 @@ class NamedPatch:
         )
 
 
-def load_models(paths: Sequence[Path], *, device: torch.device | str = "cpu") -> list[LoadedModel]:
+def load_models(
+    paths: Sequence[Path], *, device: torch.device | str = "cpu", compiling: Callable[[str], None] | None = None
+) -> list[LoadedModel]:
     """Load model or run directories, each named by its folder.
+
+    Args:
+        paths: the directories.
+        device: where the models are.
+        compiling: run the passes of attacks through torch.compile, and call this with what that means; None for not.
 
     Raises:
         UsageError: the same folder is given twice.
         CheckpointError: a folder holds no model that can be read.
     """
-    return [_load_entry(path, name, device) for path, name in zip(paths, unique_names(paths), strict=True)]
+    found = [_load_entry(path, name, device) for path, name in zip(paths, unique_names(paths), strict=True)]
+    for loaded in found if compiling is not None else ():
+        compile_passes(loaded.model, report=compiling)
+    return found
 
 
 def load_patches(places: Sequence[Path], *, sizes: Sequence[PatchSize] = ()) -> list[NamedPatch]:

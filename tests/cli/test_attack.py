@@ -10,8 +10,7 @@ from click.testing import CliRunner, Result
 
 from qadtr_brevitas.attacks.patch import Patch
 from qadtr_brevitas.cli.main import cli
-from qadtr_brevitas.evaluation import craft
-from qadtr_brevitas.quant import compiled
+from qadtr_brevitas.evaluation import craft, entries
 from tests.evaluation.models import make_model_dir
 
 pytestmark = pytest.mark.slow
@@ -149,7 +148,7 @@ def test_help() -> None:
 def test_compiled_passes_make_the_same_patch(run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.compiler.reset()
     # The default backend takes many seconds.
-    monkeypatch.setattr(compiled, "compile_passes", partial(compiled.compile_passes, backend="aot_eager"))
+    monkeypatch.setattr(entries, "compile_passes", partial(entries.compile_passes, backend="aot_eager"))
     for folder, options in (("eager", []), ("compiled", ["--compile"])):
         result = attack(run_dir, *FAST, "--target", "0", "--precision", "4", *options, "-o", tmp_path / folder)
         assert result.exit_code == 0, result.output

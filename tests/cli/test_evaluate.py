@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from qadtr_brevitas.evaluation import entries
 from qadtr_brevitas.evaluation.report import EvaluationReport
-from qadtr_brevitas.quant import compiled
 from tests.cli.evaluation import NOISE, evaluate
 from tests.evaluation.models import make_model_dir
 
@@ -333,7 +333,7 @@ def test_attacks_of_an_evaluation_are_compiled_where_asked(
 ) -> None:
     torch.compiler.reset()
     # The default backend takes many seconds.
-    monkeypatch.setattr(compiled, "compile_passes", partial(compiled.compile_passes, backend="aot_eager"))
+    monkeypatch.setattr(entries, "compile_passes", partial(entries.compile_passes, backend="aot_eager"))
     command = [runs[0], "--attack", "fgsm", "--precision", "4", "--ensemble", "no", "--compile"]
     result = evaluate(*command, "-o", tmp_path)
     assert result.exit_code == 0, result.output

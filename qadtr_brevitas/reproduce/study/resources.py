@@ -19,7 +19,6 @@ from qadtr_brevitas.data.split import Split
 from qadtr_brevitas.evaluation.craft import divide_for_crafting
 from qadtr_brevitas.evaluation.entries import LoadedModel, load_models
 from qadtr_brevitas.pipeline.datasets import recorded_dataset
-from qadtr_brevitas.quant.compiled import compile_passes
 from qadtr_brevitas.reproduce.study.sections import Budget
 
 _CACHED_MODELS, _CACHED_SPLITS = 5, 3
@@ -79,10 +78,8 @@ class StudyResources:
         return replace(self._models.get(folder, lambda: self._load(folder)), name=name)
 
     def _load(self, folder: Path) -> LoadedModel:
-        loaded = load_models([folder], device=self.device)[0]
-        if self.compiles:
-            compile_passes(loaded.model, report=self.report)
-        return loaded
+        compiling = self.report if self.compiles else None
+        return load_models([folder], device=self.device, compiling=compiling)[0]
 
     def dataset(self, folder: Path) -> Dataset:
         """Return the data set that a model was made on.
