@@ -36,7 +36,7 @@ from qadtr_brevitas.quant.quantizer import Quantizer
 from qadtr_brevitas.quant.refusals import check_convertible
 from qadtr_brevitas.quant.rules import PLAIN_LAYERS, converted
 from qadtr_brevitas.quant.settings import check_target, chosen_quantizers
-from qadtr_brevitas.quant.sharing import share_quantizers, share_thresholds
+from qadtr_brevitas.quant.sharing import pass_wide_values, share_quantizers, share_thresholds
 from qadtr_brevitas.quant.switch import Switch
 from qadtr_brevitas.quant.targets import find_target
 from qadtr_brevitas.quant.verification import check_images_apart, check_same_function
@@ -184,6 +184,7 @@ def convert(
     reports = [*_convert_called(net, modules, plan, replaced), *_uncalled(modules, found)]
     if once:
         share_quantizers(net, found)
+        pass_wide_values(net, plan)
         share_thresholds(net, found)
     set_layers(net, mixed, found.calls)
     switchable = SwitchableModel(net, switch, mean=images.mean, std=images.std, feature_clips=clips).to(device)

@@ -131,13 +131,7 @@ class ConversionPlan:
             reads_pixels=is_image,
             function=operand.function,
             shape=self.head_shape(product),
-            held_bits=self._held_bits(operand),
         )
-
-    def _held_bits(self, operand: Operand) -> int:
-        """Return the least bit-width of an operand's values where they are not quantized to it again; else 0."""
-        is_wide = self.is_wide_stream(operand.origin) or self.is_wide_end(operand.origin)
-        return WIDE_BITS if self.quantizes_once and is_wide else 0
 
     def head_shape(self, product: Product) -> tuple[int, ...]:
         """Return the shape of the thresholds of a product's activations: (1, heads, 1, 1), or () for one of all.
@@ -160,7 +154,6 @@ class ConversionPlan:
         reads_pixels: bool = False,
         function: str | None = None,
         shape: tuple[int, ...] = (),
-        held_bits: int = 0,
     ) -> Any:
         """Return the injector of a quantizer of activations: of the values of a function, if it is given."""
         bits = tuple(p.act for p in self.switch.allowed if p.act != FLOAT_BITS and not p.is_mixed)
@@ -174,7 +167,6 @@ class ConversionPlan:
             dynamic=self.activations == "dynamic",
             reads_pixels=reads_pixels,
             shape=shape,
-            held_bits=held_bits,
         )
 
     def weight(self, shape: tuple[int, ...], *, min_bits: int) -> Any:

@@ -184,7 +184,6 @@ class _ActInjector(_Injector):
     max_threshold = None
     scheme = Uniform()
     shape = ()
-    held_bits = 0
 
 
 class _DynamicInjector(_ActInjector):

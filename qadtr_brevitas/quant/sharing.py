@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from torch import nn
 
 from qadtr_brevitas.quant.layers import SwitchableIdentity, SwitchableLayer, SwitchableReLU
+from qadtr_brevitas.quant.plan import ConversionPlan
 from qadtr_brevitas.quant.probe import Call, Operand, Probe
 from qadtr_brevitas.quant.products import QuantizedFunctions, QuantizedProduct
 from qadtr_brevitas.quant.proxies import SwitchableActProxy
-from qadtr_brevitas.quant.switchable_quant import SwitchableActQuant
+from qadtr_brevitas.quant.switchable_quant import WIDE_BITS, SwitchableActQuant
 
 
 def share_quantizers(net: nn.Module, found: Probe) -> None:
@@ -20,6 +21,14 @@ def share_quantizers(net: nn.Module, found: Probe) -> None:
         first, *others = (module for module in modules if isinstance(module, SwitchableReLU))
         for other in others:
             other.act_quant.fused_activation_quant_proxy.tensor_quant = first.act_quant.quantizer
+
+
+def pass_wide_values(net: nn.Module, plan: ConversionPlan) -> None:
+    """Let quantizers that read an activation which keeps 8 bit pass its values where they want as many, in place."""
+    for call in plan.probe.calls.values():
+        for operand, quantizer in _quantizers(net, call):
+            if plan.is_wide_stream(operand.origin) or plan.is_wide_end(operand.origin):
+                quantizer.held_bits = WIDE_BITS
 
 
 def share_thresholds(net: nn.Module, found: Probe) -> None:

@@ -138,27 +138,10 @@ class SwitchableActQuant(SwitchableQuant):
     """Activation quantizer: per tensor or per attention head, one learned threshold per bit-width.
 
     A quantizer that never has less than 8 bit learns its threshold as PACT does, which needs less memory.
-
-    Args:
-        switch, bits, min_bits, signed, narrow_range, shape, max_threshold, scheme: those of SwitchableQuant.
-        held_bits: the least bit-width that the values have already; at this and above they pass as they are. 0 for
-            values that are not quantized.
     """
 
-    def __init__(
-        self,
-        switch: Switch,
-        bits: tuple[int, ...],
-        min_bits: int,
-        signed: bool,
-        narrow_range: bool,
-        shape: tuple[int, ...],
-        max_threshold: float | None,
-        scheme: Quantizer,
-        held_bits: int = 0,
-    ) -> None:
-        super().__init__(switch, bits, min_bits, signed, narrow_range, shape, max_threshold, scheme)
-        self.held_bits = held_bits
+    held_bits = 0
+    """The least bit-width that the values have already; at this and above they pass. 0: they are not quantized."""
 
     def nominal_bits(self, precision: Precision) -> int:
         return precision.act or self.mixed[precision.name]
