@@ -35,6 +35,7 @@ from qadtr_brevitas.core.device import keep_freed_memory
 from qadtr_brevitas.models.create import create_float_model
 from qadtr_brevitas.quant import SwitchableModel, calibrate, convert, frozen_weights
 from qadtr_brevitas.quant.compiled import compile_passes
+from qadtr_brevitas.quant.folding import Foldable
 from qadtr_brevitas.quant.fused import fused_on_cpu
 from qadtr_brevitas.training.compiled import compile_training
 from qadtr_brevitas.training.inputs import TrainingInputs
@@ -90,10 +91,11 @@ def trainer(model: nn.Module, run: Any, images: torch.Tensor, labels: torch.Tens
     return partial(training_step, run, optimizer, images, labels)
 
 
-def qadtr_trainer(model: SwitchableModel, images: torch.Tensor, labels: torch.Tensor) -> Step:
-    """A training step of the shipped defense QADT-R at the model's precision."""
+def qadtr_trainer(model: SwitchableModel, images: torch.Tensor, labels: torch.Tensor, *, folds: bool = True) -> Step:
+    """A training step of the shipped defense QADT-R at the model's precision, norms folded for patches or not."""
     recipe = load_recipe("digits_qadtr", [f"train.batch_size={len(images)}"])
-    inputs, rule = TrainingInputs(recipe, rank=0, processes=1), recipe.train.gradient
+    foldable = [] if folds else [Foldable({}, in_place=False)]
+    inputs, rule = TrainingInputs(recipe, rank=0, processes=1, foldable=foldable), recipe.train.gradient
     assert rule is not None
     optimizer = rule.wrap(torch.optim.SGD(model.parameters(), 0.001, momentum=0.9), seed=0)
     number = 0
@@ -129,6 +131,8 @@ def steps_of(
     if given.qadtr:
         step = qadtr_trainer(switchable, images, labels)
         steps |= eager_and_fused("QADT-R", partial(at, switchable, step=step), given)
+        step = qadtr_trainer(switchable, images, labels, folds=False)
+        steps |= {f"unfolded QADT-R {bits}": partial(at, switchable, bits, step) for bits in given.precisions}
     if given.compile:
         steps["compiled float"] = trainer(models["float"], torch.compile(models["float"]), images, labels)
         run = compile_training(switchable, precisions=len(given.precisions), processes=1)
@@ -224,6 +228,7 @@ def main() -> None:
             ("switchable", "fused"),
             ("QADT-R", ""),
             ("QADT-R", "fused"),
+            ("unfolded QADT-R", ""),
             ("compiled switchable", ""),
         )
         for start, end in kinds:
