@@ -22,7 +22,6 @@ from qadtr_brevitas.core.precision import Precision
 from qadtr_brevitas.quant.frozen import version_of
 from qadtr_brevitas.quant.model import SwitchableModel
 from qadtr_brevitas.quant.prepared import prepare
-from qadtr_brevitas.quant.products import sums_are_quantized
 from qadtr_brevitas.quant.switch import SwitchState
 from qadtr_brevitas.quant.tensor_levels import Prepared
 
@@ -57,9 +56,6 @@ def compile_passes(model: nn.Module, *, report: Callable[[str], None] | None = N
         return
     if any(map(_has_hooks, model.modules())):
         report("nothing is compiled: layers of the network have hooks, such as those of quant.feature_clip")
-        return
-    if sums_are_quantized(model):
-        report("nothing is compiled: torch.compile cannot trace the quantized sums of networks for a target")
         return
     allow_graphs(_MOST_GRAPHS)
     # Attacks may go back twice, and so need the tensors that a graph would reuse.

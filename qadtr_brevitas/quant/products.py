@@ -52,8 +52,18 @@ PRODUCTS_OF_HEADS = (ATTENTION, "matmul")
 # These multiply and accumulate inside a kernel, where operands cannot be quantized.
 _RECURRENT = ("gru", "lstm", "rnn_relu", "rnn_tanh")
 CLOSED = ("bilinear", "cdist", "dot", "vdot", *_RECURRENT, *(f"{name}_cell" for name in _RECURRENT))
+
+
+def _unchecked(function: FunctionType) -> FunctionType:
+    """Return a copy of a function that does not look for modes."""
+    names = {**function.__globals__, "has_torch_function": lambda _: False}
+    return FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
+
+
 # Written in Python and made of other functions, which have to be intercepted one by one.
-_COMPOSED: dict[Function, FunctionType] = {F.multi_head_attention_forward: F.multi_head_attention_forward}
+_UNCHECKED: dict[Function, FunctionType] = {
+    F.multi_head_attention_forward: _unchecked(F.multi_head_attention_forward),
+}
 
 
 def is_product(name: str, args: Sequence[Any]) -> bool:
@@ -72,18 +82,13 @@ def is_sum(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     return len(summands) == 2 and all(isinstance(x, Tensor) for x in summands) and any(x.dim() for x in summands)
 
 
-@cache
 def without_dispatch(function: Function) -> Function | None:
     """Return a copy of a composed function whose inner calls reach a mode one by one; None for any other function.
 
     PyTorch passes a composed function to a `TorchFunctionMode` as a whole, and would do so again each time the mode
     called it. The copy skips the check that does this.
     """
-    composed = _COMPOSED.get(function)
-    if composed is None:
-        return None
-    unchecked = {**composed.__globals__, "has_torch_function": lambda _: False}
-    return FunctionType(composed.__code__, unchecked, composed.__name__, composed.__defaults__, composed.__closure__)
+    return _UNCHECKED.get(function)
 
 
 def operands(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -281,20 +286,17 @@ class QuantizedFunctions(nn.Module):
     product_quant: ProductQuant
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        # Read outside of the blocks: torch.compile cannot trace `super()` within two of them (torch 2.14, Python 3.11).
+        forward = super().forward
         if not self.product_quant.is_active:
-            return super().forward(*args, **kwargs)
+            return forward(*args, **kwargs)
         products = iter(self.product_quant)
         with _pause_ended(), _Interception(products, sums=self.product_quant.has_sums):  # pyright: ignore[reportArgumentType]
-            return super().forward(*args, **kwargs)
+            return forward(*args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # Pickle finds the base class by its name, but not the class that is derived from it at run time.
         return _unfilled, (type(self).__mro__[2],), self.__getstate__()
-
-
-def sums_are_quantized(model: nn.Module) -> bool:
-    """Return whether modules of a model quantize sums of their own forward, which torch.compile cannot trace."""
-    return any(isinstance(module, QuantizedFunctions) and module.product_quant.has_sums for module in model.modules())
 
 
 def _unfilled(base: type[nn.Module]) -> nn.Module:

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from qadtr_brevitas.core.device import has_compiler
 from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.quant.compiled import allow_graphs
-from qadtr_brevitas.quant.products import sums_are_quantized
 
 # Torch gives up on a function, and runs it eagerly, after so many graphs; some are for batches of other sizes.
 _GRAPHS_EACH, _SPARE_GRAPHS = 2, 8
@@ -31,15 +30,10 @@ def compile_training(
         backend: of torch.compile.
 
     Raises:
-        UsageError: there are several processes, or sums of activations are quantized.
+        UsageError: there are several processes.
     """
     if processes > 1:
         raise UsageError("train.compile is for one process: give train.compile=quantizers under torchrun")
-    if sums_are_quantized(model):
-        raise UsageError(
-            "train.compile=true cannot trace networks whose sums are quantized, as quant.target wants them: give "
-            "train.compile=quantizers"
-        )
     if backend == "inductor" and not has_compiler():
         return None
     allow_graphs(_GRAPHS_EACH * precisions + _SPARE_GRAPHS)

@@ -12,8 +12,7 @@ from torch._dynamo.utils import counters
 
 from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.models.create import create_float_model
-from qadtr_brevitas.quant import SwitchableModel, at_precision, convert
-from qadtr_brevitas.quant.compiled import compile_passes
+from qadtr_brevitas.quant import SwitchableModel, at_precision, calibrate, convert
 from qadtr_brevitas.training.compiled import compile_training
 from qadtr_brevitas.training.loop import train
 from tests.training.support import Recorder, calibrated_model, make_recipe, same_weights
@@ -64,14 +63,27 @@ def test_several_processes_are_refused() -> None:
         compile_training(nn.Linear(2, 2), precisions=1, processes=2)
 
 
-def test_quantized_sums_are_refused() -> None:
-    model = convert(create_float_model("cifar_resnet8", num_classes=3), [32, 4], image_size=(32, 32), target="finn")
-    with pytest.raises(UsageError, match=r"train\.compile=quantizers"):
-        compile_training(model, precisions=2, processes=1)
-    said: list[str] = []
-    compile_passes(model, report=said.append)
-    assert model.switch.passes is None
-    assert len(said) == 1
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["cifar_resnet8", "vit_tiny_patch16_224"])
+def test_products_and_sums_of_a_network_for_a_target_are_traced(name: str) -> None:
+    torch.compiler.reset()
+    counters.clear()
+    torch.manual_seed(0)
+    args = {"img_size": 32, "patch_size": 16, "embed_dim": 16, "depth": 1, "num_heads": 2}
+    net = create_float_model(name, num_classes=3, args=args if name.startswith("vit") else {})
+    model = convert(net, [32, 4], image_size=(32, 32), target="ort").train()
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    calibrate(model, images)
+    run = compile_training(model, precisions=2, processes=1, backend="eager")
+    assert run is not None
+    with at_precision(model, 4):
+        ours, eager = gradients(run, model, images), gradients(model, model, images)
+    assert ours.keys() == eager.keys()
+    largest = max(float(gradient.abs().max()) for gradient in eager.values())
+    for parameter, gradient in eager.items():
+        torch.testing.assert_close(ours[parameter], gradient, rtol=1e-3, atol=1e-5 * largest)
+    assert not counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] == 1
 
 
 def test_without_a_compiler_training_is_eager_and_says_so_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
