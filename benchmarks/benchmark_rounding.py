@@ -11,9 +11,10 @@ Calibrates a network (weights of the folder DATA or of --checkpoint, else random
 list of methods, on CIFAR-10 or the sample of ImageNet, of which every fourth picture is a test image. It prints its
 accuracy at each precision, and the processor seconds of the calibration. A list is
 [SETTING=VALUE,...@][RANGE:]METHOD[/OPTION=VALUE...]+METHOD..., where SETTING is one of `convert`, and RANGE `mse` (the
-default), `minmax`, `percentile` or a number, the percentile. Two names stand for other tools on the same images:
-`brevitas`, stock layers with Brevitas's calibration, GPTQ and bias correction, and `onnxruntime`, quantize_static at 8
-bit. With --output, lists that the file has already are not run again.
+default), `minmax`, `percentile` or a number, the percentile. Three names stand for other tools on the same images:
+`brevitas`, stock layers with Brevitas's calibration, GPTQ and bias correction; `onnxruntime`, quantize_static at 8 bit;
+and `torchao`, where it is installed: linear layers only, with int8 activations per token. With --output, lists that the
+file has already are not run again.
 """
 
 from __future__ import annotations
@@ -55,7 +56,14 @@ with warnings.catch_warnings():
 
 LISTS = (
     *("", "bias-correction", "gptq", "gptq+bias-correction", "coordinate-descent"),
-    *("gptq+coordinate-descent+bias-correction", "equalize+gptq", "adaround", "brecq", "brecq/drop=0.5", "brevitas"),
+    *(
+        "gptq+coordinate-descent+bias-correction",
+        "equalize+gptq",
+        "adaround",
+        "brecq",
+        "brecq/drop=0/range_learning_rate=0",
+    ),
+    "brevitas",
 )
 _PIXELS = 1 << 16
 
@@ -210,9 +218,29 @@ def by_onnxruntime(case: Case, _: str, precisions: Sequence[str]) -> tuple[list[
     return values, seconds
 
 
+def by_torchao(case: Case, _: str, precisions: Sequence[str]) -> tuple[list[float], float]:
+    """Do the same with torchao, whose activations have 8 bit; other precisions are not there."""
+    from torchao.quantization import Int8DynamicActivationIntxWeightConfig, PerAxis, quantize_
+
+    plain = freeze(case.converted(precisions), 32)
+    found, seconds = list[float](), 0.0
+    for precision in map(Precision.parse, precisions):
+        if precision.act != 8:
+            found.append(float("nan"))
+            continue
+        config = Int8DynamicActivationIntxWeightConfig(getattr(torch, f"int{precision.weight}"), PerAxis(0))
+        model = copy.deepcopy(plain)
+        started = time.process_time()
+        quantize_(model, config)
+        seconds += time.process_time() - started
+        found.append(case.accuracy(model))
+    return found, seconds
+
+
 _TOOLS: dict[str, Callable[[Case, str, Sequence[str]], tuple[list[float], float]]] = {
     "brevitas": by_brevitas,
     "onnxruntime": by_onnxruntime,
+    "torchao": by_torchao,
 }
 
 

@@ -138,9 +138,9 @@ def error(model: SwitchableModel, bits: int) -> float:
 @pytest.mark.slow
 @pytest.mark.parametrize("method", [Brecq(steps=60), AdaRound(steps=100)])
 def test_outputs_come_nearer_to_those_of_the_float_network(model: SwitchableModel, method: Brecq | AdaRound) -> None:
-    before = error(model, 3)
+    before = error(model, 4)
     calibrate(model, IMAGES, weights=[method])
-    assert error(model, 3) < before
+    assert error(model, 4) < before
     quantizers = [layer.weight_quant.quantizer for layer in switchable_layers(model).values()]
     assert all(each.rounding is not None and each.rounding.learned is None for each in quantizers)
 
@@ -155,6 +155,22 @@ def test_dropped_activations_are_restored_and_give_other_levels(model: Switchabl
     assert not [name for each in model.modules() for name in vars(each) if name == "quantize"]
     with at_precision(model, 3), torch.no_grad():
         assert torch.equal(model(IMAGES), model(IMAGES))
+
+
+@pytest.mark.slow
+def test_ranges_are_learned_at_bit_widths_that_one_precision_alone_has() -> None:
+    model = convert(Blocks(), [32, 8, "w4a8", 3], image_size=(8, 8)).eval()
+    calibrate(model, IMAGES)
+    nearest = error(model, 3)
+    found: list[dict[str, Tensor]] = []
+    for rate in (0.0, 0.01):
+        calibrate(model, IMAGES, weights=[Brecq(steps=40, range_learning_rate=rate)])
+        found.append({name: p.detach().clone() for name, p in model.named_parameters() if "thresholds" in name})
+    moved = {name for name, threshold in found[0].items() if not torch.equal(threshold, found[1][name])}
+    assert not [name for name in moved if "weight_quant" in name]
+    assert {name.rpartition(".")[2] for name in moved} == {"3"}
+    assert error(model, 3) < nearest
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
 
 
 def test_a_block_of_zeros_keeps_its_levels(model: SwitchableModel) -> None:
