@@ -61,7 +61,7 @@ LISTS = (
         "equalize+gptq",
         "adaround",
         "brecq",
-        "brecq/drop=0/range_learning_rate=0",
+        "brecq/range_learning_rate=0",
     ),
     "brevitas",
 )

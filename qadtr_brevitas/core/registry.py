@@ -342,7 +342,7 @@ PTQ_METHODS = Registry(
         ),
         "brecq": (
             "qadtr_brevitas.quant.brecq:Brecq",
-            "rounding up or down, and ranges of activations, learned block by block (BRECQ and QDrop)",
+            "rounding up or down, and ranges of activations, learned block by block (BRECQ); drop=0.5 is QDrop",
         ),
         "coordinate-descent": (
             "qadtr_brevitas.quant.coordinate_descent:CoordinateDescent",

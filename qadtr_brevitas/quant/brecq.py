@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
@@ -34,12 +35,11 @@ class Brecq(RoundingMethod):
     for each other's errors. Layers outside of blocks are learned one by one. It starts from the levels that are there.
     Layers that run several times keep theirs. The inputs and outputs of one block, on all images, are in memory.
 
-    While levels are learned, half of the activations are not quantized, at random, as in QDrop. The thresholds of the
-    activations inside a block are learned too, by the gradient of LSQ, at bit-widths of activations that one precision
-    alone has: precisions share thresholds by bit-width.
+    The thresholds of the activations inside a block are learned too, by the gradient of LSQ, at bit-widths of
+    activations that one precision alone has: precisions share thresholds by bit-width.
 
     Sources: BRECQ (Li et al. 2021, https://arxiv.org/abs/2102.05426) without its Fisher information, and QDrop (Wei et
-    al. 2022, https://arxiv.org/abs/2203.05740), which drops and learns ranges.
+    al. 2022, https://arxiv.org/abs/2203.05740).
     """
 
     steps: Annotated[int, Field(ge=1, description="optimizer steps for each block, of 32 images or fewer")] = 300
@@ -116,23 +116,21 @@ class _Run(PtqRun):
         method = self._method
         # In squared steps of one weight, as in AdaRound, so that one weight of the regularizer suits all blocks.
         unit = error / (_NEAREST * sum(levels.v.numel() for levels in relaxed))
-        optimizers = [torch.optim.Adam([levels.v for levels in relaxed], lr=method.learning_rate)]
-        if thresholds:
-            optimizers.append(_range_optimizer(thresholds, method.range_learning_rate))
-        rates = [torch.optim.lr_scheduler.CosineAnnealingLR(each, method.steps) for each in optimizers[1:]]
+        weights = {"params": [levels.v for levels in relaxed], "lr": method.learning_rate}
+        optimizer = torch.optim.Adam([weights, *_range_groups(thresholds, method.range_learning_rate)])
+        falling = partial(_cosine, method.steps)
+        rates = torch.optim.lr_scheduler.LambdaLR(optimizer, [lambda _: 1.0, *(falling for _ in thresholds)])
         drawn = generator(0, "brecq", index)
         with torch.enable_grad(), _dropping(block, method.drop, drawn):
             for step in range(method.steps):
                 call = calls[int(torch.randint(len(calls), (), generator=drawn))]
+                optimizer.zero_grad(set_to_none=True)
                 loss = self._difference(block, call) / (call.images * unit)
                 if (beta := exponent_at(step, method.steps)) is not None:
                     loss = loss + method.weight * sum(distance_from_levels(each.share(), beta) for each in relaxed)
                 loss.backward()
-                for optimizer in optimizers:
-                    optimizer.step()
-                    optimizer.zero_grad(set_to_none=True)
-                for rate in rates:
-                    rate.step()
+                optimizer.step()
+                rates.step()
 
     def _difference(self, block: nn.Module, call: Call) -> Tensor:
         """Return the squared difference of a block's outputs from those of the float network, summed over all."""
@@ -174,10 +172,14 @@ def _own_thresholds(model: SwitchableModel, block: nn.Module, precision: Precisi
     return [threshold for key, threshold in found.items() if key not in used]
 
 
-def _range_optimizer(thresholds: list[nn.Parameter], rate: float) -> torch.optim.Optimizer:
-    """Return Adam, whose steps are a share of the largest element of each threshold."""
-    groups = [{"params": [each], "lr": rate * float(each.detach().abs().max())} for each in thresholds]
-    return torch.optim.Adam(groups)
+def _range_groups(thresholds: list[nn.Parameter], rate: float) -> list[dict[str, Any]]:
+    """Return groups of an optimizer, whose steps are a share of the largest element of each threshold."""
+    return [{"params": [each], "lr": rate * float(each.detach().abs().max())} for each in thresholds]
+
+
+def _cosine(steps: int, step: int) -> float:
+    """Return the share of a learning rate that is left at a step: it falls from 1 to 0."""
+    return (1 + math.cos(math.pi * step / steps)) / 2
 
 
 @contextmanager
