@@ -47,8 +47,10 @@ class Brecq(RoundingMethod):
     weight: Annotated[float, Field(gt=0, description="of the regularizer that drives weights to levels")] = 0.2
     drop: Annotated[
         float,
-        Field(ge=0, lt=1, description="share of activations that are not quantized while levels are learned; BRECQ: 0"),
-    ] = 0.5
+        Field(
+            ge=0, lt=1, description="share of activations that are not quantized while levels are learned: QDrop 0.5"
+        ),
+    ] = 0.0
     range_learning_rate: Annotated[
         float,
         Field(

@@ -136,11 +136,21 @@ def error(model: SwitchableModel, bits: int) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", [Brecq(steps=60), AdaRound(steps=100)])
-def test_outputs_come_nearer_to_those_of_the_float_network(model: SwitchableModel, method: Brecq | AdaRound) -> None:
-    before = error(model, 4)
+@pytest.mark.parametrize(
+    ("method", "bits"),
+    [
+        (Brecq(steps=60, range_learning_rate=0), 3),
+        (Brecq(steps=60), 4),
+        (Brecq(steps=60, drop=0.5), 4),
+        (AdaRound(steps=100), 3),
+    ],
+)
+def test_outputs_come_nearer_to_those_of_the_float_network(
+    model: SwitchableModel, method: Brecq | AdaRound, bits: int
+) -> None:
+    before = error(model, bits)
     calibrate(model, IMAGES, weights=[method])
-    assert error(model, 4) < before
+    assert error(model, bits) < before
     quantizers = [layer.weight_quant.quantizer for layer in switchable_layers(model).values()]
     assert all(each.rounding is not None and each.rounding.learned is None for each in quantizers)
 
@@ -155,6 +165,10 @@ def test_dropped_activations_are_restored_and_give_other_levels(model: Switchabl
     assert not [name for each in model.modules() for name in vars(each) if name == "quantize"]
     with at_precision(model, 3), torch.no_grad():
         assert torch.equal(model(IMAGES), model(IMAGES))
+
+
+def test_the_defaults_are_those_that_figures_were_measured_with() -> None:
+    assert (Brecq().drop, Brecq().range_learning_rate) == (0.0, 0.002)
 
 
 @pytest.mark.slow
