@@ -148,16 +148,18 @@ TINY_SWIN: dict[str, Any] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "args", "size", "target"),
+    ("name", "args", "size", "target", "backend"),
     [
-        ("vit_tiny_patch16_224", TINY_VIT, 16, None),
-        ("swin_tiny_patch4_window7_224", TINY_SWIN, 16, None),
-        ("cifar_resnet8", {}, 32, "finn"),
-        ("mobilenetv3_small_050", {}, 32, None),
-        ("convnext_atto", {"depths": (1, 1, 1, 1), "dims": (8, 8, 8, 8)}, 32, None),
+        ("vit_tiny_patch16_224", TINY_VIT, 16, None, "aot_eager"),
+        ("swin_tiny_patch4_window7_224", TINY_SWIN, 16, None, "eager"),
+        ("cifar_resnet8", {}, 32, "finn", "eager"),
+        ("mobilenetv3_small_050", {}, 32, None, "eager"),
+        ("convnext_atto", {"depths": (1, 1, 1, 1), "dims": (8, 8, 8, 8)}, 32, None, "eager"),
     ],
 )
-def test_networks_have_whole_graphs(name: str, args: dict[str, Any], size: int, target: str | None) -> None:
+def test_networks_have_whole_graphs(
+    name: str, args: dict[str, Any], size: int, target: str | None, backend: str
+) -> None:
     torch.compiler.reset()
     counters.clear()
     torch.manual_seed(0)
@@ -165,7 +167,7 @@ def test_networks_have_whole_graphs(name: str, args: dict[str, Any], size: int, 
     model = convert(net, [32, 8, 4], image_size=(size, size), target=target).eval()
     calibrate(model, [rand(4, 3, size, size)])
     said: list[str] = []
-    compile_passes(model, report=said.append, backend="eager")
+    compile_passes(model, report=said.append, backend=backend)
     with frozen_weights(model):
         for precision in (32, 4):
             with at_precision(model, precision):
