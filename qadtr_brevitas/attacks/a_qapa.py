@@ -14,7 +14,14 @@ from torch import Tensor
 from qadtr_brevitas.attacks.base import IterativeAttack, Memory, Model, RememberingAttack, TargetedAttack
 from qadtr_brevitas.attacks.descent import OptimizerSteps, Variable, descend
 from qadtr_brevitas.attacks.fake_quantize import fake_quantize
-from qadtr_brevitas.attacks.patch_pool import PatchedBatch, PoolRules, PoolTargets, StepSizes, pool_patches
+from qadtr_brevitas.attacks.patch_pool import (
+    PatchedBatch,
+    PoolRules,
+    PoolTargets,
+    StepSizes,
+    pool_patches,
+    worst_starts,
+)
 from qadtr_brevitas.attacks.per_image import search_patches
 from qadtr_brevitas.attacks.results import AttackGoal, AttackResult
 from qadtr_brevitas.attacks.shapes import shape_mask
@@ -55,9 +62,10 @@ class AQapa(RememberingAttack, TargetedAttack, IterativeAttack):
     - The equation does not say whether there is one patch p, or one for each image. Default: one for each image.
       `universal=0.5` gives half of the attacked images universal patches (`patch_pool.py`), which a few steps for each
       image by itself never come near: LAVAN does a third less to a network trained so, at the same cost
-      (docs/results/resistance.md). The keys `pool_*` make their pool that of Meta Adversarial Training (MAT, Metzen et
-      al. 2021, arXiv 2101.11453): 1,000 patches, targets in turn over the classes, a sign step drawn for each patch,
-      for each image the worst of 5 pairs of a patch and a place, and a write-back of 0.25. MAT patches every image.
+      (docs/results/resistance.md). `init=pool` lets the other patches begin with them. The keys `pool_*` make their
+      pool that of Meta Adversarial Training (MAT, Metzen et al. 2021, arXiv 2101.11453): 1,000 patches, targets in turn
+      over the classes, a sign step drawn for each patch, for each image the worst of 5 pairs of a patch and a place,
+      and a write-back of 0.25. MAT patches every image.
 
     To evaluate with it, give `quantize_image=false`: what the rounding of the image breaks would else count as broken
     by patches. Give also what training does not pay for: `keep_best=true` (one more forward pass), which returns the
@@ -83,8 +91,11 @@ class AQapa(RememberingAttack, TargetedAttack, IterativeAttack):
     quantize_image: Annotated[bool, Field(description="quantize the clean pixels too, as eq. (1) says")] = True
     noise: Annotated[float, Field(ge=0, le=0.1, description="relative error of the quantizers' steps, std")] = 0.0
     init: Annotated[
-        Literal["uniform", "image", "mixed"],
-        Field(description="patches at the start: noise, other images of the batch, shrunk, or either at random"),
+        Literal["uniform", "image", "mixed", "pool"],
+        Field(
+            description="patches at the start: noise, other images of the batch, shrunk, either at random, or in "
+            "training with `universal` the worst of `pool_worst_of` pairs of a universal patch and a place"
+        ),
     ] = "uniform"
     universal: Annotated[
         float,
@@ -120,6 +131,8 @@ class AQapa(RememberingAttack, TargetedAttack, IterativeAttack):
                 "universal patches have targets of their own and cannot keep the best iterate: leave out target, "
                 "targeted and keep_best, or give universal=0"
             )
+        if self.init == "pool" and not self.universal:
+            raise ValueError("init=pool begins with universal patches: give universal a share above 0, or another init")
         if self.restarts > 1 and not self.keep_best:
             raise ValueError(f"restarts={self.restarts} needs keep_best=true: the best of the restarts is returned")
         return self
@@ -173,11 +186,22 @@ class AQapa(RememberingAttack, TargetedAttack, IterativeAttack):
             )
         count = round(len(images) * self.universal)
         if memory is None or count == 0:
-            return self._patch_each(model, images, labels, generator=generator, precision=precision)
+            return self._patch_each(model, images, labels, generator=generator, precision=precision, memory=memory)
 
+        side, rules = max(self._sides(images)), self._pool_rules()
         batch = self._batch(images[:count], generator, precision)
-        side = max(self._sides(images))
-        rules = PoolRules(
+        pooled = pool_patches(
+            batch, model, labels[:count], memory, rules=rules, side=side, steps=self.steps, generator=generator
+        )
+        if count == len(images):
+            return pooled
+        rest = self._patch_each(
+            model, images[count:], labels[count:], generator=generator, precision=precision, memory=memory
+        )
+        return torch.cat([pooled, rest])
+
+    def _pool_rules(self) -> PoolRules:
+        return PoolRules(
             size=self.pool_size,
             targets=self.pool_targets,
             step_sizes=self.pool_step_sizes,
@@ -185,13 +209,6 @@ class AQapa(RememberingAttack, TargetedAttack, IterativeAttack):
             write_back=self.pool_write_back,
             renewed=self.pool_renewed,
         )
-        pooled = pool_patches(
-            batch, model, labels[:count], memory, rules=rules, side=side, steps=self.steps, generator=generator
-        )
-        if count == len(images):
-            return pooled
-        rest = self._patch_each(model, images[count:], labels[count:], generator=generator, precision=precision)
-        return torch.cat([pooled, rest])
 
     def _patch_each(
         self,
@@ -201,12 +218,13 @@ class AQapa(RememberingAttack, TargetedAttack, IterativeAttack):
         *,
         generator: torch.Generator,
         precision: Precision | None,
+        memory: Memory | None = None,
     ) -> Tensor:
         """Return the images, each under a patch of its own."""
         rule = OptimizerSteps(steps=self.steps, step_rule="sign", lr=self.step_size)
 
         def start() -> _Start:
-            return self._start(model, images, labels, generator=generator, precision=precision)
+            return self._start(model, images, labels, generator=generator, precision=precision, memory=memory)
 
         if self.keep_best:
             starts = (start() for _ in range(self.restarts))
@@ -226,12 +244,18 @@ class AQapa(RememberingAttack, TargetedAttack, IterativeAttack):
         *,
         generator: torch.Generator,
         precision: Precision | None,
+        memory: Memory | None,
     ) -> _Start:
         """Draw everything that one run is about: size, shape, bit-width, places, target classes and textures."""
         batch = self._batch(images, generator, precision)
-        corners = batch.draw_corners(generator)
-        shifts = _draw(len(images), like=images, generator=generator) if self.targeted else None
-        patches = self._starts(images, batch.patch_size, generator)
+        shifts = None
+        if self.init == "pool" and memory is not None:
+            rules, side = self._pool_rules(), max(self._sides(images))
+            patches, corners = worst_starts(batch, model, labels, memory, rules=rules, side=side, generator=generator)
+        else:
+            corners = batch.draw_corners(generator)
+            shifts = _draw(len(images), like=images, generator=generator) if self.targeted else None
+            patches = self._starts(images, batch.patch_size, generator)
         return _Start(
             model=model,
             batch=batch,

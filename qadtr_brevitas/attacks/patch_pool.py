@@ -154,6 +154,33 @@ def pool_patches(
         return patched(textures)
 
 
+def worst_starts(
+    batch: PatchedBatch,
+    model: Model,
+    labels: Tensor,
+    memory: Memory,
+    *,
+    rules: PoolRules,
+    side: int,
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor]:
+    """Return a patch of the pool (N, C, h, w) and a place (N, 2) for each image: the worst of `rules.worst_of` pairs.
+
+    Args:
+        batch: the images, and how patches are drawn into them.
+        model: the model under attack.
+        labels: (N,), the true classes.
+        memory: the pool, filled if it is empty.
+        rules: how the pool is kept.
+        side: side of the patches in the pool, in pixels.
+        generator: draws patches and places.
+    """
+    if not memory:
+        _fill(memory, rules, model, batch.images, side=side, generator=generator)
+    chosen, corners = worst_pairs(batch, model, labels, memory, rules, generator=generator)
+    return shrunk(memory["textures"][chosen], batch.patch_size), corners
+
+
 @torch.no_grad()
 def worst_pairs(
     batch: PatchedBatch,
