@@ -209,7 +209,7 @@ def test_a_size_larger_than_the_images_is_refused(toy):
         ({"patch_bits": 20}, "patch_bits"),
         ({"share": 0}, "greater than 0"),
         ({"shapes": ("star",)}, "'square' or 'disc'"),
-        ({"init": "picture"}, "'uniform', 'image' or 'mixed'"),
+        ({"init": "picture"}, "'uniform', 'image', 'mixed' or 'pool'"),
         ({"step_sise": 0.1}, "step_sise"),
         ({"targeted": True, "target": 1}, "give only one of them"),
         ({"restarts": 3}, "restarts=3.*keep_best=true"),

@@ -118,6 +118,56 @@ def test_the_other_images_have_patches_of_their_own(toy):
     assert max(shared[40:]) < 10
 
 
+def grown_pool(toy):
+    """A pool of 20 patches after some steps."""
+    memory = {}
+    for seed in range(25):
+        turn(toy, memory, seed=seed, steps=5, **{**MAT, "pool_size": 20})
+    return memory
+
+
+def own_images(toy, memory, *, seed=0, **fields):
+    """Labels and images under patches of their own: all but the first, which has one of the pool."""
+    copied = {name: kept.clone() for name, kept in memory.items()}
+    _, labels, patched = turn(toy, copied, seed=seed, **{**MAT, "pool_size": 20, "universal": 1 / 160, **fields})
+    return labels[1:], patched[1:]
+
+
+def loss_of(toy, labels, patched):
+    with torch.no_grad():
+        return cross_entropy(toy.model(patched), labels).item()
+
+
+@pytest.mark.slow
+def test_own_patches_that_begin_with_the_pool_are_stronger(toy):
+    """Both before their first step and after as many steps as patches that begin with noise take."""
+    memory = grown_pool(toy)
+    for steps in (0, 3):
+        noise, pool = (loss_of(toy, *own_images(toy, memory, steps=steps, init=init)) for init in ("uniform", "pool"))
+        assert pool > noise + 0.1, steps
+
+
+@pytest.mark.slow
+def test_own_patches_begin_with_the_worst_of_more_pairs(toy):
+    memory = grown_pool(toy)
+    one, ten = (loss_of(toy, *own_images(toy, memory, steps=0, init="pool", pool_worst_of=count)) for count in (1, 10))
+    assert ten > one + 0.1
+
+
+def test_own_patches_leave_the_pool_as_it_is(toy):
+    memory = {}
+    turn(toy, memory, steps=0, **MAT)
+    before = memory["textures"].clone()
+    known = memory["targets"] >= 0
+    turn(toy, memory, seed=1, **{**MAT, "universal": 1 / 1000, "init": "pool"})
+    assert torch.equal(memory["textures"][known], before[known])
+
+
+def test_own_patches_that_begin_with_the_pool_need_one():
+    with pytest.raises(ValidationError, match=r"init=pool.*universal"):
+        AQapa(init="pool")
+
+
 def test_the_same_steps_give_the_same_patches(toy):
     one, other = {}, {}
     for memory in (one, other):
