@@ -85,7 +85,7 @@ class _QuantizeImages(torch.autograd.Function):
         if _is_blockable(x):
             y = torch.empty_like(x)
             source, target = (_flat(t).view(len(scale), -1) for t in (x, y))
-            images = max(1, _block() // source.shape[1])
+            images = max(1, block_length() // source.shape[1])
             for s, t, step in zip(source.split(images), target.split(images), scale.split(images), strict=True):
                 torch.div(s, step[:, None], out=t)
                 t.round_().clamp_(lo, hi).mul_(step[:, None])
@@ -169,22 +169,6 @@ def quantize_images(
     return _QuantizeImages.apply(x, scale, lo, hi, low, high)  # pyright: ignore[reportReturnType]
 
 
-def quantize_weight(w: Tensor, scale: Tensor, lo: int, hi: int) -> Tensor:
-    """Quantize a weight, per output channel or per tensor.
-
-    Args:
-        w: weight, (out, in, ...).
-        scale: positive steps that broadcast to w, e.g. (out, 1, 1, 1).
-        lo: lowest integer level.
-        hi: highest integer level.
-    """
-
-    def rounding(levels: Tensor) -> Tensor:
-        return torch.clamp(torch.round(levels), lo, hi)
-
-    return quantize_by(rounding, w, scale, low=lo, high=hi)
-
-
 def quantize_by(rounding: Rounding, x: Tensor, scale: Tensor, *, low: float, high: float) -> Tensor:
     """Quantize values by any rounding, with learned-step gradients (LSQ).
 
@@ -225,7 +209,7 @@ def _is_blockable(x: Tensor) -> bool:
     )
 
 
-def _block() -> int:
+def block_length() -> int:
     """Return the length of a block: every operation on one divides it among all threads in the same way."""
     return _PART * torch.get_num_threads()
 
@@ -246,7 +230,7 @@ def _end(step: Tensor, level: int, dtype: torch.dtype) -> Tensor:
 
 def _quantize_blocks(x: Tensor, step: Tensor, lo: int, hi: int) -> Tensor:
     # A Python number would be converted to a tensor in each block.
-    y, block = torch.empty_like(x), _block()
+    y, block = torch.empty_like(x), block_length()
     for source, target in zip(_flat(x).split(block), _flat(y).split(block), strict=True):
         torch.div(source, step, out=target)
         target.round_().clamp_(lo, hi).mul_(step)
@@ -258,7 +242,7 @@ def _backward_blocks(g: Tensor, x: Tensor, y: Tensor | None, low: float, high: f
         return torch.ops.aten.hardtanh_backward(g, x, low, high), None
     dx = torch.empty_like(x)
     total = torch.zeros((), dtype=torch.float64)
-    blocks = (_flat(t).split(_block()) for t in (g, x, y, dx))
+    blocks = (_flat(t).split(block_length()) for t in (g, x, y, dx))
     for g_block, x_block, y_block, dx_block in zip(*blocks, strict=True):
         torch.ops.aten.hardtanh_backward(g_block, x_block, low, high, grad_input=dx_block)
         total += _dot(g_block, y_block) - _dot(dx_block, x_block)

@@ -60,6 +60,26 @@ class FusedKernels:
         return _shaped(found, x), None if y is None else dot
 
 
+class FusedRowKernels:
+    """The compiled forward and backward of quantization with a step for each row, as weights have.
+
+    Args:
+        backend: of torch.compile.
+    """
+
+    def __init__(self, backend: str = "inductor") -> None:
+        self._quantize: Callable[..., Tensor] = torch.compile(quantized, backend=backend)
+        self._gradients: Callable[..., Any] = torch.compile(_row_gradients, backend=backend)
+
+    def forward(self, rows: Tensor, steps: Tensor, lo: int, hi: int) -> Tensor:
+        """Return rows (R, K) rounded to the levels lo ... hi of their steps (R, 1)."""
+        return self._quantize(_matrix(rows), _matrix(steps), *_levels(lo, hi, rows.device))
+
+    def backward(self, g: Tensor, rows: Tensor, steps: Tensor, lo: int, hi: int) -> tuple[Tensor, Tensor]:
+        """Return the gradients of rows (R, K) and of steps (R, 1), given that of the result."""
+        return self._gradients(*map(_matrix, (g, rows, steps)), *_levels(lo, hi, rows.device))
+
+
 def fused_kernels(x: Tensor) -> FusedKernels | None:
     """Return the kernels for a tensor; None where eager mode is to compute."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
@@ -68,6 +88,11 @@ def fused_kernels(x: Tensor) -> FusedKernels | None:
         return _kernels(x.device)
     on_cpu = CpuFusion.is_fused and x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
     return _kernels(x.device) if on_cpu else None
+
+
+def fused_row_kernels(w: Tensor) -> FusedRowKernels | None:
+    """Return the kernels for a weight; None where eager mode is to compute."""
+    return None if fused_kernels(w) is None else _row_kernels(w.device)
 
 
 class CpuFusion:
@@ -103,11 +128,33 @@ def _kernels(device: torch.device) -> FusedKernels | None:
     return kernels
 
 
+@cache
+def _row_kernels(device: torch.device) -> FusedRowKernels | None:
+    """Return kernels that work on a device, tried on a few values."""
+    kernels = FusedRowKernels()
+    try:
+        rows = torch.linspace(-1, 1, 64, device=device).view(4, 16)
+        steps = torch.full((4, 1), 0.25, device=device)
+        kernels.forward(rows, steps, -2, 1)
+        kernels.backward(rows, rows, steps, -2, 1)
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        warnings.warn(f"weights are quantized eagerly on {device}: torch.compile fails ({reason})", stacklevel=2)
+        return None
+    return kernels
+
+
 def _gradients(g: Tensor, y: Tensor, x: Tensor, step: Tensor, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
     # Ends are rounded as y is.
     low, high = (lo * step).to(x.dtype), (hi * step).to(x.dtype)
     dx = torch.where((x > low) & (x < high), g, torch.zeros_like(g))
     return dx, (g.float() * y.float() - dx.float() * x.float()).sum()
+
+
+def _row_gradients(g: Tensor, rows: Tensor, steps: Tensor, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
+    levels = rows / steps
+    dw = torch.where((levels > lo) & (levels < hi), g, torch.zeros_like(g))
+    return dw, (g * torch.clamp(torch.round(levels), lo, hi) - dw * levels).sum(dim=1, keepdim=True)
 
 
 def dense(x: Tensor) -> Tensor:
@@ -121,6 +168,11 @@ def _vector(x: Tensor) -> Tensor:
     vector = x.as_strided((x.numel(),), (1,))
     torch._dynamo.maybe_mark_dynamic(vector, 0)  # pyright: ignore
     return vector
+
+
+def _matrix(rows: Tensor) -> Tensor:
+    torch._dynamo.maybe_mark_dynamic(rows, (0, 1))  # pyright: ignore
+    return rows
 
 
 def _shaped(vector: Tensor, like: Tensor) -> Tensor:

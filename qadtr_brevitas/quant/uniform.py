@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from qadtr_brevitas.core.plugin import plugin
-from qadtr_brevitas.quant.fake_quantize import quantize_activation, quantize_images, quantize_weight
+from qadtr_brevitas.quant.fake_quantize import quantize_activation, quantize_images
+from qadtr_brevitas.quant.quantize_weight import quantize_weight
 from qadtr_brevitas.quant.quantizer import Levels, Quantizer
 
 # Float rounding of a step that was computed from a power of two.

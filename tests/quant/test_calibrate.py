@@ -23,8 +23,8 @@ from qadtr_brevitas.quant import (
     set_precision,
 )
 from qadtr_brevitas.quant.bias_correction import BiasCorrection
-from qadtr_brevitas.quant.fake_quantize import quantize_weight
 from qadtr_brevitas.quant.proxies import SwitchableActProxy
+from qadtr_brevitas.quant.quantize_weight import quantize_weight
 from qadtr_brevitas.quant.switch import observing
 from qadtr_brevitas.quant.switchable_quant import (
     SwitchableActQuant,

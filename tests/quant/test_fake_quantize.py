@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qadtr_brevitas.quant import fake_quantize
-from qadtr_brevitas.quant.fake_quantize import quantize_activation, quantize_images, quantize_weight
+from qadtr_brevitas.quant.fake_quantize import quantize_activation, quantize_images
+from qadtr_brevitas.quant.quantize_weight import quantize_weight
 
 
 def reference(x: Tensor, scale: Tensor, lo: int, hi: int) -> Tensor:

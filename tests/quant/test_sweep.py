@@ -33,7 +33,7 @@ from benchmarks.timm_sweep.levels import count_levels, seen_levels
 from benchmarks.timm_sweep.processes import Record, run_all
 from benchmarks.timm_sweep.table import markdown
 from qadtr_brevitas.quant import freeze
-from qadtr_brevitas.quant.fake_quantize import quantize_weight
+from qadtr_brevitas.quant.quantize_weight import quantize_weight
 
 pytestmark = pytest.mark.slow
 
