@@ -26,7 +26,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from qadtr_brevitas.quant.fused import fused_kernels
+from qadtr_brevitas.quant.fused import dense, fused_kernels
 
 Rounding: TypeAlias = Callable[[Tensor], Tensor]
 """A function from values in steps to levels in steps."""
@@ -82,7 +82,7 @@ class _QuantizeImages(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, scale: Tensor, lo: int, hi: int, low: float, high: float) -> Tensor:
         ctx.low, ctx.high = low, high
         ctx.save_for_backward(*([] if low == -torch.inf and high == torch.inf else [x]))
-        if _is_blockable(x):
+        if _is_blockable(x) and _lies_image_by_image(x):
             y = torch.empty_like(x)
             source, target = (_flat(t).view(len(scale), -1) for t in (x, y))
             images = max(1, block_length() // source.shape[1])
@@ -147,6 +147,9 @@ def quantize_activation(x: Tensor, scale: Tensor, lo: int, hi: int, *, keep_inpu
     Returns:
         A tensor like x with at most hi - lo + 1 distinct values.
     """
+    if _is_blockable(x) or fused_kernels(x) is not None:
+        # Parts of a joint query, key and value have gaps between them: a copy costs less than passes over memory.
+        x = dense(x)
     return _QuantizeActivation.apply(x, scale, lo, hi, keep_input)  # pyright: ignore[reportReturnType]
 
 
@@ -205,8 +208,11 @@ def _is_blockable(x: Tensor) -> bool:
         and x.dtype in (torch.float32, torch.bfloat16)
         and not torch.jit.is_tracing()
         and not torch.compiler.is_compiling()
-        and (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last))
     )
+
+
+def _lies_image_by_image(x: Tensor) -> bool:
+    return x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
 
 
 def block_length() -> int:

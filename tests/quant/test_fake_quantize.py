@@ -160,6 +160,34 @@ def test_weight_gradients_are_those_of_learned_steps(scale_shape: tuple[int, ...
     torch.testing.assert_close(ours, exact, rtol=1e-4, atol=1e-5)
 
 
+def joint_parts() -> list[Tensor]:
+    """Queries, keys and values as attention splits them: views with gaps."""
+    joint = inputs(2, 7, 3 * 4 * 5).reshape(2, 7, 3, 4, 5).permute(2, 0, 3, 1, 4)
+    return list(joint.unbind(0))
+
+
+def test_values_with_gaps_between_them_are_those_without() -> None:
+    for part in joint_parts():
+        assert not part.is_contiguous()
+        found = []
+        for x in (part, part.contiguous()):
+            x, scale = x.detach().requires_grad_(), torch.tensor(0.3, requires_grad=True)
+            y = quantize_activation(x, scale, -4, 3)
+            found.append((y, *torch.autograd.grad(y.square().sum(), (x, scale))))
+        torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
+def test_gradients_of_gradients_reach_values_with_gaps() -> None:
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        x = joint_parts()[1].to(dtype).requires_grad_()
+        scale = torch.tensor(0.3, dtype=dtype, requires_grad=True)
+        (of_scale,) = torch.autograd.grad(quantize_activation(x, scale, -4, 3).square().sum(), scale, create_graph=True)
+        found.append(torch.autograd.grad(of_scale, x)[0].double())
+    assert (found[1] != 0).any()
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
+
+
 def away_from_borders(*shape: int, scale: float, seed: int = 0) -> Tensor:
     """Return values that a small change moves neither to another level nor into or out of the range."""
     levels = torch.randint(-12, 13, shape, generator=torch.Generator().manual_seed(seed)).double()
