@@ -25,8 +25,8 @@ from qadtr_brevitas.cli.common import (
 )
 from qadtr_brevitas.cli.completion import complete_studies
 from qadtr_brevitas.cli.start import load_libraries
-from qadtr_brevitas.cli.study_cluster import run_on_cluster
 from qadtr_brevitas.cli.study_cost import tell_cost
+from qadtr_brevitas.cli.study_workers import run_in_jobs, run_on_cluster
 from qadtr_brevitas.config import shipped
 from qadtr_brevitas.core.errors import UsageError, suggest
 from qadtr_brevitas.core.extras import require
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from qadtr_brevitas.core.progress import Progress
-    from qadtr_brevitas.evaluation.sharding import Shard
     from qadtr_brevitas.reproduce.study.plan import StudyPlan
     from qadtr_brevitas.reproduce.study.resources import StudyResources
     from qadtr_brevitas.reproduce.study.run import StartProgress
@@ -52,7 +51,6 @@ if TYPE_CHECKING:
         "qadtr-brevitas study table13 budget.images=500 seeds=[0,1] --dry-run",
         "qadtr-brevitas study table11 --scale full --estimate --device cuda --price 2.5",
         "qadtr-brevitas study table11 --jobs 4",
-        "qadtr-brevitas study my_study.yaml --shard 2/3        # on three machines that share the folders",
         "qadtr-brevitas study table11 --ray                    # on the cluster of `ray start`",
     ),
 )
@@ -64,11 +62,6 @@ if TYPE_CHECKING:
     "--work",
     type=LocalPath(),
     help="Folder of runs, patches and cells, which studies share.  [default: work, beside the output folder]",
-)
-@click.option(
-    "--shard",
-    metavar="K/N",
-    help="Begin with the K-th of N shares of the steps; start N processes, on any machines that see the folders.",
 )
 @click.option(
     "--processes", type=click.IntRange(min=1), default=1, show_default=True, help="Processes of a training (torchrun)."
@@ -112,7 +105,6 @@ def command(
     scale: str,
     output: Path | None,
     work: Path | None,
-    shard: str | None,
     processes: int,
     jobs: int,
     ray: str | None,
@@ -137,18 +129,16 @@ def command(
 
     from qadtr_brevitas.reproduce.study.file import load_study
 
-    if sum((shard is not None, jobs > 1, ray is not None)) > 1:
-        raise UsageError("--shard, --jobs and --ray each divide the steps: give one of them")
+    if jobs > 1 and ray is not None:
+        raise UsageError("--jobs and --ray each divide the steps: give one of them")
     checked = load_study(study, overrides, scale=scale)
     output = output or Path("studies") / f"{Path(study).stem}-{scale}"
     work = work or output.resolve().parent / "work"
 
     from qadtr_brevitas.core.device import resolve_device
-    from qadtr_brevitas.evaluation.sharding import Shard
     from qadtr_brevitas.reproduce.study.plan import make_plan
     from qadtr_brevitas.reproduce.study.resources import StudyResources
 
-    own_shard = Shard.parse(shard) if shard else None
     plan = make_plan(checked, work=work, output=output)
     if dry_run:
         return _show(plan)
@@ -165,20 +155,18 @@ def command(
         resources = StudyResources(
             work, str(resolve_device(device)), processes, command_line(), compiles=compiles, report=say
         )
-        _run_here(plan, resources, shard=own_shard, jobs=jobs)
+        _run_here(plan, resources, jobs=jobs)
     _report(checked, plan, output, scale=scale, show_all=show_all)
 
 
-def _run_here(plan: StudyPlan, resources: StudyResources, *, shard: Shard | None, jobs: int) -> None:
+def _run_here(plan: StudyPlan, resources: StudyResources, *, jobs: int) -> None:
     """Run the steps on this machine."""
-    from qadtr_brevitas.reproduce.study.jobs import helping_processes
-    from qadtr_brevitas.reproduce.study.locks import StepLocks
     from qadtr_brevitas.reproduce.study.run import run_study
 
-    locks = resources.work / "locks"
-    with _progress_bar() as start_progress, helping_processes(plan, resources, locks, jobs=jobs) as share:
-        own = share or shard
-        run_study(plan, resources, StepLocks(locks), shard=own, report=say, start_progress=start_progress)
+    if jobs > 1:
+        return run_in_jobs(plan, resources, jobs=jobs)
+    with _progress_bar() as start_progress:
+        run_study(plan, resources, report=say, start_progress=start_progress)
 
 
 @contextmanager

@@ -21,7 +21,7 @@ def test_a_study_runs_from_start_to_report(tmp_path: Path, capsys: pytest.Captur
     assert not any(step["there"] for step in steps)
     assert not (tmp_path / "work").exists()
 
-    assert main([*command, "--shard", "2/2", "--all"]) == 0
+    assert main([*command, "--all"]) == 0
     found = capsys.readouterr()
     assert "resists best" in found.out
     assert "Plain" in found.out
@@ -53,7 +53,6 @@ def test_an_estimate_makes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture
         (["table11", "--scale", "tiny"], "'tiny'"),
         (["table11", "models.qadtr.recipe=nowhere"], "'nowhere'"),
         (["table11", "model.qadtr.recipe=nowhere"], "did you mean 'models'?"),
-        (["table11", "--scale", "smoke", "--shard", "3/2"], "'3/2'"),
         (["table11", "-o", "s3://bucket/study"], "/mnt/s3"),
         (["table11", "--work", "gs://bucket/work"], "gcsfuse"),
         (["table20", "analyses.spatial.models=[qatt]"], "'qatt' in this study: did you mean 'qat'"),

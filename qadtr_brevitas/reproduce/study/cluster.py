@@ -1,56 +1,23 @@
-"""Running the steps of a study as tasks of a Ray cluster: after what they need, and again where a node dies.
-
-All nodes see the folders under the same paths. The locks of steps stay in use: they keep a second command on the same
-folders, and a step that starts again, from running what another process still works on.
-"""
+"""The nodes of a Ray cluster as the workers of a study; all of them see the folders under the same paths."""
 
 from __future__ import annotations
 
-import os
-import time
-from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any
 from uuid import uuid4
 
-from qadtr_brevitas.core.errors import DataError, UsageError
+from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.reproduce.study.cluster_address import connected
-from qadtr_brevitas.reproduce.study.cluster_task import StepResult, TaskSettings, note_file, read_note, run_step
+from qadtr_brevitas.reproduce.study.locks import LOCKS_FOLDER
 from qadtr_brevitas.reproduce.study.plan import StudyPlan
 from qadtr_brevitas.reproduce.study.resources import StudyResources
-from qadtr_brevitas.reproduce.study.run import Report, StudyOutcome, fail_dependents, failure
+from qadtr_brevitas.reproduce.study.run import Report, StudyOutcome
+from qadtr_brevitas.reproduce.study.schedule import Show, WorkerLostError, Workers, missing_steps, run_on_workers
 from qadtr_brevitas.reproduce.study.steps import StudyStep
-from qadtr_brevitas.reproduce.study.times import describe_remaining_time
+from qadtr_brevitas.reproduce.study.worker import StepResult, TaskSettings, run_step
 
-RETRIES = 5
-"""How often a step starts again after its node or its process died."""
-_LOOK_SECONDS, _STOP_SECONDS = 2.0, 60.0
-
-
-class RunningStep(NamedTuple):
-    """A step that was handed to the cluster.
-
-    Args:
-        name: its name.
-        host: the machine that runs it; empty as long as it waits for room.
-        seconds: how long it has been running.
-        done: finished parts of it.
-        total: its parts; 0 if that is not known.
-        note: a remark, such as the loss.
-    """
-
-    name: str
-    host: str = ""
-    seconds: float = 0.0
-    done: int = 0
-    total: int = 0
-    note: str = ""
-
-
-Show: TypeAlias = Callable[[Sequence[RunningStep], int, int], object]
-"""Receives the steps at the cluster, and how many of how many steps of the study are finished."""
+_STOP_SECONDS = 60.0
 
 
 def run_on_ray(
@@ -80,54 +47,42 @@ def run_on_ray(
         StudyError: steps failed; all others are finished.
     """
     with connected(address) as ray:
-        device = _device(ray, resources.device_name)
-        witness = resources.work / "locks" / f".seen-{uuid4().hex[:8]}"
-        settings = TaskSettings(
-            work=resources.work,
-            device=device,
-            processes=resources.processes,
-            command=resources.command,
-            compiles=resources.compiles,
-            threads=threads,
-            current=Path.cwd(),
-            environment={name: value for name, value in os.environ.items() if name.startswith("QADTR_BREVITAS_")},
-            witness=witness,
+        witness = resources.work / LOCKS_FOLDER / f".seen-{uuid4().hex[:8]}"
+        settings = TaskSettings.of(
+            resources, device=_device(ray, resources.device_name), threads=threads, witness=witness
         )
-        run = _ClusterRun(ray, plan, resources, settings, report, show)
-        run.check_room()
-        witness.parent.mkdir(parents=True, exist_ok=True)
-        witness.touch()
+        workers, missing = RayWorkers(ray, resources, settings), missing_steps(plan, StudyOutcome())
+        workers.check_room(missing)
+        _make_witness(witness)
+        nodes = sum(node["Alive"] for node in ray.nodes())
+        report(f"{len(missing)} of {len(plan.steps)} steps are to do, on {nodes} nodes of the Ray cluster")
         try:
-            return run.finish()
-        except (KeyboardInterrupt, SystemExit):
-            run.stop()
-            raise
+            return run_on_workers(plan, workers, resources.work, report=report, show=show)
         finally:
             witness.unlink(missing_ok=True)
 
 
-@dataclass
-class _ClusterRun:
-    """A study on a cluster: what was handed to it, and what came back."""
+class RayWorkers(Workers):
+    """The nodes of a cluster, which keeps a queue of what it has no room for.
 
-    ray: Any
-    plan: StudyPlan
-    resources: StudyResources
-    settings: TaskSettings
-    report: Report
-    show: Show
-    outcome: StudyOutcome = field(default_factory=StudyOutcome)
-    running: dict[Any, StudyStep] = field(default_factory=dict[Any, StudyStep])
-    since: dict[str, float] = field(default_factory=dict[str, float])
-    losses: Counter[str] = field(default_factory=Counter[str])
+    Args:
+        ray: the module `ray`, connected.
+        resources: says how many processes a step has.
+        settings: of all tasks.
+    """
 
-    def __post_init__(self) -> None:
-        self.task: Any = self.ray.remote(run_step)
+    def __init__(self, ray: Any, resources: StudyResources, settings: TaskSettings) -> None:
+        self._ray, self._resources, self._settings = ray, resources, settings
+        self._task: Any = ray.remote(run_step)
 
-    def check_room(self) -> None:
-        """Refuse steps for which no node of the cluster is large enough."""
-        nodes = [node["Resources"] for node in self.ray.nodes() if node["Alive"]]
-        for step in self._missing():
+    def check_room(self, steps: Sequence[StudyStep]) -> None:
+        """Refuse steps for which no node of the cluster is large enough.
+
+        Raises:
+            UsageError: there is such a step.
+        """
+        nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+        for step in steps:
             cpus, gpus = self._needs(step)
             if not any(node.get("CPU", 0) >= cpus and node.get("GPU", 0) >= gpus for node in nodes):
                 has = "; ".join(f"{node.get('CPU', 0):g} CPUs, {node.get('GPU', 0):g} GPUs" for node in nodes)
@@ -136,97 +91,41 @@ class _ClusterRun:
                     "smaller --threads or --processes, or start a larger node"
                 )
 
-    def finish(self) -> StudyOutcome:
-        """Hand steps to the cluster as soon as what they need is finished, until nothing is left."""
-        missing = self._missing()
-        nodes = sum(node["Alive"] for node in self.ray.nodes())
-        self.report(f"{len(missing)} of {len(self.plan.steps)} steps are to do, on {nodes} nodes of the Ray cluster")
-        while missing := self._missing():
-            fail_dependents(missing, self.outcome)
-            handed = {step.name for step in self.running.values()}
-            for step in missing:
-                if step.name not in handed and step.name not in self.outcome.failed and self._is_ready(step):
-                    self._submit(step)
-            if not self.running:
-                break
-            done, _ = self.ray.wait(list(self.running), num_returns=1, timeout=_LOOK_SECONDS)
-            for reference in done:
-                self._receive(self.running.pop(reference), reference)
-            self.show([self._describe(step) for step in self.running.values()], *self._counts())
-        if self.outcome.failed:
-            raise failure(self.outcome, self.plan)
-        return self.outcome
+    def submit(self, step: StudyStep) -> Any:
+        cpus, gpus = self._needs(step)
+        # What is lost starts again here, so that this process can say so.
+        task = self._task.options(name=step.name, num_cpus=cpus, num_gpus=gpus, max_retries=0)
+        return task.remote(step, self._settings)
 
-    def stop(self) -> None:
-        """Interrupt what runs, and wait until it has saved its state."""
-        self.report("stopping; trainings save their state")
-        running = list(self.running)
-        for reference in running:
-            self.ray.cancel(reference)
-        if running:
-            self.ray.wait(running, num_returns=len(running), timeout=_STOP_SECONDS)
+    def wait(self, submitted: Sequence[Any], seconds: float) -> Sequence[Any]:
+        ended, _ = self._ray.wait(list(submitted), num_returns=1, timeout=seconds)
+        return ended
 
-    def _missing(self) -> list[StudyStep]:
-        """Return the steps that are not finished and did not fail."""
-        gone = {*self.outcome.finished, *self.outcome.failed}
-        return [step for step in self.plan.steps if step.name not in gone and not step.is_finished()]
+    def result(self, submitted: Any) -> StepResult:
+        try:
+            return self._ray.get(submitted)
+        except self._ray.exceptions.RayTaskError as error:
+            # The step itself catches its errors, so the node could not start it.
+            advice = "all nodes need this version of qadtr-brevitas and its plug-ins"
+            return StepResult("the cluster", f"{_last_line(error)}; {advice}")
+        except self._ray.exceptions.RayError as error:
+            raise WorkerLostError(type(error).__name__) from error
 
-    def _is_ready(self, step: StudyStep) -> bool:
-        # The files of another machine may be seen later than its answer.
-        return all(need.name in self.outcome.finished or need.is_finished() for need in step.needs)
+    def stop(self, submitted: Sequence[Any]) -> None:
+        for reference in submitted:
+            self._ray.cancel(reference)
+        if submitted:
+            self._ray.wait(list(submitted), num_returns=len(submitted), timeout=_STOP_SECONDS)
 
     def _needs(self, step: StudyStep) -> tuple[int, int]:
         """Return the CPUs and GPUs of a step."""
-        processes = step.processes(self.resources)
-        return self.settings.threads * processes, processes if self.settings.device == "cuda" else 0
+        processes = step.processes(self._resources)
+        return self._settings.threads * processes, processes if self._settings.device == "cuda" else 0
 
-    def _submit(self, step: StudyStep) -> None:
-        cpus, gpus = self._needs(step)
-        # What is lost starts again here, so that this process can say so.
-        task = self.task.options(name=step.name, num_cpus=cpus, num_gpus=gpus, max_retries=0)
-        self.running[task.remote(step, self.settings)] = step
 
-    def _receive(self, step: StudyStep, reference: Any) -> None:
-        """Note what became of a step."""
-        self.since.pop(step.name, None)
-        try:
-            result: StepResult = self.ray.get(reference)
-        except self.ray.exceptions.RayTaskError as error:
-            # The step itself catches its errors, so the node could not start it.
-            self._fail(step, f"{_last_line(error)}; all nodes need this version of qadtr-brevitas and its plug-ins")
-        except self.ray.exceptions.RayError as error:
-            self._lose(step, type(error).__name__)
-        else:
-            if result.is_stopped:
-                self._lose(step, f"stopped on {result.host}")
-            elif result.error:
-                self._fail(step, result.error)
-            else:
-                self.outcome.finished.append(step.name)
-                left = describe_remaining_time(self.plan.steps)
-                self.report(f"finished {step.name} on {result.host}" + (f" ({left} of work left)" if left else ""))
-
-    def _lose(self, step: StudyStep, reason: str) -> None:
-        self.losses[step.name] += 1
-        note_file(self.settings.work, step).unlink(missing_ok=True)
-        if self.losses[step.name] > RETRIES:
-            self._fail(step, f"its node or process died {self.losses[step.name]} times, at last: {reason}")
-        else:
-            self.report(f"lost {step.name} ({reason}); it starts again, and trainings resume")
-
-    def _fail(self, step: StudyStep, error: str) -> None:
-        self.outcome.failed[step.name] = DataError(error)
-        self.report(f"{step.name} failed: {error}")
-
-    def _describe(self, step: StudyStep) -> RunningStep:
-        note = read_note(self.settings.work, step)
-        if note is None:
-            return RunningStep(step.name)
-        since = self.since.setdefault(step.name, time.monotonic())
-        return RunningStep(step.name, note.host, time.monotonic() - since, note.done, note.total, note.note)
-
-    def _counts(self) -> tuple[int, int]:
-        return sum(step.is_finished() for step in self.plan.steps), len(self.plan.steps)
+def _make_witness(witness: Path) -> None:
+    witness.parent.mkdir(parents=True, exist_ok=True)
+    witness.touch()
 
 
 def _device(ray: Any, name: str) -> str:

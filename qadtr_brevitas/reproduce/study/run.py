@@ -1,23 +1,19 @@
-"""Running the steps of a study that are missing, in one process or in several that share the folders."""
+"""Running the steps of a study that are missing, one after the other."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from qadtr_brevitas.core.errors import QadtrError, StudyError
 from qadtr_brevitas.core.progress import Progress, silent
-from qadtr_brevitas.evaluation.sharding import Shard
-from qadtr_brevitas.reproduce.study.locks import StepLocks
+from qadtr_brevitas.reproduce.study.locks import step_lock
 from qadtr_brevitas.reproduce.study.plan import StudyPlan
 from qadtr_brevitas.reproduce.study.resources import StudyResources
 from qadtr_brevitas.reproduce.study.steps import StudyStep
 from qadtr_brevitas.reproduce.study.times import describe_remaining_time
 from qadtr_brevitas.training.stop import Interrupted
-
-POLL_SECONDS = 2.0
 
 Report: TypeAlias = Callable[[str], object]
 """Receives a message about what happens."""
@@ -30,7 +26,7 @@ class StudyOutcome:
     """The results of the steps.
 
     Args:
-        finished: names of the steps that this process finished.
+        finished: names of the steps that this command finished.
         failed: names of the steps that failed, and why.
     """
 
@@ -41,71 +37,51 @@ class StudyOutcome:
 def run_study(
     plan: StudyPlan,
     resources: StudyResources,
-    locks: StepLocks,
     *,
-    shard: Shard | None = None,
     report: Report = lambda message: None,
     start_progress: StartProgress = lambda step: silent,
-    poll_seconds: float = POLL_SECONDS,
 ) -> StudyOutcome:
-    """Run every step that is not finished, and wait for those that other processes run.
+    """Run every step that is not finished; a step that another command runs is waited for.
 
     After a failed step, all steps that do not need it still run.
 
     Args:
-        plan: the steps.
+        plan: the steps, each after those it needs.
         resources: what they run with.
-        locks: keep two processes from running the same step.
-        shard: the share of the steps to begin with; the others follow unless another process has started them.
         report: called with messages about what happens.
         start_progress: called when a step starts.
-        poll_seconds: seconds between two looks at what other processes have finished.
 
     Raises:
         StudyError: steps failed; all others are finished.
         Interrupted: a training was stopped by Ctrl-C or a signal, after its state was saved.
     """
-    outcome, waiting = StudyOutcome(), ""
-    missing = _own_shard_first([step for step in plan.steps if not step.is_finished()], shard)
-    while missing := [step for step in missing if step.name not in outcome.failed and not step.is_finished()]:
-        fail_dependents(missing, outcome)
-        ready = [step for step in missing if all(need.is_finished() for need in step.needs)]
-        if any(_try_step(step, plan, resources, locks, outcome, report, start_progress) for step in ready):
-            waiting = ""
+    outcome = StudyOutcome()
+    for step in plan.steps:
+        if step.is_finished():
             continue
-        owned = "; ".join(f"{step.name} ({owner})" for step in ready if (owner := locks.owner(step.key)))
-        if owned and owned != waiting:
-            report(f"waiting for {owned}")
-        waiting = owned
-        time.sleep(poll_seconds)
+        fail_dependents([step], outcome)
+        if step.name not in outcome.failed:
+            _run_step(step, plan, resources, outcome, report, start_progress)
     if outcome.failed:
         raise failure(outcome, plan)
     return outcome
 
 
-def _own_shard_first(steps: Sequence[StudyStep], shard: Shard | None) -> list[StudyStep]:
-    if shard is None:
-        return list(steps)
-    own = shard.pick(steps)
-    return [*own, *(step for step in steps if step not in own)]
-
-
-def _try_step(
+def _run_step(
     step: StudyStep,
     plan: StudyPlan,
     resources: StudyResources,
-    locks: StepLocks,
     outcome: StudyOutcome,
     report: Report,
     start_progress: StartProgress,
-) -> bool:
-    """Run a step unless another process does, and return whether anything changed."""
-    with locks.lock(step.key, step.name) as is_locked:
-        if not is_locked:
-            return False
-        # Another process may have finished it since the last look.
+) -> None:
+    def waits() -> None:
+        report(f"waiting for {step.name}, which another command runs")
+
+    with step_lock(resources.work, step, waits=waits):
+        # Another command may have finished it meanwhile.
         if step.is_finished():
-            return True
+            return
         report(_start_message(step, plan))
         try:
             step.run(resources, start_progress(step.name))
@@ -116,7 +92,6 @@ def _try_step(
             report(f"{step.name} failed: {error}")
         else:
             outcome.finished.append(step.name)
-        return True
 
 
 def _start_message(step: StudyStep, plan: StudyPlan) -> str:

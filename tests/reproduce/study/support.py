@@ -8,7 +8,6 @@ import pytest
 
 from qadtr_brevitas.core.errors import RecipeError
 from qadtr_brevitas.reproduce.study.file import load_study
-from qadtr_brevitas.reproduce.study.locks import StepLocks
 from qadtr_brevitas.reproduce.study.plan import StudyPlan, make_plan
 from qadtr_brevitas.reproduce.study.resources import StudyResources
 from qadtr_brevitas.reproduce.study.run import StudyOutcome, run_study
@@ -75,4 +74,4 @@ def run(file: Path, *overrides: str, work: Path | None = None, scale: str = "sma
 
 def run_plan(plan: StudyPlan, work: Path) -> StudyOutcome:
     """Run a plan."""
-    return run_study(plan, StudyResources(work, "cpu"), StepLocks(work / "locks"), poll_seconds=0.05)
+    return run_study(plan, StudyResources(work, "cpu"))

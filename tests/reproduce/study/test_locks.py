@@ -1,108 +1,89 @@
-"""Locks: one process runs a step, and the lock of a dead process is taken over."""
+"""Locks: one process runs a step, and the lock of a killed process is free."""
 
 from __future__ import annotations
 
-import json
-import os
 import subprocess
 import sys
-import time
+from dataclasses import dataclass
 from pathlib import Path
+from threading import Event, Thread
 
 import pytest
 
-from qadtr_brevitas.reproduce.study import locks as module
-from qadtr_brevitas.reproduce.study.locks import StepLocks
+from qadtr_brevitas.core.progress import Progress
+from qadtr_brevitas.reproduce.study.locks import step_lock
+from qadtr_brevitas.reproduce.study.resources import StudyResources
+from qadtr_brevitas.reproduce.study.steps import StudyStep
+
+_HOLDER = """
+import sys, time
+from filelock import FileLock
+lock = FileLock(sys.argv[1])
+lock.acquire()
+print("held", flush=True)
+time.sleep(300)
+"""
 
 
-def dead_process() -> int:
-    process = subprocess.Popen([sys.executable, "-c", ""])
-    process.wait()
-    return process.pid
+@dataclass(frozen=True)
+class EmptyStep(StudyStep):
+    def execute(self, resources: StudyResources, progress: Progress) -> None:
+        """Do nothing."""
 
 
-def write_lock(folder: Path, **changes: object) -> Path:
-    """Write a lock as another process would leave it."""
-    folder.mkdir(exist_ok=True)
-    path = folder / "step.json"
-    path.write_text(json.dumps({"token": "x", "host": "elsewhere", "pid": 1, "part": "train", **changes}))
-    return path
+@pytest.fixture
+def step(tmp_path: Path) -> EmptyStep:
+    return EmptyStep("train", tmp_path / "step", 1, ())
 
 
-def test_a_lock_is_held_once_and_released_after_the_block(tmp_path: Path) -> None:
-    locks = StepLocks(tmp_path / "locks")
-    with locks.lock("step", "train") as first:
-        assert first
-        assert locks.owner("step") == f"process {os.getpid()} on {module.socket.gethostname()}"
-        with locks.lock("step", "train") as second:
-            assert not second
-        with locks.lock("other", "train") as other:
-            assert other
-        # A block without the lock does not release it.
-        assert locks.owner("step")
-    assert locks.owner("step") is None
-    assert not list((tmp_path / "locks").iterdir())
+class Waiter:
+    """A thread that takes the lock of a step.
+
+    Attributes:
+        waits: whether it had to wait.
+        held: whether it has held the lock.
+    """
+
+    def __init__(self, work: Path, step: StudyStep) -> None:
+        self.waits, self.held = Event(), Event()
+        self._thread = Thread(target=self._take, args=(work, step), daemon=True)
+        self._thread.start()
+
+    def _take(self, work: Path, step: StudyStep) -> None:
+        with step_lock(work, step, waits=self.waits.set):
+            self.held.set()
 
 
-def test_a_lock_is_released_after_an_error(tmp_path: Path) -> None:
-    locks = StepLocks(tmp_path)
-    with pytest.raises(KeyboardInterrupt), locks.lock("step", "train"):
+def test_a_lock_is_held_once_and_waited_for(tmp_path: Path, step: EmptyStep) -> None:
+    with step_lock(tmp_path, step):
+        waiter = Waiter(tmp_path, step)
+        assert waiter.waits.wait(20)
+        assert not waiter.held.is_set()
+    assert waiter.held.wait(20)
+
+
+def test_a_free_lock_is_not_waited_for(tmp_path: Path, step: EmptyStep) -> None:
+    with step_lock(tmp_path, EmptyStep("other", tmp_path / "other", 2, ())):
+        waiter = Waiter(tmp_path, step)
+        assert waiter.held.wait(20)
+    assert not waiter.waits.is_set()
+
+
+def test_a_lock_is_released_after_an_error(tmp_path: Path, step: EmptyStep) -> None:
+    with pytest.raises(KeyboardInterrupt), step_lock(tmp_path, step):
         raise KeyboardInterrupt
-    assert locks.owner("step") is None
+    assert Waiter(tmp_path, step).held.wait(20)
 
 
-def test_the_lock_of_a_dead_process_of_this_machine_is_taken_over_at_once(tmp_path: Path) -> None:
-    locks = StepLocks(tmp_path)
-    path = write_lock(tmp_path, host=module.socket.gethostname(), pid=dead_process())
-    assert locks.owner("step") is None
-    with locks.lock("step", "train") as is_locked:
-        assert is_locked
-        assert json.loads(path.read_text())["pid"] == os.getpid()
-    assert not path.exists()
-
-
-def test_a_lock_of_another_machine_lasts_as_long_as_it_is_touched(tmp_path: Path) -> None:
-    locks = StepLocks(tmp_path, stale_seconds=60)
-    path = write_lock(tmp_path)
-    with locks.lock("step", "train") as is_locked:
-        assert not is_locked
-    assert locks.owner("step") == "process 1 on elsewhere"
-    os.utime(path, (time.time() - 100, time.time() - 100))
-    assert locks.owner("step") is None
-    with locks.lock("step", "train") as is_locked:
-        assert is_locked
-
-
-def test_only_one_of_two_processes_takes_over(tmp_path: Path) -> None:
-    path = write_lock(tmp_path)
-    os.utime(path, (0, 0))
-    (tmp_path / "step.taking").write_text("{}")
-    with StepLocks(tmp_path).lock("step", "train") as is_locked:
-        assert not is_locked
-    # The other process died while it was taking over.
-    os.utime(tmp_path / "step.taking", (0, 0))
-    with StepLocks(tmp_path).lock("step", "train"):
+def test_the_lock_of_a_killed_process_is_free(tmp_path: Path, step: EmptyStep) -> None:
+    with step_lock(tmp_path, step):
         pass
-    with StepLocks(tmp_path).lock("step", "train") as is_locked:
-        assert is_locked
-
-
-def test_an_empty_lock_is_being_written_and_counts_by_its_age(tmp_path: Path) -> None:
-    path = write_lock(tmp_path)
-    path.write_text("")
-    with StepLocks(tmp_path).lock("step", "train") as is_locked:
-        assert not is_locked
-    os.utime(path, (0, 0))
-    with StepLocks(tmp_path).lock("step", "train") as is_locked:
-        assert is_locked
-
-
-def test_the_owner_touches_its_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "TOUCH_SECONDS", 0.01)
-    with StepLocks(tmp_path).lock("step", "train"):
-        os.utime(tmp_path / "step.json", (0, 0))
-        for _ in range(500):
-            if (tmp_path / "step.json").stat().st_mtime > 0:
-                return
-            time.sleep(0.01)
-    pytest.fail("nobody touched the lock")
+    (file,) = (tmp_path / "locks").iterdir()
+    with subprocess.Popen([sys.executable, "-c", _HOLDER, str(file)], stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"held\n"
+        waiter = Waiter(tmp_path, step)
+        assert waiter.waits.wait(20)
+        assert not waiter.held.is_set()
+        holder.kill()
+    assert waiter.held.wait(20)

@@ -13,10 +13,9 @@ import pytest
 
 from qadtr_brevitas.core.errors import DataError, ExportError, StudyError
 from qadtr_brevitas.core.progress import Progress, silent
-from qadtr_brevitas.evaluation.sharding import Shard
 from qadtr_brevitas.quant import SwitchableModel
 from qadtr_brevitas.reproduce.study import attack_steps, model_steps
-from qadtr_brevitas.reproduce.study.locks import StepLocks
+from qadtr_brevitas.reproduce.study.locks import step_lock
 from qadtr_brevitas.reproduce.study.model_steps import TrainingProgress
 from qadtr_brevitas.reproduce.study.plan import StudyPlan
 from qadtr_brevitas.reproduce.study.resources import StudyResources
@@ -58,8 +57,7 @@ def plan(tmp_path: Path) -> StudyPlan:
 
 
 def finish(plan: StudyPlan, folder: Path, **options: object) -> list[str]:
-    locks = StepLocks(folder / "locks")
-    return run_study(plan, StudyResources(folder, "cpu"), locks, poll_seconds=0.01, **options).finished
+    return run_study(plan, StudyResources(folder, "cpu"), **options).finished
 
 
 def test_steps_run_once_after_those_they_need(plan: StudyPlan, tmp_path: Path) -> None:
@@ -85,10 +83,6 @@ def test_a_step_is_expected_to_take_as_long_as_others_of_its_kind(plan: StudyPla
     assert describe_remaining_time(plan.steps) == "about 3 h 0 min"
     other = OtherStep("another kind", tmp_path / "other", [5], ())
     assert describe_remaining_time([*plan.steps, other]) == "at least 3 h 0 min"
-
-
-def test_a_shard_begins_with_its_steps_and_still_runs_all(plan: StudyPlan, tmp_path: Path) -> None:
-    assert finish(plan, tmp_path, shard=Shard(2, 2)) == ["second", "fourth", "first", "third"]
 
 
 def test_a_marker_of_another_key_or_a_damaged_one_does_not_count(plan: StudyPlan, tmp_path: Path) -> None:
@@ -127,16 +121,17 @@ def test_a_failed_step_stops_only_the_steps_that_need_it(plan: StudyPlan, tmp_pa
     assert finish(plan, tmp_path) == ["first", "third"]
 
 
-def test_two_processes_run_no_step_twice(plan: StudyPlan, tmp_path: Path) -> None:
+def test_a_step_that_another_command_runs_is_waited_for_and_not_run_again(plan: StudyPlan, tmp_path: Path) -> None:
     messages: list[str] = []
-    with StepLocks(tmp_path / "locks").lock(plan.steps[0].key, "first"):
+    with step_lock(tmp_path, plan.steps[0]):
         other = Thread(target=finish, args=(plan, tmp_path), kwargs={"report": messages.append})
         other.start()
-        while not any(text.startswith("waiting for first (process") for text in messages):
+        while not any(text.startswith("waiting for first") for text in messages):
             assert other.is_alive()
-        assert LoggedStep.log == ["second", "fourth"]
+        assert LoggedStep.log == []
+        plan.steps[0].run(StudyResources(tmp_path, "cpu"), silent)
     other.join()
-    assert LoggedStep.log == ["second", "fourth", "first", "third"]
+    assert LoggedStep.log == ["first", "second", "third", "fourth"]
 
 
 @pytest.mark.parametrize("section", ["{}", "{train: false}"])

@@ -1,4 +1,4 @@
-"""`study --ray`: the steps on a Ray cluster, and one table of what runs where."""
+"""`study --jobs` and `study --ray`: run steps in several processes or on a cluster, and show what runs where."""
 
 from __future__ import annotations
 
@@ -14,8 +14,17 @@ from qadtr_brevitas.core.progress import format_seconds
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from qadtr_brevitas.reproduce.study.cluster import RunningStep, Show
     from qadtr_brevitas.reproduce.study.plan import StudyPlan
+    from qadtr_brevitas.reproduce.study.resources import StudyResources
+    from qadtr_brevitas.reproduce.study.schedule import RunningStep, Show
+
+
+def run_in_jobs(plan: StudyPlan, resources: StudyResources, *, jobs: int) -> None:
+    """Run the steps in several processes of this machine."""
+    from qadtr_brevitas.reproduce.study.jobs import run_in_processes
+
+    with _live_table() as show:
+        run_in_processes(plan, resources, jobs=jobs, report=say, show=show)
 
 
 def run_on_cluster(plan: StudyPlan, work: Path, *, address: str, device: str, processes: int, compiles: bool) -> None:
@@ -32,8 +41,8 @@ def run_on_cluster(plan: StudyPlan, work: Path, *, address: str, device: str, pr
         run_on_ray(plan, resources, address=address, threads=threads, report=say, show=show)
 
 
-def cluster_table(steps: Sequence[RunningStep], finished: int, total: int) -> RenderableType:
-    """Return a table of the steps at the cluster, and a line about the study."""
+def workers_table(steps: Sequence[RunningStep], finished: int, total: int) -> RenderableType:
+    """Return a table of the steps that were handed over, and a line about the study."""
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
@@ -58,4 +67,4 @@ def _live_table() -> Generator[Show]:
         yield lambda steps, finished, total: None
         return
     with Live(console=console, transient=True) as live:
-        yield lambda steps, finished, total: live.update(cluster_table(steps, finished, total))
+        yield lambda steps, finished, total: live.update(workers_table(steps, finished, total))

@@ -1,4 +1,4 @@
-"""What a node of a cluster does: it runs one step, notes how far it is, and says what became of it."""
+"""What a worker of a study does: it runs one step, notes how far it is, and says what became of it."""
 
 from __future__ import annotations
 
@@ -18,9 +18,8 @@ from pydantic import ValidationError
 from qadtr_brevitas.core.document import Document
 from qadtr_brevitas.core.errors import QadtrError
 from qadtr_brevitas.core.files import write_json
-from qadtr_brevitas.reproduce.study.locks import StepLocks
+from qadtr_brevitas.reproduce.study.locks import LOCKS_FOLDER, step_lock
 from qadtr_brevitas.reproduce.study.resources import StudyResources
-from qadtr_brevitas.reproduce.study.run import POLL_SECONDS
 from qadtr_brevitas.reproduce.study.steps import StudyStep
 from qadtr_brevitas.training.stop import Interrupted
 
@@ -34,14 +33,14 @@ class TaskSettings(NamedTuple):
 
     Args:
         work: the folder that studies share, which all nodes see.
-        device: `cpu` or `cuda`; Ray shows a task its own GPUs only.
+        device: name of the device; Ray shows a task its own GPUs only.
         processes: processes of a training.
         command: command line, for reports.
         compiles: whether the passes of attacks run through torch.compile.
         threads: CPU threads of each process.
         current: the current folder of the command, which relative paths of recipes start from.
         environment: variables that are set where the node does not set them itself.
-        witness: a file in the shared folder that shows that a node sees it.
+        witness: a file in the shared folder that shows that a node sees it; None on the machine of the command.
     """
 
     work: Path
@@ -52,7 +51,22 @@ class TaskSettings(NamedTuple):
     threads: int
     current: Path
     environment: Mapping[str, str]
-    witness: Path
+    witness: Path | None
+
+    @classmethod
+    def of(cls, resources: StudyResources, *, device: str, threads: int, witness: Path | None = None) -> TaskSettings:
+        """Return the settings of tasks that run with some resources."""
+        return cls(
+            work=resources.work,
+            device=device,
+            processes=resources.processes,
+            command=resources.command,
+            compiles=resources.compiles,
+            threads=threads,
+            current=Path.cwd(),
+            environment={name: value for name, value in os.environ.items() if name.startswith("QADTR_BREVITAS_")},
+            witness=witness,
+        )
 
 
 class StepResult(NamedTuple):
@@ -79,14 +93,18 @@ class StepNote(Document):
 
 
 def run_step(step: StudyStep, settings: TaskSettings) -> StepResult:
-    """Run a step on this node, unless another process finishes it first, and return what became of it."""
+    """Run a step here, unless another process finishes it first, and return what became of it."""
     host = socket.gethostname()
-    if not _is_seen(settings.witness):
+    if settings.witness is not None and not _is_seen(settings.witness):
         return StepResult(host, f"{host} does not see {settings.work}: put it on a path that all nodes see (--work)")
     _prepare(settings)
     note = note_file(settings.work, step)
     try:
-        _run_once(step, _resources(settings), StepLocks(settings.work / "locks"), _Notes(note, host))
+        with step_lock(settings.work, step):
+            if not step.is_finished():
+                progress = _Notes(note, host)
+                progress(0, 0)
+                step.run(_resources(settings), progress)
     except Interrupted:
         return StepResult(host, is_stopped=True)
     except QadtrError as error:
@@ -102,7 +120,7 @@ def run_step(step: StudyStep, settings: TaskSettings) -> StepResult:
 
 def note_file(work: Path, step: StudyStep) -> Path:
     """Return the file in which a running step notes how far it is."""
-    return work / "locks" / f"{step.key}.note"
+    return work / LOCKS_FOLDER / f"{step.key}.note"
 
 
 def read_note(work: Path, step: StudyStep) -> StepNote | None:
@@ -126,17 +144,6 @@ class _Notes:
         # A step does not fail because nobody can be told how far it is.
         with suppress(OSError, QadtrError):
             write_json(self._file, StepNote(host=self._host, done=done, total=total, note=note).model_dump())
-
-
-def _run_once(step: StudyStep, resources: StudyResources, locks: StepLocks, notes: _Notes) -> None:
-    """Run a step under its lock, or wait until the process that holds the lock has finished the step or ended."""
-    while not step.is_finished():
-        with locks.lock(step.key, step.name) as is_locked:
-            if is_locked and not step.is_finished():
-                notes(0, 0)
-                step.run(resources, notes)
-        if not is_locked:
-            time.sleep(POLL_SECONDS)
 
 
 def _is_seen(witness: Path, seconds: float = _SEE_SECONDS) -> bool:
