@@ -45,6 +45,11 @@ class StreamedSplit(Split):
         self.damaged: list[str]
         self.told: list[int]
 
+    def __repr__(self) -> str:
+        # That of a `Split` shows its images, for which all would be read.
+        height, width = self.image_size
+        return f"StreamedSplit({len(self)} images of {height}x{width} from {self.pictures.folder})"
+
     @cached_property
     def images(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
         """All images in memory, uint8 (N, 3, H, W).

@@ -15,7 +15,7 @@ from qadtr_brevitas.training.loop import train
 from qadtr_brevitas.training.state import load_state
 from tests.data.support import picture
 from tests.data.test_loader import children
-from tests.training.support import Boom, StopAt, explode, make_recipe, same_weights
+from tests.training.support import Boom, Recorder, StopAt, explode, make_recipe, same_weights
 
 pytestmark = pytest.mark.slow
 
@@ -43,10 +43,20 @@ def recipe_of(root: Path, *, data: dict[str, Any] | None = None, **dataset: Any)
     return Recipe.model_validate(recipe)
 
 
-def test_streamed_images_train_the_same_network_as_those_in_memory(root: Path, tmp_path: Path) -> None:
-    held = train(recipe_of(root), tmp_path / "held", device="cpu")
-    streamed = train(recipe_of(root, stream=True), tmp_path / "streamed", device="cpu")
+@pytest.mark.parametrize("val_share", [0.0, 0.1])
+def test_streamed_images_train_the_same_network_as_those_in_memory(
+    root: Path, tmp_path: Path, val_share: float
+) -> None:
+    runs = Recorder(), Recorder()
+    data = {"val_share": val_share}
+    held = train(recipe_of(root, data=data), tmp_path / "held", device="cpu", observer=runs[0])
+    # Nothing but the images of a batch can be held.
+    small = recipe_of(root, data=data, max_gb=1e-9)
+    streamed = train(small, tmp_path / "streamed", device="cpu", observer=runs[1])
     assert same_weights(held, streamed)
+    accuracies = [[record.val_accuracy for record in run.epochs] for run in runs]
+    assert accuracies[0] == accuracies[1]
+    assert any(accuracies[0])
 
 
 def test_a_run_resumes_in_mid_epoch_with_another_number_of_workers(root: Path, tmp_path: Path) -> None:
