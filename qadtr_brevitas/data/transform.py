@@ -37,7 +37,7 @@ class TrainingTransform:
         pad: crop at random after so many black pixels were added on each side.
         flip: probability of a mirror image.
         rand_augment: timm's description of a RandAugment, as `rand-m9-mstd0.5-inc1`; None for none.
-        color_jitter: strength of random brightness, contrast and saturation.
+        color_jitter: strength of random brightness, contrast and saturation; on top of a RandAugment too.
         erase: probability that a rectangle is erased (Zhong et al. 2020).
         erase_mode: what fills it: the mean color of ImageNet, a random color, or random pixels.
 
