@@ -134,6 +134,19 @@ class TestDamaged:
         return pictures
 
     @pytest.mark.parametrize("stream", [True, False])
+    @pytest.mark.parametrize("share", [0.3, 0.6, 0.95])
+    def test_a_jpeg_that_is_cut_in_the_middle_of_its_pixels_is_named(
+        self, pictures: Path, stream: bool, share: float
+    ) -> None:
+        file = pictures / "train" / "dog" / "jpeg.jpg"
+        picture(5, (64, 64)).save(file)
+        whole = file.read_bytes()
+        assert ImageFolder(root=str(pictures), image_size=8, stream=stream).load("train").images.shape[0] == 10
+        file.write_bytes(whole[: int(share * len(whole))])
+        with pytest.raises(DataError, match=r"cannot read .*dog/jpeg.jpg .*truncated"):
+            ImageFolder(root=str(pictures), image_size=8, stream=stream).load("train").batch(torch.arange(10))
+
+    @pytest.mark.parametrize("stream", [True, False])
     def test_it_is_named(self, damaged: Path, stream: bool) -> None:
         dataset = ImageFolder(root=str(damaged), image_size=8, stream=stream)
         with pytest.raises(DataError, match=r"cannot read .*cat/1.png"):
