@@ -2,12 +2,16 @@
 
     make bench                                # or: python benchmarks/benchmark_input.py --images 50000
 
-(a) peak memory of training on all images, against training on 500 of them (the process and its workers together);
+As files in class folders and as the same files in webdataset's tars:
+
+(a) peak memory of training on all images, and of validation on as many, against training on 500 of them (the process
+    and its workers together);
 (b) images per second at 224 pixels from two workers, against torchvision's ImageFolder and PyTorch's DataLoader with
-    the same transforms, interleaved in one run;
+    the same transforms on the files, interleaved in one run;
 (c) what the training loop adds to reading a batch and a bare training step, in processor seconds of its process.
 
-The pictures are few distinct ones, of mixed sizes, written again and again: reading them costs what others cost.
+The pictures are few distinct ones, of mixed sizes, written again and again: reading them costs what others cost. Each
+form of 50,000 takes 3 GB of disk.
 """
 
 from __future__ import annotations
@@ -19,10 +23,12 @@ import os
 import statistics
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy
 import torch
@@ -33,17 +39,19 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder as TorchvisionFolder
 
 from qadtr_brevitas.config import Recipe
-from qadtr_brevitas.data.image_folder import ImageFolder
 from qadtr_brevitas.data.loader import BatchLoader, Request
-from qadtr_brevitas.data.split import epoch_order
+from qadtr_brevitas.data.split import Split, epoch_order
 from qadtr_brevitas.data.transform import TrainingTransform
-from qadtr_brevitas.pipeline.build import build_splits, build_switchable
+from qadtr_brevitas.pipeline.build import build_split, build_switchable
 from qadtr_brevitas.quant import set_precision
-from qadtr_brevitas.training.log import StepRecord, TrainingObserver
+from qadtr_brevitas.training.log import EpochRecord, StepRecord, TrainingObserver
 from qadtr_brevitas.training.loop import train
 
 CLASSES, DISTINCT, SIZE, FEW = 1000, 40, 224, 500
 BATCH, WORKERS = 64, 2
+FORMS = ("folders", "shards")
+# Samples of one tar, as published shards of ImageNet have.
+PER_SHARD = 1250
 
 
 def generate(folder: Path, images: int) -> None:
@@ -67,12 +75,47 @@ def generate(folder: Path, images: int) -> None:
     (folder / f"{images}.done").touch()
 
 
-def recipe_of(folder: Path, *, limit: int | None, batch: int, network: str) -> Recipe:
-    data = {"name": "image-folder", "root": str(folder), "image_size": SIZE, "holdout": 50, "stream": True}
+def pack(folder: Path, images: int) -> None:
+    """Write the pictures into tars, mixed as shards are, unless that is done."""
+    place = folder / "shards" / "train"
+    if (folder / f"{images}.packed").exists():
+        return
+    place.mkdir(parents=True, exist_ok=True)
+    for old in place.glob("*.tar"):
+        old.unlink()
+    files = sorted((folder / "train").glob("*/*.JPEG"))
+    order = numpy.random.default_rng(0).permutation(len(files))
+    count = -(-len(files) // PER_SHARD)
+    for number in range(count):
+        with tarfile.open(place / f"x-{number:05}-of-{count:05}.tar", "w") as tar:
+            for index in order[number * PER_SHARD : (number + 1) * PER_SHARD]:
+                tar.add(files[index], f"{files[index].stem}.jpg")
+                label = str(int(files[index].parent.name[1:])).encode()
+                member = tarfile.TarInfo(f"{files[index].stem}.cls")
+                member.size = len(label)
+                tar.addfile(member, BytesIO(label))
+    (folder / f"{images}.packed").touch()
+
+
+def source_of(folder: Path, form: str) -> dict[str, Any]:
+    """The data set of one form; all of its pictures serve for training and for tests."""
+    root = folder / ("both" if form == "folders" else "shards")
+    for name, target in (("train", folder / "train"), ("val", root / "train")):
+        if not (root / name).exists():
+            root.mkdir(exist_ok=True)
+            (root / name).symlink_to(target.absolute(), target_is_directory=True)
+    kind = {"name": "image-folder"} if form == "folders" else {"name": "shards", "classes": CLASSES}
+    return {**kind, "root": str(root), "image_size": SIZE}
+
+
+def recipe_of(
+    source: dict[str, Any], *, limit: int | None, batch: int, network: str, test_limit: int | None = 16
+) -> Recipe:
+    limits = {"train_limit": limit, "test_limit": test_limit}
     return Recipe.model_validate(
         {
             "model": {"name": network, "num_classes": CLASSES},
-            "data": {"dataset": data, "transform": {}, "workers": WORKERS, "train_limit": limit, "test_limit": 16},
+            "data": {"dataset": source, "transform": {}, "workers": WORKERS, **limits},
             "quant": {"precisions": [8], "calibration": {"method": "minmax", "samples": 16}},
             "train": {"epochs": 9, "batch_size": batch, "precision": {"schedule": "fixed", "choice": 8}},
         }
@@ -84,9 +127,9 @@ class Enough(Exception):
 
 
 class Clock(TrainingObserver):
-    """Notes the processor time of each step, and ends the run."""
+    """Notes the processor time of each step, and ends the run after so many; None: when an epoch was validated."""
 
-    def __init__(self, steps: int) -> None:
+    def __init__(self, steps: int | None) -> None:
         self.steps, self.times = steps, []
 
     def on_step(self, record: StepRecord) -> None:
@@ -94,8 +137,12 @@ class Clock(TrainingObserver):
         if len(self.times) == self.steps:
             raise Enough
 
+    def on_epoch(self, record: EpochRecord) -> None:
+        if self.steps is None:
+            raise Enough
 
-def train_some(recipe: Recipe, steps: int) -> list[float]:
+
+def train_some(recipe: Recipe, steps: int | None) -> list[float]:
     """Return the processor seconds of each step but the first."""
     clock = Clock(steps)
     with tempfile.TemporaryDirectory() as run, contextlib.suppress(Enough):
@@ -130,10 +177,11 @@ def memory(root: int) -> int:
     return 1024 * total
 
 
-def peak_memory(folder: Path, limit: int | None, steps: int) -> float:
-    """Peak GB of a training run in a process of its own."""
-    command = [sys.executable, __file__, "--folder", str(folder), "--train-only", str(steps)]
-    process = subprocess.Popen([*command, *([] if limit is None else ["--limit", str(limit)])])
+def peak_memory(folder: Path, form: str, limit: int | None, steps: int, *, validate: bool = False) -> float:
+    """Peak GB of a training run in a process of its own, which can end with a validation on all pictures."""
+    command = [sys.executable, __file__, "--folder", str(folder), "--forms", form, "--train-only", str(steps)]
+    limits = [] if limit is None else ["--limit", str(limit)]
+    process = subprocess.Popen([*command, *limits, *(["--validate"] if validate else [])])
     peak = 0
     while process.poll() is None:
         peak = max(peak, memory(process.pid))
@@ -143,9 +191,13 @@ def peak_memory(folder: Path, limit: int | None, steps: int) -> float:
     return peak / 1e9
 
 
-def throughput(folder: Path, rounds: int, batches: int) -> tuple[list[float], list[float]]:
+def train_split(recipe: Recipe) -> Split:
+    return build_split(recipe.data, "train", seed=0)
+
+
+def throughput(folder: Path, form: str, rounds: int, batches: int) -> tuple[list[float], list[float]]:
     """Images per second of this package and of torchvision, round by round."""
-    split = ImageFolder(root=str(folder), image_size=SIZE, holdout=50, stream=True).load("train")
+    split = train_split(recipe_of(source_of(folder, form), limit=None, batch=BATCH, network="test_resnet"))
     theirs = transforms.Compose(
         [transforms.RandomResizedCrop(SIZE), transforms.RandomHorizontalFlip(), transforms.ToTensor()]
     )
@@ -176,11 +228,11 @@ def throughput(folder: Path, rounds: int, batches: int) -> tuple[list[float], li
     return own_rates, other_rates
 
 
-def loop_cost(folder: Path, *, batch: int, steps: int) -> tuple[float, float]:
+def loop_cost(source: dict[str, Any], *, batch: int, steps: int) -> tuple[float, float]:
     """Processor seconds of a step in the loop, and of reading its batch and a bare step beside each other."""
-    recipe = recipe_of(folder, limit=FEW, batch=batch, network="resnet18")
+    recipe = recipe_of(source, limit=FEW, batch=batch, network="resnet18")
     looped = train_some(recipe, steps + 1)
-    split = build_splits(recipe.data, seed=0).train
+    split = train_split(recipe)
     model, _ = build_switchable(recipe, split)
     model.train().to(memory_format=torch.channels_last)
     set_precision(model, 8)
@@ -203,33 +255,54 @@ def loop_cost(folder: Path, *, batch: int, steps: int) -> tuple[float, float]:
     return statistics.median(looped), statistics.median(bare[1:])
 
 
+def measure(given: argparse.Namespace, form: str) -> dict[str, Any]:
+    """Print and return the figures of one form."""
+    few, whole = (peak_memory(given.folder, form, limit, given.steps) for limit in (FEW, None))
+    validated = peak_memory(given.folder, form, BATCH * given.steps, given.steps, validate=True)
+    print(
+        f"{form}: peak memory {whole:.2f} GB on {given.images:,} images, {validated:.2f} GB validated on as many, "
+        f"{few:.2f} GB on {FEW}, bar: 1.5 GB more"
+    )
+    own, other = throughput(given.folder, form, given.rounds, given.batches)
+    ratio = statistics.median(mine / theirs for mine, theirs in zip(own, other, strict=True))
+    rates = f"{statistics.median(own):.0f} and {statistics.median(other):.0f} images/s"
+    print(f"{form}: loader {rates} (torchvision on files), ratio {ratio:.2f}, bar: 1.0")
+    looped, bare = loop_cost(source_of(given.folder, form), batch=16, steps=6)
+    print(f"{form}: loop {looped:.2f} s a step, reading and a bare step {bare:.2f} s, {looped / bare:.3f}, bar: 1.03")
+    memory_gb = {"all": whole, "validated": validated, "few": few}
+    return {"memory_gb": memory_gb, "rates": [own, other], "ratio": ratio, "loop": [looped, bare]}
+
+
+def train_only(given: argparse.Namespace) -> None:
+    """Train as a measurement of memory does, in the process that is measured."""
+    source, test_limit = source_of(given.folder, given.forms[0]), None if given.validate else 16
+    recipe = recipe_of(source, limit=given.limit, batch=BATCH, network="test_resnet", test_limit=test_limit)
+    train_some(recipe, None if given.validate else given.train_only)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=50_000)
+    parser.add_argument("--images", type=int, default=50_000, help="at least 2,000")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "imagenet_shaped")
+    parser.add_argument("--forms", nargs="+", choices=FORMS, default=FORMS, help="as files, or as tars of them")
     parser.add_argument("--steps", type=int, default=12, help="training steps of each memory measurement")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batches", type=int, default=12, help="of 64 images, in each round of (b)")
     parser.add_argument("--output", type=Path, default=None)
     parser.add_argument("--train-only", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--limit", type=int, default=None, help=argparse.SUPPRESS)
+    parser.add_argument("--validate", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
     torch.set_num_threads(1)
     if given.train_only:
-        train_some(recipe_of(given.folder, limit=given.limit, batch=BATCH, network="test_resnet"), given.train_only)
+        train_only(given)
         return
     os.makedirs(given.folder, exist_ok=True)
     generate(given.folder, given.images)
-    all_gb, few_gb = (peak_memory(given.folder, limit, given.steps) for limit in (None, FEW))
-    print(f"peak memory: {all_gb:.2f} GB on {given.images:,} images, {few_gb:.2f} GB on {FEW}, bar: 1.5 GB more")
-    own, other = throughput(given.folder, given.rounds, given.batches)
-    ratio = statistics.median(mine / theirs for mine, theirs in zip(own, other, strict=True))
-    rates = f"{statistics.median(own):.0f} and {statistics.median(other):.0f} images/s"
-    print(f"loader: {rates} (torchvision), ratio {ratio:.2f}, bar: 1.0")
-    looped, bare = loop_cost(given.folder, batch=16, steps=6)
-    print(f"loop: {looped:.2f} s a step, reading and a bare step {bare:.2f} s, {looped / bare:.3f}, bar: 1.03")
+    if "shards" in given.forms:
+        pack(given.folder, given.images)
+    figures = {form: measure(given, form) for form in given.forms}
     if given.output:
-        figures = {"memory_gb": [all_gb, few_gb], "rates": [own, other], "ratio": ratio, "loop": [looped, bare]}
         given.output.write_text(json.dumps(figures, indent=1))
 
 

@@ -6,7 +6,7 @@ from pydantic.fields import FieldInfo
 
 from qadtr_brevitas.config.problems import fields_of, section_in
 from qadtr_brevitas.config.renamed import renamed_key
-from qadtr_brevitas.config.sections import CalibrationSection
+from qadtr_brevitas.config.sections import CalibrationSection, TransformSection
 from qadtr_brevitas.config.slots import Slot, slot_in
 from qadtr_brevitas.config.source import YamlNode
 from qadtr_brevitas.core.errors import QadtrError
@@ -24,6 +24,8 @@ def rename_old_keys(node: YamlNode, owner: object) -> None:
         return
     if owner is CalibrationSection:
         _move_calibration_keys(node.children)
+    if owner is TransformSection:
+        _keep_color_jitter(node.children)
     node.children = {renamed_key(str(key), fields) or key: child for key, child in node.children.items()}
     for key, child in node.children.items():
         if field := fields.get(str(key)):
@@ -41,6 +43,13 @@ def _move_calibration_keys(children: dict[int | str, YamlNode]) -> None:
     if corrects is not None and corrects.scalar is True:
         item = YamlNode(corrects.line, scalar="bias-correction")
         children["weights"] = YamlNode(corrects.line, children={0: item}, is_list=True)
+
+
+def _keep_color_jitter(children: dict[int | str, YamlNode]) -> None:
+    """Say that color jitter is meant beside RandAugment: earlier releases applied both without being told."""
+    both = [node.scalar for key in ("rand_augment", "color_jitter") if (node := children.get(key))]
+    if len(both) == 2 and all(both) and "force_color_jitter" not in children:
+        children["force_color_jitter"] = YamlNode(children["color_jitter"].line, scalar=True)
 
 
 def _members(node: YamlNode) -> list[YamlNode]:

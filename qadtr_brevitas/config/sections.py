@@ -113,7 +113,12 @@ class TransformSection(RecipeSection):
     pad: int = Field(default=0, ge=0, description="crop after so many black pixels are added on each side")
     flip: float = Field(default=0.5, ge=0, le=1, description="probability of a mirror image")
     rand_augment: str | None = Field(default=None, description="timm's RandAugment, as rand-m9-mstd0.5-inc1")
-    color_jitter: float = Field(default=0.0, ge=0, description="strength of random brightness, contrast, saturation")
+    color_jitter: float = Field(
+        default=0.0, ge=0, description="strength of random brightness, contrast, saturation; not beside rand_augment"
+    )
+    force_color_jitter: bool = Field(
+        default=False, description="color jitter on top of rand_augment, which timm leaves out otherwise"
+    )
     erase: float = Field(default=0.0, ge=0, le=1, description="probability that a rectangle is erased")
     erase_mode: Literal["const", "rand", "pixel"] = Field(
         default="pixel", description="fill it with the mean color, a random color, or random pixels"
@@ -129,6 +134,17 @@ class TransformSection(RecipeSection):
             if pair is not None and not 0 < pair[0] <= pair[1] <= most:
                 rule = f"must be two numbers above 0{' and at most 1' if most == 1 else ''}, the smaller one first"
                 raise located_error([((name,), f"{rule}, got {list(pair)}")])
+        return self
+
+    @model_validator(mode="after")
+    def _jitter_is_meant(self) -> TransformSection:
+        # timm drops it without a word, so that published settings with both mean RandAugment alone.
+        if self.rand_augment is not None and self.color_jitter and not self.force_color_jitter:
+            rule = (
+                f"{self.color_jitter:g} beside rand_augment={self.rand_augment}, where timm leaves color jitter out: "
+                "set color_jitter to 0 to do as timm does, or force_color_jitter to true for both"
+            )
+            raise located_error([(("color_jitter",), rule)])
         return self
 
     @property

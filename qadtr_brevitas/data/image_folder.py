@@ -21,8 +21,8 @@ class ImageFolder(PictureSet):
     inside class folders belong to the class. Classes are numbered in the order of their names; where numbers or capital
     letters in them make torchvision's order differ from timm's, `class_order` is required.
 
-    The images of a split are held in memory, one byte per value, where they fit into `max_gb`; others are read from
-    their files whenever they are used.
+    The images of a split are held in memory, one byte per value, where they fit into `max_gb`, test images where they
+    fit into an eighth of it; others are read from their files whenever they are used.
     """
 
     holdout: Annotated[

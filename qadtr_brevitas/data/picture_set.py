@@ -22,6 +22,9 @@ from qadtr_brevitas.data.streamed import StreamedSplit
 logger = logging.getLogger(__name__)
 
 SIZES_SAMPLED = 64
+# Test images are read once in each pass and not again and again as in training, and every process of an evaluation
+# would hold them: 50,000 at 224 pixels are 7.5 GB. The rule is theirs alone, because training images may be missing.
+TEST_SHARE = 8
 # Fewer bytes in memory are not worth a message.
 _TOLD_FROM = 500_000_000
 
@@ -44,10 +47,16 @@ class PictureSet(Dataset):
         Field(gt=0, le=1, description="resize the shorter side to image_size / crop, cut out the center; null: 1"),
     ] = None
     max_gb: Annotated[
-        float, Field(gt=0, description="hold a split in memory up to so many GB; read larger ones as they are used")
+        float,
+        Field(
+            gt=0,
+            description=f"hold a training split in memory up to so many GB, a test split up to 1/{TEST_SHARE} of that; "
+            "read larger ones as they are used",
+        ),
     ] = 8.0
     stream: Annotated[
-        bool | None, Field(description="read images whenever they are used; null: where they need more than max_gb")
+        bool | None,
+        Field(description="read images whenever they are used; null: where they need more than max_gb says"),
     ] = None
     upright: Annotated[bool, Field(description="turn pictures as their EXIF tag says; torchvision and timm do not")] = (
         False
@@ -89,7 +98,7 @@ class PictureSet(Dataset):
             pictures = pictures.pick(chosen.tolist(), part=f"{limit} by seed {seed}")
         crop, skip = self.crop or 1.0, self.skip_damaged and split == "train"
         decoding = Decoding.of(pictures, self.image_size, crop, upright=self.upright, skip_damaged=skip)
-        if self._streams(pictures, decoding):
+        if self._streams(pictures, decoding, split):
             return StreamedSplit(pictures, decoding, max_gb=self.max_gb, drawn_from=drawn_from)
         way = f"{self.image_size}/{crop}{'/upright' if self.upright else ''}"
         images = read_images(pictures, decoding, way=way, progress=progress)
@@ -122,16 +131,19 @@ class PictureSet(Dataset):
         """Return this data set with a training split that keeps whole pictures: streamed, unless that is forbidden."""
         return self if self.stream is not None or self.image_size is None else replace(self, stream=True)
 
-    def _streams(self, pictures: Pictures, decoding: Decoding) -> bool:
+    def _streams(self, pictures: Pictures, decoding: Decoding, split: str) -> bool:
         """Return whether a split is read from its files at each use, and say so, and why."""
+        is_test = split != "train"
+        limit = self.max_gb / TEST_SHARE if is_test else self.max_gb
+        size = f"data.dataset.max_gb is {self.max_gb:g}{f', {limit:.3g} for test images' if is_test else ''}"
         height, width = decoding.size
         needed = len(pictures) * 3 * height * width
         what = f"{len(pictures):,} images of {height}x{width} ({needed / 1e9:.3g} GB in memory)"
-        if self.stream or (self.stream is None and needed > self.max_gb * 1e9):
-            why = "data.dataset.stream is on" if self.stream else f"data.dataset.max_gb is {self.max_gb:g}"
+        if self.stream or (self.stream is None and needed > limit * 1e9):
+            why = "data.dataset.stream is on" if self.stream else size
             logger.info("%s are read from %s as they are used: %s", what, pictures.folder, why)
             return True
         if needed >= _TOLD_FROM:
-            why = "data.dataset.stream is off" if self.stream is False else f"data.dataset.max_gb is {self.max_gb:g}"
+            why = "data.dataset.stream is off" if self.stream is False else size
             logger.info("%s are held in memory: %s", what, why)
         return False

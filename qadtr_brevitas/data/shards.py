@@ -23,6 +23,7 @@ from qadtr_brevitas.core.plugin import Field, plugin
 from qadtr_brevitas.data.archives import cache_folder, check_end
 from qadtr_brevitas.data.listing import FOLDERS, IMAGE_SUFFIXES, Pictures
 from qadtr_brevitas.data.picture_set import PictureSet
+from qadtr_brevitas.data.shard_names import check_none_is_missing
 from qadtr_brevitas.data.split import check_split, numbered
 
 _CLASS_SUFFIXES = (".cls", ".json")
@@ -88,18 +89,21 @@ class ShardFolder(PictureSet):
     expected_shards: Annotated[
         int | None, Field(ge=1, description="refuse a training split of another number of tars; null: any number")
     ] = None
+    first_shard: Annotated[
+        int | None, Field(ge=0, description="number in the name of each split's first tar; null: any number")
+    ] = 0
 
     def list_pictures(self, split: str) -> Shards:
         """Return all samples of one split.
 
         Raises:
             UsageError: the split has another name.
-            DataError: there are no tars, a number is missing among them, a tar is damaged, or a label is wrong.
+            DataError: there are no tars, a number is missing in their names, a tar is damaged, or a label is wrong.
         """
         check_split(split)
         root = Path(self.root or os.environ.get("QADTR_BREVITAS_DATA", "")).expanduser()
         tars = _tars_of(root, split)
-        _check_none_is_missing(tars, self.expected_shards if split == "train" else None)
+        check_none_is_missing(tars, self.expected_shards if split == "train" else None, self.first_shard)
         names = numbered(self.classes) if self.class_names is None else _read_names(self.class_names, self.classes)
         digest, found = blake2b(digest_size=8), [_listed(tar) for tar in tars]
         places: list[tuple[int, int, int]] = []
@@ -134,25 +138,6 @@ def _tars_of(root: Path, split: str) -> list[Path]:
         if found := sorted((root / name).glob("*.tar")) or sorted(root.glob(f"*{name}*.tar")):
             return found
     raise DataError(f"{root} has no shards for {split}: it must hold {LAYOUT}")
-
-
-def _check_none_is_missing(tars: Sequence[Path], expected: int | None) -> None:
-    """Raise if a number is left out in the names of the tars, or there are fewer than there should be."""
-    if expected is not None and len(tars) != expected:
-        raise DataError(
-            f"{tars[0].parent} has {len(tars)} shards, but data.dataset.expected_shards is {expected}: fetch the others"
-        )
-    ends = [tar.stem[len(tar.stem.rstrip("0123456789")) :] for tar in tars]
-    if not all(ends):
-        return
-    there = {int(end) for end in ends}
-    if missing := sorted(set(range(min(there), max(there))) - there):
-        stem = tars[0].stem[: -len(ends[0])]
-        raise DataError(
-            f"{tars[0].parent} lacks the shard {stem}{missing[0]:0{len(ends[0])}}.tar"
-            + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
-            + ": fetch it, or rename the others"
-        )
 
 
 def _listed(tar: Path) -> list[tuple[str, int, int, int]]:

@@ -37,13 +37,18 @@ class StreamedSplit(Split):
     def __init__(self, pictures: Pictures, decoding: Decoding, *, max_gb: float, drawn_from: int | None = None) -> None:
         # The class that this one extends is frozen.
         own = {"pictures": pictures, "decoding": decoding, "max_gb": max_gb, "drawn_from": drawn_from}
-        own |= {"labels": torch.tensor(pictures.labels), "classes": pictures.classes, "damaged": [], "told": [0]}
+        own |= {"labels": torch.tensor(pictures.labels), "classes": pictures.classes, "damaged": [], "told": set()}
         self.__dict__.update(own)
         self.pictures: Pictures
         self.decoding: Decoding
         self.max_gb: float
         self.damaged: list[str]
-        self.told: list[int]
+        self.told: set[str]
+
+    def __repr__(self) -> str:
+        # That of a `Split` shows its images, for which all would be read.
+        height, width = self.image_size
+        return f"StreamedSplit({len(self)} images of {height}x{width} from {self.pictures.folder})"
 
     @cached_property
     def images(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -109,8 +114,10 @@ class StreamedSplit(Split):
 
     def tell(self, damaged: list[str]) -> None:
         """Tell people about damaged pictures that they were not told about yet."""
-        tell_damaged(damaged, before=self.told[0])
-        self.told[0] += len(damaged)
+        # Each epoch meets them again.
+        new = [message for message in dict.fromkeys(damaged) if message not in self.told]
+        tell_damaged(new, before=len(self.told))
+        self.told.update(new)
 
     def subset(self, indices: Tensor, *, drawn_from: int | None = None) -> StreamedSplit:
         pictures = self.pictures.pick(indices.tolist(), part="some")

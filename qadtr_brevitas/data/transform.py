@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeAlias, cast
 import numpy
 import torch
 from PIL import Image
-from timm.data.auto_augment import rand_augment_transform
+from timm.data.auto_augment import posterize, rand_augment_transform
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation, str_to_pil_interp
@@ -37,7 +37,7 @@ class TrainingTransform:
         pad: crop at random after so many black pixels were added on each side.
         flip: probability of a mirror image.
         rand_augment: timm's description of a RandAugment, as `rand-m9-mstd0.5-inc1`; None for none.
-        color_jitter: strength of random brightness, contrast and saturation.
+        color_jitter: strength of random brightness, contrast and saturation; on top of a RandAugment too.
         erase: probability that a rectangle is erased (Zhong et al. 2020).
         erase_mode: what fills it: the mean color of ImageNet, a random color, or random pixels.
 
@@ -104,12 +104,16 @@ class TrainingTransform:
         if self.interpolation != "random":
             settings["interpolation"] = str_to_pil_interp(self.interpolation)
         try:
-            return rand_augment_transform(description, settings)
+            augment = rand_augment_transform(description, settings)
         except (AssertionError, KeyError, ValueError) as error:
             raise UsageError(
                 f"timm has no RandAugment {description!r}: give data.transform.rand_augment=rand-m9-mstd0.5-inc1, for "
                 "instance"
             ) from error
+        for operation in augment.ops:
+            if operation.aug_fn is posterize:
+                operation.aug_fn = _posterized
+        return augment
 
     def _erased(self, pixels: Tensor) -> Tensor:
         if self._eraser is None:
@@ -119,6 +123,13 @@ class TrainingTransform:
         mean, std = (torch.tensor(c)[: len(pixels), None, None] for c in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
         filled = (canvas * std + mean).clamp(0, 1).mul(255).round()
         return torch.where(canvas.isnan(), pixels, filled.nan_to_num().to(torch.uint8))
+
+
+def _posterized(picture: Image.Image, bits_to_keep: int, **settings: Any) -> Image.Image:
+    """Keep the upper bits of each value; none of them at the greatest strength, which newer Pillows refuse."""
+    if bits_to_keep < 1:
+        return Image.new(picture.mode, picture.size)
+    return posterize(picture, bits_to_keep, **settings)
 
 
 @contextmanager

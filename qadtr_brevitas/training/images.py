@@ -78,7 +78,7 @@ class ImageSource:
         self._loader = None
         if transform is not None or isinstance(split, StreamedSplit):
             changes = transform and TrainingTransform(
-                size=split.image_size, **transform.model_dump(exclude=_MIXING_KEYS)
+                size=split.image_size, **transform.model_dump(exclude={*_MIXING_KEYS, "force_color_jitter"})
             )
             self._loader = BatchLoader(
                 split,

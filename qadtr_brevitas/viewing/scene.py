@@ -95,7 +95,7 @@ class Scene:
         found = list(self.patches) or [_noise(self.split, self.seed)]
         height, width = self.split.image_size
         for named in found:
-            named.patch.check_channels(self.split.images.shape[1])
+            named.patch.check_channels(self.split.channels)
             if named.patch.size[0] > height or named.patch.size[1] > width:
                 rows, columns = named.patch.size
                 raise UsageError(
@@ -210,7 +210,7 @@ class Scene:
 def _noise(split: Split, seed: int) -> NamedPatch:
     side = max(1, min(split.image_size) // _NOISE_SHARE)
     draw = generator(seed, "view noise")
-    texture = torch.randint(256, (split.images.shape[1], side, side), generator=draw) / 255
+    texture = torch.randint(256, (split.channels, side, side), generator=draw) / 255
     return NamedPatch("noise", Patch(texture=texture, mask=torch.ones(side, side, dtype=torch.bool)))
 
 

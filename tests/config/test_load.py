@@ -112,6 +112,11 @@ def test_the_message_starts_with_file_and_line(write) -> None:
             "must be greater than 0 and at most 100",
         ),
         ("quant: {calibration: {samples: 8}}", "quant.calibration.samples", "must be at least 16, got 8"),
+        (
+            "data: {transform: {rand_augment: rand-m9, color_jitter: 0.3}}",
+            "data.transform.color_jitter",
+            "0.3 beside rand_augment=rand-m9, where timm leaves color jitter out: set color_jitter to 0",
+        ),
         ("quant: {activations: live}", "quant.activations", "must be one of static, dynamic, got 'live'"),
         ("train: {clip_grad_norm: 0}", "train.clip_grad_norm", "must be greater than 0, got 0"),
         (

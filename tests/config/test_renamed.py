@@ -98,3 +98,21 @@ def test_a_moved_key_counts_only_where_its_new_place_exists() -> None:
         assert moved_key(old, {home}) == new
         assert moved_key(old, {"other"}) is None
         assert moved_key(old, {home, old}) is None
+
+
+@pytest.mark.parametrize(
+    ("recorded", "forced"),
+    [
+        ("{rand_augment: rand-m9, color_jitter: 0.3}", True),
+        ("{rand_augment: null, color_jitter: 0.3}", False),
+        ("{rand_augment: rand-m9, color_jitter: 0.0}", False),
+    ],
+)
+def test_runs_of_earlier_releases_had_color_jitter_beside_rand_augment(
+    tmp_path: Path, recorded: str, forced: bool
+) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(f"data:\n  transform: {recorded}\n")
+    transform = load_recorded_recipe(file).data.transform
+    assert transform is not None
+    assert transform.force_color_jitter is forced

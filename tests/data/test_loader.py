@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import os
 import random
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -94,6 +96,38 @@ def test_a_damaged_picture_in_the_middle_of_an_epoch_is_named(split: Split, fold
     source = loader(split, workers)
     with pytest.raises(DataError, match=r"^cannot read .*cat/large2.png"):
         make(source, range(3))
+
+
+def cut(file: Path) -> None:
+    """Make a picture a JPEG that ends in the middle of its compressed pixels, as downloads do."""
+    content = io.BytesIO()
+    picture(9, (64, 64)).save(content, format="jpeg")
+    file.write_bytes(content.getvalue()[: len(content.getvalue()) // 2])
+
+
+@pytest.mark.parametrize("transform", [True, False])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_damaged_pictures_are_replaced_by_the_next_of_their_class_and_counted_once(
+    split: Split, folder: Path, workers: int, transform: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    # Pictures 0, 1, large0 to large3 of each class.
+    replaced = {"large1.png": "large3.png", "large2.png": "large3.png", "1.png": "large0.png"}
+    for name in ("cat", "dog"):
+        for file, other in replaced.items():
+            shutil.copy(folder / "train" / name / other, folder / "train" / name / file)
+    expected = make(loader(split, 0, transform=transform), range(STEPS))
+    for name in ("cat", "dog"):
+        for file in replaced:
+            cut(folder / "train" / name / file)
+    whole = ImageFolder(root=str(folder), image_size=8, stream=True, skip_damaged=True).load("train")
+    source = loader(whole, workers, transform=transform)
+    assert all(map(torch.equal, make(source, range(STEPS)), expected))
+    source.close()
+    # Both epochs met all six; five are named.
+    named = [record.getMessage() for record in caplog.records if "truncated" in record.getMessage()]
+    assert len(set(named)) == len(named) == 5
+    assert "skipped 6 damaged images so far" in caplog.text
+    assert "skipped 7" not in caplog.text
 
 
 def children() -> Iterator[int]:

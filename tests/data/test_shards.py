@@ -46,6 +46,14 @@ def dataset(root: Path, **keys: object) -> ShardFolder:
     return ShardFolder(root=str(root), **{"classes": 2, **keys})
 
 
+def renamed(root: Path, names: str) -> None:
+    """As many training shards as there are names, called so."""
+    for tar in (root / "train").iterdir():
+        tar.unlink()
+    for number, name in enumerate(names.split()):
+        write(root / "train" / f"{name}.tar", 4 * number)
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_samples_are_read_exactly(root: Path, stream: bool) -> None:
     for _ in range(2):  # listed, and from the cache
@@ -91,6 +99,55 @@ def test_a_missing_shard_is_named(root: Path) -> None:
     (root / "train" / "x-002.tar").unlink()
     with pytest.raises(DataError, match=r"1 shards.*expected_shards is 3"):
         dataset(root, expected_shards=3).load("train")
+
+
+@pytest.mark.parametrize(
+    ("there", "lacking"),
+    [
+        ("x-001 x-002", "x-000.tar: .*first_shard to 1"),
+        ("x-002", "x-000.tar and 1 more: .*first_shard to 2"),
+        ("x-000 x-001 y-001 y-002", "y-000.tar"),
+        ("x-000 x-003", "x-001.tar and 1 more: fetch it, or rename"),
+        ("x-0-of-3 x-2-of-3", "x-1-of-3.tar"),
+        ("x-000-of-003 x-001-of-003", "x-002-of-003.tar"),
+        ("x-001-of-003 x-002-of-003", "x-000-of-003.tar"),
+        ("x-001-of-003 x-003-of-003", "x-002-of-003.tar"),
+        ("x_0001_of_1024", "x_0000_of_1024.tar and 1022 more"),
+    ],
+)
+def test_whatever_is_missing_shows_in_the_names(root: Path, there: str, lacking: str) -> None:
+    renamed(root, there)
+    with pytest.raises(DataError, match=rf"train lacks the shard {lacking}"):
+        dataset(root).load("train")
+
+
+@pytest.mark.parametrize(
+    ("there", "keys"),
+    [
+        ("x-000 x-001 x-002", {}),
+        ("x-000 y-000 y-001", {}),
+        ("x-1 x-2 x-3", {"first_shard": 1}),
+        ("x-1 x-2 x-3", {"expected_shards": 3}),
+        ("x-08 x-09 x-10", {"first_shard": None}),
+        ("train2017", {}),
+        ("one other", {}),
+        ("x-0-of-2 x-1-of-2", {}),
+        ("x-1-of-2 x-2-of-2", {}),
+        ("a-1-of-1 b-00-of-02 b-01-of-02", {}),
+    ],
+)
+def test_names_that_lack_nothing(root: Path, there: str, keys: dict[str, object]) -> None:
+    renamed(root, there)
+    assert len(dataset(root, **keys).load("train")) == 4 * len(there.split())
+
+
+def test_a_shard_that_does_not_belong_to_the_others_is_named(root: Path) -> None:
+    renamed(root, "x-0-of-2 x-1-of-2 x-2-of-2")
+    with pytest.raises(DataError, match=r"has the shard x-2-of-2.tar, but numbers of 2 end at 1"):
+        dataset(root).load("train")
+    renamed(root, "x-000 x-001 x-002")
+    with pytest.raises(DataError, match=r"x-000.tar, but data.dataset.first_shard is 1: set it to 0"):
+        dataset(root, first_shard=1).load("train")
 
 
 def test_labels_beyond_the_classes_are_named(root: Path) -> None:

@@ -78,6 +78,19 @@ def test_size_decides_and_a_line_says_so(
     assert reason in caplog.text
 
 
+def test_test_images_are_held_up_to_an_eighth_of_the_limit(pictures: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Each split needs 1.92e-6 GB; where an evaluation runs, training images may be missing."""
+    (pictures / "train").rename(pictures / "elsewhere")
+    with caplog.at_level(logging.INFO, logger="qadtr_brevitas"):
+        held, streamed, forced = (
+            ImageFolder(root=str(pictures), image_size=8, **keys).load("test")
+            for keys in ({"max_gb": 1.6e-5}, {"max_gb": 1.5e-5}, {"max_gb": 1.5e-5, "stream": False})
+        )
+    assert [isinstance(split, StreamedSplit) for split in (held, streamed, forced)] == [False, True, False]
+    assert torch.equal(streamed.batch(torch.arange(10))[0], held.batch(torch.arange(10))[0])
+    assert "max_gb is 1.5e-05, 1.88e-06 for test images" in caplog.text
+
+
 def test_all_images_at_once_are_refused_above_the_limit(pictures: Path) -> None:
     split = ImageFolder(root=str(pictures), image_size=8, max_gb=1e-6).load("train")
     with pytest.raises(DataError, match=r"10 images of 8x8.*1.92e-06 GB.*max_gb"):
@@ -119,6 +132,19 @@ class TestDamaged:
             file = pictures / split / "cat" / "1.png"
             file.write_bytes(file.read_bytes()[:40])
         return pictures
+
+    @pytest.mark.parametrize("stream", [True, False])
+    @pytest.mark.parametrize("share", [0.3, 0.6, 0.95])
+    def test_a_jpeg_that_is_cut_in_the_middle_of_its_pixels_is_named(
+        self, pictures: Path, stream: bool, share: float
+    ) -> None:
+        file = pictures / "train" / "dog" / "jpeg.jpg"
+        picture(5, (64, 64)).save(file)
+        whole = file.read_bytes()
+        assert ImageFolder(root=str(pictures), image_size=8, stream=stream).load("train").images.shape[0] == 10
+        file.write_bytes(whole[: int(share * len(whole))])
+        with pytest.raises(DataError, match=r"cannot read .*dog/jpeg.jpg .*truncated"):
+            ImageFolder(root=str(pictures), image_size=8, stream=stream).load("train").batch(torch.arange(10))
 
     @pytest.mark.parametrize("stream", [True, False])
     def test_it_is_named(self, damaged: Path, stream: bool) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from qadtr_brevitas.training.loop import train
 from qadtr_brevitas.training.state import load_state
 from tests.data.support import picture
 from tests.data.test_loader import children
-from tests.training.support import Boom, StopAt, explode, make_recipe, same_weights
+from tests.training.support import Boom, Recorder, StopAt, explode, make_recipe, same_weights
 
 pytestmark = pytest.mark.slow
 
@@ -35,6 +37,19 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "images"
 
 
+def pack(files: list[Path], folder: Path) -> None:
+    """Write pictures into shards of seven samples, in their order."""
+    folder.mkdir(parents=True)
+    for shard in range(-(-len(files) // 7)):
+        with tarfile.open(folder / f"x-{shard:03}.tar", "w") as tar:
+            for file in files[7 * shard : 7 * shard + 7]:
+                key, label = f"{file.parent.name}{file.stem}", str("abc".index(file.parent.name)).encode()
+                tar.add(file, f"{key}.png")
+                member = tarfile.TarInfo(f"{key}.cls")
+                member.size = len(label)
+                tar.addfile(member, io.BytesIO(label))
+
+
 def recipe_of(root: Path, *, data: dict[str, Any] | None = None, **dataset: Any) -> Recipe:
     """Two epochs of nine steps, the first of them at 32 bit."""
     recipe = make_recipe(epochs=1, batch_size=4, checkpoint_every=3, regularizers=[], norm_batches=1).model_dump()
@@ -43,10 +58,20 @@ def recipe_of(root: Path, *, data: dict[str, Any] | None = None, **dataset: Any)
     return Recipe.model_validate(recipe)
 
 
-def test_streamed_images_train_the_same_network_as_those_in_memory(root: Path, tmp_path: Path) -> None:
-    held = train(recipe_of(root), tmp_path / "held", device="cpu")
-    streamed = train(recipe_of(root, stream=True), tmp_path / "streamed", device="cpu")
+@pytest.mark.parametrize("val_share", [0.0, 0.1])
+def test_streamed_images_train_the_same_network_as_those_in_memory(
+    root: Path, tmp_path: Path, val_share: float
+) -> None:
+    runs = Recorder(), Recorder()
+    data = {"val_share": val_share}
+    held = train(recipe_of(root, data=data), tmp_path / "held", device="cpu", observer=runs[0])
+    # Nothing but the images of a batch can be held.
+    small = recipe_of(root, data=data, max_gb=1e-9)
+    streamed = train(small, tmp_path / "streamed", device="cpu", observer=runs[1])
     assert same_weights(held, streamed)
+    accuracies = [[record.val_accuracy for record in run.epochs] for run in runs]
+    assert accuracies[0] == accuracies[1]
+    assert any(accuracies[0])
 
 
 def test_a_run_resumes_in_mid_epoch_with_another_number_of_workers(root: Path, tmp_path: Path) -> None:
@@ -56,6 +81,26 @@ def test_a_run_resumes_in_mid_epoch_with_another_number_of_workers(root: Path, t
     with pytest.raises(Boom):
         train(recipe, run, device="cpu", observer=StopAt(13, explode))
     train(recipe_of(root, data={"transform": TRANSFORM, "workers": 1}), run, device="cpu")
+    assert same_weights(whole, run)
+
+
+def test_a_run_on_shards_resumes_at_the_sample_and_is_that_on_files(root: Path, tmp_path: Path) -> None:
+    changed = {"transform": TRANSFORM}
+    on_files = train(recipe_of(root, data=changed), tmp_path / "files", device="cpu")
+    for split in ("train", "test"):
+        pack(sorted((root / split).rglob("*.png")), tmp_path / "shards" / split)
+    shards, keys = tmp_path / "shards", {"name": "shards", "classes": 3}
+    whole = train(recipe_of(shards, data=changed, **keys), tmp_path / "whole", device="cpu")
+    assert same_weights(whole, on_files)
+    run = tmp_path / "resumed"
+    two, one = (recipe_of(shards, data={**changed, "workers": workers}, **keys) for workers in (2, 1))
+    with pytest.raises(Boom):
+        train(two, run, device="cpu", observer=StopAt(14, explode))
+    saved = load_state(run)
+    assert saved is not None
+    # In the middle of an epoch of nine steps; the workers had read further.
+    assert saved.counters.step == 12
+    train(one, run, device="cpu")
     assert same_weights(whole, run)
 
 
