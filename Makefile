@@ -66,8 +66,8 @@ bench: $(INSTALLED) ## measure speed and memory against the float model, stock B
 	$(BIN)/python benchmarks/benchmark_input.py --output bench_input.json
 	$(BIN)/python -m benchmarks.benchmark_networks --fused --qadtr --compile --output bench_resnet20.json
 	$(BIN)/python -m benchmarks.benchmark_networks --threads 2 --fused --alone --output bench_resnet20_2_threads.json
-	$(BIN)/python -m benchmarks.benchmark_networks --network resnet50 --batch 16 --rounds 3 --precisions 32,4 --output bench_resnet50.json
-	$(BIN)/python -m benchmarks.benchmark_networks --network deit_small_patch16_224 --batch 16 --rounds 3 --precisions 32,4 --output bench_deit_small.json
+	$(BIN)/python -m benchmarks.benchmark_networks --network resnet50 --batch 16 --rounds 3 --fused --output bench_resnet50.json
+	$(BIN)/python -m benchmarks.benchmark_networks --network deit_small_patch16_224 --batch 16 --rounds 3 --fused --output bench_deit_small.json
 	$(BIN)/python -m benchmarks.benchmark_ddp --output bench_ddp.json
 
 judges: $(INSTALLED) ## have FINN, hls4ml, qonnx and onnxruntime try exports of published networks (hours)
