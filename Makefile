@@ -61,6 +61,7 @@ bench: $(INSTALLED) ## measure speed and memory against the float model, stock B
 	$(BIN)/python benchmarks/benchmark.py --output bench.json
 	$(BIN)/python benchmarks/benchmark_attacks.py --output bench_attacks.json
 	$(BIN)/python benchmarks/benchmark_ptq.py --output bench_ptq.json
+	$(BIN)/python -m benchmarks.benchmark_quantizers --output bench_quantizers.json
 	$(BIN)/python benchmarks/benchmark_export.py --output bench_export.json
 	$(BIN)/python benchmarks/benchmark_certify.py --output bench_certify.json
 	$(BIN)/python benchmarks/benchmark_input.py --output bench_input.json
