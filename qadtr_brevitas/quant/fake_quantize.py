@@ -65,7 +65,8 @@ class _QuantizeActivation(torch.autograd.Function):
             dx, dscale = _differentiable_backward(grads[0], x, y, scale, (ctx.lo, ctx.hi), keep_input=ctx.keep_input)
             return dx, dscale, None, None, None
         if ctx.fused is not None:
-            dx, dot = ctx.fused.backward(grads[0], x, y, scale, ctx.lo, ctx.hi)
+            dx, dot = ctx.fused.backward(grads[0], x, scale, ctx.lo, ctx.hi)
+            dot = dot if ctx.needs_input_grad[1] else None
         elif ctx.blocks:
             low, high = (_end(scale.reshape(()), level, x.dtype).item() for level in (ctx.lo, ctx.hi))
             dx, dot = _backward_blocks(_like(grads[0], x), x, y, low, high)

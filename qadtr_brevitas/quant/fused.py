@@ -41,23 +41,20 @@ class FusedKernels:
         x = dense(x.detach())
         return _shaped(self._quantize(_vector(x), _number(scale), *_levels(lo, hi, x.device)), x)
 
-    def backward(
-        self, g: Tensor, x: Tensor, y: Tensor | None, scale: Tensor, lo: int, hi: int
-    ) -> tuple[Tensor, Tensor | None]:
+    def backward(self, g: Tensor, x: Tensor, scale: Tensor, lo: int, hi: int) -> tuple[Tensor, Tensor]:
         """Return the gradient of x, and the step times the gradient of the step.
 
         Args:
             g: gradient of the result.
-            x: the values, whose place in the range decides where g passes.
-            y: the result; None if the step takes no gradient.
+            x: the values, whose place in the range decides where g passes; or the result in their place.
             scale: the step.
             lo: lowest integer level.
             hi: highest integer level.
         """
         x = dense(x.detach())
-        vectors = (_vector(_as_laid_out(t.detach(), x)) for t in (g, x if y is None else y))
-        found, dot = self._gradients(*vectors, _vector(x), _number(scale), *_levels(lo, hi, x.device))
-        return _shaped(found, x), None if y is None else dot
+        arriving = _vector(_as_laid_out(g.detach(), x))
+        found, dot = self._gradients(arriving, _vector(x), _number(scale), *_levels(lo, hi, x.device))
+        return _shaped(found, x), dot
 
 
 class FusedRowKernels:
@@ -120,7 +117,7 @@ def _kernels(device: torch.device) -> FusedKernels | None:
     try:
         x = torch.linspace(-1, 1, 64, device=device)
         y = kernels.forward(x, x.new_tensor(0.25), -2, 1)
-        kernels.backward(x, x, y, x.new_tensor(0.25), -2, 1)
+        kernels.backward(y, x, x.new_tensor(0.25), -2, 1)
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
         warnings.warn(f"quantizers run as several kernels on {device}: torch.compile fails ({reason})", stacklevel=2)
@@ -144,7 +141,9 @@ def _row_kernels(device: torch.device) -> FusedRowKernels | None:
     return kernels
 
 
-def _gradients(g: Tensor, y: Tensor, x: Tensor, step: Tensor, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
+def _gradients(g: Tensor, x: Tensor, step: Tensor, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
+    # Rounded again: memory, and not arithmetic, is what a kernel waits for. What is rounded already stays.
+    y = quantized(x, step, lo, hi)
     # Ends are rounded as y is.
     low, high = (lo * step).to(x.dtype), (hi * step).to(x.dtype)
     dx = torch.where((x > low) & (x < high), g, torch.zeros_like(g))
