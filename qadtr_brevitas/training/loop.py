@@ -166,7 +166,7 @@ class _Trainer:
         self.compiled = None
         if recipe.train.compile is True:
             drawn = len({*recipe.train.precision.possible(), *([FLOAT] if recipe.train.float_epochs else [])})
-            self.compiled = compile_training(self.model, precisions=drawn, processes=self.processes)
+            self.compiled = compile_training(self.model, precisions=drawn)
         if self.compiled is not None:
             compile_passes(self.model, report=observer.on_message)
         self.loss_forward = LossForward(self.model)

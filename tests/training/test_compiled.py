@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.models.create import create_float_model
 from qadtr_brevitas.quant import SwitchableModel, at_precision, calibrate, convert
 from qadtr_brevitas.training.compiled import compile_training
@@ -45,7 +44,7 @@ def gradients(run: Any, model: SwitchableModel, images: Tensor) -> dict[str, Ten
 
 
 def test_graphs_are_whole_and_their_gradients_those_of_the_eager_model(model: SwitchableModel) -> None:
-    run = compile_training(model, precisions=3, processes=1, backend="aot_eager")
+    run = compile_training(model, precisions=3, backend="aot_eager")
     assert run is not None
     images = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     for precision in (32, 4, 2, 4):
@@ -56,11 +55,6 @@ def test_graphs_are_whole_and_their_gradients_those_of_the_eager_model(model: Sw
             torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-5)
     assert not counters["graph_break"]
     assert counters["stats"]["unique_graphs"] == 3
-
-
-def test_several_processes_are_refused() -> None:
-    with pytest.raises(UsageError, match=r"train\.compile=quantizers"):
-        compile_training(nn.Linear(2, 2), precisions=1, processes=2)
 
 
 @pytest.mark.slow
@@ -74,7 +68,7 @@ def test_products_and_sums_of_a_network_for_a_target_are_traced(name: str) -> No
     model = convert(net, [32, 4], image_size=(32, 32), target="ort").train()
     images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     calibrate(model, images)
-    run = compile_training(model, precisions=2, processes=1, backend="eager")
+    run = compile_training(model, precisions=2, backend="eager")
     assert run is not None
     with at_precision(model, 4):
         ours, eager = gradients(run, model, images), gradients(model, model, images)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.training.launch import torchrun
 
 KILLED = """
 import os, signal, sys, torch
@@ -38,13 +36,7 @@ except TrainingError as error:
 def test_the_others_end_with_one_message_and_a_restart_resumes(tmp_path: Path, repository: Path) -> None:
     script, run = tmp_path / "killed.py", tmp_path / "run"
     script.write_text(KILLED)
-    environment = {**os.environ, "PYTHONPATH": str(repository), "OMP_NUM_THREADS": "1"}
-    environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-    if "lo" in dict(map(reversed, socket.if_nameindex())):
-        environment["GLOO_SOCKET_IFNAME"] = "lo"
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launcher, "--max-restarts", "1", str(script), str(run)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = torchrun(repository, 2, str(script), str(run), restarts=1)
     assert done.returncode == 0, done.stderr
     assert "lost" in done.stdout
     assert done.stderr.count("Error: another process of this training has ended") == 1
