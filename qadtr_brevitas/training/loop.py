@@ -163,14 +163,14 @@ class _Trainer:
             TrainingInputs(recipe, self.rank + self.processes * part, self.processes * count, masks, memory)
             for part in range(count)
         ]
+        self.writer = RunWriter(run, self.counters, self.info, observer, is_main=accelerator.is_main_process)
         self.compiled = None
         if recipe.train.compile is True:
             drawn = len({*recipe.train.precision.possible(), *([FLOAT] if recipe.train.float_epochs else [])})
-            self.compiled = compile_training(self.model, precisions=drawn)
+            self.compiled = compile_training(self.model, precisions=drawn, report=self.writer.message)
         if self.compiled is not None:
-            compile_passes(self.model, report=observer.on_message)
+            compile_passes(self.model, report=self.writer.message)
         self.loss_forward = LossForward(self.model)
-        self.writer = RunWriter(run, self.counters, self.info, observer, is_main=accelerator.is_main_process)
         self.validation = Validation(self.model, val, test, recipe.train.validate_every, self.writer, accelerator)
         self.stop_request = StopRequest()
         # Whether the processes agreed to stop.
@@ -182,7 +182,9 @@ class _Trainer:
             self.writer.start(self.recipe)
         self.accelerator.wait_for_everyone()
         run = self.writer.run
-        for message in start_messages(run, self.recipe, self.info, self.saved, processes=self.processes):
+        for message in start_messages(
+            run, self.recipe, self.info, self.saved, processes=self.processes, device=self.device
+        ):
             self.writer.message(message)
         if self.saved and self.saved.scaler and self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(self.saved.scaler)

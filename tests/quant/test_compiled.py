@@ -210,12 +210,12 @@ def test_images_that_do_not_fit_are_no_fault_of_the_compiler(model: SwitchableMo
 
 def test_without_a_compiler_it_says_so(model: SwitchableModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     said: list[str] = []
     compile_passes(model, report=said.append)
     assert model.switch.passes is None
     assert len(said) == 1
-    assert "no-such-compiler" in said[0] or "CXX" in said[0]
+    assert "no-such-compiler" in said[0]
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
+from qadtr_brevitas.core import device
 from qadtr_brevitas.core.device import has_compiler
 from qadtr_brevitas.quant import at_precision, fake_quantize, fused
 from qadtr_brevitas.quant.fake_quantize import quantize_activation
@@ -79,6 +80,15 @@ def test_kernels_are_fused_on_a_cpu_only_where_asked(monkeypatch: pytest.MonkeyP
         assert fused_kernels(x) == x.device
         assert fused_kernels(x.double()) is None
     assert fused_kernels(x) is None
+
+
+def test_a_gpu_without_triton_is_warned_of_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "find_spec", lambda name: None)
+    fused._kernels.cache_clear()
+    with pytest.warns(UserWarning, match=r"cuda:0.*Triton") as warned:
+        assert [fused._kernels(torch.device("cuda:0")) for _ in range(3)] == [None] * 3
+    assert len(warned) == 1
+    fused._kernels.cache_clear()
 
 
 @pytest.mark.slow
