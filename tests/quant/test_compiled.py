@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
+from qadtr_brevitas.core.device import has_compiler
 from qadtr_brevitas.models.create import create_float_model
 from qadtr_brevitas.quant import (
     SwitchableModel,
@@ -50,10 +51,12 @@ def passes(model: SwitchableModel, images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def agree(model: SwitchableModel, images: Tensor) -> None:
+    """Logits and gradients are the same to 1e-5 of the largest."""
     ours = passes(model, images)
     with model.switch.having(passes=None):
         eager = passes(model, images)
-    torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-5)
+    for our, reference in zip(ours, eager, strict=True):
+        assert float((our - reference).abs().max() / reference.abs().max()) <= 1e-5
 
 
 def graphs() -> int:
@@ -219,13 +222,16 @@ def test_without_a_compiler_it_says_so(model: SwitchableModel, monkeypatch: pyte
 
 
 @pytest.mark.slow
-def test_values_of_the_default_compiler_are_those_of_the_eager_model(model: SwitchableModel) -> None:
-    said: list[str] = []
-    compile_passes(model, report=said.append)
-    if model.switch.passes is None:
-        pytest.skip(said[0])
+@pytest.mark.skipif(not has_compiler("cpu"), reason="there is no C++ compiler")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_values_of_the_default_compiler_are_those_of_the_eager_model(
+    model: SwitchableModel, dtype: torch.dtype
+) -> None:
+    # Rounding moves values of larger networks to other levels in float32, and none in float64.
+    model.to(dtype)
+    compile_passes(model)
     with frozen_weights(model):
-        for precision in (4, 2):
+        for precision in (8, 4, 2):
             with at_precision(model, precision):
-                agree(model, rand(4, 3, 8, 8))
+                agree(model, rand(4, 3, 8, 8).to(dtype))
     assert graphs() == 1

@@ -51,12 +51,13 @@ def tensors() -> list[Tensor]:
     return [image, image.to(memory_format=torch.channels_last), image.transpose(2, 3), ends, image[0, 0]]
 
 
-@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+needs_compiler = pytest.mark.skipif(not has_compiler("cpu"), reason="there is no C++ compiler")
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=[pytest.mark.slow, needs_compiler])])
 def test_kernels_are_the_eager_functions_and_one_graph_serves_all_shapes_and_levels(
     monkeypatch: pytest.MonkeyPatch, backend: str
 ) -> None:
-    if backend == "inductor" and not has_compiler():
-        pytest.skip("there is no C++ compiler")
     torch.compiler.reset()
     counters.clear()
     kernels = FusedKernels(backend)
@@ -92,6 +93,7 @@ def test_a_gpu_without_triton_is_warned_of_once(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.slow
+@needs_compiler
 def test_a_training_step_is_that_of_the_eager_quantizers() -> None:
     model = calibrated_model().train()
     images, found = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)), []

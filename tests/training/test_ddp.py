@@ -25,9 +25,8 @@ for compile_it in (True, False):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not has_compiler("cpu"), reason="there is no C++ compiler")
 def test_compiled_training_is_that_of_the_eager_model(tmp_path: Path, repository: Path) -> None:
-    if not has_compiler():
-        pytest.skip("there is no C++ compiler")
     script = tmp_path / "runs.py"
     script.write_text(RUNS)
     done = torchrun(repository, 2, str(script), str(tmp_path))
