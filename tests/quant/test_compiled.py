@@ -223,15 +223,11 @@ def test_without_a_compiler_it_says_so(model: SwitchableModel, monkeypatch: pyte
 
 @pytest.mark.slow
 @pytest.mark.skipif(not has_compiler("cpu"), reason="there is no C++ compiler")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_values_of_the_default_compiler_are_those_of_the_eager_model(
-    model: SwitchableModel, dtype: torch.dtype
-) -> None:
-    # Rounding moves values of larger networks to other levels in float32, and none in float64.
-    model.to(dtype)
+def test_values_of_the_default_compiler_are_those_of_the_eager_model(model: SwitchableModel) -> None:
     compile_passes(model)
     with frozen_weights(model):
         for precision in (8, 4, 2):
             with at_precision(model, precision):
-                agree(model, rand(4, 3, 8, 8).to(dtype))
+                # Of many more values, rounding would move some to another level.
+                agree(model, rand(4, 3, 8, 8))
     assert graphs() == 1
