@@ -9,12 +9,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qadtr_brevitas.config import TrainSection
 from qadtr_brevitas.core.device import missing_compiler
-from qadtr_brevitas.quant.compiled import allow_graphs, graph_count, reason_of
+from qadtr_brevitas.quant.compiled import allow_graphs, compile_passes, graph_count, reason_of
 from qadtr_brevitas.quant.model import SwitchableModel
+from qadtr_brevitas.training.step import FLOAT
 
 # Torch gives up on a function, and runs it eagerly, after so many graphs; some are for batches of other sizes.
 _GRAPHS_EACH, _SPARE_GRAPHS = 2, 8
+
+
+def compile_run(
+    model: SwitchableModel, train: TrainSection, *, report: Callable[[str], None]
+) -> Callable[[Tensor], Tensor] | None:
+    """Compile passes of attacks and of training if a recipe asks for it, and return the form of those of training.
+
+    Args:
+        model: a switchable model.
+        train: of the recipe.
+        report: called with a sentence on each compilation, and on the reason where the compiler fails.
+    """
+    if train.compile is not True:
+        return None
+    drawn = {*train.precision.possible(), *([FLOAT] if train.float_epochs else [])}
+    compiled = compile_training(model, precisions=len(drawn), report=report)
+    if compiled is not None:
+        compile_passes(model, report=report)
+    return compiled
 
 
 def compile_training(

@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 
 from qadtr_brevitas.models.create import create_float_model
 from qadtr_brevitas.quant import SwitchableModel, at_precision, calibrate, convert
-from qadtr_brevitas.training import loop
+from qadtr_brevitas.training import compiled
 from qadtr_brevitas.training.compiled import compile_training
 from qadtr_brevitas.training.loop import train
 from tests.training.support import Recorder, calibrated_model, make_recipe, same_weights
@@ -139,8 +139,8 @@ def test_a_compiler_that_fails_costs_nothing_and_is_told_of_once(
 ) -> None:
     torch.compiler.reset()
     # Passes of attacks are another matter.
-    monkeypatch.setattr(loop, "compile_passes", lambda *_, **__: None)
-    monkeypatch.setattr(loop, "compile_training", partial(compile_training, backend=failing))
+    monkeypatch.setattr(compiled, "compile_passes", lambda *_, **__: None)
+    monkeypatch.setattr(compiled, "compile_training", partial(compile_training, backend=failing))
     recorder = Recorder()
     train(make_recipe(epochs=2, compile=True), tmp_path / "failing", device="cpu", observer=recorder)
     monkeypatch.undo()
