@@ -145,7 +145,7 @@ def steps_of(
         steps |= {f"unfolded QADT-R {bits}": partial(at, switchable, bits, step) for bits in given.precisions}
     if given.compile:
         steps["compiled float"] = trainer(models["float"], torch.compile(models["float"]), images, labels)
-        run = compile_training(switchable, precisions=len(given.precisions), processes=1)
+        run = compile_training(switchable, precisions=len(given.precisions))
         step = trainer(switchable, run, images, labels)
         steps |= {f"compiled switchable {bits}": partial(at, switchable, bits, step) for bits in given.precisions}
     if not given.alone:

@@ -7,9 +7,11 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import import_module
 from io import TextIOWrapper
+from pathlib import Path
 from threading import current_thread, main_thread
 from types import FrameType
 
@@ -36,6 +38,11 @@ COMMANDS = {
     "list": ("qadtr_brevitas.cli.list", "List models, attacks, data sets and other names."),
     "info": ("qadtr_brevitas.cli.info", "Say what a model, run, patch or report is."),
 }
+
+_INTERRUPTED = (
+    "Interrupted. Repeat the command: `train`, `attack`, `evaluate` and `study` resume where they stopped, others "
+    "start over and leave nothing half-written."
+)
 
 
 class LazyGroup(click.Group):
@@ -142,6 +149,36 @@ def _stop_on_sigterm() -> list[int]:
     return received
 
 
+def _tell(words: Callable[[], None]) -> None:
+    """Tell why the command ends; of the processes that torchrun started together, the first that comes here does.
+
+    Not that of rank 0, which may have been killed. The first knows the cause, and the others end because it is gone.
+    Processes on other machines have a console of their own, where one of them tells. Without torchrun all do.
+    """
+    place = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    # In a folder of this process, which lies in one of this start that torchrun makes anew and deletes.
+    start = Path(place).parent.parent if place else None
+    if start is None or not start.name.startswith("attempt_"):
+        words()
+        return
+    if current_thread() is main_thread():
+        # Torchrun sends it to all when one has ended, in the middle of what is told.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if _comes_first(start):
+        words()
+
+
+def _comes_first(start: Path) -> bool:
+    try:
+        os.close(os.open(start / "told", os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return False
+    except OSError:
+        # Several messages are better than none.
+        return True
+    return True
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code.
 
@@ -162,14 +199,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         result = cli.main(arguments, prog_name="qadtr-brevitas", standalone_mode=False)
     except click.ClickException as error:
-        error.show()
+        _tell(error.show)
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
-        click.echo(
-            "Interrupted. Repeat the command: `train`, `attack`, `evaluate` and `study` resume where they stopped, "
-            "others start over and leave nothing half-written.",
-            err=True,
-        )
+        _tell(partial(click.echo, _INTERRUPTED, err=True))
         return 128 + (signal.SIGTERM if terminated else signal.SIGINT)
     except BrokenPipeError:
         # Python would complain once more when it flushes at exit.

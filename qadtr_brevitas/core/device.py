@@ -7,6 +7,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from qadtr_brevitas.core.errors import UsageError
@@ -50,12 +51,24 @@ def has_fast_bf16(device: torch.device | str) -> bool:
     return torch.device(device).type == "cpu" and bool(capabilities().get("amx_bf16"))
 
 
-def has_compiler() -> bool:
-    """Return whether torch.compile has what it needs on this machine: a C++ compiler, or a GPU."""
+def missing_compiler(device: torch.device | str) -> str | None:
+    """Return a sentence on what torch.compile lacks on this machine to compile for a device; None if it lacks nothing.
+
+    It needs Triton for CUDA, and a C++ compiler for all else.
+    """
     import torch
 
+    if torch.device(device).type == "cuda":
+        return None if find_spec("triton") else "Triton is not installed (pip install triton)"
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
-    return torch.cuda.is_available() or shutil.which(compiler) is not None
+    if shutil.which(compiler):
+        return None
+    return f"there is no C++ compiler {compiler!r} on this machine (CXX names another)"
+
+
+def has_compiler(device: torch.device | str = "cpu") -> bool:
+    """Return whether torch.compile has what it needs on this machine to compile for a device."""
+    return missing_compiler(device) is None
 
 
 def _existing() -> list[str]:

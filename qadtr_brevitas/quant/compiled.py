@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch._functorch import config as functorch_config
 
-from qadtr_brevitas.core.device import has_compiler
+from qadtr_brevitas.core.device import missing_compiler
 from qadtr_brevitas.core.precision import Precision
 from qadtr_brevitas.quant.frozen import version_of
 from qadtr_brevitas.quant.model import SwitchableModel
@@ -37,6 +37,11 @@ def allow_graphs(count: int) -> None:
     config.recompile_limit = max(config.recompile_limit, count)
 
 
+def reason_of(failure: Exception) -> str:
+    """Return the kind and the first words of an error of torch.compile, on one line."""
+    return f"{type(failure).__name__}: {' '.join(str(failure).split())[:_LENGTH_OF_REASON]}"
+
+
 def compile_passes(model: nn.Module, *, report: Callable[[str], None] | None = None, backend: str = "inductor") -> None:
     """Let passes with gradients to the images run through torch.compile wherever weights are frozen, in this thread.
 
@@ -51,8 +56,8 @@ def compile_passes(model: nn.Module, *, report: Callable[[str], None] | None = N
     report = report or (lambda message: None)
     if not isinstance(model, SwitchableModel):
         return
-    if backend == "inductor" and not has_compiler():
-        report("nothing is compiled: there is no C++ compiler on this machine (g++, or the one that CXX names)")
+    if backend == "inductor" and (missing := missing_compiler(model.mean.device)):
+        report(f"nothing is compiled: {missing}")
         return
     if any(map(_has_hooks, model.modules())):
         report("nothing is compiled: layers of the network have hooks, such as those of quant.feature_clip")
@@ -119,17 +124,16 @@ class _CompiledPasses:
             logits: Tensor = model(images)
         # Images that the network itself cannot take are no fault of the compiler.
         self._is_working = False
-        reason = " ".join(str(failure).split())[:_LENGTH_OF_REASON]
-        self._report(f"nothing is compiled: torch.compile fails ({type(failure).__name__}: {reason})")
+        self._report(f"nothing is compiled: torch.compile fails ({reason_of(failure)})")
         return logits
 
     def _run(self, images: Tensor, precision: Precision) -> Tensor:
-        before, start = _graphs(), time.perf_counter()
+        before, start = graph_count(), time.perf_counter()
         with warnings.catch_warnings():
             # Torch looks at the gradient of its inputs, which patched images do not keep.
             warnings.filterwarnings("ignore", message="The .grad attribute")
             logits = self._graph(_of_any_number(images))
-        if _graphs() == before:
+        if graph_count() == before:
             return logits
         # The way back is compiled when it is first taken; a failure has to show here.
         sample = images.detach().requires_grad_()
@@ -159,5 +163,6 @@ def _of_any_number(images: Tensor) -> Tensor:
     return images
 
 
-def _graphs() -> int:
+def graph_count() -> int:
+    """Return how many graphs torch.compile has made in this process."""
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]  # pyright: ignore

@@ -12,13 +12,12 @@ import warnings
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qadtr_brevitas.core.device import has_compiler
+from qadtr_brevitas.core.device import missing_compiler
 from qadtr_brevitas.quant.tensor_levels import quantized
 
 
@@ -111,7 +110,10 @@ def fused_on_cpu() -> Generator[None]:
 @cache
 def _kernels(device: torch.device) -> FusedKernels | None:
     """Return kernels that work on a device, tried on a few values."""
-    if not (find_spec("triton") if device.type == "cuda" else has_compiler()):
+    if missing := missing_compiler(device):
+        # A CPU has fused kernels only where they were asked for, and whoever asks tells what is missing.
+        if device.type == "cuda":
+            _warn(device, missing)
         return None
     kernels = FusedKernels()
     try:
@@ -120,7 +122,7 @@ def _kernels(device: torch.device) -> FusedKernels | None:
         kernels.backward(y, x, x.new_tensor(0.25), -2, 1)
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
-        warnings.warn(f"quantizers run as several kernels on {device}: torch.compile fails ({reason})", stacklevel=2)
+        _warn(device, f"torch.compile fails ({reason})")
         return None
     return kernels
 
@@ -136,9 +138,13 @@ def _row_kernels(device: torch.device) -> FusedRowKernels | None:
         kernels.backward(rows, rows, steps, -2, 1)
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
-        warnings.warn(f"weights are quantized eagerly on {device}: torch.compile fails ({reason})", stacklevel=2)
+        _warn(device, f"torch.compile fails on weights ({reason})")
         return None
     return kernels
+
+
+def _warn(device: torch.device, reason: str) -> None:
+    warnings.warn(f"quantizers run as several kernels on {device}: {reason}", stacklevel=3)
 
 
 def _gradients(g: Tensor, x: Tensor, step: Tensor, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:

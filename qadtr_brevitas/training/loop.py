@@ -26,10 +26,9 @@ from qadtr_brevitas.pipeline.build import build_splits, build_switchable, fit_da
 from qadtr_brevitas.pipeline.calibration import calibrate_on, calibration_count
 from qadtr_brevitas.pipeline.directories import LAST_FOLDER
 from qadtr_brevitas.quant import SwitchableModel, set_precision
-from qadtr_brevitas.quant.compiled import compile_passes
 from qadtr_brevitas.quant.fused import fused_on_cpu
 from qadtr_brevitas.training.alrs import adapt_learning_rates
-from qadtr_brevitas.training.compiled import compile_training
+from qadtr_brevitas.training.compiled import compile_run
 from qadtr_brevitas.training.gradient_rules import GradientRuleOptimizer
 from qadtr_brevitas.training.images import ImageBatch, ImageSource, NormBatches
 from qadtr_brevitas.training.inputs import TrainingInputs, make_step
@@ -41,6 +40,7 @@ from qadtr_brevitas.training.phases import TrainingPhase, plan_phases
 from qadtr_brevitas.training.processes import (
     LossForward,
     average_norm_statistics,
+    averaged_gradients,
     check_agreement,
     gather_memory,
     memory_of_rank,
@@ -50,7 +50,7 @@ from qadtr_brevitas.training.processes import (
 from qadtr_brevitas.training.run_writer import RunWriter
 from qadtr_brevitas.training.setup import check_optimizer, check_precisions, make_optimizer, make_scheduler
 from qadtr_brevitas.training.state import RunCounters, TrainingState, check_finite, open_run
-from qadtr_brevitas.training.step import FLOAT, EarlierPass
+from qadtr_brevitas.training.step import EarlierPass
 from qadtr_brevitas.training.stop import Interrupted, StopRequest
 from qadtr_brevitas.training.validation import Validation
 
@@ -163,14 +163,9 @@ class _Trainer:
             TrainingInputs(recipe, self.rank + self.processes * part, self.processes * count, masks, memory)
             for part in range(count)
         ]
-        self.compiled = None
-        if recipe.train.compile is True:
-            drawn = len({*recipe.train.precision.possible(), *([FLOAT] if recipe.train.float_epochs else [])})
-            self.compiled = compile_training(self.model, precisions=drawn, processes=self.processes)
-        if self.compiled is not None:
-            compile_passes(self.model, report=observer.on_message)
-        self.loss_forward = LossForward(self.model)
         self.writer = RunWriter(run, self.counters, self.info, observer, is_main=accelerator.is_main_process)
+        self.compiled = compile_run(self.model, recipe.train, report=self.writer.message)
+        self.loss_forward = LossForward(self.model)
         self.validation = Validation(self.model, val, test, recipe.train.validate_every, self.writer, accelerator)
         self.stop_request = StopRequest()
         # Whether the processes agreed to stop.
@@ -182,7 +177,9 @@ class _Trainer:
             self.writer.start(self.recipe)
         self.accelerator.wait_for_everyone()
         run = self.writer.run
-        for message in start_messages(run, self.recipe, self.info, self.saved, processes=self.processes):
+        for message in start_messages(
+            run, self.recipe, self.info, self.saved, processes=self.processes, device=self.device
+        ):
             self.writer.message(message)
         if self.saved and self.saved.scaler and self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(self.saved.scaler)
@@ -256,7 +253,7 @@ class _Trainer:
         updates = [(precision,) for precision in precisions] if train.update == "each" else [precisions]
         for index, together in enumerate(updates):
             optimizer.zero_grad()
-            for precision in together:
+            for turn, precision in enumerate(together, 1):
                 set_precision(self.model, precision)
                 metrics.clear()
                 for place, part in enumerate(parts):
@@ -274,12 +271,14 @@ class _Trainer:
                         earlier=earlier[place],
                         targets=part.targets,
                     )
-                    with self.accelerator.autocast():
-                        one: Tensor = forward(objective, step)
+                    is_last = turn == len(together) and place == len(parts) - 1
+                    with averaged_gradients(forward, at_once=is_last):
+                        with self.accelerator.autocast():
+                            one: Tensor = forward(objective, step)
+                        loss += self._agree_on(one, precision, lr) / (len(precisions) * len(parts))
+                        self.accelerator.backward(one / (len(together) * len(parts)))
                     earlier[place] = step.passed
                     metrics.append(self.loss_forward.metrics)
-                    loss += self._agree_on(one, precision, lr) / (len(precisions) * len(parts))
-                    self.accelerator.backward(one / (len(together) * len(parts)))
             if rule is not None:
                 rule.set_context(step=number * len(updates) + index, precision=min(together))
             self._update(optimizer)

@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
+
 from qadtr_brevitas.config import Recipe
-from qadtr_brevitas.core.device import has_compiler
+from qadtr_brevitas.core.device import missing_compiler
 from qadtr_brevitas.pipeline.build import own_classes
 from qadtr_brevitas.pipeline.checkpoint import ModelInfo
 from qadtr_brevitas.training.state import TrainingState
 
 
 def start_messages(
-    run: Path, recipe: Recipe, info: ModelInfo, saved: TrainingState | None, *, processes: int
+    run: Path, recipe: Recipe, info: ModelInfo, saved: TrainingState | None, *, processes: int, device: torch.device
 ) -> Iterator[str]:
     """Yield sentences about what a run starts from, and what it costs.
 
@@ -23,9 +25,10 @@ def start_messages(
         info: of its model.
         saved: the state that it resumes from; None at the start.
         processes: of the run.
+        device: of this process.
     """
-    if recipe.train.compile and not has_compiler():
-        yield "train.compile: there is no C++ compiler (g++ or CXX), so training is not compiled"
+    if recipe.train.compile and (missing := missing_compiler(device)):
+        yield f"training is not compiled as train.compile asks for: {missing}"
     if saved is None:
         if cost := recipe.train.mask_search_cost:
             yield cost

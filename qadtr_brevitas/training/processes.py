@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -170,6 +170,19 @@ def replicate(forward: LossForward, accelerator: Accelerator) -> nn.Module:
     options: dict[str, Any] = {"find_unused_parameters": True, _SYNC_BUFFERS: False}
     device_ids = None if accelerator.device.type == "cpu" else [accelerator.device]
     return nn.parallel.DistributedDataParallel(forward, device_ids=device_ids, **options)
+
+
+def averaged_gradients(forward: nn.Module, *, at_once: bool) -> AbstractContextManager[None]:
+    """Return the context of one pass forward and back, whose gradients are averaged over the processes of a run.
+
+    Args:
+        forward: what `replicate` returned.
+        at_once: average at the end of this pass, which the last of an update needs. Other passes add their gradients to
+            those of this process, to be sent with those of the last.
+    """
+    if at_once or not isinstance(forward, nn.parallel.DistributedDataParallel):
+        return nullcontext()
+    return forward.no_sync()
 
 
 def average_norm_statistics(model: nn.Module, accelerator: Accelerator) -> None:

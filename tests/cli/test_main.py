@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -219,3 +221,37 @@ def test_completion_offers_the_commands() -> None:
         cwd=Path(main_module.__file__).parents[2],
     )
     assert "recipes" in result.stdout
+
+
+@pytest.fixture
+def sigterm() -> Iterator[None]:
+    """Gives SIGTERM its meaning back."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.usefixtures("sigterm")
+@pytest.mark.parametrize("error", [CheckpointError("lost"), KeyboardInterrupt()])
+def test_one_process_of_each_start_of_torchrun_tells_why_it_ends(
+    error: BaseException, failing, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failing(error)
+
+    def told(start: str, rank: int) -> bool:
+        folder = tmp_path / start / str(rank)
+        folder.mkdir(parents=True)
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(folder / "error.json"))
+        assert main(["fail"]) in (1, 130)
+        # Click ends the line of a Ctrl-C.
+        return bool(capsys.readouterr().err.strip())
+
+    assert [told("attempt_0", rank) for rank in (2, 1, 0)] == [True, False, False]
+    # Torchrun sends it to those that are left, which may be in the middle of a word.
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert [told("attempt_1", rank) for rank in (0, 1)] == [True, False]
+    # Other launchers have no such folder.
+    assert [told("elsewhere", rank) for rank in (0, 1)] == [True, True]
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "gone" / "attempt_0" / "0" / "error.json"))
+    assert main(["fail"]) in (1, 130)
+    assert capsys.readouterr().err.strip()

@@ -6,7 +6,14 @@ import sys
 import pytest
 import torch
 
-from qadtr_brevitas.core.device import has_fast_bf16, keep_freed_memory, resolve_device
+from qadtr_brevitas.core import device as devices
+from qadtr_brevitas.core.device import (
+    has_compiler,
+    has_fast_bf16,
+    keep_freed_memory,
+    missing_compiler,
+    resolve_device,
+)
 from qadtr_brevitas.core.errors import UsageError
 
 
@@ -98,3 +105,14 @@ def test_environment_variables_of_glibc_are_obeyed() -> None:
     assert not kept
     if keep_freed_memory():
         assert faults > 200_000
+
+
+def test_what_a_compiler_needs_depends_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setattr(devices, "find_spec", lambda name: object())
+    assert "no-such-compiler" in (missing_compiler("cpu") or "")
+    assert [has_compiler("cpu"), has_compiler("cuda:1")] == [False, True]
+    monkeypatch.setenv("CXX", sys.executable)
+    monkeypatch.setattr(devices, "find_spec", lambda name: None)
+    assert "Triton" in (missing_compiler(torch.device("cuda")) or "")
+    assert [has_compiler("cpu"), has_compiler("cuda:1")] == [True, False]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
+from qadtr_brevitas.core.device import has_compiler
 from qadtr_brevitas.models.create import create_float_model
 from qadtr_brevitas.quant import (
     SwitchableModel,
@@ -50,10 +51,12 @@ def passes(model: SwitchableModel, images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def agree(model: SwitchableModel, images: Tensor) -> None:
+    """Logits and gradients are the same to 1e-5 of the largest."""
     ours = passes(model, images)
     with model.switch.having(passes=None):
         eager = passes(model, images)
-    torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-5)
+    for our, reference in zip(ours, eager, strict=True):
+        assert float((our - reference).abs().max() / reference.abs().max()) <= 1e-5
 
 
 def graphs() -> int:
@@ -210,22 +213,21 @@ def test_images_that_do_not_fit_are_no_fault_of_the_compiler(model: SwitchableMo
 
 def test_without_a_compiler_it_says_so(model: SwitchableModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     said: list[str] = []
     compile_passes(model, report=said.append)
     assert model.switch.passes is None
     assert len(said) == 1
-    assert "no-such-compiler" in said[0] or "CXX" in said[0]
+    assert "no-such-compiler" in said[0]
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not has_compiler("cpu"), reason="there is no C++ compiler")
 def test_values_of_the_default_compiler_are_those_of_the_eager_model(model: SwitchableModel) -> None:
-    said: list[str] = []
-    compile_passes(model, report=said.append)
-    if model.switch.passes is None:
-        pytest.skip(said[0])
+    compile_passes(model)
     with frozen_weights(model):
-        for precision in (4, 2):
+        for precision in (8, 4, 2):
             with at_precision(model, precision):
+                # Of many more values, rounding would move some to another level.
                 agree(model, rand(4, 3, 8, 8))
     assert graphs() == 1

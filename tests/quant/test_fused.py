@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
+from qadtr_brevitas.core import device
 from qadtr_brevitas.core.device import has_compiler
 from qadtr_brevitas.quant import at_precision, fake_quantize, fused
 from qadtr_brevitas.quant.fake_quantize import quantize_activation
@@ -50,12 +51,13 @@ def tensors() -> list[Tensor]:
     return [image, image.to(memory_format=torch.channels_last), image.transpose(2, 3), ends, image[0, 0]]
 
 
-@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+needs_compiler = pytest.mark.skipif(not has_compiler("cpu"), reason="there is no C++ compiler")
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=[pytest.mark.slow, needs_compiler])])
 def test_kernels_are_the_eager_functions_and_one_graph_serves_all_shapes_and_levels(
     monkeypatch: pytest.MonkeyPatch, backend: str
 ) -> None:
-    if backend == "inductor" and not has_compiler():
-        pytest.skip("there is no C++ compiler")
     torch.compiler.reset()
     counters.clear()
     kernels = FusedKernels(backend)
@@ -81,7 +83,17 @@ def test_kernels_are_fused_on_a_cpu_only_where_asked(monkeypatch: pytest.MonkeyP
     assert fused_kernels(x) is None
 
 
+def test_a_gpu_without_triton_is_warned_of_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "find_spec", lambda name: None)
+    fused._kernels.cache_clear()
+    with pytest.warns(UserWarning, match=r"cuda:0.*Triton") as warned:
+        assert [fused._kernels(torch.device("cuda:0")) for _ in range(3)] == [None] * 3
+    assert len(warned) == 1
+    fused._kernels.cache_clear()
+
+
 @pytest.mark.slow
+@needs_compiler
 def test_a_training_step_is_that_of_the_eager_quantizers() -> None:
     model = calibrated_model().train()
     images, found = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)), []

@@ -21,15 +21,20 @@ from qadtr_brevitas.training.loop import train
 
 
 class TinyNet(nn.Module):
-    """Two convolutions with BatchNorm, dropout and a linear layer."""
+    """Two convolutions with BatchNorm, dropout and a linear layer.
+
+    Args:
+        num_classes: number of logits.
+        drop: share of the features that dropout drops.
+    """
 
     pretrained_cfg: ClassVar = {"mean": (0.5,) * 3, "std": (0.25,) * 3, "architecture": "train_tiny_net"}
 
-    def __init__(self, num_classes: int = 3) -> None:
+    def __init__(self, num_classes: int = 3, drop: float = 0.1) -> None:
         super().__init__()
         self.conv1, self.bn1, self.act1 = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU()
         self.conv2, self.bn2, self.act2 = nn.Conv2d(8, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU()
-        self.drop = nn.Dropout(0.1)
+        self.drop = nn.Dropout(drop)
         self.linear = nn.Linear(16 * 16, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -39,11 +44,11 @@ class TinyNet(nn.Module):
 
 
 @register_model
-def train_tiny_net(pretrained: bool = False, num_classes: int = 3, **kwargs: Any) -> TinyNet:
-    return TinyNet(num_classes)
+def train_tiny_net(pretrained: bool = False, num_classes: int = 3, drop: float = 0.1, **kwargs: Any) -> TinyNet:
+    return TinyNet(num_classes, drop)
 
 
-def make_recipe(*, augment: str = "crop-flip", val_share: float = 0.0, **train_keys: Any) -> Recipe:
+def make_recipe(*, augment: str = "crop-flip", val_share: float = 0.0, drop: float = 0.1, **train_keys: Any) -> Recipe:
     """A recipe for three shapes of 8x8 pixels, 96 images, 6 steps an epoch, with everything a run can have."""
     keys: dict[str, Any] = {
         "epochs": 3,
@@ -61,7 +66,7 @@ def make_recipe(*, augment: str = "crop-flip", val_share: float = 0.0, **train_k
     data = {"name": "shapes", "image_size": 8, "classes": 3, "train_images": 96, "test_images": 30}
     return Recipe.model_validate(
         {
-            "model": {"name": "train_tiny_net"},
+            "model": {"name": "train_tiny_net", "args": {"drop": drop}},
             "data": {"dataset": data, "augment": augment, "val_share": val_share},
             "quant": {"precisions": [32, 4, 2], "calibration": {"samples": 32}},
             "train": {**keys, **train_keys},

@@ -1,10 +1,6 @@
 import json
 import math
-import os
 import re
-import socket
-import subprocess
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,6 +24,7 @@ from qadtr_brevitas.training.loop import train
 from qadtr_brevitas.training.processes import average_norm_statistics, memory_of_rank
 from qadtr_brevitas.training.setup import make_optimizer
 from qadtr_brevitas.training.state import load_state
+from tests.training.launch import torchrun
 from tests.training.support import Recorder, make_recipe, weights
 
 pytestmark = pytest.mark.slow
@@ -342,12 +339,7 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory, repository: Path) ->
     run = tmp_path_factory.mktemp("two") / "run"
     script = run.parent / "ranks.py"
     script.write_text(RANKS)
-    environment = {**os.environ, "PYTHONPATH": str(repository), "OMP_NUM_THREADS": "1"}
-    if "lo" in dict(map(reversed, socket.if_nameindex())):
-        # Gloo would connect to whatever address the name of the machine has, which may refuse.
-        environment["GLOO_SOCKET_IFNAME"] = "lo"
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run([*launcher, str(script), str(run)], env=environment, capture_output=True, text=True)
+    done = torchrun(repository, 2, str(script), str(run))
     assert done.returncode == 0, done.stderr
     return run
 
