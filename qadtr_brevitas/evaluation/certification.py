@@ -101,11 +101,20 @@ class Certification:
 
 @dataclass(frozen=True)
 class CertifyJob:
-    """The defended predictions of one victim on one chunk of images, and those that are proved."""
+    """The defended predictions of one victim on one chunk of images, and those that are proved.
+
+    Args:
+        inputs: the images.
+        victim: the model at a precision.
+        certification: the patch and the certifier.
+        masks: fingerprint of its masks on these images, see `masks_fingerprint`.
+        chunk: the images.
+    """
 
     inputs: EvaluationInputs
     victim: Victim
     certification: Certification
+    masks: str
     chunk: range
 
     def __str__(self) -> str:
@@ -114,15 +123,13 @@ class CertifyJob:
     @property
     def key(self) -> CertifyKey:
         """What its outcomes depend on."""
-        size, method, fill = self.certification.size, self.certification.method, self.certification.fill
-        masks = self.certification.masks
         return CertifyKey(
             model=self.victim.loaded.fingerprint,
             precision=str(self.victim.precision),
             data=self.inputs.data,
-            # Squares and mean colors under double masking keep the cells that earlier releases made.
-            size=size.height if size.is_square else str(size),
-            masks=_joined(masks if method == "double masking" else f"{method}, {masks}", fill),
+            size=str(self.certification.size),
+            method=self.certification.method,
+            masks=self.masks,
             start=self.chunk.start,
             stop=self.chunk.stop,
         )
@@ -138,9 +145,8 @@ class CertifyJob:
     def read(self, store: CellStore) -> Certified | None:
         """Return the outcomes, where they are in the store."""
         found = store.read_chunk(self.key)
-        if not {"defended", "proved"} <= found.keys():
-            return None
-        return Certified(found["defended"], found["proved"], found.get("passes"))
+        names = ("defended", "proved", "passes")
+        return Certified(*(found[name] for name in names)) if found.keys() >= set(names) else None
 
     def compute(self, store: CellStore, device: torch.device) -> None:
         """Look at the images under all masks and keep the outcomes."""
@@ -156,11 +162,13 @@ class CertifyJob:
         store.write_chunk(self.key, outcomes)
 
 
-def covering_fingerprint(certification: Certification, victim: Victim, image_size: tuple[int, int]) -> str:
-    """Return the fingerprint of the masks and of what they show, which a certificate holds for."""
-    found = fingerprint_tensors([certification.covering(image_size), mean_color(victim.loaded.info.mean)])
+def masks_fingerprint(certification: Certification, mean: Sequence[float], image_size: tuple[int, int]) -> str:
+    """Return the fingerprint of the masks and of what they show, which a certificate holds for.
+
+    Args:
+        certification: the patch and the certifier.
+        mean: the mean color of the model.
+        image_size: (H, W) in pixels.
+    """
+    found = fingerprint_tensors([certification.covering(image_size), mean_color(mean)])
     return found if certification.fill == "mean" else fingerprint_facts([found, certification.fill])
-
-
-def _joined(masks: int | str, fill: MaskFillKind) -> int | str:
-    return masks if fill == "mean" else f"{masks}, {fill}"

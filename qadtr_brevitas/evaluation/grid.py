@@ -14,7 +14,7 @@ from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.core.precision import FLOAT_BITS, Precision, PrecisionLike
 from qadtr_brevitas.core.seeding import generator
 from qadtr_brevitas.data.split import Split, balanced_order
-from qadtr_brevitas.evaluation.certification import PORTION, Certification, CertifyJob
+from qadtr_brevitas.evaluation.certification import PORTION, Certification, CertifyJob, masks_fingerprint
 from qadtr_brevitas.evaluation.defended import DefendedModel
 from qadtr_brevitas.evaluation.entries import LoadedModel, NamedPatch
 from qadtr_brevitas.evaluation.image_attacks import NamedAttack, SourcedAttack
@@ -187,7 +187,8 @@ class Grid:
         """Return the cells of one certification of one victim."""
         images = self.certified_count
         portions = (range(start, min(start + PORTION, images)) for start in range(0, images, PORTION))
-        return [CertifyJob(self.certify_inputs, victim, certification, portion) for portion in portions]
+        masks = masks_fingerprint(certification, victim.loaded.info.mean, self.split.image_size)
+        return [CertifyJob(self.certify_inputs, victim, certification, masks, portion) for portion in portions]
 
     def chunks(self) -> Iterator[range]:
         """Return the test images in the portions that per-image attacks take them in."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qadtr_brevitas.evaluation.cells import CellStore
-from qadtr_brevitas.evaluation.certification import covering_fingerprint
+from qadtr_brevitas.evaluation.certification import masks_fingerprint
 from qadtr_brevitas.evaluation.entries import LoadedModel, NamedPatch
 from qadtr_brevitas.evaluation.grid import Grid, threat
 from qadtr_brevitas.evaluation.image_attacks import SourcedAttack
@@ -146,8 +146,8 @@ class _PredictionReader:
             assert len(whole) == len(found), f"{certification} of {victim} is reported before it is computed"
             inputs, size = self.grid.certify_inputs, certification.size
             labels, image_size = inputs.split.labels[: self.grid.certified_count], inputs.split.image_size
-            defended, proved = (torch.cat([getattr(part, name) for part in whole]) for name in ("defended", "proved"))
-            passes = [part.passes for part in whole if part.passes is not None]
+            names = ("defended", "proved", "passes")
+            defended, proved, passes = (torch.cat([getattr(part, name) for part in whole]) for name in names)
             yield CertifiedCell(
                 model=victim.loaded.name,
                 precision=str(victim.precision),
@@ -157,10 +157,9 @@ class _PredictionReader:
                 masks=len(certification.covering(image_size)),
                 clean_accuracy=Rate.of(accuracy(defended, labels)),
                 certified_accuracy=Rate.of(accuracy(proved, labels)),
-                # Cells of older releases do not say.
-                passes=torch.cat(passes).double().mean().item() if len(passes) == len(whole) else None,
+                passes=passes.double().mean().item(),
                 weights_fingerprint=victim.loaded.fingerprint,
-                masks_fingerprint=covering_fingerprint(certification, victim, image_size),
+                masks_fingerprint=masks_fingerprint(certification, victim.loaded.info.mean, image_size),
                 data_fingerprint=inputs.data,
             )
 

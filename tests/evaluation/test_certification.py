@@ -9,8 +9,11 @@ import pytest
 from torch import Tensor
 
 from qadtr_brevitas.core.errors import UsageError
-from qadtr_brevitas.evaluation import CellStore, compute, evaluate
+from qadtr_brevitas.core.patch_size import PatchSize
+from qadtr_brevitas.evaluation import CellStore, certification, compute, evaluate
 from qadtr_brevitas.evaluation.certification import Certification, CertifyJob
+from qadtr_brevitas.evaluation.defended import defended
+from qadtr_brevitas.evaluation.masks import covering_masks
 from qadtr_brevitas.evaluation.report import CertifiedCell, read_report
 from qadtr_brevitas.evaluation.report.csv_tables import certified_csv
 from qadtr_brevitas.evaluation.report.files import write_report
@@ -148,9 +151,36 @@ def test_a_certificate_is_never_taken_for_other_weights_precisions_masks_or_imag
     assert forwards(fingerprint="others") > 0
     assert forwards(precisions=[4]) > 0
     others = [Certification(3, 6), Certification("2x1", 6), Certification(2, 5, "one round")]
-    for other in (Certification(2, 5), Certification(TWO.size, TWO.masks, fill="interpolate"), *others):
+    for other in (Certification(2, 3), Certification(TWO.size, TWO.masks, fill="interpolate"), *others):
         assert forwards(certifications=[other]) > 0
+    # Strides are of whole pixels: five and six masks along a side of these small images are the same.
+    assert forwards(certifications=[Certification(2, 5)]) == 0
     assert forwards(split=coded_split(39)) > 0
+
+
+def test_outcomes_under_masks_of_another_construction_are_not_reused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def evaluated() -> tuple[int, list[str]]:
+        model = Reader()
+        loaded = reader(model=model)
+        behind = defended(loaded, TWO)
+        report = evaluate(make_grid([loaded, behind], certifications=[TWO], precisions=[8]), output=tmp_path)
+        return model.forwards, [behind.fingerprint, *(cell.masks_fingerprint for cell in report.certified)]
+
+    _, before = evaluated()
+    assert evaluated() == (0, before)
+
+    def wider(image_size: tuple[int, int], patch: PatchSize, *, per_side: int) -> Tensor:
+        # As many masks, each of which covers more, so that nothing but their pixels tells them apart.
+        masks = covering_masks(image_size, patch, per_side=per_side)
+        return masks | masks.roll(1, dims=2)
+
+    monkeypatch.setattr(certification, "covering_masks", wider)
+    forwards, after = evaluated()
+    assert forwards > 0
+    assert not set(before) & set(after)
+    assert evaluated() == (0, after)
 
 
 def test_a_budget_takes_the_first_images_of_one_order_and_more_of_them_later_take_up_there(tmp_path: Path) -> None:
