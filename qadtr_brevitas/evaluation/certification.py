@@ -18,7 +18,7 @@ from qadtr_brevitas.evaluation.jobs import EvaluationInputs, Victim
 from qadtr_brevitas.evaluation.mask_fill import MaskFill, MaskFillKind
 from qadtr_brevitas.evaluation.masked_predictor import Certified
 from qadtr_brevitas.evaluation.masks import MASKS_PER_SIDE, covering_masks, mean_color
-from qadtr_brevitas.evaluation.one_round import WINDOWS_PER_SIDE, line_masks, one_round
+from qadtr_brevitas.evaluation.one_round import WINDOWS_PER_SIDE, check_per_side, line_masks, one_round
 from qadtr_brevitas.evaluation.patch_cleanser import double_masking
 
 CertifyMethod: TypeAlias = Literal["double masking", "one round"]
@@ -39,7 +39,8 @@ class Certification:
         fill: what masks show.
 
     Raises:
-        UsageError: a size that cannot be read, or an unknown method or fill.
+        UsageError: a size that cannot be read, an unknown method or fill, or a number of masks that the method cannot
+            take.
     """
 
     size: PatchSize
@@ -61,6 +62,8 @@ class Certification:
         object.__setattr__(self, "size", PatchSize.parse(size))
         default = MASKS_PER_SIDE if method == "double masking" else WINDOWS_PER_SIDE
         object.__setattr__(self, "masks", default if masks is None else masks)
+        if method == "one round":
+            check_per_side(self.masks)
         object.__setattr__(self, "method", method)
         object.__setattr__(self, "fill", fill)
 
@@ -71,7 +74,7 @@ class Certification:
         """Boolean (M, H, W) masks of which one covers any such patch, or any two places of it.
 
         Raises:
-            UsageError: the patch does not fit on the images, or the number of masks does not fit the method.
+            UsageError: the patch does not fit on the images.
         """
         make = covering_masks if self.method == "double masking" else line_masks
         return make(image_size, self.size, per_side=self.masks)

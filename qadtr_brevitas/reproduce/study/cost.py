@@ -150,6 +150,7 @@ def _patches(step: PatchStep) -> Work | None:
 
 
 def _evaluation(step: EvaluationStep, recipe: Recipe) -> Work:
+    """Return the passes of an evaluation; of certificates those that proved images take, which is the most."""
     images = _images(recipe)[1] if step.budget.images == "all" else step.budget.images
     modes = sum(len(mode.precisions) for mode in step.scored)
     # Beside the patches, clean images and a patch of noise.
@@ -158,6 +159,10 @@ def _evaluation(step: EvaluationStep, recipe: Recipe) -> Work:
     for attack in step.attacks:
         sources = (1 + len(step.surrogates)) * modes
         work += (attack_work(attack.plugin, _side(recipe)) + Work(forward=modes)) * (images * sources)
+    if certify := step.evaluation.certify:
+        side = (_side(recipe), _side(recipe))
+        passes = sum(certification.passes_to_prove(side) for certification in certify.certifications)
+        work += Work(forward=certify.count(images) * modes * passes)
     return work
 
 
