@@ -246,12 +246,16 @@ class CertifiedCell(Document):
     data_fingerprint: str = ""
 
     @property
+    def patch(self) -> str:
+        """How tables call the patch."""
+        return f"{self.size}x{self.size}" if isinstance(self.size, int) else self.size
+
+    @property
     def label(self) -> str:
         """How tables call the patch and the masks."""
-        size = f"{self.size}x{self.size}" if isinstance(self.size, int) else self.size
         method = "" if self.method == "double masking" else f", {self.method}"
         fill = "" if self.fill == "mean" else ", interpolated"
-        return f"{size}, {self.masks} masks{method}{fill}"
+        return f"{self.patch}, {self.masks} masks{method}{fill}"
 
 
 class EvaluationReport(Document):
