@@ -71,12 +71,12 @@ class CertifyKey:
     Args:
         model: fingerprint of the model.
         precision: precision of the model, or several together.
-        data: fingerprint of all images.
+        data: fingerprint of all images, which decides the order in which they are certified.
         size: height and width of the patch in pixels, as 3x10.
         method: the certifier.
         masks: fingerprint of the masks and of what they show.
-        start: first image of the chunk.
-        stop: the image after its last.
+        start: place in that order of the first image of the chunk.
+        stop: the place after its last.
     """
 
     model: str

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, TypeAlias, get_args
 
 import torch
@@ -111,13 +111,15 @@ class CertifyJob:
         victim: the model at a precision.
         certification: the patch and the certifier.
         masks: fingerprint of its masks on these images, see `masks_fingerprint`.
-        chunk: the images.
+        order: int64 (N,), the order in which images are certified, which depends on nothing but them.
+        chunk: the images, by their places in the order.
     """
 
     inputs: EvaluationInputs
     victim: Victim
     certification: Certification
     masks: str
+    order: Tensor = field(repr=False, compare=False)
     chunk: range
 
     def __str__(self) -> str:
@@ -153,7 +155,7 @@ class CertifyJob:
 
     def compute(self, store: CellStore, device: torch.device) -> None:
         """Look at the images under all masks and keep the outcomes."""
-        images, _ = self.inputs.split.batch(torch.tensor(self.chunk), device=device)
+        images, _ = self.inputs.split.batch(self.order[self.chunk.start : self.chunk.stop], device=device)
         color = mean_color(self.victim.loaded.info.mean)
         # Not inference_mode: Brevitas's quantizers fail on its tensors.
         with torch.no_grad():

@@ -228,8 +228,9 @@ class CertifiedCell(Document):
     `clean_accuracy` is that of the defended prediction on clean images; `certified_accuracy` counts the images whose
     defended prediction is right whatever one such patch shows and wherever it lies.
 
-    It holds for the weights, masks (with what they show) and images of these fingerprints, and for no others. `passes`
-    is the mean number of forward passes per image. Reports of older releases do not have them.
+    It holds for the weights, masks (with what they show) and images of these fingerprints, and for no others; where the
+    `n` of its rates are fewer images, they were drawn balanced over classes. `passes` is the mean number of forward
+    passes per image. Reports of older releases do not have them.
     """
 
     model: str
