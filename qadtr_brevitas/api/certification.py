@@ -64,7 +64,7 @@ class CertificationResult:
 
     def _key(self, cell: CertifiedCell) -> str:
         several = len({other.size for other in self.report.certified}) > 1
-        return f"{cell.precision}, {cell.label.partition(',')[0]}" if several else cell.precision
+        return f"{cell.precision}, {cell.patch}" if several else cell.precision
 
 
 def certify(

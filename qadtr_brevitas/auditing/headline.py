@@ -13,8 +13,8 @@ from qadtr_brevitas.auditing.finding import AuditReport, PrecisionAudit
 from qadtr_brevitas.auditing.standings import Standing, standings
 from qadtr_brevitas.auditing.tables import summary
 from qadtr_brevitas.core.table import Table
-from qadtr_brevitas.evaluation.report import EvaluationReport
-from qadtr_brevitas.evaluation.report.layout import EMPTY, bits, percent
+from qadtr_brevitas.evaluation.report import EvaluationReport, Rate
+from qadtr_brevitas.evaluation.report.layout import EMPTY, bits, percent, percent_and_range, percent_range
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 # More lines are no longer seen at a glance: each model is then shown at the precision where it resists best.
 _MOST_LINES = 12
 _NOT_AUDITED = "not audited"
+_CERTIFIED_NOTE = (
+    "Proved: of the certified images, those that are right under masks whatever a patch shows; defended: those that "
+    "are right under masks without a patch. In brackets, 95 % intervals."
+)
 
 
 @dataclass(frozen=True)
@@ -103,8 +107,16 @@ def _resists(best: Standing, report: EvaluationReport) -> str:
 def _proved(best: Standing) -> str:
     if best.certified is None:
         return ""
-    size = best.certified.label.partition(",")[0]
-    return f" Proved: on {percent(best.certified.certified_accuracy)} % no patch of {size} can change the answer."
+    cell = best.certified
+    proved, defended = cell.certified_accuracy, cell.clean_accuracy
+    return (
+        f" Proved: on {_percent_of(proved)} of {proved.n} images no patch of {cell.patch} can change the right answer; "
+        f"the defended prediction is right on {_percent_of(defended)} of them."
+    )
+
+
+def _percent_of(rate: Rate) -> str:
+    return f"{percent(rate)} % ({percent_range((rate.low, rate.high))})"
 
 
 def _price(best: Standing, lines: Sequence[Standing]) -> str:
@@ -179,10 +191,13 @@ def _table(lines: Sequence[Standing], report: EvaluationReport) -> Table:
         "under attack": [_under_attack(line, counted=len(counts) > 1) for line in lines],
         "highest ASR": [percent(line.highest.asr) if line.highest else EMPTY for line in lines],
         "by": [facts[line.highest.attack].attack if line.highest else EMPTY for line in lines],
-        "proved": [percent(line.certified.certified_accuracy) if line.certified else EMPTY for line in lines],
+        "defended": [percent_and_range(line.certified and line.certified.clean_accuracy) for line in lines],
+        "proved": [percent_and_range(line.certified and line.certified.certified_accuracy) for line in lines],
         "audit": [audit_word(line.audit) for line in lines],
     }
-    optional = ("under attack", "highest ASR", "by", "proved")
+    if any(line.certified for line in lines):
+        notes.append(_CERTIFIED_NOTE)
+    optional = ("under attack", "highest ASR", "by", "defended", "proved")
     shown = {name: cells for name, cells in columns.items() if name not in optional or set(cells) != {EMPTY}}
     if "under attack" not in shown and set(shown["audit"]) == {_NOT_AUDITED}:
         del shown["audit"]

@@ -72,7 +72,8 @@ certify_options = option_block(
     click.option(
         "--certify-images",
         type=click.IntRange(min=1),
-        help="Certify so many of the test images only, balanced over classes; more later take up where these end.",
+        help="Certify so many of the test images only, balanced over classes; more later, or all, take up where these "
+        "end.",
     ),
     click.option(
         "--defend",

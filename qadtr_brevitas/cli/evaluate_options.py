@@ -72,11 +72,19 @@ def check_options(given: EvaluateOptions) -> None:
     """Refuse options that contradict each other, and those that nothing uses.
 
     Raises:
-        UsageError: --clean beside an attack; an option of the audit, of certificates or of masks without these.
+        UsageError: --clean beside an attack; an audit beside --defend; an option of the audit, of certificates or of
+            masks without these.
     """
     attacking = {"--patches": given.patches, "--attack": given.attacks, "--audit": given.audit}
     if given.clean and (also := [name for name, value in attacking.items() if value]):
         raise UsageError(f"--clean measures accuracy without an attack: remove {also[0]} or --clean")
+    if given.audit and given.defend:
+        # The adaptive attack is on the two rounds of double masking.
+        attack = "adaptive-patch" if given.certify_method == "double-masking" else "location-patch"
+        raise UsageError(
+            "--audit checks networks, not predictions defended by masks: leave out --defend to audit the network, or "
+            f"leave out --audit and attack through the masks, with --defend {given.defend[0]} --attack {attack}"
+        )
     check_needed(*MASK_OPTIONS, needs="--certify 8", is_there=bool(given.certify or given.defend))
     check_needed("certify_images", needs="--certify 8", is_there=bool(given.certify))
     check_needed("twin", "ablations", "audit_images", "audit_profile", needs="--audit", is_there=given.audit)
@@ -181,7 +189,8 @@ audit_options = option_block(
     click.option(
         "--audit",
         is_flag=True,
-        help="Check whether a low ASR is robustness or an attack that failed: minutes for each model and precision.",
+        help="Check whether a low ASR is robustness or an attack that failed: minutes for each model and precision. "
+        "Checks networks; not with --defend.",
     ),
     click.option(
         "--audit-images", type=click.IntRange(min=20), default=200, show_default=True, help="Images of the audit."
@@ -213,7 +222,6 @@ audit_options = option_block(
 def run_audits(grid: Grid, given: EvaluateOptions, *, output: Path, device: torch.device) -> list[AuditReport]:
     """Audits each model of an evaluation at the precisions asked for; the other models lend it their gradients."""
     from qadtr_brevitas.auditing import audit
-    from qadtr_brevitas.evaluation.defended import DefendedModel
     from qadtr_brevitas.evaluation.entries import load_models
 
     precisions = _single(grid)
@@ -222,8 +230,7 @@ def run_audits(grid: Grid, given: EvaluateOptions, *, output: Path, device: torc
     ablations = load_models(given.ablations, device=device, compiling=compiling)
     audits: list[AuditReport] = []
     with progress("auditing") as report:
-        undefended = [loaded for loaded in grid.loaded_models if not isinstance(loaded.model, DefendedModel)]
-        for number, loaded in enumerate(undefended):
+        for number, loaded in enumerate(grid.loaded_models):
             known = [loaded, *([twin] if twin else [])]
             audits.append(
                 audit(
@@ -231,7 +238,7 @@ def run_audits(grid: Grid, given: EvaluateOptions, *, output: Path, device: torc
                     grid.split,
                     precisions=precisions,
                     twin=twin,
-                    surrogates=_others([*undefended, *grid.surrogates], known),
+                    surrogates=_others([*grid.loaded_models, *grid.surrogates], known),
                     ablations=ablations,
                     images=given.audit_images,
                     seed=grid.seed,
@@ -239,7 +246,7 @@ def run_audits(grid: Grid, given: EvaluateOptions, *, output: Path, device: torc
                     device=device,
                     profile=given.audit_profile,
                     folder=output,
-                    progress=part_of(report, number, len(undefended)),
+                    progress=part_of(report, number, len(grid.loaded_models)),
                 )
             )
     return audits

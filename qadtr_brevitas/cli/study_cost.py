@@ -88,7 +88,9 @@ def _table(rows: Sequence[CostRow], total: float, *, speedup: float, price: floa
             + (
                 "." if speedup == 1 else f", whose times are divided by {speedup:g} (--speedup, which is not measured)."
             ),
-            "Reading of images, validation, audits and analyses are not counted.",
+            "Certificates are counted as if every image were proved: others take fewer passes.",
+            "Reading of images, validation, audits, analyses and what an objective or a gradient rule adds to a step "
+            "are not counted.",
         ),
         labels=2,
     )

@@ -71,19 +71,20 @@ class CertifyKey:
     Args:
         model: fingerprint of the model.
         precision: precision of the model, or several together.
-        data: fingerprint of all images.
-        size: side of a square patch in pixels, or height and width as 3x10.
-        masks: masks along each side of an image, with the method and the fill where they are not
-            double masking and the mean color.
-        start: first image of the chunk.
-        stop: the image after its last.
+        data: fingerprint of all images, which decides the order in which they are certified.
+        size: height and width of the patch in pixels, as 3x10.
+        method: the certifier.
+        masks: fingerprint of the masks and of what they show.
+        start: place in that order of the first image of the chunk.
+        stop: the place after its last.
     """
 
     model: str
     precision: str
     data: str
-    size: int | str
-    masks: int | str
+    size: str
+    method: str
+    masks: str
     start: int
     stop: int
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, TypeAlias, get_args
 
 import torch
@@ -18,7 +18,7 @@ from qadtr_brevitas.evaluation.jobs import EvaluationInputs, Victim
 from qadtr_brevitas.evaluation.mask_fill import MaskFill, MaskFillKind
 from qadtr_brevitas.evaluation.masked_predictor import Certified
 from qadtr_brevitas.evaluation.masks import MASKS_PER_SIDE, covering_masks, mean_color
-from qadtr_brevitas.evaluation.one_round import WINDOWS_PER_SIDE, line_masks, one_round
+from qadtr_brevitas.evaluation.one_round import WINDOWS_PER_SIDE, check_per_side, line_masks, one_round
 from qadtr_brevitas.evaluation.patch_cleanser import double_masking
 
 CertifyMethod: TypeAlias = Literal["double masking", "one round"]
@@ -39,7 +39,8 @@ class Certification:
         fill: what masks show.
 
     Raises:
-        UsageError: a size that cannot be read, or an unknown method or fill.
+        UsageError: a size that cannot be read, an unknown method or fill, or a number of masks that the method cannot
+            take.
     """
 
     size: PatchSize
@@ -61,6 +62,8 @@ class Certification:
         object.__setattr__(self, "size", PatchSize.parse(size))
         default = MASKS_PER_SIDE if method == "double masking" else WINDOWS_PER_SIDE
         object.__setattr__(self, "masks", default if masks is None else masks)
+        if method == "one round":
+            check_per_side(self.masks)
         object.__setattr__(self, "method", method)
         object.__setattr__(self, "fill", fill)
 
@@ -71,7 +74,7 @@ class Certification:
         """Boolean (M, H, W) masks of which one covers any such patch, or any two places of it.
 
         Raises:
-            UsageError: the patch does not fit on the images, or the number of masks does not fit the method.
+            UsageError: the patch does not fit on the images.
         """
         make = covering_masks if self.method == "double masking" else line_masks
         return make(image_size, self.size, per_side=self.masks)
@@ -101,11 +104,22 @@ class Certification:
 
 @dataclass(frozen=True)
 class CertifyJob:
-    """The defended predictions of one victim on one chunk of images, and those that are proved."""
+    """The defended predictions of one victim on one chunk of images, and those that are proved.
+
+    Args:
+        inputs: the images.
+        victim: the model at a precision.
+        certification: the patch and the certifier.
+        masks: fingerprint of its masks on these images, see `masks_fingerprint`.
+        order: int64 (N,), the order in which images are certified, which depends on nothing but them.
+        chunk: the images, by their places in the order.
+    """
 
     inputs: EvaluationInputs
     victim: Victim
     certification: Certification
+    masks: str
+    order: Tensor = field(repr=False, compare=False)
     chunk: range
 
     def __str__(self) -> str:
@@ -114,15 +128,13 @@ class CertifyJob:
     @property
     def key(self) -> CertifyKey:
         """What its outcomes depend on."""
-        size, method, fill = self.certification.size, self.certification.method, self.certification.fill
-        masks = self.certification.masks
         return CertifyKey(
             model=self.victim.loaded.fingerprint,
             precision=str(self.victim.precision),
             data=self.inputs.data,
-            # Squares and mean colors under double masking keep the cells that earlier releases made.
-            size=size.height if size.is_square else str(size),
-            masks=_joined(masks if method == "double masking" else f"{method}, {masks}", fill),
+            size=str(self.certification.size),
+            method=self.certification.method,
+            masks=self.masks,
             start=self.chunk.start,
             stop=self.chunk.stop,
         )
@@ -138,13 +150,12 @@ class CertifyJob:
     def read(self, store: CellStore) -> Certified | None:
         """Return the outcomes, where they are in the store."""
         found = store.read_chunk(self.key)
-        if not {"defended", "proved"} <= found.keys():
-            return None
-        return Certified(found["defended"], found["proved"], found.get("passes"))
+        names = ("defended", "proved", "passes")
+        return Certified(*(found[name] for name in names)) if found.keys() >= set(names) else None
 
     def compute(self, store: CellStore, device: torch.device) -> None:
         """Look at the images under all masks and keep the outcomes."""
-        images, _ = self.inputs.split.batch(torch.tensor(self.chunk), device=device)
+        images, _ = self.inputs.split.batch(self.order[self.chunk.start : self.chunk.stop], device=device)
         color = mean_color(self.victim.loaded.info.mean)
         # Not inference_mode: Brevitas's quantizers fail on its tensors.
         with torch.no_grad():
@@ -156,11 +167,13 @@ class CertifyJob:
         store.write_chunk(self.key, outcomes)
 
 
-def covering_fingerprint(certification: Certification, victim: Victim, image_size: tuple[int, int]) -> str:
-    """Return the fingerprint of the masks and of what they show, which a certificate holds for."""
-    found = fingerprint_tensors([certification.covering(image_size), mean_color(victim.loaded.info.mean)])
+def masks_fingerprint(certification: Certification, mean: Sequence[float], image_size: tuple[int, int]) -> str:
+    """Return the fingerprint of the masks and of what they show, which a certificate holds for.
+
+    Args:
+        certification: the patch and the certifier.
+        mean: the mean color of the model.
+        image_size: (H, W) in pixels.
+    """
+    found = fingerprint_tensors([certification.covering(image_size), mean_color(mean)])
     return found if certification.fill == "mean" else fingerprint_facts([found, certification.fill])
-
-
-def _joined(masks: int | str, fill: MaskFillKind) -> int | str:
-    return masks if fill == "mean" else f"{masks}, {fill}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +11,7 @@ from torch.nn.functional import one_hot
 from torch.utils.checkpoint import checkpoint
 
 from qadtr_brevitas.core.files import fingerprint_facts
-from qadtr_brevitas.evaluation.certification import Certification
+from qadtr_brevitas.evaluation.certification import Certification, masks_fingerprint
 from qadtr_brevitas.evaluation.entries import LoadedModel
 from qadtr_brevitas.evaluation.mask_fill import MaskFill
 from qadtr_brevitas.evaluation.masked_predictor import Certified
@@ -99,11 +98,10 @@ def defended(loaded: LoadedModel, certification: Certification, *, batch_size: i
     Raises:
         UsageError: the patch does not fit on the model's images.
     """
-    certification.covering(loaded.info.image_size)
-    facts: list[Any] = ["defended", loaded.fingerprint, str(certification), certification.masks]
+    masks = masks_fingerprint(certification, loaded.info.mean, loaded.info.image_size)
     return replace(
         loaded,
         name=f"{loaded.name} defended ({certification})",
         model=DefendedModel(loaded.model, certification, mean=loaded.info.mean, batch_size=batch_size),
-        fingerprint=fingerprint_facts(facts),
+        fingerprint=fingerprint_facts(["defended", loaded.fingerprint, str(certification), masks]),
     )

@@ -8,13 +8,14 @@ from functools import cached_property
 from typing import Any, Literal, TypeAlias
 
 import torch
+from torch import Tensor
 
 from qadtr_brevitas.attacks.base import DefenseAttack
 from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.core.precision import FLOAT_BITS, Precision, PrecisionLike
 from qadtr_brevitas.core.seeding import generator
 from qadtr_brevitas.data.split import Split, balanced_order
-from qadtr_brevitas.evaluation.certification import PORTION, Certification, CertifyJob
+from qadtr_brevitas.evaluation.certification import PORTION, Certification, CertifyJob, masks_fingerprint
 from qadtr_brevitas.evaluation.defended import DefendedModel
 from qadtr_brevitas.evaluation.entries import LoadedModel, NamedPatch
 from qadtr_brevitas.evaluation.image_attacks import NamedAttack, SourcedAttack
@@ -50,7 +51,7 @@ class Grid:
             scored together, attacks are made on their mean.
         transfer: what to move to other models and precisions; white-box, EOT and control cells are always scored.
         certifications: patches that models are certified against, at every precision.
-        certify_images: certify so many of the images only, balanced over classes; None for all.
+        certify_images: certify so many of the images only, balanced over classes, whatever the seed; None for all.
         seed: seed of the placements, the controls and the attacks.
         batch_size: images in one forward pass. Attacks take the images in chunks of this size, each with a random
             stream of its own: another size gives other attacks.
@@ -112,19 +113,17 @@ class Grid:
         return EvaluationInputs(self.split, self.data.fingerprint, self.seed, self.batch_size)
 
     @cached_property
-    def certify_inputs(self) -> EvaluationInputs:
-        """What all cells of certifications share: `inputs`, or all their images in the order in which they are drawn.
+    def certified_order(self) -> Tensor:
+        """The images in the order in which they are certified, int64 (N,): of any number of them, those are the first.
 
-        Of a part of the images, the first are certified: where more are wanted later, these are done.
+        It depends on the images alone: a certificate has nothing random, and more images, or all of them, later take up
+        where fewer end.
         """
-        if self.certify_images is None:
-            return self.inputs
-        split = self.split.subset(balanced_order(self.split.labels, seed=self.seed))
-        return replace(self.inputs, split=split, data=split.fingerprint)
+        return balanced_order(self.split.labels, seed=0)
 
     @property
     def certified_count(self) -> int:
-        """How many images are certified."""
+        """How many images are certified, the first of `certified_order`."""
         return len(self.split) if self.certify_images is None else self.certify_images
 
     @cached_property
@@ -187,7 +186,10 @@ class Grid:
         """Return the cells of one certification of one victim."""
         images = self.certified_count
         portions = (range(start, min(start + PORTION, images)) for start in range(0, images, PORTION))
-        return [CertifyJob(self.certify_inputs, victim, certification, portion) for portion in portions]
+        masks = masks_fingerprint(certification, victim.loaded.info.mean, self.split.image_size)
+        return [
+            CertifyJob(self.inputs, victim, certification, masks, self.certified_order, portion) for portion in portions
+        ]
 
     def chunks(self) -> Iterator[range]:
         """Return the test images in the portions that per-image attacks take them in."""

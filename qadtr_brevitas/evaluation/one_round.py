@@ -41,11 +41,7 @@ def line_masks(image_size: tuple[int, int], patch: PatchSizeLike, *, per_side: i
     Raises:
         UsageError: the patch is larger than the image, or `per_side` is no prime up to 13.
     """
-    if per_side not in _ORDERS:
-        allowed = ", ".join(map(str, _ORDERS))
-        raise UsageError(
-            f"one round takes a prime number of masks along each side, got {per_side}: choose from {allowed}"
-        )
+    check_per_side(per_side)
     windows = covering_set(image_size, patch, per_side=per_side)
     # Small images have fewer windows: points that are missing are left out of their lines.
     rows, columns = len(windows.rows), len(windows.columns)
@@ -57,6 +53,19 @@ def line_masks(image_size: tuple[int, int], patch: PatchSizeLike, *, per_side: i
     # A line inside another one adds nothing.
     kept = [line for line in inside if line and not any(line < other for other in inside)]
     return torch.stack([torch.stack([points[point] for point in sorted(line)]).any(dim=0) for line in kept])
+
+
+def check_per_side(per_side: int) -> None:
+    """Check that windows along a side make lines of which any two windows share one.
+
+    Raises:
+        UsageError: `per_side` is no prime up to 13.
+    """
+    if per_side not in _ORDERS:
+        allowed = ", ".join(map(str, _ORDERS))
+        raise UsageError(
+            f"one round takes a prime number of masks along each side, got {per_side}: choose from {allowed}"
+        )
 
 
 def place_kinds(masks: Tensor, patch: PatchSizeLike) -> Tensor:

@@ -10,7 +10,8 @@ from rich.console import Console
 
 from qadtr_brevitas.auditing.finding import AuditReport, Finding
 from qadtr_brevitas.auditing.headline import audit_headline, headline
-from qadtr_brevitas.evaluation.report import EvaluationReport
+from qadtr_brevitas.evaluation.metrics import Proportion
+from qadtr_brevitas.evaluation.report import CertifiedCell, EvaluationReport, Rate
 from qadtr_brevitas.evaluation.report.schema import WorstCase
 from tests.auditing.support import precision_audits
 from tests.reproduce.page.support import make_report
@@ -104,6 +105,25 @@ def test_without_attacks_it_is_about_accuracy(report: EvaluationReport) -> None:
     assert headline(clean.model_copy(update={"clean": ()})) is None
 
 
+def certified(model: str, precision: str, proved: int) -> CertifiedCell:
+    """A certificate of 90 right defended predictions of 100."""
+    shares = {"clean_accuracy": Rate.of(Proportion(90, 100)), "certified_accuracy": Rate.of(Proportion(proved, 100))}
+    return CertifiedCell(model=model, precision=precision, size=5, masks=36, **shares)
+
+
+def test_certified_and_defended_accuracy_stand_there_with_their_intervals(report: EvaluationReport) -> None:
+    cells = (certified("b", "8", 50), certified("b", "4", 40))
+    first = headline(report.model_copy(update={"certified": cells}))
+    assert first is not None
+    # Wilson's intervals of 50 and 90 of 100, as in tables of them.
+    assert "Proved: on 50.0 % (40.4 to 59.6) of 100 images no patch of 5x5" in first.sentences[0]
+    assert "right on 90.0 % (82.6 to 94.5) of them" in first.sentences[0]
+    columns = [first.table.header.index(name) for name in ("defended", "proved")]
+    rows = {row[:2]: tuple(row[column] for column in columns) for row in first.table.rows if row}
+    assert rows["b", "8 bit"] == ("90.0 (82.6 to 94.5)", "50.0 (40.4 to 59.6)")
+    assert rows["a", "8 bit"] == ("-", "-")
+
+
 def test_of_many_models_each_has_one_line(tmp_path: Path) -> None:
     names = tuple("abcdefg")
     first = headline(make_report(tmp_path, names=names))
@@ -113,13 +133,14 @@ def test_of_many_models_each_has_one_line(tmp_path: Path) -> None:
 
 
 def test_nothing_breaks_in_a_narrow_terminal(report: EvaluationReport) -> None:
-    first = headline(report, [audit("a", "pass"), audit("b", "WARN")])
+    both = report.model_copy(update={"certified": (certified("b", "8", 50),)})
+    first = headline(both, [audit("a", "pass"), audit("b", "WARN")])
     assert first is not None
     text = StringIO()
     Console(file=text, width=80).print(first.rich())
     lines = text.getvalue().splitlines()
     assert max(map(len, lines)) <= 80
     words = text.getvalue().split()
-    for name in ("highest", "ASR", "lavan", "100.0"):
+    for name in ("highest", "ASR", "lavan", "100.0", "defended", "proved", "90.0", "50.0"):
         assert name in words
     assert "| a | 8 bit |" in first.markdown()

@@ -102,6 +102,7 @@ def test_clean_accuracy_alone(runs: list[Path], tmp_path: Path) -> None:
     ("arguments", "code", "words"),
     [
         (["--clean", "--attack", "pgd"], 2, "accuracy without an attack: remove --attack or --clean"),
+        (["--audit", "--defend", "2"], 2, "leave out --audit and attack through the masks, with --defend 2"),
         (["--precision", "8"], 2, "no precision 8: it was converted for 32, 4"),
         (["--images", "31"], 2, "31 images cannot be drawn from 30"),
         (["--patches", "nowhere"], 2, "there are no patches at nowhere"),

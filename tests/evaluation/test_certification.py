@@ -9,8 +9,11 @@ import pytest
 from torch import Tensor
 
 from qadtr_brevitas.core.errors import UsageError
-from qadtr_brevitas.evaluation import CellStore, compute, evaluate
+from qadtr_brevitas.core.patch_size import PatchSize
+from qadtr_brevitas.evaluation import CellStore, certification, compute, evaluate
 from qadtr_brevitas.evaluation.certification import Certification, CertifyJob
+from qadtr_brevitas.evaluation.defended import defended
+from qadtr_brevitas.evaluation.masks import covering_masks
 from qadtr_brevitas.evaluation.report import CertifiedCell, read_report
 from qadtr_brevitas.evaluation.report.csv_tables import certified_csv
 from qadtr_brevitas.evaluation.report.files import write_report
@@ -148,9 +151,36 @@ def test_a_certificate_is_never_taken_for_other_weights_precisions_masks_or_imag
     assert forwards(fingerprint="others") > 0
     assert forwards(precisions=[4]) > 0
     others = [Certification(3, 6), Certification("2x1", 6), Certification(2, 5, "one round")]
-    for other in (Certification(2, 5), Certification(TWO.size, TWO.masks, fill="interpolate"), *others):
+    for other in (Certification(2, 3), Certification(TWO.size, TWO.masks, fill="interpolate"), *others):
         assert forwards(certifications=[other]) > 0
+    # Strides are of whole pixels: five and six masks along a side of these small images are the same.
+    assert forwards(certifications=[Certification(2, 5)]) == 0
     assert forwards(split=coded_split(39)) > 0
+
+
+def test_outcomes_under_masks_of_another_construction_are_not_reused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def evaluated() -> tuple[int, list[str]]:
+        model = Reader()
+        loaded = reader(model=model)
+        behind = defended(loaded, TWO)
+        report = evaluate(make_grid([loaded, behind], certifications=[TWO], precisions=[8]), output=tmp_path)
+        return model.forwards, [behind.fingerprint, *(cell.masks_fingerprint for cell in report.certified)]
+
+    _, before = evaluated()
+    assert evaluated() == (0, before)
+
+    def wider(image_size: tuple[int, int], patch: PatchSize, *, per_side: int) -> Tensor:
+        # As many masks, each of which covers more, so that nothing but their pixels tells them apart.
+        masks = covering_masks(image_size, patch, per_side=per_side)
+        return masks | masks.roll(1, dims=2)
+
+    monkeypatch.setattr(certification, "covering_masks", wider)
+    forwards, after = evaluated()
+    assert forwards > 0
+    assert not set(before) & set(after)
+    assert evaluated() == (0, after)
 
 
 def test_a_budget_takes_the_first_images_of_one_order_and_more_of_them_later_take_up_there(tmp_path: Path) -> None:
@@ -161,16 +191,64 @@ def test_a_budget_takes_the_first_images_of_one_order_and_more_of_them_later_tak
         assert sum(isinstance(job, CertifyJob) for job in grid.jobs()) == -(-count // 32)
         return evaluate(grid, output=tmp_path).certified[0]
 
-    assert certified(32).certified_accuracy.n == 32
+    # Each image is compared with its own label: the reader is right on all of them.
+    assert (certified(32).certified_accuracy.count, certified(32).certified_accuracy.n) == (32, 32)
     before = model.forwards
-    assert certified(40).certified_accuracy.n == 40
+    assert (certified(40).certified_accuracy.count, certified(40).certified_accuracy.n) == (40, 40)
     more = model.forwards - before
     assert 0 < more < before
-    labels = make_grid([reader()], certifications=[TWO], certify_images=8).certify_inputs.split.labels[:8]
-    assert labels.bincount().tolist() == [2, 2, 2, 2]
+    grid = make_grid([reader()], certifications=[TWO], certify_images=8)
+    assert grid.split.labels[grid.certified_order[:8]].bincount().tolist() == [2, 2, 2, 2]
     for count in (0, 41):
         with pytest.raises(UsageError, match=f"{count} images .* 40"):
             make_grid([reader()], certifications=[TWO], certify_images=count)
+
+
+class Counter(Reader):
+    """Counts the images that it is shown, and stops the evaluation, as a user does, once there were so many."""
+
+    def __init__(self, *, stop_after: int | None = None) -> None:
+        super().__init__()
+        self.images, self.stop_after = 0, stop_after
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.images += len(images)
+        if self.stop_after is not None and self.images > self.stop_after:
+            raise KeyboardInterrupt
+        return super().forward(images)
+
+
+def shown(output: Path, *, stop_after: int | None = None, **settings: Any) -> int:
+    """Return how many images the model is shown, masked and clean, by an evaluation on 100 images."""
+    model = Counter(stop_after=stop_after)
+    given = {"certifications": [TWO], "precisions": [8], **settings}
+    grid = make_grid([reader(model=model)], split=coded_split(100), **given)
+    try:
+        evaluate(grid, output=output)
+    except KeyboardInterrupt:
+        assert stop_after is not None
+    return model.images
+
+
+def test_a_stopped_certification_goes_on_without_computing_anything_twice(tmp_path: Path) -> None:
+    # Clean images once, and each image under all 16 masks and 120 pairs.
+    whole = 100 + 100 * (16 + 120)
+    assert shown(tmp_path / "whole") == whole
+    # Stopped in the second of four portions, of which no more than the one that was begun is lost.
+    shown(tmp_path / "stopped", stop_after=100 + 40 * (16 + 120))
+    assert shown(tmp_path / "stopped") == whole - (100 + 32 * (16 + 120))
+    reports = [
+        evaluate(make_grid([reader()], split=coded_split(100), certifications=[TWO], precisions=[8]), output=o)
+        for o in (tmp_path / "whole", tmp_path / "stopped")
+    ]
+    assert reports[0].certified == reports[1].certified
+
+
+def test_all_images_take_up_where_some_of_them_end(tmp_path: Path) -> None:
+    assert shown(tmp_path, certify_images=64) == 100 + 64 * (16 + 120)
+    # Whatever the seed, as nothing of a certificate is random.
+    assert shown(tmp_path, seed=1) == 36 * (16 + 120)
+    assert shown(tmp_path, certify_images=100) == 0
 
 
 def test_wrong_sizes_methods_and_repeats_are_refused() -> None:

@@ -39,6 +39,11 @@ def percent_range(bounds: tuple[float, float]) -> str:
     return f"{100 * bounds[0]:.1f} to {100 * bounds[1]:.1f}"
 
 
+def percent_and_range(rate: Rate | None) -> str:
+    """Return a share and its 95 % interval, in percent."""
+    return EMPTY if rate is None or rate.value is None else f"{percent(rate)} ({percent_range((rate.low, rate.high))})"
+
+
 def interval(mean: Mean | None) -> str:
     """Return the 95 % interval of a mean, in percent."""
     return percent_range(mean.interval) if mean else EMPTY

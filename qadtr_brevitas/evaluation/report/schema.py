@@ -228,8 +228,9 @@ class CertifiedCell(Document):
     `clean_accuracy` is that of the defended prediction on clean images; `certified_accuracy` counts the images whose
     defended prediction is right whatever one such patch shows and wherever it lies.
 
-    It holds for the weights, masks (with what they show) and images of these fingerprints, and for no others. `passes`
-    is the mean number of forward passes per image. Reports of older releases do not have them.
+    It holds for the weights, masks (with what they show) and images of these fingerprints, and for no others; where the
+    `n` of its rates are fewer images, they were drawn balanced over classes. `passes` is the mean number of forward
+    passes per image. Reports of older releases do not have them.
     """
 
     model: str
@@ -246,12 +247,16 @@ class CertifiedCell(Document):
     data_fingerprint: str = ""
 
     @property
+    def patch(self) -> str:
+        """How tables call the patch."""
+        return f"{self.size}x{self.size}" if isinstance(self.size, int) else self.size
+
+    @property
     def label(self) -> str:
         """How tables call the patch and the masks."""
-        size = f"{self.size}x{self.size}" if isinstance(self.size, int) else self.size
         method = "" if self.method == "double masking" else f", {self.method}"
         fill = "" if self.fill == "mean" else ", interpolated"
-        return f"{size}, {self.masks} masks{method}{fill}"
+        return f"{self.patch}, {self.masks} masks{method}{fill}"
 
 
 class EvaluationReport(Document):

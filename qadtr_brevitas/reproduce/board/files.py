@@ -14,7 +14,7 @@ from qadtr_brevitas.reproduce.board.rules import RULES
 from qadtr_brevitas.reproduce.page.render import check_path, html
 
 _COLUMNS = ("rank", "report", "model", "architecture", "fingerprint", "precision", "attacks")
-_RATES = ("clean_accuracy", "robust_accuracy", "highest_asr", "certified_accuracy")
+_RATES = ("clean_accuracy", "robust_accuracy", "highest_asr", "defended_accuracy", "certified_accuracy")
 
 
 def write_board(board: Board, path: Path, *, title: str, command: str) -> list[Path]:
@@ -69,6 +69,7 @@ def _facts(line: BoardLine, rank: int | None) -> dict[str, Any]:
         "clean_accuracy": standing.clean,
         "robust_accuracy": line.robust,
         "highest_asr": None if line.highest is None else line.highest[1].asr,
+        "defended_accuracy": None if standing.certified is None else standing.certified.clean_accuracy,
         "certified_accuracy": None if standing.certified is None else standing.certified.certified_accuracy,
     }
     return {

@@ -8,14 +8,28 @@ from datetime import UTC, datetime
 from qadtr_brevitas import __version__
 from qadtr_brevitas.auditing.headline import Headline, audit_word
 from qadtr_brevitas.core.table import Table
-from qadtr_brevitas.evaluation.report.layout import EMPTY, bits, percent, percent_range
+from qadtr_brevitas.evaluation.report.layout import EMPTY, bits, percent, percent_and_range, percent_range
 from qadtr_brevitas.reproduce.board.build import Board, BoardLine
 from qadtr_brevitas.reproduce.board.rules import RULES
 from qadtr_brevitas.reproduce.page.blocks import Page, PageBlock, PageSection
 
-_HEADER = ("rank", "report", "model", "right", "under attack", "95 % interval", "highest ASR", "by", "proved", "audit")
+_HEADER = (
+    "rank",
+    "report",
+    "model",
+    "right",
+    "under attack",
+    "95 % interval",
+    "highest ASR",
+    "by",
+    "defended",
+    "proved",
+    "audit",
+)
 _NOTES = (
     "In percent of the same test images; under attack: right without an attack and under every attack that counts.",
+    "Proved: of the certified images, those that are right under masks whatever a patch shows; defended: those that "
+    "are right under masks without a patch; both with 95 % intervals.",
     "Lines whose intervals overlap are not told apart by so few images.",
     "Audit: the checks that warn. They refuse nobody, but an attack may break more than these did.",
 )
@@ -132,6 +146,7 @@ def _cells(line: BoardLine) -> tuple[str, ...]:
         percent_range((line.robust.low, line.robust.high)),
         EMPTY if highest is None else percent(highest[1].asr),
         EMPTY if highest is None else highest[0],
-        EMPTY if certified is None else f"{percent(certified.certified_accuracy)} ({certified.label.split(',')[0]})",
+        percent_and_range(certified and certified.clean_accuracy),
+        EMPTY if certified is None else f"{percent_and_range(certified.certified_accuracy)}, {certified.patch}",
         audit_word(standing.audit),
     )

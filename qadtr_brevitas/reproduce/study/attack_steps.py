@@ -127,6 +127,7 @@ class EvaluationStep(StudyStep):
     def _grid(self, resources: StudyResources, patches: Sequence[NamedPatch]) -> Grid:
         dataset = resources.dataset(self.model)
         split = resources.test_images(self.model, self.budget)
+        certify = self.evaluation.certify
         return Grid(
             loaded_models=[resources.load_model(self.model, self.report_name)],
             patches=patches,
@@ -139,6 +140,8 @@ class EvaluationStep(StudyStep):
             eot=self.evaluation.eot if self.attacks else (),
             precisions=self.scored,
             transfer=self.evaluation.transfer,
+            certifications=certify.certifications if certify else (),
+            certify_images=certify and certify.count(len(split)),
             seed=self.budget.seed,
             batch_size=self.budget.batch_size,
         )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qadtr_brevitas.attacks.base import ImageAttack
+from qadtr_brevitas.attacks.base import ImageAttack, RememberingAttack
 from qadtr_brevitas.attacks.universal import UniversalPatch
 from qadtr_brevitas.config import Recipe
 from qadtr_brevitas.config.slots import slot_name
@@ -137,6 +137,9 @@ def _training(recipe: Recipe) -> Work:
     if train.attack is not None:
         attacked = count * passes * train.epochs * train.attack.share
         work += attack_work(cast("ImageAttack", train.attack), _side(recipe)) * attacked
+    if train.masks is not None:
+        searched = train.masks.search_passes(train.attack.share if train.attack else 0.0)
+        work += Work(forward=count * passes * train.epochs * searched)
     return work
 
 
@@ -150,6 +153,7 @@ def _patches(step: PatchStep) -> Work | None:
 
 
 def _evaluation(step: EvaluationStep, recipe: Recipe) -> Work:
+    """Return the passes of an evaluation; of certificates those that proved images take, which is the most."""
     images = _images(recipe)[1] if step.budget.images == "all" else step.budget.images
     modes = sum(len(mode.precisions) for mode in step.scored)
     # Beside the patches, clean images and a patch of noise.
@@ -158,6 +162,10 @@ def _evaluation(step: EvaluationStep, recipe: Recipe) -> Work:
     for attack in step.attacks:
         sources = (1 + len(step.surrogates)) * modes
         work += (attack_work(attack.plugin, _side(recipe)) + Work(forward=modes)) * (images * sources)
+    if certify := step.evaluation.certify:
+        side = (_side(recipe), _side(recipe))
+        passes = sum(certification.passes_to_prove(side) for certification in certify.certifications)
+        work += Work(forward=certify.count(images) * modes * passes)
     return work
 
 
@@ -193,7 +201,9 @@ def attack_work(attack: ImageAttack, side: int) -> Work:
     """Return the passes of an attack for one image, counted on a stand-in for the network."""
     counter, draws = _Counter(), torch.Generator().manual_seed(0)
     images = torch.rand(_COUNTED_ON, 3, side, side, generator=draws)
-    attack.run(counter, images, torch.arange(_COUNTED_ON), generator=draws)
+    # In training, attacks may keep what they made.
+    memory = {"memory": dict[str, Tensor]()} if isinstance(attack, RememberingAttack) and attack.remembers else {}
+    attack.run(counter, images, torch.arange(_COUNTED_ON), generator=draws, **memory)
     return Work(forward=counter.forward_only / _COUNTED_ON, attack=counter.both / _COUNTED_ON)
 
 

@@ -183,6 +183,12 @@ class _PlanBuilder:
                 f"model {network.model} of the study has none of the precisions to score: it has {known}, give "
                 f"models.{network.model}.precisions"
             )
+        random = [mode for mode in scored if mode.is_random]
+        if evaluation.certify and random:
+            raise UsageError(
+                f"{network.name} at {random[0]} answers differently each time, so that nothing can be proved: leave "
+                f"out evaluations.{name}.certify, or {random[0]} where precisions are given"
+            )
         model = self._model(network)
         specs = {attack: self.study.attacks[attack] for attack in evaluation.attacks}
         # A protocol makes its own patches instead of those of the first attack.
@@ -195,8 +201,10 @@ class _PlanBuilder:
         surrogates = {source.name: source for source in sources if source != network}
         attacks = tuple(attack for spec in image_specs for attack in _image_attacks(spec))
         report_name = network.name if len(self.study.evaluations) == 1 else f"{network.name} {name}"
+        # Evaluations without certificates keep the reports that studies made before there were any.
+        excluded = {"audit"} if evaluation.certify else {"audit", "certify"}
         settings = [
-            [report_name, list(map(str, scored)), evaluation.model_dump(mode="json", exclude={"audit"}), self._budget],
+            [report_name, list(map(str, scored)), evaluation.model_dump(mode="json", exclude=excluded), self._budget],
             [[(step.label, step.source) for step in patches], list(surrogates)],
             [attack.fingerprint for attack in attacks],
         ]

@@ -1,4 +1,4 @@
-"""The scores of a study: clean accuracy and attack success of every network, read from its reports."""
+"""The scores of a study: accuracies, attack success and certificates of every network, read from its reports."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from qadtr_brevitas.evaluation.metrics import Proportion
 from qadtr_brevitas.evaluation.report import AttackCell, EvaluationReport, Rate, read_report
 from qadtr_brevitas.reproduce.study.plan import NetworkEvaluation, StudyPlan
 
-CLEAN, UNSEEN_PREFIX, UNSEEN_MEAN = "clean accuracy", "unseen ", "unseen, mean of all kinds"
+CLEAN, DEFENDED, CERTIFIED = "clean accuracy", "defended", "certified"
+UNSEEN_PREFIX, UNSEEN_MEAN = "unseen ", "unseen, mean of all kinds"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,8 +23,8 @@ class StudyScore:
         evaluation: name of the evaluation.
         seed: training seed; None for a finished model.
         precision: the precision that was scored.
-        kind: name of the attack in the study; empty for clean accuracy and means.
-        what: `clean accuracy`, or the attack and where it was made.
+        kind: name of the attack in the study, `defended` or `certified`; empty for clean accuracy and means.
+        what: `clean accuracy`, the attack and where it was made, or the patch and masks of a certificate.
         threat: what the attack knew: `white-box`, `eot`, `transfer`, or `control` for patches of noise.
         made_on: the network that the attack was made on.
         made_at: the precision that it was made at, or several together.
@@ -101,6 +102,10 @@ def _scores(evaluated: NetworkEvaluation) -> Iterator[StudyScore]:
         if unseen := _one_of_each_kind([score for score in found if score.kind.startswith(UNSEEN_PREFIX)]):
             mean = fmean(score.value for score in unseen)
             yield replace(base, precision=precision, what=UNSEEN_MEAN, targets=len(unseen), value=mean)
+    for cell in report.certified:
+        for kind, rate in ((DEFENDED, cell.clean_accuracy), (CERTIFIED, cell.certified_accuracy)):
+            what = f"{cell.label}: {kind}"
+            yield replace(base, precision=cell.precision, kind=kind, what=what, value=rate.value or 0, share=rate.share)
 
 
 def _attack_scores(

@@ -10,9 +10,11 @@ from qadtr_brevitas.attacks.base import ImageAttack, PatchAttack
 from qadtr_brevitas.config.sections import AttackSlot, RecipeSection
 from qadtr_brevitas.config.slots import Slot
 from qadtr_brevitas.core.errors import UsageError
-from qadtr_brevitas.core.plugin import PrecisionField
+from qadtr_brevitas.core.plugin import PatchSizeField, PrecisionField
 from qadtr_brevitas.core.precision import DEFAULT_BITS, PrecisionLike
 from qadtr_brevitas.core.registry import ANALYSES
+from qadtr_brevitas.evaluation.certification import Certification, CertifyMethod
+from qadtr_brevitas.evaluation.mask_fill import MaskFillKind
 from qadtr_brevitas.quant.inference import InferenceMode, parse_mode
 
 if TYPE_CHECKING:
@@ -119,8 +121,41 @@ class StudyAudit(RecipeSection):
     profile: Literal["quick", "full"] = Field(default="quick", description="how thorough its attacks are")
 
 
+class StudyCertification(RecipeSection):
+    """Patches against which the networks of an evaluation are certified, at each precision they are scored at."""
+
+    sizes: tuple[PatchSizeField, ...] = Field(min_length=1, description="sizes of patches in pixels, as 5 or 3x10")
+    masks: int | None = Field(
+        default=None, ge=2, description="masks along each side of an image; null: 6, or 5 in one round"
+    )
+    method: CertifyMethod = Field(default="double masking", description="the certifier")
+    fill: MaskFillKind = Field(default="mean", description="what masks show, best what train.masks.fill was")
+    images: int | None = Field(
+        default=None, ge=1, description="certify at most so many of the test images, balanced over classes; null: all"
+    )
+
+    @model_validator(mode="after")
+    def _check_masks(self) -> StudyCertification:
+        try:
+            names = [str(certification) for certification in self.certifications]
+        except UsageError as error:
+            raise ValueError(str(error)) from error
+        if len(set(names)) < len(names):
+            raise ValueError("give each patch size once")
+        return self
+
+    @property
+    def certifications(self) -> tuple[Certification, ...]:
+        """One for each size."""
+        return tuple(Certification(size, self.masks, self.method, self.fill) for size in self.sizes)
+
+    def count(self, images: int) -> int:
+        """Return how many of so many test images are certified."""
+        return min(images, self.images or images)
+
+
 class StudyEvaluation(RecipeSection):
-    """A set of attacks on some models, with one report for each network."""
+    """A set of attacks on some models, and certificates of them, with one report for each network."""
 
     attacks: tuple[str, ...] = Field(default=(), description="names of attacks of this study")
     protocol: Literal["unseen"] | None = Field(
@@ -131,6 +166,7 @@ class StudyEvaluation(RecipeSection):
     eot: tuple[ModeField, ...] = Field(
         default=(), description="sets of precisions that attacks on each image are also averaged over"
     )
+    certify: StudyCertification | None = Field(default=None, description="also certify the networks")
     audit: StudyAudit | None = Field(default=None, description="also audit the networks")
     transfer: Literal["all", "float", "none"] = Field(
         default="all", description="attacks scored at precisions they were not made at: all, those made at 32 bit, none"

@@ -9,8 +9,9 @@ from statistics import fmean, stdev
 
 from qadtr_brevitas.core.files import write_atomically, write_json
 from qadtr_brevitas.core.table import Cell, Table
+from qadtr_brevitas.evaluation.metrics import mean
 from qadtr_brevitas.evaluation.report import read_report, versions
-from qadtr_brevitas.evaluation.report.layout import EMPTY, bits
+from qadtr_brevitas.evaluation.report.layout import EMPTY, bits, interval
 from qadtr_brevitas.evaluation.report.views import FLOAT
 from qadtr_brevitas.pipeline.directories import (
     PAGE_FILE,
@@ -25,7 +26,7 @@ from qadtr_brevitas.reproduce.page.study_file import StudyFacts, StudyRow
 from qadtr_brevitas.reproduce.paper import paper_table
 from qadtr_brevitas.reproduce.study.file import dump_json
 from qadtr_brevitas.reproduce.study.plan import NetworkEvaluation, StudyPlan
-from qadtr_brevitas.reproduce.study.scores import StudyScore, study_scores
+from qadtr_brevitas.reproduce.study.scores import CERTIFIED, DEFENDED, StudyScore, study_scores
 from qadtr_brevitas.reproduce.study.sections import Study
 
 _HEADER = (
@@ -42,10 +43,16 @@ _HEADER = (
     "value",
     "count",
     "n",
+    "low",
+    "high",
 )
 _NOTE = (
     "In percent: mean over targets and seeds, with the standard deviation over seeds where there are several. ASR: "
     "of the images that are classified correctly without the attack and are not of the target class."
+)
+_CERTIFIED_NOTE = (
+    "Certified: right whatever one patch of the size shows and wherever it lies; defended: right without a patch, "
+    "under the same masks. Intervals of 95 % (Wilson), of several seeds that of the smallest number of images."
 )
 
 
@@ -85,7 +92,7 @@ def write_study(study: Study, plan: StudyPlan, folder: Path, *, scale: str, comm
 
 
 def summary_tables(study: Study, plan: StudyPlan, *, scale: str) -> list[Table]:
-    """Return a table for each evaluation: clean accuracy and ASR of every model at every precision."""
+    """Return a table for each evaluation: accuracies, ASR and certificates of every model at every precision."""
     return _tables(_stamped(study, plan, scale), study_scores(plan))
 
 
@@ -145,11 +152,15 @@ def _table(study: Study, scores: Sequence[StudyScore], evaluation: str) -> Table
         own = _shown([score for score in scores if score.model == model])
         label = study.models[model].label or model
         for number, what in enumerate(dict.fromkeys(score.what for score in own)):
-            cells = [_cell([s for s in own if (s.what, s.precision) == (what, column)]) for column in columns]
-            rows.append((label if number == 0 else "", what, *cells))
+            cells = [[s for s in own if (s.what, s.precision) == (what, column)] for column in columns]
+            rows.append((label if number == 0 else "", what, *map(_cell, cells)))
+            if any(score.kind in (DEFENDED, CERTIFIED) for found in cells for score in found):
+                rows.append(("", f"{what}, 95 % interval", *map(_interval, cells)))
         rows.append(None)
     title = f"{study.title}: {evaluation}"
-    return Table(title, ("model", "", *map(bits, columns)), tuple(rows[:-1]), (_NOTE,), labels=2)
+    certified = any(score.kind == CERTIFIED for score in scores)
+    notes = (_NOTE, _CERTIFIED_NOTE) if certified else (_NOTE,)
+    return Table(title, ("model", "", *map(bits, columns)), tuple(rows[:-1]), notes, labels=2)
 
 
 def _shown(scores: Sequence[StudyScore]) -> list[StudyScore]:
@@ -170,6 +181,10 @@ def _cell(scores: Sequence[StudyScore]) -> str:
     return f"{fmean(values):.1f} ± {stdev(values):.1f}" if len(values) > 1 else f"{values[0]:.1f}"
 
 
+def _interval(scores: Sequence[StudyScore]) -> str:
+    return interval(mean([score.share for score in scores if score.share]))
+
+
 def _markdown(study: Study, scores: Sequence[StudyScore], *, scale: str, command: str) -> str:
     seeds = ", ".join(map(str, study.seeds))
     packages = ", ".join(f"{name} {number}" for name, number in versions().items())
@@ -184,7 +199,8 @@ def _csv(study: Study, scores: Sequence[StudyScore]) -> str:
     rows: list[tuple[Cell, ...]] = []
     for score in scores:
         label = study.models[score.model].label or score.model
-        counts = (score.share.count, score.share.n) if score.share else (None, None)
+        share = score.share
+        counts = (share.count, share.n, *share.interval) if share else (None,) * 4
         first = (score.model, label, score.evaluation, score.seed, score.precision, score.what)
         source = (score.threat, score.made_on, score.made_at)
         rows.append((*first, *source, score.targets, score.value, *counts))

@@ -15,11 +15,13 @@ from qadtr_brevitas.auditing.finding import AuditReport, Finding, Status
 from qadtr_brevitas.cli.main import cli
 from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.core.files import write_json
-from qadtr_brevitas.evaluation.report import EvaluationReport
+from qadtr_brevitas.evaluation.metrics import Proportion
+from qadtr_brevitas.evaluation.report import CertifiedCell, EvaluationReport, Rate
 from qadtr_brevitas.evaluation.report.files import write_report
 from qadtr_brevitas.pipeline.directories import AUDIT_FILE
 from qadtr_brevitas.reproduce.board import Board, build_board, read_submissions
 from qadtr_brevitas.reproduce.board.files import board_csv, board_json
+from qadtr_brevitas.reproduce.board.page import ranking
 from qadtr_brevitas.reproduce.board.rules import RULES
 from tests.auditing.support import precision_audits
 from tests.evaluation.fakes import coded_split
@@ -97,6 +99,25 @@ def test_a_complete_report_is_admitted_and_ranked_by_what_it_resists(first: Path
     assert [(p, model) for p, _, model in admitted(found)] == [("8", "b"), ("8", "a"), ("4", "a"), ("4", "b")]
     values = [line.robust.value for line in found.admitted["8"] if line.robust]
     assert values == [1.0, 0.25]
+
+
+def test_certified_and_defended_accuracy_stand_on_the_board_with_their_intervals(first: Path, tmp_path: Path) -> None:
+    shares = {"clean_accuracy": Rate.of(Proportion(90, 100)), "certified_accuracy": Rate.of(Proportion(50, 100))}
+    cell = CertifiedCell(model="b", precision="8", size=5, masks=36, **shares)
+    found = board(first, copy(first, tmp_path / "bob", certified=(cell,)))
+    table = ranking(found, "8")
+    columns = [table.header.index(name) for name in ("defended", "proved")]
+    shown = {(row[1], row[2]): tuple(row[column] for column in columns) for row in table.rows if row}
+    assert shown["bob", "b"] == ("90.0 (82.6 to 94.5)", "50.0 (40.4 to 59.6), 5x5")
+    assert shown["bob", "a"] == ("-", "-")
+    (row,) = (
+        row
+        for row in csv.DictReader(StringIO(board_csv(found)))
+        if (row["report"], row["model"], row["precision"]) == ("bob", "b", "8")
+    )
+    names = ("defended_accuracy", "defended_accuracy_n", "certified_accuracy", "certified_accuracy_n")
+    assert [float(row[name]) for name in names] == [0.9, 100, 0.5, 100]
+    assert float(row["certified_accuracy_low"]) == pytest.approx(0.404, abs=5e-4)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 
 from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.reproduce.study.file import dump_json, find_study, load_study
-from tests.reproduce.study.support import STUDY, mistakes, write_study_file
+from tests.reproduce.study.support import CERTIFYING, STUDY, mistakes, plan_study, write_study_file
 
 
 def test_a_scale_changes_the_rest_of_the_file(tmp_path: Path) -> None:
@@ -48,3 +48,14 @@ def test_every_mistake_has_its_line_and_the_nearest_key(tmp_path: Path) -> None:
 def test_an_unknown_study_is_refused_with_the_nearest_name() -> None:
     with pytest.raises(UsageError, match=r"'table99'.*did you mean 'table"):
         find_study("table99")
+
+
+def test_certificates_that_cannot_be_made_are_refused_when_the_study_is_read(tmp_path: Path) -> None:
+    file = write_study_file(tmp_path, study=CERTIFYING)
+    key = "evaluations.certified.certify"
+    assert "3x10" in mistakes(file, f"{key}.sizes=[5y]")
+    assert "prime number" in mistakes(file, f"{key}.method=one round", f"{key}.masks=6")
+    assert "each patch size once" in mistakes(file, f"{key}.sizes=[2,2x2]")
+    assert "'masks'" in mistakes(file, f"{key}.mask=3")
+    with pytest.raises(UsageError, match=r"plain at random\(32\+4\) .* evaluations.certified.certify"):
+        plan_study(file, "models.plain.precisions=[4,random(32+4)]")

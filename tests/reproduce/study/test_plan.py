@@ -40,7 +40,7 @@ def patches(step: EvaluationStep) -> list[tuple[str, str, str]]:
 def test_the_protocol_keeps_its_names_and_shares_equal_patches_with_another_evaluation() -> None:
     plan = shipped("cifar10_defenses", "small")
     rows = [row for row in plan.evaluations if row.evaluation == "unseen"]
-    assert len(rows) == 11
+    assert len(rows) == 15
     for row in rows:
         assert {label for label, _, _ in patches(row.step)} == {f"{UNSEEN_PREFIX}{kind}" for kind in KINDS}
     seen = next(row for row in plan.evaluations if (row.network.name, row.evaluation) == ("qadtr", "seen"))

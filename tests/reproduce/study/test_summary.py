@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import re
 from pathlib import Path
 
 import pytest
 
+from qadtr_brevitas.evaluation import Grid, evaluate
+from qadtr_brevitas.evaluation.certification import Certification
+from qadtr_brevitas.reproduce.study.resources import StudyResources
 from qadtr_brevitas.reproduce.study.scores import UNSEEN_MEAN
 from qadtr_brevitas.reproduce.study.summary import left_open, write_study
-from tests.reproduce.study.support import plan_study, run, write_study_file
+from tests.reproduce.study.support import CERTIFYING, plan_study, run, write_study_file
 from tests.reproduce.study.test_plan import KINDS, PROTOCOL
 
 pytestmark = pytest.mark.slow
@@ -59,6 +63,47 @@ def test_a_whole_study_writes_its_scores(tmp_path: Path) -> None:
     title = (tmp_path / "out" / "study.md").read_text().partition("\n")[0]
     assert re.match(r"# NOT A RESULT.* 12 images of shapes", title)
     assert "NOT A RESULT" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_a_study_certifies_as_evaluate_does_and_shows_intervals(tmp_path: Path) -> None:
+    file = write_study_file(tmp_path, study=CERTIFYING)
+    study, plan, work = plan_study(file, scale="smoke")
+    run(file, scale="smoke")
+    write_study(study, plan, tmp_path / "out", scale="small", command="")
+    (step,) = (row.step for row in plan.evaluations if row.network.name == "plain")
+    reports = json.loads((step.folder / "report.json").read_text())["certified"]
+    assert [(cell["precision"], cell["size"], cell["certified_accuracy"]["n"]) for cell in reports] == [
+        ("32", 2, 8),
+        ("32", "1x3", 8),
+        ("4", 2, 8),
+        ("4", "1x3", 8),
+    ]
+    resources = StudyResources(work, "cpu")
+    grid = Grid(
+        loaded_models=[resources.load_model(step.model, "plain")],
+        patches=[],
+        split=resources.test_images(step.model, study.budget),
+        data_name="shapes",
+        certifications=[Certification(2, 2)],
+        certify_images=8,
+    )
+    alone = {cell.precision: cell.certified_accuracy.count for cell in evaluate(grid).certified}
+    assert {cell["precision"]: cell["certified_accuracy"]["count"] for cell in reports if cell["size"] == 2} == alone
+    rows = list(csv.DictReader((tmp_path / "out" / "figures.csv").read_text().splitlines()))
+    (row,) = (r for r in rows if (r["model"], r["precision"], r["what"]) == ("plain", "4", "2x2, 4 masks: certified"))
+    assert (int(row["count"]), int(row["n"])) == (alone["4"], 8)
+    # Wilson's interval, by its formula.
+    share, z = alone["4"] / 8, 1.959964
+    middle, half = share + z**2 / 16, z * math.sqrt(share * (1 - share) / 8 + z**2 / 256)
+    assert float(row["low"]) == pytest.approx(max(0, (middle - half) / (1 + z**2 / 8)), abs=1e-4)
+    assert float(row["high"]) == pytest.approx((middle + half) / (1 + z**2 / 8), abs=1e-4)
+    text = (tmp_path / "out" / "study.md").read_text()
+    interval = f"{100 * float(row['low']):.1f} to {100 * float(row['high']):.1f}"
+    (line,) = (found for found in text.splitlines() if "2x2, 4 masks: certified, 95 % interval" in found and interval)
+    assert interval in line
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "2x2, 4 masks: certified" in page
+    assert interval in page
 
 
 def test_the_mean_of_unseen_patches_is_of_all_kinds(tmp_path: Path) -> None:
