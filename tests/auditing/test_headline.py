@@ -107,8 +107,14 @@ def test_without_attacks_it_is_about_accuracy(report: EvaluationReport) -> None:
 
 def certified(model: str, precision: str, proved: int) -> CertifiedCell:
     """A certificate of 90 right defended predictions of 100."""
-    shares = {"clean_accuracy": Rate.of(Proportion(90, 100)), "certified_accuracy": Rate.of(Proportion(proved, 100))}
-    return CertifiedCell(model=model, precision=precision, size=5, masks=36, **shares)
+    return CertifiedCell(
+        model=model,
+        precision=precision,
+        size=5,
+        masks=36,
+        clean_accuracy=Rate.of(Proportion(90, 100)),
+        certified_accuracy=Rate.of(Proportion(proved, 100)),
+    )
 
 
 def test_certified_and_defended_accuracy_stand_there_with_their_intervals(report: EvaluationReport) -> None:

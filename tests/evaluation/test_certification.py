@@ -221,7 +221,7 @@ class Counter(Reader):
 def shown(output: Path, *, stop_after: int | None = None, **settings: Any) -> int:
     """Return how many images the model is shown, masked and clean, by an evaluation on 100 images."""
     model = Counter(stop_after=stop_after)
-    given = {"certifications": [TWO], "precisions": [8], **settings}
+    given: dict[str, Any] = {"certifications": [TWO], "precisions": [8], **settings}
     grid = make_grid([reader(model=model)], split=coded_split(100), **given)
     try:
         evaluate(grid, output=output)

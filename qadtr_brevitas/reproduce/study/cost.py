@@ -202,7 +202,8 @@ def attack_work(attack: ImageAttack, side: int) -> Work:
     counter, draws = _Counter(), torch.Generator().manual_seed(0)
     images = torch.rand(_COUNTED_ON, 3, side, side, generator=draws)
     # In training, attacks may keep what they made.
-    memory = {"memory": dict[str, Tensor]()} if isinstance(attack, RememberingAttack) and attack.remembers else {}
+    remembers = isinstance(attack, RememberingAttack) and attack.remembers
+    memory: dict[str, Any] = {"memory": {}} if remembers else {}
     attack.run(counter, images, torch.arange(_COUNTED_ON), generator=draws, **memory)
     return Work(forward=counter.forward_only / _COUNTED_ON, attack=counter.both / _COUNTED_ON)
 

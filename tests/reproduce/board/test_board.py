@@ -102,8 +102,8 @@ def test_a_complete_report_is_admitted_and_ranked_by_what_it_resists(first: Path
 
 
 def test_certified_and_defended_accuracy_stand_on_the_board_with_their_intervals(first: Path, tmp_path: Path) -> None:
-    shares = {"clean_accuracy": Rate.of(Proportion(90, 100)), "certified_accuracy": Rate.of(Proportion(50, 100))}
-    cell = CertifiedCell(model="b", precision="8", size=5, masks=36, **shares)
+    defended, proved = Rate.of(Proportion(90, 100)), Rate.of(Proportion(50, 100))
+    cell = CertifiedCell(model="b", precision="8", size=5, masks=36, clean_accuracy=defended, certified_accuracy=proved)
     found = board(first, copy(first, tmp_path / "bob", certified=(cell,)))
     table = ranking(found, "8")
     columns = [table.header.index(name) for name in ("defended", "proved")]
