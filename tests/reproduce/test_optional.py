@@ -16,7 +16,7 @@ COMMANDS = {
     "cli/board.py",
     "cli/report.py",
     "cli/study.py",
-    "cli/study_cluster.py",
+    "cli/study_workers.py",
     "cli/study_cost.py",
 }
 CONTRACT_CHECK = "testing/analyses.py"

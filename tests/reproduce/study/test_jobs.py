@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -43,6 +43,14 @@ class SlowStep(StudyStep):
 def no_loading(monkeypatch: pytest.MonkeyPatch) -> None:
     # A process that begins anew loads PyTorch first, for longer than the steps take.
     monkeypatch.setattr(jobs, "get_context", lambda method: get_context("fork"))
+
+
+@pytest.fixture
+def ctrl_c_interrupts() -> Iterator[None]:
+    # The workers of pytest-xdist ignore it.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def plan_of(folder: Path, **settings: str) -> StudyPlan:
@@ -111,6 +119,7 @@ def test_a_step_whose_process_was_killed_starts_again_and_no_other(tmp_path: Pat
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("ctrl_c_interrupts")
 def test_ctrl_c_ends_all_processes(tmp_path: Path) -> None:
     started: list[int] = []
 
