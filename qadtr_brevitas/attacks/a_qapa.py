@@ -188,11 +188,9 @@ class AQapa(RememberingAttack, TargetedAttack, IterativeAttack):
         if memory is None or count == 0:
             return self._patch_each(model, images, labels, generator=generator, precision=precision, memory=memory)
 
-        side, rules = max(self._sides(images)), self._pool_rules()
         batch = self._batch(images[:count], generator, precision)
-        pooled = pool_patches(
-            batch, model, labels[:count], memory, rules=rules, side=side, steps=self.steps, generator=generator
-        )
+        rules = self._pool_rules(images)
+        pooled = pool_patches(batch, model, labels[:count], memory, rules=rules, steps=self.steps, generator=generator)
         if count == len(images):
             return pooled
         rest = self._patch_each(
@@ -200,8 +198,9 @@ class AQapa(RememberingAttack, TargetedAttack, IterativeAttack):
         )
         return torch.cat([pooled, rest])
 
-    def _pool_rules(self) -> PoolRules:
+    def _pool_rules(self, images: Tensor) -> PoolRules:
         return PoolRules(
+            side=max(self._sides(images)),
             size=self.pool_size,
             targets=self.pool_targets,
             step_sizes=self.pool_step_sizes,
@@ -250,8 +249,8 @@ class AQapa(RememberingAttack, TargetedAttack, IterativeAttack):
         batch = self._batch(images, generator, precision)
         shifts = None
         if self.init == "pool" and memory is not None:
-            rules, side = self._pool_rules(), max(self._sides(images))
-            patches, corners = worst_starts(batch, model, labels, memory, rules=rules, side=side, generator=generator)
+            rules = self._pool_rules(images)
+            patches, corners = worst_starts(batch, model, labels, memory, rules=rules, generator=generator)
         else:
             corners = batch.draw_corners(generator)
             shifts = _draw(len(images), like=images, generator=generator) if self.targeted else None

@@ -45,6 +45,7 @@ class PoolRules:
     """How a pool of patches is kept; every patch begins as a picture of the batch, shrunk.
 
     Args:
+        side: side of the patches in the pool, in pixels; in the images they have the size of the batch's mask.
         size: patches in the pool.
         targets: what a patch aims at: the class of its picture, or the classes in turn over the pool.
         step_sizes: normalized steps of one size, or sign steps whose size is drawn for each patch, log-uniformly from
@@ -55,6 +56,7 @@ class PoolRules:
         renewed: probability that a patch begins anew when its turn comes; 0.05 gives it 20 turns on average.
     """
 
+    side: int
     size: int = 40
     targets: PoolTargets = "pictures"
     step_sizes: StepSizes = "equal"
@@ -102,7 +104,6 @@ def pool_patches(
     memory: Memory,
     *,
     rules: PoolRules,
-    side: int,
     steps: int,
     generator: torch.Generator,
 ) -> Tensor:
@@ -117,7 +118,6 @@ def pool_patches(
         memory: the pool: `textures` (K, C, side, side) in [0, 1], `targets` (K,), -1 where a patch has not started, and
             `steps` (K,), the size of each patch's steps if they are drawn. Filled if it is empty, and changed in place.
         rules: how the pool is kept.
-        side: side of the patches in the pool, in pixels; in the images they have the size of the batch's mask.
         steps: gradient steps.
         generator: draws patches and places.
 
@@ -127,8 +127,7 @@ def pool_patches(
     Raises:
         UsageError: the patches are larger than the images.
     """
-    if not memory:
-        _fill(memory, rules, model, batch.images, side=side, generator=generator)
+    _fill(memory, rules, model, batch.images, generator=generator)
     corners: Tensor | None = None
     if rules.worst_of > 1:
         chosen, corners = worst_pairs(batch, model, labels, memory, rules, generator=generator)
@@ -161,22 +160,13 @@ def worst_starts(
     memory: Memory,
     *,
     rules: PoolRules,
-    side: int,
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
-    """Return a patch of the pool (N, C, h, w) and a place (N, 2) for each image: the worst of `rules.worst_of` pairs.
+    """Return a patch (N, C, h, w) in [0, 1] and a place (N, 2) for each image: those of `worst_pairs`.
 
-    Args:
-        batch: the images, and how patches are drawn into them.
-        model: the model under attack.
-        labels: (N,), the true classes.
-        memory: the pool, filled if it is empty.
-        rules: how the pool is kept.
-        side: side of the patches in the pool, in pixels.
-        generator: draws patches and places.
+    The arguments are those of `pool_patches`; the pool is filled if it is empty.
     """
-    if not memory:
-        _fill(memory, rules, model, batch.images, side=side, generator=generator)
+    _fill(memory, rules, model, batch.images, generator=generator)
     chosen, corners = worst_pairs(batch, model, labels, memory, rules, generator=generator)
     return shrunk(memory["textures"][chosen], batch.patch_size), corners
 
@@ -231,12 +221,12 @@ def _take_turns(
     return turns, torch.arange(count, device=device) % len(turns)
 
 
-def _fill(
-    memory: Memory, rules: PoolRules, model: Model, images: Tensor, *, side: int, generator: torch.Generator
-) -> None:
-    """Make the pool of patches that have not started."""
+def _fill(memory: Memory, rules: PoolRules, model: Model, images: Tensor, *, generator: torch.Generator) -> None:
+    """Make the pool of patches that have not started, unless there is one."""
+    if memory:
+        return
     device = images.device
-    memory["textures"] = torch.zeros(rules.size, images.shape[1], side, side, device=device)
+    memory["textures"] = torch.zeros(rules.size, images.shape[1], rules.side, rules.side, device=device)
     memory["targets"] = torch.full((rules.size,), -1, device=device)
     if rules.targets == "turns":
         with torch.no_grad():

@@ -159,6 +159,7 @@ def test_own_patches_leave_the_pool_as_it_is(toy):
     turn(toy, memory, steps=0, **MAT)
     before = memory["textures"].clone()
     known = memory["targets"] >= 0
+    assert known.any()
     turn(toy, memory, seed=1, **{**MAT, "universal": 1 / 1000, "init": "pool"})
     assert torch.equal(memory["textures"][known], before[known])
 
@@ -196,7 +197,7 @@ MAT = {
     "pool_write_back": 0.25,
     "pool_renewed": 0.0,
 }
-RULES = PoolRules(size=20, worst_of=1, renewed=0.0)
+RULES = PoolRules(side=SIDE, size=20, worst_of=1, renewed=0.0)
 
 
 def bare_batch(toy, count=60):
