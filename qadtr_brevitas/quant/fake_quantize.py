@@ -83,7 +83,7 @@ class _QuantizeImages(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, scale: Tensor, lo: int, hi: int, low: float, high: float) -> Tensor:
         ctx.low, ctx.high = low, high
         ctx.save_for_backward(*([] if low == -torch.inf and high == torch.inf else [x]))
-        if _is_blockable(x) and _lies_image_by_image(x):
+        if _is_blockable(x) and is_first_outermost(x):
             y = torch.empty_like(x)
             source, target = (_flat(t).view(len(scale), -1) for t in (x, y))
             images = max(1, block_length() // source.shape[1])
@@ -212,7 +212,8 @@ def _is_blockable(x: Tensor) -> bool:
     )
 
 
-def _lies_image_by_image(x: Tensor) -> bool:
+def is_first_outermost(x: Tensor) -> bool:
+    """Return whether the values of x[0], x[1] and so on lie one after the other in memory, without gaps."""
     return x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
 
 

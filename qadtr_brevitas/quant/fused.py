@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -76,6 +76,9 @@ class FusedRowKernels:
         return self._gradients(*map(_matrix, (g, rows, steps)), *_levels(lo, hi, rows.device))
 
 
+_Kernels = TypeVar("_Kernels", FusedKernels, FusedRowKernels)
+
+
 def fused_kernels(x: Tensor) -> FusedKernels | None:
     """Return the kernels for a tensor; None where eager mode is to compute."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
@@ -115,36 +118,30 @@ def _kernels(device: torch.device) -> FusedKernels | None:
         if device.type == "cuda":
             _warn(device, missing)
         return None
-    kernels = FusedKernels()
-    try:
-        x = torch.linspace(-1, 1, 64, device=device)
-        y = kernels.forward(x, x.new_tensor(0.25), -2, 1)
-        kernels.backward(y, x, x.new_tensor(0.25), -2, 1)
-    except Exception as error:
-        reason = str(error).strip().partition("\n")[0]
-        _warn(device, f"torch.compile fails ({reason})")
-        return None
-    return kernels
+    x = torch.linspace(-1, 1, 64, device=device)
+    return _tried(FusedKernels(), x, x.new_tensor(0.25))
 
 
 @cache
 def _row_kernels(device: torch.device) -> FusedRowKernels | None:
     """Return kernels that work on a device, tried on a few values."""
-    kernels = FusedRowKernels()
+    rows = torch.linspace(-1, 1, 64, device=device).view(4, 16)
+    return _tried(FusedRowKernels(), rows, torch.full((4, 1), 0.25, device=device))
+
+
+def _tried(kernels: _Kernels, x: Tensor, steps: Tensor) -> _Kernels | None:
+    """Return kernels that work on some values; None, with a warning, where the compiler fails."""
     try:
-        rows = torch.linspace(-1, 1, 64, device=device).view(4, 16)
-        steps = torch.full((4, 1), 0.25, device=device)
-        kernels.forward(rows, steps, -2, 1)
-        kernels.backward(rows, rows, steps, -2, 1)
+        kernels.backward(kernels.forward(x, steps, -2, 1), x, steps, -2, 1)
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
-        _warn(device, f"torch.compile fails on weights ({reason})")
+        _warn(x.device, f"torch.compile fails ({reason})")
         return None
     return kernels
 
 
 def _warn(device: torch.device, reason: str) -> None:
-    warnings.warn(f"quantizers run as several kernels on {device}: {reason}", stacklevel=3)
+    warnings.warn(f"quantizers run as several kernels on {device}: {reason}", stacklevel=4)
 
 
 def _gradients(g: Tensor, x: Tensor, step: Tensor, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from qadtr_brevitas.quant.fake_quantize import block_length, quantize_by
+from qadtr_brevitas.quant.fake_quantize import block_length, is_first_outermost, quantize_by
 from qadtr_brevitas.quant.fused import fused_row_kernels
 
 _SMALL = 1 << 15
@@ -68,6 +68,9 @@ def quantize_weight(w: Tensor, scale: Tensor, lo: int, hi: int) -> Tensor:
         scale: positive steps that broadcast to w, e.g. (out, 1, 1, 1).
         lo: lowest integer level.
         hi: highest integer level.
+
+    Returns:
+        A tensor like w. Its gradients are those of learned steps (LSQ, Esser et al. 2020, eq. 3), without their scale.
     """
     if _has_rows(w, scale):
         return _QuantizeRows.apply(w, scale, lo, hi)  # pyright: ignore[reportReturnType]
@@ -87,12 +90,8 @@ def _has_rows(w: Tensor, scale: Tensor) -> bool:
     outer = next((d for d, size in enumerate(scale.shape) if size == 1), scale.dim())
     inner_is_shared = all(size == 1 for size in scale.shape[outer:])
     aligned = scale.numel() == 1 or (scale.dim() == w.dim() and scale.shape[:outer] == w.shape[:outer])
-    in_order = w.is_contiguous() or (outer <= 1 and w.is_contiguous(memory_format=_channels_last(w)))
+    in_order = w.is_contiguous() or (outer <= 1 and is_first_outermost(w))
     return inner_is_shared and aligned and in_order
-
-
-def _channels_last(w: Tensor) -> torch.memory_format:
-    return torch.channels_last if w.dim() == 4 else torch.contiguous_format
 
 
 def _rows(w: Tensor, scale: Tensor) -> _Rows:
