@@ -7,22 +7,31 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
-from qadtr_brevitas.cli.common import is_quiet, stderr
+from qadtr_brevitas.cli.common import is_quiet, stderr, warn
 from qadtr_brevitas.core.errors import DataError
 from qadtr_brevitas.core.registry import DATASETS
-from qadtr_brevitas.pipeline.directories import resolve_model_dir
+from qadtr_brevitas.pipeline.directories import recipe_of_model, resolve_model_dir
+from qadtr_brevitas.pipeline.inspect import epochs_left
 
 _EMBEDDED = ("digits", "shapes")
 
 
 def check_models(paths: Sequence[Path]) -> None:
-    """Raise if one of the folders holds no model.
+    """Raise if one of the folders holds no model, and warn of models whose training is not finished.
 
     Raises:
         CheckpointError: as in `resolve_model_dir`.
     """
     for path in paths:
         resolve_model_dir(path)
+    for path in dict.fromkeys(paths):
+        recipe = recipe_of_model(path)
+        if recipe is not None and (left := epochs_left(recipe.parent)):
+            done, planned = left
+            warn(
+                f"the training of {path} is not finished (epoch {done} of {planned}), so figures are of a network that "
+                "will change: resume it with the command that began it"
+            )
 
 
 def check_data(choice: str | None, *, option: str = "--data") -> None:

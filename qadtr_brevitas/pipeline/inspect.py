@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from math import prod
 from pathlib import Path
 from typing import Any, cast
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from qadtr_brevitas.core.errors import CheckpointError, UsageError
 from qadtr_brevitas.core.files import read_json, recover_directory
@@ -77,6 +81,8 @@ def _run(path: Path) -> dict[str, Any]:
         "models": [folder.name for folder in models],
         "can be resumed": (path / STATE_FOLDER).exists(),
     }
+    if left := epochs_left(path):
+        facts["epochs"] = "{} of {}".format(*left)
     metrics = path / METRICS_FILE
     if metrics.exists():
         facts["last metrics"] = _last_record(metrics)
@@ -146,11 +152,31 @@ def _read_mapping(path: Path) -> dict[str, Any]:
     return cast("dict[str, Any]", content)
 
 
-def _last_record(path: Path) -> Any:
-    """Return the last complete record; a run that was killed may have left half a line."""
+def epochs_left(run: Path) -> tuple[int, int] | None:
+    """Return the epochs that a run has done and those of its recipe; None if it is finished or does not tell.
+
+    Args:
+        run: a run directory.
+    """
+    try:
+        train = YAML(typ="safe").load(run / RECIPE_FILE)["train"]
+        planned = int(train["float_epochs"]) + int(train["epochs"])
+    except (OSError, YAMLError, LookupError, TypeError, ValueError):
+        return None
+    last = _last_record(run / METRICS_FILE, kinds=("epoch", "final"))
+    done = last["epoch"] + 1 if last else 0
+    return (done, planned) if done < planned else None
+
+
+def _last_record(path: Path, *, kinds: Sequence[str] = ()) -> Any:
+    """Return the last complete record, of some kinds if given; a run that was killed may have left half a line."""
+    if not path.is_file():
+        return None
     for line in reversed(path.read_text(encoding="utf-8", errors="replace").splitlines()):
         try:
-            return json.loads(line)
+            record = json.loads(line)
         except ValueError:
             continue
+        if not kinds or record.get("kind") in kinds:
+            return record
     return None

@@ -14,7 +14,9 @@ from rich.console import Console
 import qadtr_brevitas
 from qadtr_brevitas.cli import common, train_progress
 from qadtr_brevitas.cli.main import cli
+from qadtr_brevitas.cli.start import check_models
 from qadtr_brevitas.cli.train_progress import TrainingProgress
+from qadtr_brevitas.pipeline.directories import CONFIG_FILE, WEIGHTS_FILE
 from qadtr_brevitas.training.log import StepRecord
 
 WRONG = [
@@ -46,6 +48,22 @@ def test_wrong_names_and_paths_are_found_before_pytorch_is_loaded() -> None:
     messages = done.stderr.split("==\n")[1:]
     for message, (arguments, fact) in zip(messages, WRONG, strict=True):
         assert fact in message, arguments
+
+
+@pytest.mark.parametrize("place", [".", "last"])
+@pytest.mark.parametrize(("epochs", "is_finished"), [(1, False), (2, True)])
+def test_models_whose_training_is_not_finished_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], place: str, epochs: int, is_finished: bool
+) -> None:
+    (tmp_path / "last").mkdir()
+    for file in (tmp_path / "last" / name for name in (WEIGHTS_FILE, CONFIG_FILE)):
+        file.touch()
+    (tmp_path / "recipe.yaml").write_text("train: {float_epochs: 0, epochs: 2}")
+    records = "".join(f'{{"kind": "epoch", "epoch": {epoch}}}\n' for epoch in range(epochs))
+    (tmp_path / "metrics.jsonl").write_text(records)
+    check_models([tmp_path / place])
+    said = " ".join(capsys.readouterr().err.split())
+    assert ("is not finished (epoch 1 of 2)" in said) != is_finished
 
 
 @pytest.mark.parametrize("width", [80, 120])

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from qadtr_brevitas.attacks.patch import Patch
 from qadtr_brevitas.core.errors import CheckpointError, UsageError
 from qadtr_brevitas.core.files import write_json
-from qadtr_brevitas.pipeline.inspect import describe
+from qadtr_brevitas.pipeline.inspect import describe, epochs_left
 
 
 def model_directory(folder: Path) -> Path:
@@ -61,6 +61,27 @@ def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
     facts = describe(tmp_path)
     assert facts["models"] == []
     assert facts["last metrics"] is None
+
+
+@pytest.mark.parametrize(("records", "left"), [("", (0, 3)), ('{"kind": "epoch", "epoch": 1}\n', (2, 3))])
+def test_epochs_left_of_a_run(tmp_path: Path, records: str, left: tuple[int, int]) -> None:
+    run = run_directory(tmp_path / "run")
+    (run / "recipe.yaml").write_text("train:\n  float_epochs: 1\n  epochs: 2\n")
+    # A step of the next epoch is no epoch, and a killed run may leave half a line.
+    (run / "metrics.jsonl").write_text(records + '{"kind": "step", "epoch": 2}\n{"kind": "ep')
+    assert epochs_left(run) == left
+    assert describe(run)["epochs"] == "{} of {}".format(*left)
+
+
+@pytest.mark.parametrize(
+    "recipe", ["train: {float_epochs: 1, epochs: 2}", "seed: 1", "train: [", "train: {epochs: x}", ""]
+)
+def test_a_run_that_is_finished_or_does_not_tell_has_no_epochs_left(tmp_path: Path, recipe: str) -> None:
+    run = run_directory(tmp_path / "run")
+    (run / "recipe.yaml").write_text(recipe)
+    (run / "metrics.jsonl").write_text('{"kind": "epoch", "epoch": 2}\n{"kind": "final", "epoch": 2}\n')
+    assert epochs_left(run) is None
+    assert "epochs" not in describe(run)
 
 
 def test_a_model_directory_caught_between_two_renames(tmp_path: Path) -> None:
