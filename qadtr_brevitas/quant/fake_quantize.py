@@ -107,21 +107,33 @@ class _QuantizeBy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, w: Tensor, scale: Tensor, rounding: Rounding, low: float, high: float) -> Tensor:
-        levels = w / scale
-        y = rounding(levels)
-        ctx.save_for_backward(levels, y, w, scale)
+        rounded = rounding(w / scale)
+        ctx.save_for_backward(rounded, w, scale)
         ctx.low, ctx.high = low, high
-        return y * scale
+        return rounded * scale
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        levels, y, w, scale = ctx.saved_tensors
-        (g,) = grads
-        dw = g * ((levels > ctx.low) & (levels < ctx.high))
-        if torch.is_grad_enabled():
-            # Computed again, since autograd does not know the saved tensor as a function of w and scale.
-            levels = w / scale
-        return dw, (g * y - dw * levels).sum_to_size(scale.shape), None, None, None
+        rounded, w, scale = ctx.saved_tensors
+        return *learned_step_gradients(grads[0], w, scale, rounded, low=ctx.low, high=ctx.high), None, None, None
+
+
+def learned_step_gradients(
+    g: Tensor, x: Tensor, scale: Tensor, rounded: Tensor, *, low: float, high: float
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of values and of their steps (LSQ), themselves functions of g, x and the steps.
+
+    Args:
+        g: gradient of the quantized values.
+        x: the values.
+        scale: positive steps that broadcast to x.
+        rounded: the values in steps, rounded.
+        low: values at or below it, in steps, get no gradient.
+        high: values at or above it, in steps, get no gradient.
+    """
+    levels = x / scale
+    dx = g * ((levels > low) & (levels < high))
+    return dx, (g * rounded - dx * levels).sum_to_size(scale.shape)
 
 
 def _step(scale: Tensor, dtype: torch.dtype) -> Tensor:

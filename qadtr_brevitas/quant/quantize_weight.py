@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from qadtr_brevitas.quant.fake_quantize import block_length, is_first_outermost, quantize_by
+from qadtr_brevitas.quant.fake_quantize import block_length, is_first_outermost, learned_step_gradients, quantize_by
 from qadtr_brevitas.quant.fused import fused_row_kernels
 
 _SMALL = 1 << 15
@@ -51,7 +51,8 @@ class _QuantizeRows(torch.autograd.Function):
         lo, hi = ctx.levels
         (g,) = grads
         if torch.is_grad_enabled():
-            return *_differentiable_gradients(g, w, scale, lo, hi), None, None
+            rounded = (w.detach() / scale.detach()).round().clamp(lo, hi)
+            return *learned_step_gradients(g, w, scale, rounded, low=lo, high=hi), None, None
         if g.stride() != w.stride():
             g = torch.empty_like(w).copy_(g)
         rows, arriving = _rows(w, scale), _rows(g, scale).values
@@ -125,10 +126,3 @@ def _tiled_gradients(g: Tensor, w: Tensor, steps: Tensor, lo: int, hi: int) -> t
         parts = levels.round_().clamp_(lo, hi).mul_(g[tile]).sub_(inside)
         dsteps[tall] += parts.sum(dim=1, keepdim=True)
     return dw, dsteps
-
-
-def _differentiable_gradients(g: Tensor, w: Tensor, scale: Tensor, lo: int, hi: int) -> tuple[Tensor, Tensor]:
-    """Return the gradients of weight and steps as functions of g, w and the steps."""
-    levels = w.detach() / scale.detach()
-    dw = g * ((levels > lo) & (levels < hi))
-    return dw, (g * levels.round().clamp(lo, hi) - dw * (w / scale)).sum_to_size(scale.shape)
