@@ -43,6 +43,7 @@ class _QuantizeActivation(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, scale: Tensor, lo: int, hi: int, keep_input: bool) -> Tensor:
         ctx.lo, ctx.hi, ctx.keep_input = lo, hi, keep_input
         ctx.blocks, ctx.fused = _is_blockable(x), fused_kernels(x)
+        scale = _at_hand(scale)
         if ctx.fused is not None:
             y = ctx.fused.forward(x, scale, lo, hi)
         elif ctx.blocks:
@@ -134,6 +135,22 @@ def learned_step_gradients(
     levels = x / scale
     dx = g * ((levels > low) & (levels < high))
     return dx, (g * rounded - dx * levels).sum_to_size(scale.shape)
+
+
+@torch.library.custom_op("qadtr_brevitas::copied", mutates_args=())
+def _copied(scale: Tensor) -> Tensor:
+    return scale.clone()
+
+
+@_copied.register_fake
+def _like_copied(scale: Tensor) -> Tensor:
+    return torch.empty_like(scale)
+
+
+def _at_hand(scale: Tensor) -> Tensor:
+    """Return the step; where a CPU's loops are compiled, by an operation that these cannot repeat for every value."""
+    is_compiled = torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
+    return _copied(scale) if is_compiled and scale.device.type == "cpu" else scale
 
 
 def _step(scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -278,7 +295,16 @@ def _backward(g: Tensor, x: Tensor, y: Tensor | None, low: Tensor, high: Tensor)
     dx = g * ((x > low) & (x < high))
     if y is None:
         return dx, None
-    return dx, (g * y - dx * x).sum(dtype=torch.float32)
+    return dx, _sum(g * y - dx * x)
+
+
+def _sum(values: Tensor) -> Tensor:
+    """Return the sum over all values, in float32."""
+    if torch.compiler.is_compiling() and values.dim() > 1:
+        # By channels first, as the gradients of a norm's parameters: one loop then computes all of them.
+        channel = 1 if values.dim() == 4 else values.dim() - 1
+        values = values.sum([d for d in range(values.dim()) if d != channel], dtype=torch.float32)
+    return values.sum(dtype=torch.float32)
 
 
 def _differentiable_backward(
