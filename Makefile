@@ -18,9 +18,9 @@ RUN := $(BIN)/qadtr-brevitas
 IN_PARALLEL := --numprocesses logical --dist loadscope --no-loadscope-reorder
 
 # More OpenMP threads than free cores slow small networks down by far.
-quickstart test test-fast test-lowest bench judges sweep: export OMP_NUM_THREADS ?= 1
+quickstart test test-fast test-lowest test-ray bench judges sweep: export OMP_NUM_THREADS ?= 1
 
-.PHONY: help quickstart test test-fast test-lowest compilers lint types docs bench judges sweep format clean
+.PHONY: help quickstart test test-fast test-lowest test-ray compilers lint types docs bench judges sweep format clean
 .DEFAULT_GOAL := help
 
 help: ## show this text
@@ -44,6 +44,9 @@ test-lowest: .venv-lowest/.installed ## run a selection of tests with the lowest
 	.venv-lowest/bin/python -m pytest $(IN_PARALLEL) -W ignore::DeprecationWarning \
 		-W ignore::UserWarning $(LOWEST_TESTS)
 
+test-ray: $(VENV)/.ray ## run the tests on a real Ray cluster of three nodes, which need the cores for themselves
+	$(BIN)/python -m pytest tests/reproduce/study/test_ray.py
+
 compilers: .venv-finn/.installed .venv-hls4ml/.installed ## install FINN and hls4ml, for estimates and their tests (1.1 GB)
 
 lint: $(INSTALLED) ## check style and formatting
@@ -64,7 +67,7 @@ bench: $(INSTALLED) ## measure speed and memory against the float model, stock B
 	$(BIN)/python -m benchmarks.benchmark_quantizers --output bench_quantizers.json
 	$(BIN)/python benchmarks/benchmark_export.py --output bench_export.json
 	$(BIN)/python benchmarks/benchmark_certify.py --output bench_certify.json
-	$(BIN)/python benchmarks/benchmark_input.py --output bench_input.json
+	$(BIN)/python -m benchmarks.benchmark_input --output bench_input.json
 	$(BIN)/python -m benchmarks.benchmark_networks --fused --qadtr --compile --output bench_resnet20.json
 	$(BIN)/python -m benchmarks.benchmark_networks --threads 2 --fused --alone --output bench_resnet20_2_threads.json
 	$(BIN)/python -m benchmarks.benchmark_networks --network resnet50 --batch 16 --rounds 3 --fused --output bench_resnet50.json
@@ -91,6 +94,10 @@ $(INSTALLED): pyproject.toml
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
 	$(BIN)/python -m pip install --quiet $(TORCH)
 	$(BIN)/python -m pip install --quiet --editable ".[all]" --group dev
+	touch $@
+
+$(VENV)/.ray: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --editable ".[ray]"
 	touch $@
 
 # uv installs these gigabytes in half the time that pip needs.

@@ -52,6 +52,9 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    "PYTEST_XDIST_WORKER" in os.environ, reason="its nodes need the cores for themselves: make test-ray"
+)
 def test_no_step_is_lost_or_made_twice_when_a_node_dies(cluster: Any, tmp_path: Path) -> None:
     nodes = {node.node_id: node for node in (cluster.add_node(num_cpus=1, object_store_memory=_MEMORY) for _ in "ab")}
     study, plan, work = _planned(tmp_path)
