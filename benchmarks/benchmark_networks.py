@@ -5,10 +5,11 @@
     python -m benchmarks.benchmark_networks --network cifar_resnet20 --batch 128 --compile --precisions 4
 
 Each round runs one step of each kind, and a figure is the median over the rounds of its time over that of the float
-step in the same round. `--qadtr` adds steps of QADT-R, as the loop makes them: patches in three gradient steps on half
-of the batch, and GIR. Beside them: Brevitas's own layers at 4 bit, and the QAT of torchao where it is installed, which
-quantizes linear layers only (int8 activations per token, int4 weights). With one thread times are processor seconds;
-with more they are wall seconds, which other work on the machine makes longer.
+step in the same round; means of compiled steps are over the compiled float step. `--qadtr` adds steps of QADT-R, as the
+loop makes them: patches in three gradient steps on half of the batch, and GIR. Beside them: Brevitas's own layers at 4
+bit, and the QAT of torchao where it is installed, which quantizes linear layers only (int8 activations per token, int4
+weights). With one thread times are processor seconds; with more they are wall seconds, which other work on the machine
+makes longer.
 """
 
 from __future__ import annotations
@@ -47,8 +48,10 @@ MEANS: dict[tuple[str, str], dict[str, float] | None] = {
     ("QADT-R", "fused"): {"training": 2.2},
     ("unfolded QADT-R", ""): None,
     ("compiled switchable", ""): {"training": 1.1, "crafting": 1.1},
+    ("compiled QADT-R", ""): {"training": 2.2},
 }
 """Kinds of steps, by how their names begin and end, with the bar of their mean; compiled ones beside compiled float."""
+Times = dict[str, list[float]]
 
 
 def stock(net: nn.Module) -> nn.Module:
@@ -101,8 +104,10 @@ def trainer(model: nn.Module, run: Any, images: torch.Tensor, labels: torch.Tens
     return partial(training_step, run, optimizer, images, labels)
 
 
-def qadtr_trainer(model: SwitchableModel, images: torch.Tensor, labels: torch.Tensor, *, folds: bool = True) -> Step:
-    """A training step of the shipped defense QADT-R at the model's precision, norms folded for patches or not."""
+def qadtr_trainer(
+    model: SwitchableModel, run: Any, images: torch.Tensor, labels: torch.Tensor, *, folds: bool = True
+) -> Step:
+    """A training step of the shipped defense QADT-R through `run`, norms folded for patches or not."""
     recipe = load_recipe("digits_qadtr", [f"train.batch_size={len(images)}"])
     foldable = [] if folds else [Foldable({}, in_place=False)]
     inputs, rule = TrainingInputs(recipe, rank=0, processes=1, foldable=foldable), recipe.train.gradient
@@ -116,7 +121,7 @@ def qadtr_trainer(model: SwitchableModel, images: torch.Tensor, labels: torch.Te
         model.train()
         batch = inputs.attack(model, images, labels, step=number, precision=precision)
         optimizer.zero_grad()
-        cross_entropy(model(batch.images), labels).backward()
+        cross_entropy(run(batch.images), labels).backward()
         optimizer.set_context(step=number, precision=precision)
         optimizer.step()
         number += 1
@@ -124,9 +129,19 @@ def qadtr_trainer(model: SwitchableModel, images: torch.Tensor, labels: torch.Te
     return step
 
 
+def through(model: SwitchableModel, passes: Any, step: Callable[[], None]) -> Step:
+    """A step whose attacks run through a compiled form of the model, or through none."""
+
+    def run() -> None:
+        model.switch.passes = passes
+        step()
+
+    return run
+
+
 def steps_of(
     given: argparse.Namespace, images: torch.Tensor, labels: torch.Tensor
-) -> tuple[dict[str, Step], nn.Module]:
+) -> tuple[dict[str, Step], SwitchableModel]:
     """The training steps by name, and the switchable model."""
 
     def net() -> nn.Module:
@@ -139,15 +154,19 @@ def steps_of(
     step = trainer(switchable, switchable, images, labels)
     steps |= eager_and_fused("switchable", partial(at, switchable, step=step), given)
     if given.qadtr:
-        step = qadtr_trainer(switchable, images, labels)
+        step = through(switchable, None, qadtr_trainer(switchable, switchable, images, labels))
         steps |= eager_and_fused("QADT-R", partial(at, switchable, step=step), given)
-        step = qadtr_trainer(switchable, images, labels, folds=False)
+        step = through(switchable, None, qadtr_trainer(switchable, switchable, images, labels, folds=False))
         steps |= {f"unfolded QADT-R {bits}": partial(at, switchable, bits, step) for bits in given.precisions}
     if given.compile:
+        compile_passes(switchable, report=print)
         steps["compiled float"] = trainer(models["float"], torch.compile(models["float"]), images, labels)
         run = compile_training(switchable, precisions=len(given.precisions))
         step = trainer(switchable, run, images, labels)
         steps |= {f"compiled switchable {bits}": partial(at, switchable, bits, step) for bits in given.precisions}
+        if given.qadtr:
+            step = through(switchable, switchable.switch.passes, qadtr_trainer(switchable, run, images, labels))
+            steps |= {f"compiled QADT-R {bits}": partial(at, switchable, bits, step) for bits in given.precisions}
     if not given.alone:
         others = Normalized(stock(net()))
         steps["stock Brevitas 4"] = trainer(others, others, images, labels)
@@ -157,10 +176,10 @@ def steps_of(
     return steps, switchable
 
 
-def rounds_of(steps: dict[str, Step], rounds: int, threads: int) -> tuple[dict[str, float], dict[str, float]]:
-    """Median seconds, and medians of ratios to the first step of the same round."""
+def times_of(steps: dict[str, Step], rounds: int, threads: int) -> Times:
+    """Seconds of each step in each round."""
     clock = time.process_time if threads == 1 else time.perf_counter
-    times: dict[str, list[float]] = {name: [] for name in steps}
+    times: Times = {name: [] for name in steps}
     for name, step in steps.items():
         start = time.perf_counter()
         step()
@@ -173,27 +192,44 @@ def rounds_of(steps: dict[str, Step], rounds: int, threads: int) -> tuple[dict[s
             start = clock()
             step()
             times[name].append(clock() - start)
-    base = next(iter(times.values()))
-    ratios = {name: statistics.median(t / b for t, b in zip(own, base, strict=True)) for name, own in times.items()}
-    return {name: statistics.median(own) for name, own in times.items()}, ratios
+    return times
 
 
-def crafting(model: Any, given: argparse.Namespace, images: torch.Tensor, labels: torch.Tensor) -> dict[str, Step]:
+def ratio(times: Times, name: str, base: str = "float") -> float:
+    """The median over the rounds of the time of one step over that of another in the same round."""
+    return statistics.median(own / other for own, other in zip(times[name], times[base], strict=True))
+
+
+def crafting(
+    model: SwitchableModel, passes: Any, given: argparse.Namespace, images: torch.Tensor, labels: torch.Tensor
+) -> dict[str, Step]:
     """Patch steps by name, the float network first; weights are frozen by the caller."""
     plain = Normalized(create_float_model(given.network, num_classes=given.classes)).eval().requires_grad_(False)
     steps: dict[str, Step] = {"float": partial(patch_step, plain, images, labels)}
-    passes, step = model.switch.passes, partial(patch_step, model, images, labels)
-
-    def through(form: Any, bits: int) -> None:
-        model.switch.passes = form
-        at(model, bits, step)
-
-    steps |= eager_and_fused("switchable", partial(through, None), given)
+    step = partial(patch_step, model, images, labels)
+    steps |= eager_and_fused("switchable", partial(at, model, step=through(model, None, step)), given)
     if given.compile:
         run = torch.compile(plain)
         steps["compiled float"] = partial(patch_step, run, images, labels)
-        steps |= {f"compiled switchable {bits}": partial(through, passes, bits) for bits in given.precisions}
+        step = through(model, passes, step)
+        steps |= {f"compiled switchable {bits}": partial(at, model, bits, step) for bits in given.precisions}
     return steps
+
+
+def show(kind: str, times: Times) -> None:
+    """Print the medians of each step, and the means over the precisions beside their bars."""
+    for name in times:
+        print(f"  {name:26} {statistics.median(times[name]):7.3f} s {ratio(times, name):6.2f}x")
+    for (start, end), bars in MEANS.items():
+        base = "compiled float" if start.startswith("compiled") else "float"
+        named = [name for name in times if name.startswith(start) and name.endswith("fused") == (end == "fused")]
+        if named:
+            mean = statistics.mean(ratio(times, name, base) for name in named)
+            bar = f"  bar: {bars[kind]:.2f}" if bars else ""
+            print(
+                f"  mean of {start} {end:10} {'':9} {mean:6.2f}x {'of ' + base if base != 'float' else ''}{bar}",
+                flush=True,
+            )
 
 
 def main() -> None:
@@ -222,24 +258,14 @@ def main() -> None:
     labels = torch.randint(given.classes, (given.batch,))
     steps, model = steps_of(given, images, labels)
     figures: dict[str, Any] = {"network": given.network, "batch": given.batch, "threads": given.threads}
-    figures["training"] = rounds_of(steps, given.rounds, given.threads)
-    if given.compile:
-        compile_passes(model, report=print)
+    passes = model.switch.passes
+    figures["training"] = times_of(steps, given.rounds, given.threads)
     model.eval()
     with frozen_weights(model):
-        figures["crafting"] = rounds_of(crafting(model, given, images, labels), given.rounds, given.threads)
+        figures["crafting"] = times_of(crafting(model, passes, given, images, labels), given.rounds, given.threads)
     for kind in ("training", "crafting"):
-        seconds, ratios = figures[kind]
         print(f"{kind} step of {given.network}, batch {given.batch}, {given.threads} thread(s)")
-        for name, value in ratios.items():
-            print(f"  {name:26} {seconds[name]:7.3f} s {value:6.2f}x")
-        for (start, end), bar in MEANS.items():
-            named = {name: value for name, value in ratios.items() if name.startswith(start)}
-            own = [value for name, value in named.items() if name.endswith("fused") == (end == "fused")]
-            if own:
-                mean = statistics.mean(own) / (ratios["compiled float"] if start.startswith("compiled") else 1)
-                goal = "" if bar is None else f"  bar: {bar[kind]:.2f}"
-                print(f"  mean of {start} {end:10} {'':9} {mean:6.2f}x{goal}", flush=True)
+        show(kind, figures[kind])
     if not given.alone and not find_spec("torchao"):
         print("torchao is not installed, so it is not compared with: pip install torchao")
     if given.output:
