@@ -8,9 +8,6 @@ from math import prod
 from pathlib import Path
 from typing import Any, cast
 
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
-
 from qadtr_brevitas.core.errors import CheckpointError, UsageError
 from qadtr_brevitas.core.files import read_json, recover_directory
 from qadtr_brevitas.pipeline.directories import (
@@ -158,6 +155,10 @@ def epochs_left(run: Path) -> tuple[int, int] | None:
     Args:
         run: a run directory.
     """
+    # Help and completion do without.
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+
     try:
         train = YAML(typ="safe").load(run / RECIPE_FILE)["train"]
         planned = int(train["float_epochs"]) + int(train["epochs"])
