@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -28,17 +28,24 @@ from qadtr_brevitas.exporting.build_files import write_build_files
 from qadtr_brevitas.exporting.bundle import FLOAT_FILE, Vectors, write_bundle
 from qadtr_brevitas.exporting.compiler import BuildTarget
 from qadtr_brevitas.exporting.defense import expected_answers, write_defense
-from qadtr_brevitas.exporting.estimate import compiler_python, missing_compiler, try_compiler
+from qadtr_brevitas.exporting.estimate import (
+    Emulation,
+    Estimate,
+    compiler_python,
+    missing_compiler,
+    try_compiler,
+)
 from qadtr_brevitas.exporting.formats import Format, blockers, check_bits
 from qadtr_brevitas.exporting.graph import library
 from qadtr_brevitas.exporting.onnx_files import load_onnxruntime, write_float
 from qadtr_brevitas.exporting.report import ExportReport
 from qadtr_brevitas.exporting.rewrite import PIXELS
 from qadtr_brevitas.exporting.rounding import rounded_otherwise
-from qadtr_brevitas.exporting.ties import break_ties, check_ties, count_ties
+from qadtr_brevitas.exporting.ties import Ties, break_ties, check_ties, count_ties
 from qadtr_brevitas.exporting.verify import TOLERANCE, Agreement, check, compare
 from qadtr_brevitas.pipeline.directories import EXPORT_REPORT_FILE
 from qadtr_brevitas.quant import allowed_precisions, at_precision, freeze, frozen_weights
+from qadtr_brevitas.quant.freeze import FrozenModel
 from qadtr_brevitas.quant.switchable_quant import has_ranges
 
 # Images that ties are looked for on.
@@ -98,124 +105,177 @@ def export(
         ExportError: the format cannot hold the network, the file computes something else, or the compiler refuses it.
         CheckpointError: the folder cannot be written.
     """
-    tell = progress or silent
     _check(loaded, precision, form, batch, with_estimate=with_estimate, baseline=baseline)
     if certification is not None:
         certification.covering(loaded.info.image_size)
     if emulate:
         _check_emulation(form)
-    tell(0, 0, "freezing")
-    frozen = freeze(loaded.model, precision)  # pyright: ignore[reportArgumentType]
-    has_ties = form.compiler is not None and form.compiler.rounds_ties_up
-    written = break_ties(frozen, _images(loaded, split, _TRIED)) if has_ties else frozen
-    reports: list[ExportReport] = []
+    work = _Export(
+        loaded=loaded,
+        precision=precision,
+        form=form,
+        split=split,
+        patches=patches,
+        tolerance=tolerance,
+        batch=batch,
+        baseline=baseline,
+        resize=resize,
+        build=build or BuildTarget(),
+        with_estimate=with_estimate,
+        emulate=emulate,
+        certification=certification,
+        seed=seed,
+        command=command,
+        tell=progress or silent,
+    )
+    return work.run(output)
 
-    def fill(folder: Path) -> None:
-        file = folder / form.file
-        images = _images(loaded, split, _VECTORS)
-        tell(0, 0, f"writing {form.name}")
-        write(form, written, images, batch, file)
-        agreement = ties = emulation = cost = None
-        if split is not None:
-            tell(0, 0, "loading the file")
-            agreement = _compare(loaded, precision, form, file, split, patches, tolerance, seed, tell)
-            if has_ties:
-                ties = count_ties(frozen, written, split)
-                check_ties(ties)
-        if form.compiler is not None:
-            image = as_traced(images, 1)
-            write_build_files(
-                folder, form.compiler, written, image, build or BuildTarget(), takes_bytes=form.takes_bytes
-            )
-            if emulate or with_estimate:
-                tell(0, 0, f"running {form.compiler.name}")
-            emulation, cost = try_compiler(form.compiler, folder, emulate=emulate, with_estimate=with_estimate)
+
+@dataclass(frozen=True, kw_only=True)
+class _Export:
+    """One export, as the arguments of `export` say, which are checked."""
+
+    loaded: LoadedModel
+    precision: Precision
+    form: Format
+    split: Split | None
+    patches: Sequence[tuple[str, Patch]]
+    tolerance: float
+    batch: Batch
+    baseline: bool
+    resize: int | None
+    build: BuildTarget
+    with_estimate: bool
+    emulate: bool
+    certification: Certification | None
+    seed: int
+    command: str
+    tell: Progress
+
+    def run(self, output: Path) -> ExportReport:
+        """Write the folder and return what its report says."""
+        self.tell(0, 0, "freezing")
+        frozen = freeze(self.loaded.model, self.precision)  # pyright: ignore[reportArgumentType]
+        written = break_ties(frozen, self._images(_TRIED)) if self._breaks_ties else frozen
+        reports: list[ExportReport] = []
+        replace_directory(output, lambda folder: reports.append(self._fill(folder, frozen, written)))
+        return reports[0]
+
+    @property
+    def _breaks_ties(self) -> bool:
+        return self.form.compiler is not None and self.form.compiler.rounds_ties_up
+
+    def _fill(self, folder: Path, frozen: FrozenModel, written: FrozenModel) -> ExportReport:
+        """Write all files into an empty folder.
+
+        Args:
+            folder: the folder.
+            frozen: the network at the precision.
+            written: the same with its ties broken, where the compiler rounds them otherwise.
+        """
+        form, file, images = self.form, folder / self.form.file, self._images(_VECTORS)
+        self.tell(0, 0, f"writing {form.name}")
+        write(form, written, images, self.batch, file)
+        agreement, ties = self._verified(file, frozen, written)
+        emulation, cost = self._compiled(folder, written, images)
         defense = None
-        if certification is not None:
+        if self.certification is not None:
             fps = None if cost is None else cost.fps
-            defense = write_defense(folder, certification, loaded, form, fps=fps)
-        if baseline:
-            tell(0, 0, "writing the float network")
+            defense = write_defense(folder, self.certification, self.loaded, form, fps=fps)
         report = ExportReport(
-            model=loaded.path or loaded.name,
-            fingerprint=loaded.fingerprint,
-            precision=str(precision),
+            model=self.loaded.path or self.loaded.name,
+            fingerprint=self.loaded.fingerprint,
+            precision=str(self.precision),
             format=form.name,
-            batch=batch,
+            batch=self.batch,
             bytes=file.stat().st_size,
-            weight_bytes=_weight_bytes(loaded.model, precision),
-            baseline=_write_baseline(loaded, images, batch, folder, split) if baseline else None,
+            weight_bytes=_weight_bytes(self.loaded.model, self.precision),
+            baseline=self._write_baseline(folder, images) if self.baseline else None,
             agreement=agreement,
             ties=ties,
             emulation=emulation,
-            unchecked="" if emulate else _unchecked(form),
+            unchecked="" if self.emulate else _unchecked(form),
             estimate=cost,
             defense=defense,
             integers=None if form.count_integers is None else form.count_integers(file),
-            seed=seed,
-            command=command,
+            seed=self.seed,
+            command=self.command,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             versions=_versions(),
             files=[],
         )
-        tell(0, 0, "writing what it is deployed with")
-        with at_precision(loaded.model, precision):
-            vectors = Vectors(loaded.model, images, patches[:1], as_bytes=form.takes_bytes, seed=seed)
-            if certification is not None:
-                tell(0, 0, "answering through masks")
-                few = vectors.images[:_DEFENDED]
-                vectors.defended = expected_answers(loaded, precision, certification, form, few)
-            write_bundle(folder, loaded.info, form, report, vectors, resize=resize)
+        self._write_bundle(folder, images, report)
         files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
         report = replace(report, files=files)
         write_json(folder / EXPORT_REPORT_FILE, report.to_dict())
-        reports.append(report)
+        return report
 
-    replace_directory(output, fill)
-    return reports[0]
+    def _verified(self, file: Path, frozen: FrozenModel, written: FrozenModel) -> tuple[Agreement | None, Ties | None]:
+        """Compare a file with the switchable model, and refuse it where it computes something else."""
+        if self.split is None:
+            return None, None
+        self.tell(0, 0, "loading the file")
+        model, form = self.loaded.model, self.form
+        with at_precision(model, self.precision), frozen_weights(model):
+            agreement = compare(
+                model,
+                form.load(file),
+                self.split,
+                self.patches,
+                otherwise=lambda: rounded_otherwise(model, seed=self.seed),
+                tolerance=self.tolerance,
+                as_bytes=form.takes_bytes,
+                seed=self.seed,
+                progress=self.tell,
+            )
+        # The file is written with its ties broken, which is more than another order of additions.
+        exact = form.exact and not self._breaks_ties
+        check(agreement, tolerance=self.tolerance, exact=exact, remedy=form.remedy)
+        if not self._breaks_ties:
+            return agreement, None
+        ties = count_ties(frozen, written, self.split)
+        check_ties(ties)
+        return agreement, ties
 
+    def _compiled(self, folder: Path, written: FrozenModel, images: Tensor) -> tuple[Emulation | None, Estimate | None]:
+        """Write what the compiler builds from, and have it try the network as far as that was asked for."""
+        compiler = self.form.compiler
+        if compiler is None:
+            return None, None
+        takes_bytes = self.form.takes_bytes
+        write_build_files(folder, compiler, written, as_traced(images, 1), self.build, takes_bytes=takes_bytes)
+        if self.emulate or self.with_estimate:
+            self.tell(0, 0, f"running {compiler.name}")
+        return try_compiler(compiler, folder, emulate=self.emulate, with_estimate=self.with_estimate)
 
-def _compare(
-    loaded: LoadedModel,
-    precision: Precision,
-    form: Format,
-    file: Path,
-    split: Split,
-    patches: Sequence[tuple[str, Patch]],
-    tolerance: float,
-    seed: int,
-    tell: Progress,
-) -> Agreement:
-    """Compare a file with the switchable model, and refuse it where it computes something else."""
-    model = loaded.model
-    # The file is written with its ties broken, which is more than another order of additions.
-    exact = form.exact and (form.compiler is None or not form.compiler.rounds_ties_up)
-    with at_precision(model, precision), frozen_weights(model):
-        agreement = compare(
-            model,
-            form.load(file),
-            split,
-            patches,
-            otherwise=lambda: rounded_otherwise(model, seed=seed),
-            tolerance=tolerance,
-            as_bytes=form.takes_bytes,
-            seed=seed,
-            progress=tell,
-        )
-    check(agreement, tolerance=tolerance, exact=exact, remedy=form.remedy)
-    return agreement
+    def _write_baseline(self, folder: Path, images: Tensor) -> float | None:
+        """Write the float network beside the exported one, and return its accuracy."""
+        self.tell(0, 0, "writing the float network")
+        frozen = freeze(self.loaded.model, FLOAT_BITS)  # pyright: ignore[reportArgumentType]
+        write_float(frozen, as_traced(images, self.batch), folder / FLOAT_FILE, dynamic=self.batch == "dynamic")
+        if self.split is None:
+            return None
+        classify = load_onnxruntime(folder / FLOAT_FILE)
+        return accuracy(predict(classify, self.split), self.split.labels).value
 
+    def _write_bundle(self, folder: Path, images: Tensor, report: ExportReport) -> None:
+        """Write the runner, its test vectors and what else a file is deployed with."""
+        self.tell(0, 0, "writing what it is deployed with")
+        loaded, form = self.loaded, self.form
+        with at_precision(loaded.model, self.precision):
+            vectors = Vectors(loaded.model, images, self.patches[:1], as_bytes=form.takes_bytes, seed=self.seed)
+            if self.certification is not None:
+                self.tell(0, 0, "answering through masks")
+                few = vectors.images[:_DEFENDED]
+                vectors.defended = expected_answers(loaded, self.precision, self.certification, form, few)
+            write_bundle(folder, loaded.info, form, report, vectors, resize=self.resize)
 
-def _write_baseline(
-    loaded: LoadedModel, images: Tensor, batch: Batch, folder: Path, split: Split | None
-) -> float | None:
-    """Write the float network beside the exported one, and return its accuracy."""
-    frozen: Any = freeze(loaded.model, FLOAT_BITS)  # pyright: ignore[reportArgumentType]
-    write_float(frozen, as_traced(images, batch), folder / FLOAT_FILE, dynamic=batch == "dynamic")
-    if split is None:
-        return None
-    classify = load_onnxruntime(folder / FLOAT_FILE)
-    return accuracy(predict(classify, split), split.labels).value
+    def _images(self, count: int) -> Tensor:
+        """Return the first images, (N, C, H, W), or one of noise in whole bytes where there are none."""
+        if self.split is not None:
+            return self.split.batch(torch.arange(min(count, len(self.split))))[0]
+        shape = (1, len(self.loaded.info.mean), *self.loaded.info.image_size)
+        return torch.randint(256, shape, generator=generator(0, "export")) / PIXELS
 
 
 def _check(
@@ -260,14 +320,6 @@ def _unchecked(form: Format) -> str:
         return ""
     why = missing_compiler(form.compiler) or "that was not asked for"
     return f"not checked with {form.compiler.name} itself, only as a file: {why}"
-
-
-def _images(loaded: LoadedModel, split: Split | None, count: int) -> Tensor:
-    """Return the first images, (N, C, H, W), or one of noise in whole bytes where there are none."""
-    if split is not None:
-        return split.batch(torch.arange(min(count, len(split))))[0]
-    shape = (1, len(loaded.info.mean), *loaded.info.image_size)
-    return torch.randint(256, shape, generator=generator(0, "export")) / PIXELS
 
 
 def _versions() -> dict[str, str]:
