@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
@@ -50,7 +50,7 @@ from qadtr_brevitas.training.processes import (
 from qadtr_brevitas.training.run_writer import RunWriter
 from qadtr_brevitas.training.setup import check_optimizer, check_precisions, make_optimizer, make_scheduler
 from qadtr_brevitas.training.state import RunCounters, TrainingState, check_finite, open_run
-from qadtr_brevitas.training.step import EarlierPass
+from qadtr_brevitas.training.step import EarlierPass, TrainingStep
 from qadtr_brevitas.training.stop import Interrupted, StopRequest
 from qadtr_brevitas.training.validation import Validation
 
@@ -245,38 +245,22 @@ class _Trainer:
         # For layers that draw from the global stream, such as dropout.
         torch.manual_seed(derive_seed(self.recipe.seed, "step", number, self.rank))
         precisions = phase.precisions(train.precision, number, seed=self.recipe.seed)
-        objective = train.objective if phase.is_quantized else CrossEntropy()
         lr: float = optimizer.param_groups[0]["lr"]
         parts = batch.parts(train.accumulate)
-        loss, metrics = 0.0, []
+        losses: list[float] = []
+        metrics: list[Mapping[str, float | Tensor]] = []
         earlier: list[EarlierPass | None] = [None] * len(parts)
         updates = [(precision,) for precision in precisions] if train.update == "each" else [precisions]
         for index, together in enumerate(updates):
             optimizer.zero_grad()
-            for turn, precision in enumerate(together, 1):
+            passes = len(together) * len(parts)
+            for turn, precision in enumerate(together):
                 set_precision(self.model, precision)
                 metrics.clear()
                 for place, part in enumerate(parts):
-                    step = make_step(
-                        self.inputs[place],
-                        self.accelerator,
-                        self.model,
-                        part.images,
-                        part.labels,
-                        number,
-                        precision,
-                        attacked=phase.is_quantized,
-                        compiled=self.compiled,
-                        active=phase.active(train.precision, number),
-                        earlier=earlier[place],
-                        targets=part.targets,
-                    )
-                    is_last = turn == len(together) and place == len(parts) - 1
-                    with averaged_gradients(forward, at_once=is_last):
-                        with self.accelerator.autocast():
-                            one: Tensor = forward(objective, step)
-                        loss += self._agree_on(one, precision, lr) / (len(precisions) * len(parts))
-                        self.accelerator.backward(one / (len(together) * len(parts)))
+                    step = self._step_of(phase, place, part, precision, earlier[place])
+                    is_last = turn * len(parts) + place == passes - 1
+                    losses.append(self._backward(phase, forward, step, lr=lr, passes=passes, is_last=is_last))
                     earlier[place] = step.passed
                     metrics.append(self.loss_forward.metrics)
             if rule is not None:
@@ -290,12 +274,43 @@ class _Trainer:
                 epoch=number // phase.steps_per_epoch,
                 phase=phase.name,
                 precision="+".join(map(str, precisions)),
-                loss=loss,
+                loss=sum(losses) / len(losses),
                 lr=lr,
                 images_per_s=train.batch_size / (time.perf_counter() - started),
                 metrics=as_figures({**mean_metrics(metrics), **(rule.metrics() if rule else {})}),
             )
         )
+
+    def _step_of(
+        self, phase: TrainingPhase, place: int, part: ImageBatch, precision: Precision, earlier: EarlierPass | None
+    ) -> TrainingStep:
+        """Return what an objective sees of one part of the batch at one precision."""
+        return make_step(
+            self.inputs[place],
+            self.accelerator,
+            self.model,
+            part.images,
+            part.labels,
+            self.counters.step,
+            precision,
+            attacked=phase.is_quantized,
+            compiled=self.compiled,
+            active=phase.active(self.recipe.train.precision, self.counters.step),
+            earlier=earlier,
+            targets=part.targets,
+        )
+
+    def _backward(
+        self, phase: TrainingPhase, forward: nn.Module, step: TrainingStep, *, lr: float, passes: int, is_last: bool
+    ) -> float:
+        """Add the gradients of one of so many passes of an update; return its loss, the mean over the processes."""
+        objective = self.recipe.train.objective if phase.is_quantized else CrossEntropy()
+        with averaged_gradients(forward, at_once=is_last):
+            with self.accelerator.autocast():
+                loss: Tensor = forward(objective, step)
+            mean = self._agree_on(loss, step.precision, lr)
+            self.accelerator.backward(loss / passes)
+        return mean
 
     def _next_batch(self, phase: TrainingPhase, optimizer: torch.optim.Optimizer) -> ImageBatch:
         """Return the images of the next step; where they cannot be read, save what was trained.
