@@ -189,17 +189,8 @@ def memory(root: int) -> int:
 
 def peak_memory(folder: Path, form: str, limit: int | None, steps: int, *, validate: bool = False) -> float:
     """Peak GB of a training run in a process of its own, which can end with a validation on all pictures."""
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.benchmark_input",
-        "--folder",
-        str(folder),
-        "--forms",
-        form,
-        "--train-only",
-        str(steps),
-    ]
+    this = [sys.executable, "-m", "benchmarks.benchmark_input"]
+    command = [*this, "--folder", str(folder), "--forms", form, "--train-only", str(steps)]
     limits = [] if limit is None else ["--limit", str(limit)]
     process = subprocess.Popen([*command, *limits, *(["--validate"] if validate else [])])
     peak = 0
