@@ -22,6 +22,7 @@ from qadtr_brevitas.evaluation.certification import Certification, CertifyMethod
 from qadtr_brevitas.evaluation.defended_classifier import DefendedClassifier
 from qadtr_brevitas.evaluation.mask_fill import MaskFillKind
 from qadtr_brevitas.evaluation.report import CertifiedCell, EvaluationReport, Rate
+from qadtr_brevitas.evaluation.tta import TtaKind
 
 _WIDTH = 100
 
@@ -76,6 +77,7 @@ def certify(
     masks: int | None = None,
     method: CertifyMethod = "double masking",
     fill: MaskFillKind = "mean",
+    tta: TtaKind = "none",
     images: int | None = None,
     seed: int = 0,
     batch_size: int = 256,
@@ -94,6 +96,8 @@ def certify(
             or 5 in one round, where it has to be a prime number.
         method: `double masking`, or `one round`, of far fewer passes under larger masks (see evaluation/one_round.py).
         fill: what masks show: the `mean` color, or pixels that `interpolate` the visible ones, as in training.
+        tta: test-time augmentation, views of a masked image whose logits are averaged: `flip`, its mirror image;
+            `shift`, the image moved by one pixel; `flip-shift`. Each view is one pass more, and more is proved.
         images: at most this many images, drawn class-balanced; None for all.
         seed: of the draw of images.
         batch_size: images in one forward pass.
@@ -116,7 +120,7 @@ def certify(
             split=as_split(loader, loaded, images=images, seed=seed),
             data_name="loader",
             precisions=precisions,
-            certifications=[Certification(size, masks, method, fill) for size in sizes],  # pyright: ignore[reportArgumentType]
+            certifications=[Certification(size, masks, method, fill, tta) for size in sizes],  # pyright: ignore[reportArgumentType]
             seed=seed,
             batch_size=batch_size,
         )
@@ -132,6 +136,7 @@ def defend(
     masks: int | None = None,
     method: CertifyMethod = "double masking",
     fill: MaskFillKind = "mean",
+    tta: TtaKind = "none",
     batch_size: int = 256,
 ) -> DefendedClassifier:
     """Return the defended classifier of a network at one precision.
@@ -143,11 +148,12 @@ def defend(
         masks: masks along each side of an image; None for 6, or 5 in one round.
         method: `double masking`, or `one round`.
         fill: what masks show, the `mean` color or pixels that `interpolate` the visible ones.
+        tta: test-time augmentation, as for `certify`.
         batch_size: masked images in one forward pass.
 
     Raises:
         UsageError: a precision that the model lacks, a patch that does not fit on its images, or a model that was not
             converted.
     """
-    against = Certification(patch, masks, method, fill)
+    against = Certification(patch, masks, method, fill, tta)
     return DefendedClassifier(as_loaded(model), precision, against, batch_size=batch_size)

@@ -14,6 +14,7 @@ from qadtr_brevitas.core.progress import Progress
 from qadtr_brevitas.data.batches import Loader
 from qadtr_brevitas.evaluation.certification import Certification, CertifyMethod
 from qadtr_brevitas.evaluation.mask_fill import MaskFillKind
+from qadtr_brevitas.evaluation.tta import TtaKind
 from qadtr_brevitas.exporting import Batch, ExportReport, Format, find_format
 from qadtr_brevitas.exporting import export as export_loaded
 from qadtr_brevitas.exporting.estimate import missing_compiler
@@ -36,6 +37,7 @@ def export(
     masks: int | None = None,
     method: CertifyMethod = "double masking",
     fill: MaskFillKind = "mean",
+    tta: TtaKind = "none",
     overwrite: bool = False,
     seed: int = 0,
     progress: Progress | None = None,
@@ -59,6 +61,7 @@ def export(
         masks: as for `qb.defend`.
         method: as for `qb.defend`.
         fill: as for `qb.defend`.
+        tta: as for `qb.defend`.
         overwrite: replace an export that is there, and nothing else.
         seed: of places and the draw of images.
         progress: called after each part of the comparison.
@@ -84,7 +87,7 @@ def export(
             patches=named,
             batch=batch,
             baseline=baseline,
-            certification=None if defend is None else Certification(defend, masks, method, fill),
+            certification=None if defend is None else Certification(defend, masks, method, fill, tta),
             emulate=split is not None and _can_emulate(form) if emulate is None else emulate,
             seed=seed,
             command="",

@@ -49,6 +49,7 @@ class EvaluateOptions:
     certify_masks: int | None
     certify_method: Literal["double-masking", "one-round"]
     certify_fill: Literal["mean", "interpolate"]
+    certify_tta: Literal["none", "flip", "shift", "flip-shift"]
     certify_images: int | None
     defend: tuple[PatchSize, ...] | None
     images: int | None

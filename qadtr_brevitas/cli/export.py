@@ -68,6 +68,7 @@ class _ExportOptions:
     certify_masks: int | None
     certify_method: Literal["double-masking", "one-round"]
     certify_fill: Literal["mean", "interpolate"]
+    certify_tta: Literal["none", "flip", "shift", "flip-shift"]
     data: str | None
     seed: int
 

@@ -20,6 +20,7 @@ from qadtr_brevitas.core.patch_size import PatchSize, PatchSizeLike
 from qadtr_brevitas.evaluation.defended import DefendedModel
 from qadtr_brevitas.evaluation.masked_predictor import MaskedPredictor
 from qadtr_brevitas.evaluation.masks import covered_places
+from qadtr_brevitas.evaluation.tta import averaged
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,8 @@ def adaptive_patches(
     patch = network.certification.size if size is None else PatchSize.parse(size)
     masks = network.certification.covering((images.shape[2], images.shape[3])).to(images.device)
     fill = network.fill.to(images.device)
-    predictor = MaskedPredictor(network.model, images, masks, fill, network.batch_size)
+    model = averaged(network.model, network.certification.tta)
+    predictor = MaskedPredictor(model, images, masks, fill, network.batch_size)
     under_pairs = _classes_under_pairs(predictor)
     places = covered_places(masks, patch)
     kinds, number = places.flatten(0, 1).unique(dim=0, return_inverse=True)
@@ -91,7 +93,7 @@ def adaptive_patches(
             weights = (~kinds[chosen]).float().cpu()
             drawn = torch.multinomial(weights.clamp(min=1e-9), 1, generator=generator)[:, 0].to(images.device)
             seen = fill.cover(paste(images, texture, shape, corners), masks[drawn][:, None])
-            loss = loss + cross_entropy(network.model(seen), target, reduction="sum")
+            loss = loss + cross_entropy(model(seen), target, reduction="sum")
         (gradient,) = torch.autograd.grad(loss, texture)
         texture = (texture.detach() - step_size * gradient.sign()).clamp(0, 1)
     patched = paste(images, texture.detach(), shape, corners)

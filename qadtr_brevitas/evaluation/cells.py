@@ -74,7 +74,7 @@ class CertifyKey:
         data: fingerprint of all images, which decides the order in which they are certified.
         size: height and width of the patch in pixels, as 3x10.
         method: the certifier.
-        masks: fingerprint of the masks and of what they show.
+        masks: fingerprint of the masks, of what they show and of the views averaged.
         start: place in that order of the first image of the chunk.
         stop: the place after its last.
     """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, TypeAlias, get_args
 
 import torch
@@ -20,6 +20,7 @@ from qadtr_brevitas.evaluation.masked_predictor import Certified
 from qadtr_brevitas.evaluation.masks import MASKS_PER_SIDE, covering_masks, mean_color
 from qadtr_brevitas.evaluation.one_round import WINDOWS_PER_SIDE, check_per_side, line_masks, one_round
 from qadtr_brevitas.evaluation.patch_cleanser import double_masking
+from qadtr_brevitas.evaluation.tta import VIEWS, TtaKind, averaged
 
 CertifyMethod: TypeAlias = Literal["double masking", "one round"]
 """PatchCleanser's double masking, or one round over masks of which one covers any two places of a patch."""
@@ -37,16 +38,18 @@ class Certification:
         masks: masks along each side of an image; None for 6, or 5 in one round, where it has to be a prime.
         method: the certifier.
         fill: what masks show.
+        tta: test-time augmentation, the views of a masked image whose logits are averaged.
 
     Raises:
-        UsageError: a size that cannot be read, an unknown method or fill, or a number of masks that the method cannot
-            take.
+        UsageError: a size that cannot be read, an unknown method, fill or augmentation, or a number of masks that the
+            method cannot take.
     """
 
     size: PatchSize
     masks: int
     method: CertifyMethod
     fill: MaskFillKind
+    tta: TtaKind
 
     def __init__(
         self,
@@ -54,11 +57,15 @@ class Certification:
         masks: int | None = None,
         method: CertifyMethod = "double masking",
         fill: MaskFillKind = "mean",
+        tta: TtaKind = "none",
     ) -> None:
         if method not in get_args(CertifyMethod):
             raise UsageError(f"there is no certifier {method!r}: choose from {', '.join(get_args(CertifyMethod))}")
         if fill not in get_args(MaskFillKind):
             raise UsageError(f"masks cannot show {fill!r}: choose fill from {', '.join(get_args(MaskFillKind))}")
+        if tta not in get_args(TtaKind):
+            known = ", ".join(get_args(TtaKind))
+            raise UsageError(f"there is no test-time augmentation {tta!r}: choose tta from {known}")
         object.__setattr__(self, "size", PatchSize.parse(size))
         default = MASKS_PER_SIDE if method == "double masking" else WINDOWS_PER_SIDE
         object.__setattr__(self, "masks", default if masks is None else masks)
@@ -66,9 +73,16 @@ class Certification:
             check_per_side(self.masks)
         object.__setattr__(self, "method", method)
         object.__setattr__(self, "fill", fill)
+        object.__setattr__(self, "tta", tta)
 
     def __str__(self) -> str:
-        return ", ".join([str(self.size), self.method, *([] if self.fill == "mean" else [self.fill])])
+        fill, tta = [] if self.fill == "mean" else [self.fill], [] if self.tta == "none" else [self.tta]
+        return ", ".join([str(self.size), self.method, *fill, *tta])
+
+    @property
+    def views(self) -> int:
+        """Forward passes that a masked image takes."""
+        return len(VIEWS[self.tta])
 
     def covering(self, image_size: tuple[int, int]) -> Tensor:
         """Boolean (M, H, W) masks of which one covers any such patch, or any two places of it.
@@ -80,9 +94,9 @@ class Certification:
         return make(image_size, self.size, per_side=self.masks)
 
     def passes_to_prove(self, image_size: tuple[int, int]) -> int:
-        """Return the forward passes that a proved image takes: one for each mask and, doubled, for each pair."""
+        """Return the forward passes that a proved image takes: for each view, its masks and their pairs."""
         count = len(self.covering(image_size))
-        return count if self.method == "one round" else count + count * (count - 1) // 2
+        return self.views * (count if self.method == "one round" else count + count * (count - 1) // 2)
 
     def run(
         self, model: Callable[[Tensor], Tensor], images: Tensor, *, color: Tensor, batch_size: int, prove: bool = True
@@ -97,9 +111,13 @@ class Certification:
             prove: whether to prove predictions; in one round the proof costs nothing.
         """
         masks, fill = self.covering((images.shape[2], images.shape[3])), MaskFill(color, self.fill)
+        seen = averaged(model, self.tta)
         if self.method == "one round":
-            return one_round(model, images, masks, self.size, fill=fill, batch_size=batch_size)
-        return double_masking(model, images, masks, fill=fill, patch=self.size, batch_size=batch_size, prove=prove)
+            found = one_round(seen, images, masks, self.size, fill=fill, batch_size=batch_size)
+        else:
+            found = double_masking(seen, images, masks, fill=fill, patch=self.size, batch_size=batch_size, prove=prove)
+        assert found.passes is not None
+        return replace(found, passes=found.passes * self.views)
 
 
 @dataclass(frozen=True)
@@ -168,7 +186,7 @@ class CertifyJob:
 
 
 def masks_fingerprint(certification: Certification, mean: Sequence[float], image_size: tuple[int, int]) -> str:
-    """Return the fingerprint of the masks and of what they show, which a certificate holds for.
+    """Return the fingerprint of the masks, of what they show and of the views averaged, which a certificate holds for.
 
     Args:
         certification: the patch and the certifier.
@@ -176,4 +194,8 @@ def masks_fingerprint(certification: Certification, mean: Sequence[float], image
         image_size: (H, W) in pixels.
     """
     found = fingerprint_tensors([certification.covering(image_size), mean_color(mean)])
-    return found if certification.fill == "mean" else fingerprint_facts([found, certification.fill])
+    options = [
+        *([] if certification.fill == "mean" else [certification.fill]),
+        *([] if certification.tta == "none" else [certification.tta]),
+    ]
+    return fingerprint_facts([found, *options]) if options else found

@@ -153,6 +153,7 @@ class _PredictionReader:
                 precision=str(victim.precision),
                 method=certification.method,
                 fill=certification.fill,
+                tta=certification.tta,
                 size=size.height if size.is_square else str(size),
                 masks=len(certification.covering(split.image_size)),
                 clean_accuracy=Rate.of(accuracy(defended, labels)),

@@ -18,6 +18,7 @@ from qadtr_brevitas.evaluation.defended_classifier import DefendedClassifier, De
 from qadtr_brevitas.evaluation.entries import LoadedModel
 from qadtr_brevitas.evaluation.masks import mean_color
 from qadtr_brevitas.evaluation.one_round import place_kinds
+from qadtr_brevitas.evaluation.tta import VIEWS
 from qadtr_brevitas.exporting.formats import Format
 from qadtr_brevitas.exporting.rewrite import PIXELS
 
@@ -82,18 +83,20 @@ def write_defense(
         arrays["color"] = arrays["color"] * PIXELS
     if certification.fill == "interpolate":
         arrays["levels"] = np.float32(1 if form.takes_bytes else PIXELS)
+    if certification.tta != "none":
+        arrays["views"] = np.array(VIEWS[certification.tta])
     if certification.method == "one round":
         arrays["kinds"] = place_kinds(masks, certification.size).numpy()
     np.savez_compressed(folder / MASKS_FILE, **arrays)
     shutil.copy(_DEPLOYED / DEFENSE_FILE, folder / DEFENSE_FILE)
-    certified = certification.passes_to_prove(size)
+    passes, certified = len(masks) * certification.views, certification.passes_to_prove(size)
     return Defense(
         patch=str(certification.size),
         method=certification.method,
         masks=len(masks),
-        passes=len(masks),
+        passes=passes,
         passes_to_certify=certified,
-        fps=None if fps is None else fps / len(masks),
+        fps=None if fps is None else fps / passes,
         fps_to_certify=None if fps is None else fps / certified,
     )
 

@@ -82,7 +82,18 @@ def test_tables_and_files_show_what_is_proved(tmp_path: Path) -> None:
     ]
     assert read_report(tmp_path) == report
     # Programs read these keys: a change needs a new schema version.
-    keys = {"model", "precision", "method", "fill", "size", "masks", "clean_accuracy", "certified_accuracy", "passes"}
+    keys = {
+        "model",
+        "precision",
+        "method",
+        "fill",
+        "tta",
+        "size",
+        "masks",
+        "clean_accuracy",
+        "certified_accuracy",
+        "passes",
+    }
     prints = {"weights_fingerprint", "masks_fingerprint", "data_fingerprint"}
     assert set(json.loads((tmp_path / "report.json").read_text())["certified"][0]) == keys | prints
     (table,) = [table for table in terminal_tables(report) if table.title == "Certified accuracy against one patch"]
@@ -103,31 +114,34 @@ def test_tables_and_files_show_what_is_proved(tmp_path: Path) -> None:
     ]
     assert "certified" in (tmp_path / "report.md").read_text()
     lines = certified_csv(report).splitlines()
-    assert lines[0].startswith("model,precision,method,fill,size,masks,clean_accuracy_count")
+    assert lines[0].startswith("model,precision,method,fill,tta,size,masks,clean_accuracy_count")
     assert len(lines) == 1 + 2 * 2
 
 
 def test_rectangles_and_one_round_stand_beside_squares(tmp_path: Path) -> None:
     filled = Certification(TWO.size, TWO.masks, fill="interpolate")
-    wanted = [TWO, Certification("1x4", 6), Certification(2, method="one round"), filled]
+    flipped = Certification(TWO.size, TWO.masks, tta="flip")
+    wanted = [TWO, Certification("1x4", 6), Certification(2, method="one round"), filled, flipped]
     report = evaluate(make_grid([reader()], certifications=wanted, precisions=[4]), output=tmp_path)
-    square, bar, single, interpolated = report.certified
-    assert [(cell.size, cell.method, cell.fill) for cell in report.certified] == [
-        (2, "double masking", "mean"),
-        ("1x4", "double masking", "mean"),
-        (2, "one round", "mean"),
-        (2, "double masking", "interpolate"),
+    square, bar, single, interpolated, mirrored = report.certified
+    assert [(cell.size, cell.method, cell.fill, cell.tta) for cell in report.certified] == [
+        (2, "double masking", "mean", "none"),
+        ("1x4", "double masking", "mean", "none"),
+        (2, "one round", "mean", "none"),
+        (2, "double masking", "interpolate", "none"),
+        (2, "double masking", "mean", "flip"),
     ]
     # The median stays under each pair of masks, but not under lines of windows that cover half of an image.
     assert square.certified_accuracy.value == bar.certified_accuracy.value == 1
     assert single.passes == single.masks
     # All pairs once: 16 masks, 120 pairs.
     assert square.passes == interpolated.passes == 16 + 120
-    assert len({cell.masks_fingerprint for cell in report.certified}) == 4
+    assert mirrored.passes == 2 * (16 + 120)
+    assert len({cell.masks_fingerprint for cell in report.certified}) == 5
     assert {cell.weights_fingerprint for cell in report.certified} == {"reader-weights"}
     assert {cell.data_fingerprint for cell in report.certified} == {report.data.fingerprint}
     assert "1x4, 20 masks: certified" in str([table.rows for table in tables(report)])
-    assert {"one round", "interpolate"} <= set(certified_csv(report).replace("\n", ",").split(","))
+    assert {"one round", "interpolate", "flip"} <= set(certified_csv(report).replace("\n", ",").split(","))
 
 
 def test_success_rates_and_certificates_stand_in_one_table(tmp_path: Path) -> None:
@@ -150,7 +164,12 @@ def test_a_certificate_is_never_taken_for_other_weights_precisions_masks_or_imag
     assert forwards() == 0
     assert forwards(fingerprint="others") > 0
     assert forwards(precisions=[4]) > 0
-    others = [Certification(3, 6), Certification("2x1", 6), Certification(2, 5, "one round")]
+    others = [
+        Certification(3, 6),
+        Certification("2x1", 6),
+        Certification(2, 5, "one round"),
+        Certification(TWO.size, TWO.masks, tta="flip"),
+    ]
     for other in (Certification(2, 3), Certification(TWO.size, TWO.masks, fill="interpolate"), *others):
         assert forwards(certifications=[other]) > 0
     # Strides are of whole pixels: five and six masks along a side of these small images are the same.

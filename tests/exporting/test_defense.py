@@ -19,6 +19,7 @@ from qadtr_brevitas.cli.main import cli
 from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.evaluation.entries import LoadedModel
 from qadtr_brevitas.evaluation.one_round import place_kinds
+from qadtr_brevitas.evaluation.tta import VIEWS, TtaKind
 from qadtr_brevitas.exporting.deployed import defend as deployed
 from tests.exporting.networks import PIXELS, loaded, plain
 
@@ -44,10 +45,11 @@ class Colors:
         return images.flatten(1) @ self.weight + self.bias
 
 
+@pytest.mark.parametrize("tta", ["none", "flip-shift"])
 @pytest.mark.parametrize("fill", ["mean", "interpolate"])
 @pytest.mark.parametrize("method", MODELS)
-def test_numpy_decides_as_pytorch_does(method: str, fill: str, tmp_path: Path) -> None:
-    against = qb.Certification(2, MODELS[method], method, fill)  # pyright: ignore[reportArgumentType]
+def test_numpy_decides_as_pytorch_does(method: str, fill: str, tta: TtaKind, tmp_path: Path) -> None:
+    against = qb.Certification(2, MODELS[method], method, fill, tta)  # pyright: ignore[reportArgumentType]
     net, color = Colors(), torch.full((3, 1, 1), 0.5)
     # From images of the color under masks, on which they change nothing, to noise.
     strength = torch.linspace(0, 0.4, 80).view(-1, 1, 1, 1)
@@ -57,6 +59,8 @@ def test_numpy_decides_as_pytorch_does(method: str, fill: str, tmp_path: Path) -
     arrays = {"masks": masks.numpy(), "color": color.flatten().numpy()}
     if fill == "interpolate":
         arrays["levels"] = np.float32(255)
+    if tta != "none":
+        arrays["views"] = np.array(VIEWS[tta])
     if method == "one round":
         arrays["kinds"] = place_kinds(masks, against.size).numpy()
     np.savez(tmp_path / "masks.npz", **arrays)
@@ -68,19 +72,21 @@ def test_numpy_decides_as_pytorch_does(method: str, fill: str, tmp_path: Path) -
     assert 0 < sum(certified) < len(certified)
     most = against.passes_to_prove((8, 8))
     assert all(one.passes == most for one in answers if one.certified)
-    assert all(one.passes >= len(masks) for one in answers)
+    assert all(one.passes >= len(masks) * against.views for one in answers)
 
 
 @pytest.mark.slow
 def test_the_runner_gives_the_answers_of_the_defended_classifier(given: LoadedModel, tmp_path: Path) -> None:
     batches = [(PIXELS.float() / 255, torch.arange(12) % 4)]
     out = tmp_path / "out"
-    report = export(given.model, out, precision=8, format="qcdq", loader=batches, batch="dynamic", defend=3, masks=3)
+    report = export(
+        given.model, out, precision=8, format="qcdq", loader=batches, batch="dynamic", defend=3, masks=3, tta="flip"
+    )
     assert report.defense is not None
-    assert (report.defense.masks, report.defense.passes_to_certify) == (9, 9 + 36)
+    assert (report.defense.masks, report.defense.passes_to_certify) == (9, 2 * (9 + 36))
     assert {"masks.npz", "defend.py"} <= set(report.files)
-    assert "9 forward passes" in (out / "README.md").read_text()
-    expected = qb.defend(given.model, 8, patch=3, masks=3)(PIXELS.float() / 255)
+    assert "18 forward passes" in (out / "README.md").read_text()
+    expected = qb.defend(given.model, 8, patch=3, masks=3, tta="flip")(PIXELS.float() / 255)
     for label in range(4):
         (tmp_path / "photos" / str(label)).mkdir(parents=True)
     (out / "labels.txt").write_text("0\n1\n2\n3\n")

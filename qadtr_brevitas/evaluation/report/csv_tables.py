@@ -39,10 +39,20 @@ def worst_case_csv(report: EvaluationReport) -> str:
 
 def certified_csv(report: EvaluationReport) -> str:
     """Return one line for each model, precision and certification."""
-    header = ("model", "precision", "method", "fill", "size", "masks", *_columns(_CERTIFIED_RATES), *_CERTIFICATE)
+    header = (
+        "model",
+        "precision",
+        "method",
+        "fill",
+        "tta",
+        "size",
+        "masks",
+        *_columns(_CERTIFIED_RATES),
+        *_CERTIFICATE,
+    )
     rows = tuple(
         (
-            *(cell.model, cell.precision, cell.method, cell.fill, cell.size, cell.masks),
+            *(cell.model, cell.precision, cell.method, cell.fill, cell.tta, cell.size, cell.masks),
             *_values([cell.clean_accuracy, cell.certified_accuracy]),
             *(getattr(cell, name) for name in _CERTIFICATE),
         )

@@ -224,19 +224,21 @@ class WorstCase(Document):
 class CertifiedCell(Document):
     """What a defense by masks predicts and proves for one model at one precision: a certificate.
 
-    `size` is the side of a square patch in pixels, or height and width as `3x10`; `masks` is the number of masks.
+    `size` is the side of a square patch in pixels, or height and width as `3x10`; `masks` is the number of masks,
+    and `tta` the views that the logits are averaged over.
     `clean_accuracy` is that of the defended prediction on clean images; `certified_accuracy` counts the images whose
     defended prediction is right whatever one such patch shows and wherever it lies.
 
-    It holds for the weights, masks (with what they show) and images of these fingerprints, and for no others; where the
-    `n` of its rates are fewer images, they were drawn balanced over classes. `passes` is the mean number of forward
-    passes per image. Reports of older releases do not have them.
+    It holds for the weights, masks (with what they show and the views) and images of these fingerprints, and for no
+    others; where the `n` of its rates are fewer images, they were drawn balanced over classes. `passes` is the mean
+    number of forward passes per image. Reports of older releases do not have them.
     """
 
     model: str
     precision: str
     method: Literal["double masking", "one round"] = "double masking"
     fill: Literal["mean", "interpolate"] = "mean"
+    tta: Literal["none", "flip", "shift", "flip-shift"] = "none"
     size: int | str
     masks: int
     clean_accuracy: Rate
@@ -256,7 +258,8 @@ class CertifiedCell(Document):
         """How tables call the patch and the masks."""
         method = "" if self.method == "double masking" else f", {self.method}"
         fill = "" if self.fill == "mean" else ", interpolated"
-        return f"{self.patch}, {self.masks} masks{method}{fill}"
+        tta = "" if self.tta == "none" else f", {self.tta}"
+        return f"{self.patch}, {self.masks} masks{method}{fill}{tta}"
 
 
 class EvaluationReport(Document):

@@ -53,7 +53,9 @@ class Defense:
         self.levels = stored.get("levels")
         # Sets of masks that cover one place, (kinds, M), for one round only.
         self.kinds = stored.get("kinds")
-        self._run = run
+        # Views whose logits are averaged: mirrored or not, and pixels to the right and down; None: the image alone.
+        self.views = stored.get("views", np.zeros((1, 2), np.int64))
+        self._network = run
 
     def __call__(self, image: Any) -> Answer:
         """Classify an image as the file takes it, (C, H, W)."""
@@ -68,7 +70,11 @@ class Defense:
             label, certified = majority, seen.stands(_least_sure_first(logits), majority)
         else:
             label, certified = _second_round(seen, votes, majority), False
-        return Answer(label, certified, seen.passes)
+        return Answer(label, certified, seen.passes * len(self.views))
+
+    def _run(self, images: Any) -> Any:
+        """Return the mean of the logits over the views of images (n, C, H, W)."""
+        return sum(self._network(_view(images, *view)) for view in self.views.tolist()) / len(self.views)
 
     def _cover(self, image: Any, covered: Any) -> Any:
         """Return an image (C, H, W) under masks, (n, C, H, W), of booleans (n, 1, H, W)."""
@@ -98,6 +104,13 @@ class _Masked:
         """Return whether the image has a class under all pairs; it is run until one shows another class."""
         parts = (pairs[start : start + BATCH] for start in range(0, len(pairs), BATCH))
         return all((self.logits(part).argmax(1) == label).all() for part in parts)
+
+
+def _view(images: Any, mirrored: int, pixels: int) -> Any:
+    """Return images moved right and down, their first row and column repeated, and then mirrored."""
+    height, width = images.shape[2:]
+    moved = np.pad(images, ((0, 0), (0, 0), (pixels, 0), (pixels, 0)), mode="edge")[..., :height, :width]
+    return np.ascontiguousarray(moved[..., ::-1] if mirrored else moved)
 
 
 def _interpolated(image: Any, covered: Any, color: Any, levels: Any) -> Any:

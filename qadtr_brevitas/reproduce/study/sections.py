@@ -15,6 +15,7 @@ from qadtr_brevitas.core.precision import DEFAULT_BITS, PrecisionLike
 from qadtr_brevitas.core.registry import ANALYSES
 from qadtr_brevitas.evaluation.certification import Certification, CertifyMethod
 from qadtr_brevitas.evaluation.mask_fill import MaskFillKind
+from qadtr_brevitas.evaluation.tta import TtaKind
 from qadtr_brevitas.quant.inference import InferenceMode, parse_mode
 
 if TYPE_CHECKING:
@@ -130,6 +131,9 @@ class StudyCertification(RecipeSection):
     )
     method: CertifyMethod = Field(default="double masking", description="the certifier")
     fill: MaskFillKind = Field(default="mean", description="what masks show, best what train.masks.fill was")
+    tta: TtaKind = Field(
+        default="none", description="test-time augmentation: views whose logits are averaged, which proves more"
+    )
     images: int | None = Field(
         default=None, ge=1, description="certify at most so many of the test images, balanced over classes; null: all"
     )
@@ -147,7 +151,7 @@ class StudyCertification(RecipeSection):
     @property
     def certifications(self) -> tuple[Certification, ...]:
         """One for each size."""
-        return tuple(Certification(size, self.masks, self.method, self.fill) for size in self.sizes)
+        return tuple(Certification(size, self.masks, self.method, self.fill, self.tta) for size in self.sizes)
 
     def count(self, images: int) -> int:
         """Return how many of so many test images are certified."""
