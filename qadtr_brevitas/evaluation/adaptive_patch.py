@@ -85,13 +85,13 @@ def adaptive_patches(
     target = _wrong_class(under_pairs, kinds[chosen], labels)
     texture = torch.rand(*images.shape[:2], patch.height, patch.width, generator=generator).to(images.device)
     shape = torch.ones(patch.height, patch.width, dtype=torch.bool, device=images.device)
+    # Any mask that does not cover the patch of its image.
+    weights = (~kinds[chosen]).float().cpu().clamp(min=1e-9)
     for _ in range(steps):
         texture.requires_grad_()
         loss = images.new_zeros(())
         for _ in range(masks_per_step):
-            # Any mask that does not cover the patch of its image.
-            weights = (~kinds[chosen]).float().cpu()
-            drawn = torch.multinomial(weights.clamp(min=1e-9), 1, generator=generator)[:, 0].to(images.device)
+            drawn = torch.multinomial(weights, 1, generator=generator)[:, 0].to(images.device)
             seen = fill.cover(paste(images, texture, shape, corners), masks[drawn][:, None])
             loss = loss + cross_entropy(model(seen), target, reduction="sum")
         (gradient,) = torch.autograd.grad(loss, texture)

@@ -9,6 +9,7 @@ from qadtr_brevitas.evaluation.report.schema import EvaluationReport, ImageAttac
 
 _RATE = ("count", "n", "value", "low", "high")
 _ATTACK_RATES = ("asr", "asr_all", "untargeted", "clean_accuracy", "robust_accuracy")
+_CERTIFICATION = ("model", "precision", "method", "fill", "tta", "size", "masks")
 _CERTIFIED_RATES = ("clean_accuracy", "certified_accuracy")
 _CERTIFICATE = ("passes", "weights_fingerprint", "masks_fingerprint", "data_fingerprint")
 
@@ -39,21 +40,11 @@ def worst_case_csv(report: EvaluationReport) -> str:
 
 def certified_csv(report: EvaluationReport) -> str:
     """Return one line for each model, precision and certification."""
-    header = (
-        "model",
-        "precision",
-        "method",
-        "fill",
-        "tta",
-        "size",
-        "masks",
-        *_columns(_CERTIFIED_RATES),
-        *_CERTIFICATE,
-    )
+    header = (*_CERTIFICATION, *_columns(_CERTIFIED_RATES), *_CERTIFICATE)
     rows = tuple(
         (
-            *(cell.model, cell.precision, cell.method, cell.fill, cell.tta, cell.size, cell.masks),
-            *_values([cell.clean_accuracy, cell.certified_accuracy]),
+            *(getattr(cell, name) for name in _CERTIFICATION),
+            *_values(getattr(cell, name) for name in _CERTIFIED_RATES),
             *(getattr(cell, name) for name in _CERTIFICATE),
         )
         for cell in report.certified
