@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qadtr_brevitas.core.errors import UsageError
-from qadtr_brevitas.core.layer_bits import MixedPrecision
-from qadtr_brevitas.core.precision import DEFAULT_BITS, FLOAT_BITS, Precision, PrecisionLike
+from qadtr_brevitas.core.precision import DEFAULT_BITS, PrecisionLike
 from qadtr_brevitas.core.registry import PTQ_METHODS
 from qadtr_brevitas.models.channels import ImageFormat, image_format
 from qadtr_brevitas.quant.conversion_report import ConversionReport, LayerReport
-from qadtr_brevitas.quant.feature_clip import FeatureClipping, feature_clips, insert_feature_clips
+from qadtr_brevitas.quant.feature_clip import FeatureClipping, insert_feature_clips
+from qadtr_brevitas.quant.layer_reports import (
+    clip_reports,
+    layer_report,
+    loose_parameters,
+    packed_size,
+    uncalled_layers,
+)
 from qadtr_brevitas.quant.layers import keep_hooks
-from qadtr_brevitas.quant.mixed import WHOLE, mixed_precisions, set_layers, with_mixed
+from qadtr_brevitas.quant.mixed import mixed_precisions, set_layers, with_mixed
 from qadtr_brevitas.quant.model import SwitchableModel
 from qadtr_brevitas.quant.norm import BATCH_NORMS
 from qadtr_brevitas.quant.plan import (
@@ -30,11 +35,11 @@ from qadtr_brevitas.quant.plan import (
     Residual,
     mark_first_and_last,
 )
-from qadtr_brevitas.quant.probe import Call, Probe, probe
+from qadtr_brevitas.quant.probe import Probe, probe
 from qadtr_brevitas.quant.ptq import PtqMethod
 from qadtr_brevitas.quant.quantizer import Quantizer
 from qadtr_brevitas.quant.refusals import check_convertible
-from qadtr_brevitas.quant.rules import PLAIN_LAYERS, converted
+from qadtr_brevitas.quant.rules import converted
 from qadtr_brevitas.quant.settings import check_target, chosen_quantizers
 from qadtr_brevitas.quant.sharing import pass_wide_values, share_quantizers, share_thresholds
 from qadtr_brevitas.quant.switch import Switch
@@ -179,9 +184,9 @@ def convert(
     )
     modules = dict(net.named_modules())
     by_name = {one.precision: one for one in mixed}
-    sizes = {str(precision): _size(net, plan, precision, by_name.get(precision)) for precision in switch.allowed}
+    sizes = {str(precision): packed_size(net, plan, precision, by_name.get(precision)) for precision in switch.allowed}
     replaced: dict[nn.Module, str] = {}
-    reports = [*_convert_called(net, modules, plan, replaced), *_uncalled(modules, found)]
+    reports = [*_convert_called(net, modules, plan, replaced), *uncalled_layers(modules, found)]
     if once:
         share_quantizers(net, found)
         pass_wide_values(net, plan)
@@ -201,13 +206,7 @@ def convert(
     switchable.image_size, switchable.num_classes = images.size[1:], found.logits.shape[1]
     switchable.wide_head_input = any(map(plan.is_wide_end, found.calls))
     switchable.quantize_once = plan.quantizes_once
-    reports += [
-        LayerReport(
-            f"{clip.name} (clip)", "FeatureClip", False, f"clips norms at their percentile {clip.percentile:g}", 0
-        )
-        for clip in feature_clips(switchable)
-    ]
-    switchable.report = ConversionReport(tuple(reports), sizes)
+    switchable.report = ConversionReport((*reports, *clip_reports(switchable)), sizes)
     return switchable
 
 
@@ -274,7 +273,7 @@ def _convert_called(
         module, kind = modules[name], type(modules[name]).__name__
         outcome = converted(call, module, plan)
         if outcome is None:
-            yield from _loose_parameters(name, module)
+            yield from loose_parameters(name, module)
             continue
         replacement, note = outcome
         if replacement is not None and "forward" in vars(module):
@@ -290,74 +289,7 @@ def _convert_called(
             replaced[module] = name
         if replacement is not None and call.count > 1:
             note += f"; shared by {call.count} places"
-        yield _report(call, module, kind, note, plan, quantized=replacement is not None and not _is_norm(module))
-
-
-def _report(
-    call: Call, module: nn.Module, kind: str, note: str, plan: ConversionPlan, *, quantized: bool
-) -> LayerReport:
-    parameters = sum(p.numel() for p in module.parameters(recurse=False))
-    kept = [product for product in call.products if not plan.stays_float(product)]
-    weights = {
-        name.rpartition(".")[0] for product in kept for operand in product.operands for name in operand.parameters
-    }
-    return LayerReport(
-        call.name or "network",
-        kind,
-        quantized,
-        note,
-        parameters,
-        parameters if call.name in weights else 0,
-        # Products that are the same for every image are not computed at inference.
-        sum(product.macs for product in call.products if not product.is_constant),
-        sum(product.macs for product in kept),
-    )
-
-
-def _loose_parameters(name: str, module: nn.Module) -> Iterator[LayerReport]:
-    """Yield parameters of a container: position embeddings, class tokens, scales of branches."""
-    for own, parameter in module.named_parameters(recurse=False):
-        note = "stays float: added, joined or multiplied elementwise"
-        yield LayerReport(f"{name}.{own}".strip("."), "Parameter", False, note, parameter.numel())
-
-
-def _uncalled(modules: dict[str, nn.Module], found: Probe) -> Iterator[LayerReport]:
-    """Yield modules with parameters whose forward does not run."""
-    readers = {
-        parameter: product.owner
-        for product in found.products
-        for operand in product.operands
-        for parameter in operand.parameters
-    }
-    for name, module in modules.items():
-        own = dict(module.named_parameters(name, recurse=False))
-        if name in found.calls or not own:
-            continue
-        reader = next((readers[parameter] for parameter in own if parameter in readers), None)
-        is_read = reader is not None
-        note = (
-            f"its weight is quantized in {reader or 'the network itself'}" if is_read else "stays float: does not run"
-        )
-        count = sum(parameter.numel() for parameter in own.values())
-        yield LayerReport(name, type(module).__name__, is_read, note, count, count if is_read else 0)
-
-
-def _size(net: nn.Module, plan: ConversionPlan, precision: Precision, mixed: MixedPrecision | None) -> int:
-    """Return the bytes of a network with packed weights at a precision, and a scale for each of their thresholds."""
-    total = sum(x.numel() * x.element_size() for x in (*net.parameters(), *net.buffers()))
-    counted: set[str] = set()
-    for product in plan.probe.products:
-        is_layer = type(net.get_submodule(product.owner)) in PLAIN_LAYERS
-        for operand in product.operands:
-            key = "/".join(sorted(operand.parameters))
-            bits = precision.weight if mixed is None else mixed.weight(product.owner or WHOLE) or FLOAT_BITS
-            if plan.stays_float(product) or not key or key in counted or bits == FLOAT_BITS:
-                continue
-            counted.add(key)
-            own_bits = max(bits, plan.min_bits(product))
-            scales = plan.thresholds(product, operand, is_layer=is_layer)
-            total += (prod(operand.shape) * (own_bits - FLOAT_BITS)) // 8 + 4 * scales
-    return total
+        yield layer_report(call, module, note, plan, quantized=replacement is not None and not _is_norm(module))
 
 
 def _is_norm(module: nn.Module) -> bool:
