@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, cast
+from typing import Annotated, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,16 +20,21 @@ class AdaptivePatch(DefenseAttack, IterativeAttack):
     It attacks predictions defended by double masking (`--defend`), and no others. The place is known from the image
     without a patch: a mask over the patch hides it, so that a second mask has to contradict it (666 forward passes of
     each image with 6 masks along a side). Then the texture is searched, with `masks` forward and backward passes in
-    each step.
-    An image whose prediction is certified has no such place, and is attacked where the fewest masks stand.
+    each step, and every tenth step is shown to the defense. An image whose prediction is certified has no such place,
+    and is attacked where the fewest masks stand. Give `location-patch` with `init: image` too, which may break more.
     """
 
     size: Annotated[int | None, Field(ge=1, description="side in pixels; null: the size that is defended against")] = (
         None
     )
+    init: Annotated[
+        Literal["image", "uniform"],
+        Field(description="texture at the start; image: the best of 8 other images of the batch, shrunk to its size"),
+    ] = "image"
     steps: Annotated[int, Field(ge=1, description="sign steps of the texture")] = 50
     step_size: Annotated[float, Field(gt=0, le=1, description="step in pixel values")] = 0.05
     masks: Annotated[int, Field(ge=1, description="masks that a step averages over")] = 6
+    restarts: Annotated[int, Field(ge=1, description="searches, each at the next best place")] = 2
 
     def accepts(self, network: nn.Module) -> bool:
         return isinstance(network, DefendedModel) and network.certification.method == "double masking"
@@ -40,9 +45,11 @@ class AdaptivePatch(DefenseAttack, IterativeAttack):
             images,
             labels,
             size=self.size,
+            init=self.init,
             steps=self.steps,
             step_size=self.step_size,
             masks_per_step=self.masks,
+            restarts=self.restarts,
             generator=generator,
         )
         return found.images

@@ -86,7 +86,14 @@ class DefendedClassifier:
         return DefendedPrediction(found.defended, found.proved >= 0, found.passes)
 
     def attack(
-        self, images: Tensor, labels: Tensor, *, size: PatchSizeLike | None = None, steps: int = 50, seed: int = 0
+        self,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        size: PatchSizeLike | None = None,
+        steps: int = 50,
+        restarts: int = 2,
+        seed: int = 0,
     ) -> AdaptivePatches:
         """Patch images where the two-mask test fails (`adaptive_patches`): how much the defense holds beyond its proof.
 
@@ -95,6 +102,7 @@ class DefendedClassifier:
             labels: (N,), the true classes.
             size: of the patch; None for the size that is defended against.
             steps: sign steps of the texture.
+            restarts: searches, each at the next best place.
             seed: the same seed gives the same patches.
 
         Raises:
@@ -102,7 +110,7 @@ class DefendedClassifier:
         """
         draw = generator(seed, "adaptive patch")
         with self._answering() as network, torch.enable_grad():
-            return adaptive_patches(network, images, labels, size=size, steps=steps, generator=draw)
+            return adaptive_patches(network, images, labels, size=size, steps=steps, restarts=restarts, generator=draw)
 
     @contextmanager
     def _answering(self) -> Generator[DefendedModel]:

@@ -58,10 +58,26 @@ def test_it_breaks_defended_predictions_and_no_certified_one(loaded: LoadedModel
     assert (made.standing[before.proved == labels] > 0).all()
 
 
+@pytest.mark.slow
+def test_starts_at_pictures_and_restarts_break_more_than_one_search_from_noise(loaded: LoadedModel) -> None:
+    images, labels = waves(64, seed=5)
+    network = DefendedModel(loaded.model, Certification(4, 3), mean=loaded.info.mean).eval()
+
+    def broken(**settings: Any) -> int:
+        made = adaptive_patches(network, images, labels, steps=20, generator=generator(0), **settings)
+        with torch.no_grad():
+            return int((network.decide(made.images, prove=False).defended != labels).sum())
+
+    with frozen_weights(network):
+        assert broken() > broken(init="uniform", restarts=1)
+        # What one search breaks stays broken.
+        assert broken(restarts=3) >= broken(restarts=2) >= broken(restarts=1) > 0
+
+
 def test_a_classifier_attacks_itself_at_its_own_precision(loaded: LoadedModel) -> None:
     images, labels = waves(8, seed=5)
     classifier = DefendedClassifier(loaded, 32, Certification(4, 3))
-    first, second = (classifier.attack(images, labels, steps=3, seed=seed) for seed in (0, 1))
+    first, second = (classifier.attack(images, labels, steps=3, restarts=1, seed=seed) for seed in (0, 1))
     assert str(get_precision(loaded.model)) == "4"
     assert not torch.equal(first.images, second.images)
     # The place does not depend on the seed.
