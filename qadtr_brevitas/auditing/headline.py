@@ -96,12 +96,13 @@ def _resists(best: Standing, report: EvaluationReport) -> str:
         return f"{where} is right on {percent(best.clean)} % of {n} test images; no attack was made." + proved
     count = best.robust.attacks
     under = "under the attack" if count == 1 else f"under all {count} attacks together"
-    several = len(report.models) > 1 or len(report.clean) > 1
-    kept = percent(best.robust.robust_accuracy)
-    return (
-        f"{where} resists{' best' if several else ''}: it is right on {percent(best.clean)} % of {n} test images, and "
-        f"still on {kept} % {under}." + _proved(best)
-    )
+    kept = best.robust.robust_accuracy
+    figures = f"is right on {percent(best.clean)} % of {n} test images, and still on {percent(kept)} % {under}."
+    if len(report.models) == len(report.clean) == 1:
+        return f"{where} {figures}" + _proved(best)
+    # Where nothing is left, the best is no better than the others.
+    first = f"{where} resists best: it" if kept.count else f"Nothing resists: {where}, the best,"
+    return f"{first} {figures}" + _proved(best)
 
 
 def _proved(best: Standing) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -94,6 +95,24 @@ def test_a_line_that_met_fewer_attacks_is_never_the_best(report: EvaluationRepor
     first = headline(report.model_copy(update={"worst_case": unattacked}))
     assert first is not None
     assert first.sentences[0].startswith("a at 8 bit resists best")
+
+
+def test_nothing_resists_that_is_right_on_no_image_under_the_attacks(report: EvaluationReport) -> None:
+    none = Rate.of(Proportion(0, 40))
+    broken = tuple(case.model_copy(update={"robust_accuracy": none}) for case in report.worst_case)
+    several = headline(report.model_copy(update={"worst_case": broken}))
+    assert several is not None
+    assert several.sentences[0].startswith("Nothing resists")
+
+    def of_one(cells: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(cell for cell in cells if (cell.model, cell.precision) == ("a", "4"))
+
+    models = tuple(model for model in report.models if model.name == "a")
+    one = {"models": models, "clean": of_one(report.clean), "cells": of_one(report.cells), "worst_case": of_one(broken)}
+    single = headline(report.model_copy(update=one))
+    assert single is not None
+    assert "resists" not in single.sentences[0]
+    assert "still on 0.0 %" in single.sentences[0]
 
 
 def test_without_attacks_it_is_about_accuracy(report: EvaluationReport) -> None:
