@@ -21,7 +21,7 @@ Init: TypeAlias = Literal["image", "uniform", "gray"]
 _PICTURES = 64
 """Pictures that are tried for a universal patch: each costs a forward pass over one batch."""
 
-PICTURES_PER_IMAGE = 8
+_PICTURES_PER_IMAGE = 8
 """Pictures that are tried for a patch of a single image."""
 
 
@@ -79,7 +79,7 @@ def _with_pictures(task: PatchTask, corners: Tensor, patches: Tensor, *, generat
     labels, targets = task.goal.labels, task.goal.targets
     pictures = shrunk(task.images, (patches.shape[-2], patches.shape[-1]))
     lowest = task.assess(patches, corners).losses
-    for _ in range(PICTURES_PER_IMAGE):
+    for _ in range(_PICTURES_PER_IMAGE):
         drawn = torch.randperm(len(labels), generator=generator, device=generator.device).to(labels.device)
         losses = task.assess(pictures[drawn], corners).losses
         # A picture of the image's own class would not mislead the network.

@@ -17,7 +17,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from qadtr_brevitas.attacks.geometry import paste
-from qadtr_brevitas.attacks.starts import PICTURES_PER_IMAGE, shrunk
+from qadtr_brevitas.attacks.per_image import PatchTask
+from qadtr_brevitas.attacks.results import AttackGoal
+from qadtr_brevitas.attacks.starts import start_patches
 from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.core.patch_size import PatchSize, PatchSizeLike
 from qadtr_brevitas.evaluation.defended import DefendedModel
@@ -89,17 +91,21 @@ def adaptive_patches(
             f"the attack looks for second masks, and {network.certification} has none: attack it with per-image patches"
         )
     patch = network.certification.size if size is None else PatchSize.parse(size)
-    places = _weak_places(network, images, labels, patch)
+    masks = network.certification.covering((images.shape[2], images.shape[3])).to(images.device)
+    places = _weak_places(network, images, labels, masks, patch)
     made: AdaptivePatches | None = None
     broken = torch.zeros_like(labels, dtype=torch.bool)
     for restart in range(restarts):
         corners, uncovered, standing = places.choose(restart)
-        seen = _Uncovered(network, images, corners, uncovered, patch, masks_per_step, generator)
-        start = _start(seen, labels) if init == "image" else seen.noise()
+        seen = _Uncovered(network, images, corners, masks, uncovered, patch, masks_per_step, generator)
+        start = start_patches(init, seen.task(labels), corners, generator=generator)
         for texture in _descended(seen, start, places.wrong_class(uncovered, labels), steps=steps, step_size=step_size):
             found = AdaptivePatches(seen.patched(texture), corners, standing)
             made = found if made is None else made.unless(broken, found)
-            broken = broken | (_defended(network, made.images) != labels)
+            left = ~broken
+            broken[left] = _defended(network, made.images[left]) != labels[left]
+            if broken.all():
+                return made
     assert made is not None
     return made
 
@@ -142,8 +148,9 @@ class _WeakPlaces:
         return votes.scatter(1, labels[:, None], -1.0).argmax(dim=1)
 
 
-def _weak_places(network: DefendedModel, images: Tensor, labels: Tensor, patch: PatchSize) -> _WeakPlaces:
-    masks = _masks(network, images)
+def _weak_places(
+    network: DefendedModel, images: Tensor, labels: Tensor, masks: Tensor, patch: PatchSize
+) -> _WeakPlaces:
     model = averaged(network.model, network.certification.tta)
     predictor = MaskedPredictor(model, images, masks, network.fill.to(images.device), network.batch_size)
     places = covered_places(masks, patch)
@@ -163,6 +170,7 @@ class _Uncovered:
         network: the defended model.
         images: (N, C, H, W) in [0, 1].
         corners: (N, 2) where the patches lie.
+        masks: boolean (M, H, W), all masks.
         uncovered: boolean (N, M), which of the masks do not cover them.
         size: of the patches.
         count: masks that are drawn for each image.
@@ -172,15 +180,22 @@ class _Uncovered:
     network: DefendedModel
     images: Tensor
     corners: Tensor
+    masks: Tensor
     uncovered: Tensor
     size: PatchSize
     count: int
     generator: torch.Generator
 
-    def noise(self) -> Tensor:
-        """Return textures (N, C, h, w) of noise."""
-        shape = (*self.images.shape[:2], self.size.height, self.size.width)
-        return torch.rand(shape, generator=self.generator).to(self.images.device)
+    def task(self, labels: Tensor) -> PatchTask:
+        """Return what a search for patches starts with: to mislead some masks, the same for all patches it tries."""
+        drawn, shape = self.draw(), torch.ones(self.size.height, self.size.width, dtype=torch.bool)
+        goal = AttackGoal.of(None, labels, loss="margin")
+        return PatchTask(
+            model=lambda images: self.under(images, drawn).mean(dim=0),
+            images=self.images,
+            mask=shape.to(self.images.device),
+            goal=goal,
+        )
 
     def patched(self, texture: Tensor) -> Tensor:
         """Return the images with textures (N, C, h, w)."""
@@ -192,51 +207,23 @@ class _Uncovered:
         weights = self.uncovered.float().cpu().clamp(min=1e-9)
         return torch.multinomial(weights, self.count, replacement=True, generator=self.generator).to(self.images.device)
 
-    def logits(self, texture: Tensor, drawn: Tensor) -> Tensor:
-        """Return the logits (count, N, classes) under the masks drawn, differentiable in the textures."""
-        images, masks, fill = self.patched(texture), _masks(self.network, self.images), self.network.fill
-        model, fill = averaged(self.network.model, self.network.certification.tta), fill.to(images.device)
-        return torch.stack([model(fill.cover(images, masks[numbers][:, None])) for numbers in drawn.unbind(dim=1)])
-
-
-@torch.no_grad()
-def _start(seen: _Uncovered, labels: Tensor) -> Tensor:
-    """(N, C, h, w): of noise and some other images, shrunk, what misleads the masks most."""
-    drawn = seen.draw()
-    pictures = shrunk(seen.images, (seen.size.height, seen.size.width))
-    best = seen.noise()
-    lowest = _margin(seen.logits(best, drawn).mean(dim=0), labels)
-    for _ in range(PICTURES_PER_IMAGE):
-        order = torch.randperm(len(labels), generator=seen.generator).to(labels.device)
-        margins = _margin(seen.logits(pictures[order], drawn).mean(dim=0), labels)
-        # A picture of the image's own class would not mislead the network.
-        better = (labels[order] != labels) & (margins < lowest)
-        best = torch.where(better[:, None, None, None], pictures[order], best)
-        lowest = torch.where(better, margins, lowest)
-    return best
+    def under(self, images: Tensor, drawn: Tensor) -> Tensor:
+        """Return the logits (count, N, classes) of patched images under masks drawn; gradients reach the images."""
+        model, fill = averaged(self.network.model, self.network.certification.tta), self.network.fill
+        fill = fill.to(images.device)
+        return torch.stack([model(fill.cover(images, self.masks[numbers][:, None])) for numbers in drawn.unbind(dim=1)])
 
 
 def _descended(seen: _Uncovered, texture: Tensor, target: Tensor, *, steps: int, step_size: float) -> Iterator[Tensor]:
     """Yield the texture after every tenth sign step towards a class (N,), and after the last."""
     for step in range(1, steps + 1):
         texture.requires_grad_()
-        logits = seen.logits(texture, seen.draw())
+        logits = seen.under(seen.patched(texture), seen.draw())
         loss = cross_entropy(logits.flatten(0, 1), target.repeat(len(logits)), reduction="sum")
         (gradient,) = torch.autograd.grad(loss, texture)
         texture = (texture.detach() - step_size * gradient.sign()).clamp(0, 1)
         if step % _STEPS_BETWEEN_CHECKS == 0 or step == steps:
             yield texture
-
-
-def _masks(network: DefendedModel, images: Tensor) -> Tensor:
-    """Boolean (M, H, W) masks of the defense, on the device of the images."""
-    return network.certification.covering((images.shape[2], images.shape[3])).to(images.device)
-
-
-def _margin(logits: Tensor, labels: Tensor) -> Tensor:
-    """(N,) logit of the label minus the highest other one."""
-    other = logits.scatter(1, labels[:, None], -torch.inf).amax(dim=1)
-    return logits.gather(1, labels[:, None])[:, 0] - other
 
 
 @torch.no_grad()

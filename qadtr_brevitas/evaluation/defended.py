@@ -25,9 +25,9 @@ class DefendedModel(nn.Module):
     """A switchable model behind a defense by masks; it switches precisions as the model does.
 
     The class of the highest output is the defended prediction. The outputs are the logits of the model, their mean over
-    the masks of the first round, and gradients flow through all of these masks to the images: an attack on this module
-    sees the defense (an expectation over masks) and not only the network. Where the defense decides for another class
-    than that mean does, its output is lifted just above the others.
+    the masks of the first round and the views of test-time augmentation, and gradients flow through all of these to the
+    images: an attack on this module sees the defense (an expectation over masks) and not only the network. Where the
+    defense decides for another class than that mean does, its output is lifted just above the others.
 
     Args:
         model: a switchable model, in eval mode.

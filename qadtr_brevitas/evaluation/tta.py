@@ -1,4 +1,4 @@
-"""Test-time augmentation: what a model says of several views of an image, averaged.
+"""Test-time augmentation (Krizhevsky et al. 2012): what a model says of several views of an image, averaged.
 
 Certification holds for the average as for the model alone: each view is made of what a mask leaves visible. A patch
 and a second mask rarely mislead all views at once, so more is proved (docs/results/certified.md), for one forward pass

@@ -13,6 +13,7 @@ from torch import Tensor
 from qadtr_brevitas.evaluation.mask_fill import MaskFill
 from qadtr_brevitas.evaluation.masks import covering_masks
 from qadtr_brevitas.evaluation.patch_cleanser import double_masking
+from qadtr_brevitas.evaluation.tta import TtaKind, averaged
 
 SIDE, PATCH, CLASSES = 5, 2, 3
 COLOR = torch.full((1, 1, 1), 0.5)
@@ -72,12 +73,16 @@ def test_both_outcomes_are_those_of_the_definition(seed: int, per_side: int) -> 
     assert found.proved.tolist() == [proved_by_definition(model, image, masks) for image in images]
 
 
-@pytest.mark.parametrize("fill", [FILL, INTERPOLATE], ids=["mean", "interpolate"])
-def test_no_patch_changes_what_is_proved_and_some_patch_changes_the_rest(fill: MaskFill) -> None:
+@pytest.mark.parametrize(
+    ("fill", "tta"),
+    [(FILL, "none"), (INTERPOLATE, "none"), (FILL, "flip"), (FILL, "shift"), (FILL, "flip-shift")],
+    ids=["mean", "interpolate", "flip", "shift", "flip-shift"],
+)
+def test_no_patch_changes_what_is_proved_and_some_patch_changes_the_rest(fill: MaskFill, tta: TtaKind) -> None:
     masks = covering_masks((SIDE, SIDE), PATCH, per_side=2)
     proved = changed = 0
     for seed in range(8):
-        model, images = random_model(seed), binary_images(12, seed)
+        model, images = averaged(random_model(seed), tta), binary_images(12, seed)
         found = double_masking(model, images, masks, fill=fill)
         for image, before, label in zip(images, found.defended, found.proved, strict=True):
             after = double_masking(model, torch.stack(list(patched(image))), masks, fill=fill).defended

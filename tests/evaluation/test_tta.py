@@ -1,4 +1,4 @@
-"""Test-time augmentation: its views by hand, and what is proved through them against every patch there is."""
+"""Test-time augmentation: its views by hand, and what they cost; that proofs hold is tested with double masking."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.evaluation.certification import Certification
 from qadtr_brevitas.evaluation.tta import TtaKind, averaged
-from tests.evaluation.test_patch_cleanser import FILL, SIDE, binary_images, patched, random_model
+from tests.evaluation.test_patch_cleanser import FILL, SIDE, binary_images, random_model
 
 KINDS: tuple[TtaKind, ...] = ("flip", "shift", "flip-shift")
 
@@ -47,30 +47,6 @@ def test_logits_are_the_mean_over_the_views(kind: TtaKind, names: list[str]) -> 
         views = views_by_hand(image)
         expected = torch.stack([model(views[name][None])[0] for name in names]).mean(dim=0)
         assert torch.allclose(logits, expected, atol=1e-6)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_no_patch_changes_what_is_proved_through_views_and_some_patch_changes_the_rest(kind: TtaKind) -> None:
-    proved = changed = 0
-    for seed in range(8):
-        model, images = random_model(seed), binary_images(12, seed)
-        against = Certification(2, 2, tta=kind)
-
-        def run(pixels: Tensor, against: Certification = against, model: object = model) -> tuple[Tensor, Tensor]:
-            found = against.run(model, pixels, color=FILL.color, batch_size=512)  # pyright: ignore[reportArgumentType]
-            return found.defended, found.proved
-
-        for image, before, label in zip(images, *run(images), strict=True):
-            after, _ = run(torch.stack(list(patched(image))))
-            if label >= 0:
-                assert before == label
-                assert (after == label).all()
-                proved += 1
-            else:
-                changed += bool((after != before).any())
-    # Neither half of the test is empty.
-    assert proved > 1
-    assert changed > 3
 
 
 @pytest.mark.parametrize("kind", KINDS)
