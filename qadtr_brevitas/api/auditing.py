@@ -42,7 +42,7 @@ def audit(
     device: str = "auto",
     progress: Progress | None = None,
 ) -> AuditResult:
-    """Run the checks G1 to G21 on a model at each precision.
+    """Run the checks G1 to G22 on a model at each precision.
 
     Args:
         model: a switchable model, or the folder of one; left as it was.

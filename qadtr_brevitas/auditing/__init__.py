@@ -1,4 +1,4 @@
-"""The audit of an evaluation: 21 checks that tell robustness from an attack that failed, each with its numbers."""
+"""The audit of an evaluation: 22 checks that tell robustness from an attack that failed, each with its numbers."""
 
 from qadtr_brevitas.auditing.finding import AuditReport as AuditReport
 from qadtr_brevitas.auditing.finding import Finding as Finding

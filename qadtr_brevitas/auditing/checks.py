@@ -1,4 +1,4 @@
-"""The checks G1 to G21, by their numbers."""
+"""The checks G1 to G22, by their numbers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from qadtr_brevitas.auditing.picture_checks import pictures
 from qadtr_brevitas.auditing.pixel_checks import pixel_attacks
 from qadtr_brevitas.auditing.size_checks import larger_patches
 from qadtr_brevitas.auditing.transfer_checks import other_gradients, transfer, undefended_twin
-from qadtr_brevitas.auditing.worst_case_checks import ensemble
+from qadtr_brevitas.auditing.worst_case_checks import chosen_places, ensemble
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Check:
     """One check.
 
     Args:
-        id: G1 to G21.
+        id: G1 to G22.
         title: what is compared, in a few words.
         measure: runs the check.
         attacks: whether it needs images that are classified correctly.
@@ -80,6 +80,7 @@ CHECKS = (
     Check("G17", "undefended twin", undefended_twin),
     Check("G18", "parts of the defense", ablated),
     Check("G19", "pictures against noise", pictures),
-    Check("G20", "ensemble at chosen places", ensemble),
+    Check("G20", "ensemble at the same places", ensemble),
     Check("G21", "PGD against AutoAttack", pixel_attacks),
+    Check("G22", "chosen places against random ones", chosen_places),
 )

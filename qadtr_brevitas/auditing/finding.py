@@ -37,7 +37,7 @@ def skipped(reason: str) -> CheckResult:
 
 
 class Finding(Document):
-    """The result of one check, G1 to G21, with its id and title; the other fields are those of `CheckResult`."""
+    """The result of one check, G1 to G22, with its id and title; the other fields are those of `CheckResult`."""
 
     id: str
     title: str

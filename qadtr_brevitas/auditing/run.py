@@ -47,7 +47,7 @@ def audit(
     folder: Path | None = None,
     progress: Progress | None = None,
 ) -> AuditReport:
-    """Run the checks G1 to G21 on a model at each precision, on the same images at the same places.
+    """Run the checks G1 to G22 on a model at each precision, on the same images at the same places.
 
     A check warns if a difference is larger than its threshold and larger than chance could make it on so many images;
     the numbers hold both. A check that cannot measure anything is skipped, with the reason.
@@ -83,7 +83,13 @@ def audit(
         if isinstance(part, LoadedModel):
             part.check_data(split, data="given here")
     store = AuditStore.of(
-        folder, model, twin, surrogates, ablations, split=chosen, settings=(asdict(sizes), seed, batch_size)
+        folder,
+        model,
+        twin,
+        surrogates,
+        ablations,
+        split=chosen,
+        settings=(asdict(sizes), seed, batch_size, [check.id for check in CHECKS]),
     )
     batch, labels = chosen.batch(torch.arange(len(chosen)), device=device)
     at_precisions = audited_models(model, precisions=precisions, twin=twin, surrogates=surrogates, ablations=ablations)

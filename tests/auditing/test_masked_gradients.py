@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from qadtr_brevitas.data.split import Split
 from qadtr_brevitas.quant import SwitchableModel, allowed_precisions, at_precision, calibrate, convert
-from tests.auditing.conftest import SIDE, Trained
+from tests.auditing.conftest import CLASSES, SIDE, Trained, make_net, train
 
 pytestmark = pytest.mark.slow
 
@@ -134,6 +135,31 @@ def test_a_network_that_is_blind_to_noise_is_detected_by_pictures(trained: Train
     assert "report attacks with init=image" in findings["G19"].meaning
     assert findings["G19"].numbers["gain"] > 0.05
     assert trained.findings(trained.net, "G19")["G19"].status == "pass"
+
+
+def test_a_network_that_only_one_corner_matters_to_is_detected_by_chosen_places(trained: Trained) -> None:
+    class Corner(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            return nn.functional.pad(images[:, :, :7, :7], (0, SIDE - 7, 0, SIDE - 7))
+
+    # Of the 13x13 places of a patch of 4x4, those at 7x7 touch the corner.
+    finding = trained.findings(train(nn.Sequential(Corner(), make_net())), "G22")["G22"]
+    assert finding.status == "WARN"
+    assert finding.numbers["asr random places, all checks"] < 0.45
+    assert finding.numbers["asr chosen places"] > 0.9
+    assert "report patch-auto" in finding.meaning
+
+
+def test_where_all_places_are_alike_a_choice_gains_nothing() -> None:
+    def brightness(images: Tensor) -> Tensor:
+        return -100 * (images.mean((1, 2, 3))[:, None] - torch.linspace(0.1, 0.9, CLASSES)).abs()
+
+    levels = torch.rand(200, generator=torch.Generator().manual_seed(0))
+    images = (255 * levels).to(torch.uint8)[:, None, None, None].expand(-1, 3, SIDE, SIDE)
+    split = Split(images, brightness(images / 255).argmax(1), tuple(map(str, range(CLASSES))))
+    finding = Trained(nn.Identity(), split).findings(brightness, "G22")["G22"]
+    assert finding.status == "pass"
+    assert 0.1 < finding.numbers["asr random places, all checks"] == finding.numbers["asr chosen places"] < 0.9
 
 
 def test_pgd_that_follows_misleading_gradients_is_detected_by_autoattack(trained: Trained) -> None:
