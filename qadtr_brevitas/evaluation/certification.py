@@ -21,6 +21,7 @@ from qadtr_brevitas.evaluation.masks import MASKS_PER_SIDE, covering_masks, mean
 from qadtr_brevitas.evaluation.one_round import WINDOWS_PER_SIDE, check_per_side, line_masks, one_round
 from qadtr_brevitas.evaluation.patch_cleanser import double_masking
 from qadtr_brevitas.evaluation.tta import VIEWS, TtaKind, averaged
+from qadtr_brevitas.quant.compiled import repeating
 
 CertifyMethod: TypeAlias = Literal["double masking", "one round"]
 """PatchCleanser's double masking, or one round over masks of which one covers any two places of a patch."""
@@ -176,7 +177,7 @@ class CertifyJob:
         images, _ = self.inputs.split.batch(self.order[self.chunk.start : self.chunk.stop], device=device)
         color = mean_color(self.victim.loaded.info.mean)
         # Not inference_mode: Brevitas's quantizers fail on its tensors.
-        with torch.no_grad():
+        with torch.no_grad(), repeating(self.victim.loaded.model):
             found = self.certification.run(
                 self.victim.logits(self.inputs.seed), images, color=color, batch_size=self.inputs.batch_size
             )

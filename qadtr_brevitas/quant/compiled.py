@@ -1,16 +1,17 @@
-"""Passes that attacks make, forward and back to the images, through torch.compile.
+"""Passes of attacks, forward and back to the images, and those of certificates, through torch.compile.
 
 While weights are frozen, a graph reads quantized weights, norms and levels as tensors (`quant/prepared.py`), so that
-one compilation serves all precisions below 32 bit, and one more serves 32 bit. Other passes run as always: those
-without a gradient, whose predictions are reported, and those of models whose layers have hooks.
+one compilation serves all precisions below 32 bit, and one more serves 32 bit. A certificate takes hundreds of passes
+for an image, without gradients (`repeating`): below 32 bit their convolutions are those of integers, where the CPU
+has exact ones. Other passes run as always: those of other predictions, and of models whose layers have hooks.
 """
 
 from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +29,7 @@ from qadtr_brevitas.quant.tensor_levels import Prepared
 # Torch gives up on a function, and runs it eagerly, after so many graphs.
 _MOST_GRAPHS = 64
 _LENGTH_OF_REASON = 200
+_IMAGES_TRIED = 2
 
 
 def allow_graphs(count: int) -> None:
@@ -43,7 +45,9 @@ def reason_of(failure: Exception) -> str:
 
 
 def compile_passes(model: nn.Module, *, report: Callable[[str], None] | None = None, backend: str = "inductor") -> None:
-    """Let passes with gradients to the images run through torch.compile wherever weights are frozen, in this thread.
+    """Let passes of attacks run through torch.compile wherever weights are frozen, in this thread.
+
+    These are passes with gradients to the images, and others within `repeating`.
 
     Results are those of the model up to float rounding, which may move a value to the next level of a quantizer.
     Torch keeps graphs on disk, so that a later process finds them (`TORCHINDUCTOR_CACHE_DIR`).
@@ -66,6 +70,19 @@ def compile_passes(model: nn.Module, *, report: Callable[[str], None] | None = N
     # Attacks may go back twice, and so need the tensors that a graph would reuse.
     functorch_config.donated_buffer = False
     model.switch.passes = _CompiledPasses(model, report, backend)
+
+
+@contextmanager
+def repeating(model: nn.Module) -> Generator[None]:
+    """Let passes without gradients be compiled too inside a block, if those of attacks are (`compile_passes`).
+
+    Args:
+        model: any; nothing happens to models that are not switchable.
+    """
+    with ExitStack() as stack:
+        if isinstance(model, SwitchableModel):
+            stack.enter_context(model.switch.having(is_repeating=True))
+        yield
 
 
 class _PreparedAt(NamedTuple):
@@ -94,7 +111,8 @@ class _CompiledPasses:
         self._model, self._report = model, report
         self._graph = torch.compile(model.logits, backend=backend)
         self._tensors = [*model.parameters(), *model.buffers()]
-        self._prepared: dict[Precision, _PreparedAt] = {}
+        # By the precision, and whether gradients are taken.
+        self._prepared: dict[tuple[Precision, bool], _PreparedAt] = {}
         self._is_working = True
 
     def serves(self, images: Tensor) -> bool:
@@ -104,8 +122,7 @@ class _CompiledPasses:
             and self._is_working
             and now.frozen is not None
             and now.observer is None
-            and images.requires_grad
-            and torch.is_grad_enabled()
+            and (_takes_gradients(images) or now.is_repeating)
             # Torch compiles a graph of its own for one image.
             and len(images) > 1
             and self._is_plain()
@@ -114,7 +131,7 @@ class _CompiledPasses:
     def __call__(self, images: Tensor) -> Tensor:
         model, now = self._model, self._model.switch.states.now
         arithmetic = nullcontext() if now.folding is None else now.folding.arithmetic(images)
-        prepared = self._prepare(now)
+        prepared = self._prepare(now, images)
         with model.switch.having(passes=None, prepared=prepared, frozen=None, folding=None), arithmetic:
             try:
                 return self._run(images, now.precision).to(images.dtype)
@@ -135,23 +152,29 @@ class _CompiledPasses:
             logits = self._graph(_of_any_number(images))
         if graph_count() == before:
             return logits
-        # The way back is compiled when it is first taken; a failure has to show here.
-        sample = images.detach().requires_grad_()
-        torch.autograd.grad(self._graph(_of_any_number(sample)).sum(), sample)
-        self._report(f"compiled the passes of attacks at {precision} bit in {time.perf_counter() - start:.0f} s")
+        if _takes_gradients(images):
+            # The way back is compiled when it is first taken; a failure has to show here.
+            sample = images.detach().requires_grad_()
+            torch.autograd.grad(self._graph(_of_any_number(sample)).sum(), sample)
+        made = "attacks" if _takes_gradients(images) else "certificates"
+        self._report(f"compiled the passes of {made} at {precision} bit in {time.perf_counter() - start:.0f} s")
         return logits
 
-    def _prepare(self, now: SwitchState) -> Prepared:
-        versions = [version_of(tensor) for tensor in self._tensors]
-        found = self._prepared.get(now.precision)
+    def _prepare(self, now: SwitchState, images: Tensor) -> Prepared:
+        versions, key = [version_of(tensor) for tensor in self._tensors], (now.precision, _takes_gradients(images))
+        found = self._prepared.get(key)
         if found is None or not found.is_of(now, versions):
-            prepared = prepare(self._model)
-            self._prepared[now.precision] = found = _PreparedAt(now.frozen, now.folding, versions, prepared)
+            prepared = prepare(self._model, None if _takes_gradients(images) else images[:_IMAGES_TRIED])
+            self._prepared[key] = found = _PreparedAt(now.frozen, now.folding, versions, prepared)
         return found.prepared
 
     def _is_plain(self) -> bool:
         """Return whether no module is in training mode or has hooks, of which a graph would not know later."""
         return not any(module.training or _has_hooks(module) for module in self._model.modules())
+
+
+def _takes_gradients(images: Tensor) -> bool:
+    return images.requires_grad and torch.is_grad_enabled()
 
 
 def _has_hooks(module: nn.Module) -> bool:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.core.precision import Precision
+from qadtr_brevitas.quant.integer_conv import integer_product
 from qadtr_brevitas.quant.products import products_not_intercepted
 from qadtr_brevitas.quant.proxies import SwitchableActProxy, SwitchableWeightProxy
 from qadtr_brevitas.quant.ptq import CHANGES_SHARED_WEIGHTS, PtqMethod, PtqState
@@ -126,6 +127,13 @@ class _FastPath:
 
 class SwitchableConv2d(_FastPath, QuantConv2d):  # pyright: ignore[reportIncompatibleVariableOverride]
     """QuantConv2d with switchable quantizers."""
+
+    def _product(self, x: Tensor, now: SwitchState) -> Tensor:
+        if now.prepared is not None and (found := now.prepared.integers.get(id(self))) is not None:
+            assert not isinstance(self.padding, str)
+            layout = self.stride, self.padding, self.dilation, self.groups
+            return integer_product(x, found, now.prepared.layers[id(self)][1], layout)
+        return super()._product(x, now)
 
 
 class SwitchableLinear(_FastPath, QuantLinear):  # pyright: ignore[reportIncompatibleVariableOverride]

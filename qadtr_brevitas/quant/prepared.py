@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from qadtr_brevitas.quant.integer_layers import integer_products
 from qadtr_brevitas.quant.layers import switchable_layers
 from qadtr_brevitas.quant.norm import norms
 from qadtr_brevitas.quant.proxies import SwitchableActProxy
@@ -16,19 +17,22 @@ from qadtr_brevitas.quant.tensor_levels import Prepared, TensorLevels
 
 
 @torch.no_grad()
-def prepare(model: nn.Module) -> Prepared:
+def prepare(model: nn.Module, images: Tensor | None = None) -> Prepared:
     """Return the tensors of a switchable model at its current precision.
 
     Args:
         model: in evaluation mode, within `frozen_weights` and perhaps `folded_norms`.
+        images: a few images, for convolutions with integers, which have no gradients; None for convolutions of floats.
     """
     now = switch_of(model).states.now
     folded = frozenset[nn.Module]() if now.folding is None else now.folding.norms
     proxies = [module for module in model.modules() if isinstance(module, SwitchableActProxy)]
+    acts = {id(proxy.quantizer): levels for proxy in proxies if (levels := _levels(proxy, now)) is not None}
     return Prepared(
         {id(layer): _detached(layer.fixed(now)) for layer in switchable_layers(model).values()},
-        {id(proxy.quantizer): levels for proxy in proxies if (levels := _levels(proxy, now)) is not None},
+        acts,
         {id(norm): None if norm in folded else norm.at(now.precision) for norm in norms(model)},
+        {} if images is None else integer_products(model, images, acts),
     )
 
 

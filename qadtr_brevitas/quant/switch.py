@@ -72,6 +72,7 @@ class SwitchState:
         passes: the form that passes run through where it serves them; None for the network itself.
         prepared: tensors to compute with instead of the parameters; None for the parameters.
         images: number of images in the batch that is running.
+        is_repeating: whether so many passes without gradients are made that they too are worth another form.
     """
 
     def __init__(self, precision: Precision) -> None:
@@ -82,6 +83,7 @@ class SwitchState:
         self.passes: Passes | None = None
         self.prepared: Prepared | None = None
         self.images = 1
+        self.is_repeating = False
 
 
 class _ThreadState(SwitchState):
@@ -142,6 +144,7 @@ class Switch:
     passes = _PerThread["Passes | None"]()
     prepared = _PerThread["Prepared | None"]()
     images = _PerThread[int]()
+    is_repeating = _PerThread[bool]()
 
     def __init__(self, precisions: Sequence[Precision]) -> None:
         self.allowed = tuple(precisions)

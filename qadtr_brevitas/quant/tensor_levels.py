@@ -5,7 +5,7 @@ The formulas are those of `quant/fake_quantize.py`, whose eager functions are th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -34,6 +34,22 @@ Statistics: TypeAlias = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 """Running mean, running variance, weight and bias of a norm, each (channels,)."""
 
 
+class IntegerProduct(NamedTuple):
+    """A convolution as one of integers.
+
+    Args:
+        levels: int8, the weight in steps, (out, in / groups, height, width).
+        steps: float32, steps of the weight times that of the input, (1, out or 1, 1, 1).
+        input_step: the step of the input, without dimensions.
+        zero: the code of 0 in the input.
+    """
+
+    levels: Tensor
+    steps: Tensor
+    input_step: Tensor
+    zero: int
+
+
 @dataclass(frozen=True)
 class Prepared:
     """The tensors of each module, by its id.
@@ -42,11 +58,13 @@ class Prepared:
         layers: quantized weight and bias of a convolution or linear layer.
         acts: levels of a quantizer of activations; those that are not here quantize as always.
         norms: what a norm normalizes with; None if it is folded into a convolution.
+        integers: convolutions that are computed with integers, in passes without gradients.
     """
 
     layers: dict[int, tuple[Tensor, Tensor | None]]
     acts: dict[int, TensorLevels]
     norms: dict[int, Statistics | None]
+    integers: dict[int, IntegerProduct] = field(default_factory=dict[int, IntegerProduct])
 
 
 def quantized(x: Tensor, step: Tensor, lo: Tensor, hi: Tensor) -> Tensor:

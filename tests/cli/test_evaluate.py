@@ -339,3 +339,17 @@ def test_attacks_of_an_evaluation_are_compiled_where_asked(
     result = evaluate(*command, "-o", tmp_path)
     assert result.exit_code == 0, result.output
     assert result.stderr.count("compiled the passes of attacks") == 1
+
+
+def test_compiled_certificates_are_those_of_the_network(
+    runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.compiler.reset()
+    monkeypatch.setattr(entries, "compile_passes", partial(entries.compile_passes, backend="eager"))
+    command = [runs[0], "--clean", "--precision", "4", "--certify", "4", "--certify-masks", 2, "--images", 30, "--json"]
+    plain = evaluate(*command, "-o", tmp_path / "plain")
+    compiled = evaluate(*command, "--compile", "-o", tmp_path / "compiled")
+    assert compiled.stderr.count("compiled the passes of certificates at 4 bit") == 1
+    ours, reference = (json.loads(result.stdout)["certified"][0] for result in (compiled, plain))
+    assert reference["certified_accuracy"]["count"] > 0
+    assert ours == reference
