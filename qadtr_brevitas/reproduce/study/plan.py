@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar, cast
@@ -176,26 +176,10 @@ class _PlanBuilder:
         )
 
     def _evaluation(self, network: StudyNetwork, name: str, evaluation: StudyEvaluation) -> EvaluationStep:
-        scored = network.scored_modes(self.study)
-        if not scored:
-            known = ", ".join(map(str, network.precisions))
-            raise UsageError(
-                f"model {network.model} of the study has none of the precisions to score: it has {known}, give "
-                f"models.{network.model}.precisions"
-            )
-        random = [mode for mode in scored if mode.is_random]
-        if evaluation.certify and random:
-            raise UsageError(
-                f"{network.name} at {random[0]} answers differently each time, so that nothing can be proved: leave "
-                f"out evaluations.{name}.certify, or {random[0]} where precisions are given"
-            )
+        scored = self._scored(network, name, evaluation)
         model = self._model(network)
         specs = {attack: self.study.attacks[attack] for attack in evaluation.attacks}
-        # A protocol makes its own patches instead of those of the first attack.
-        replaced = evaluation.attacks[0] if evaluation.protocol else None
-        kept = [(label, spec) for label, spec in specs.items() if label != replaced]
-        patches = [step for label, spec in kept for step in self._patches(network, label, spec)]
-        patches += self._unseen_patches(network, specs[replaced]) if replaced else []
+        patches = self._all_patches(network, specs, evaluation)
         image_specs = [spec for spec in specs.values() if spec.is_per_image]
         sources = [source for spec in image_specs for source in self.networks.attack_sources(network, spec)]
         surrogates = {source.name: source for source in sources if source != network}
@@ -224,6 +208,37 @@ class _PlanBuilder:
                 self.study.budget,
             )
         )
+
+    def _scored(self, network: StudyNetwork, name: str, evaluation: StudyEvaluation) -> tuple[InferenceMode, ...]:
+        """Return the modes that an evaluation scores a network in.
+
+        Raises:
+            UsageError: there is none, or one of them has nothing to certify.
+        """
+        scored = network.scored_modes(self.study)
+        if not scored:
+            known = ", ".join(map(str, network.precisions))
+            raise UsageError(
+                f"model {network.model} of the study has none of the precisions to score: it has {known}, give "
+                f"models.{network.model}.precisions"
+            )
+        random = [mode for mode in scored if mode.is_random]
+        if evaluation.certify and random:
+            raise UsageError(
+                f"{network.name} at {random[0]} answers differently each time, so that nothing can be proved: leave "
+                f"out evaluations.{name}.certify, or {random[0]} where precisions are given"
+            )
+        return scored
+
+    def _all_patches(
+        self, network: StudyNetwork, specs: Mapping[str, StudyAttack], evaluation: StudyEvaluation
+    ) -> list[PatchStep]:
+        """Return the steps that make the patches of an evaluation."""
+        # A protocol makes its own patches instead of those of the first attack.
+        replaced = evaluation.attacks[0] if evaluation.protocol else None
+        kept = [(label, spec) for label, spec in specs.items() if label != replaced]
+        made = [step for label, spec in kept for step in self._patches(network, label, spec)]
+        return [*made, *(self._unseen_patches(network, specs[replaced]) if replaced else [])]
 
     def _audit(self, network: StudyNetwork, evaluation: EvaluationStep, section: StudyAudit) -> None:
         """Add the audit of an evaluated network, at the single precisions it is scored at."""
