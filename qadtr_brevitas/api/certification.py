@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
@@ -23,6 +24,7 @@ from qadtr_brevitas.evaluation.defended_classifier import DefendedClassifier
 from qadtr_brevitas.evaluation.mask_fill import MaskFillKind
 from qadtr_brevitas.evaluation.report import CertifiedCell, EvaluationReport, Rate
 from qadtr_brevitas.evaluation.tta import TtaKind
+from qadtr_brevitas.quant.compiled import compiling
 
 _WIDTH = 100
 
@@ -82,6 +84,7 @@ def certify(
     seed: int = 0,
     batch_size: int = 256,
     device: str = "auto",
+    compile: bool = False,
     cells: str | Path | None = None,
     progress: Progress | None = None,
 ) -> CertificationResult:
@@ -102,6 +105,8 @@ def certify(
         seed: of the draw of images.
         batch_size: images in one forward pass.
         device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
+        compile: run passes through torch.compile, a wait at first; below 32 bit with convolutions of integers, three
+            times as fast on a CPU with VNNI. Logits differ by float rounding.
         cells: folder that keeps finished parts, so that an interrupted certification resumes; None to keep nothing.
         progress: called after each part.
 
@@ -113,7 +118,7 @@ def certify(
     where = resolve_device(device)
     loaded = as_loaded(model)
     sizes = patch if isinstance(patch, list) else [patch]
-    with prepared([loaded], device=where):
+    with prepared([loaded], device=where), compiling(loaded.model) if compile else nullcontext():
         grid = Grid(
             loaded_models=[loaded],
             patches=[],

@@ -73,6 +73,21 @@ def compile_passes(model: nn.Module, *, report: Callable[[str], None] | None = N
 
 
 @contextmanager
+def compiling(model: nn.Module, *, report: Callable[[str], None] | None = None) -> Generator[None]:
+    """Compile passes as `compile_passes` does, for the duration of a block in this thread.
+
+    Args:
+        model: a switchable model; nothing happens to others.
+        report: called with a sentence on each compilation, and on the reason where there is none.
+    """
+    with ExitStack() as stack:
+        if isinstance(model, SwitchableModel):
+            stack.enter_context(model.switch.having(passes=model.switch.passes))
+            compile_passes(model, report=report)
+        yield
+
+
+@contextmanager
 def repeating(model: nn.Module) -> Generator[None]:
     """Let passes without gradients be compiled too inside a block, if those of attacks are (`compile_passes`).
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import qadtr_brevitas as qb
+from qadtr_brevitas.core.device import has_compiler
 from qadtr_brevitas.core.errors import DataError, UsageError
 from qadtr_brevitas.evaluation.entries import LoadedModel, load_models
 from qadtr_brevitas.models.describe import describe_network
@@ -132,6 +133,18 @@ def test_a_smaller_patch_certifies_no_fewer_images(model: qb.SwitchableModel) ->
     for found in (small, large):
         assert found.certified_accuracy["4"].count <= found.defended_accuracy["4"].count
     assert small.certified_accuracy["4"].count >= large.certified_accuracy["4"].count
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not has_compiler("cpu"), reason="there is no C++ compiler")
+def test_compiled_certificates_are_the_same_and_leave_the_model_as_it_was(model: qb.SwitchableModel) -> None:
+    few = loader(32, seed=1)
+    plain, compiled = (
+        qb.certify(model, few, patch=1, precisions=[4], masks=3, device="cpu", compile=compile)
+        for compile in (False, True)
+    )
+    assert compiled.certificates == plain.certificates
+    assert model.switch.passes is None
 
 
 def test_several_patches_are_certified_at_once_and_resumed(model: qb.SwitchableModel, tmp_path: Path) -> None:
