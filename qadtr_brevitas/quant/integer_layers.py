@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from qadtr_brevitas.core.precision import Precision
+from qadtr_brevitas.quant.frozen import version_of
 from qadtr_brevitas.quant.integer_conv import LARGEST_INPUT, LARGEST_WEIGHT, ZERO_OF_SIGNED, sums_are_exact
 from qadtr_brevitas.quant.layers import SwitchableConv2d, switchable_layers
 from qadtr_brevitas.quant.proxies import SwitchableActProxy
@@ -43,7 +44,7 @@ def _quantizers_of_inputs(
 ) -> dict[SwitchableConv2d, SwitchableActQuant]:
     """Return the quantizer whose output each convolution reads unchanged, where there is one, and always the same."""
     # Tensors are kept so that no other one gets their id.
-    made: dict[int, tuple[Tensor, SwitchableActQuant]] = {}
+    made: dict[int, tuple[Tensor, int, SwitchableActQuant]] = {}
     read: dict[SwitchableConv2d, set[SwitchableActQuant | None]] = {}
 
     def is_quantizing(quantizer: object) -> bool:
@@ -53,16 +54,16 @@ def _quantizers_of_inputs(
         if not is_quantizing(quantizer):
             return None
         output = tensor.clone()
-        made[id(output)] = output, quantizer
+        made[id(output)] = output, version_of(output), quantizer
         return output
 
+    def source_of(tensor: Tensor) -> SwitchableActQuant | None:
+        _, version, quantizer = made.get(id(tensor), (None, -1, None))
+        return quantizer if version_of(tensor) == version else None
+
     def enter(conv: SwitchableConv2d, inputs: tuple[Tensor, ...]) -> None:
-        own = conv.input_quant
-        if isinstance(own, SwitchableActProxy) and is_quantizing(own.quantizer):
-            source = own.quantizer
-        else:
-            source = made.get(id(inputs[0]), (None, None))[1]
-        read.setdefault(conv, set()).add(source)
+        own = conv.input_quant.quantizer if isinstance(conv.input_quant, SwitchableActProxy) else None
+        read.setdefault(conv, set()).add(own if is_quantizing(own) else source_of(inputs[0]))
 
     convs = [layer for layer in switchable_layers(model).values() if isinstance(layer, SwitchableConv2d)]
     handles = [conv.register_forward_pre_hook(enter) for conv in convs]

@@ -86,6 +86,26 @@ def test_a_convolution_whose_input_is_not_quantized_stays_one_of_floats() -> Non
 
 
 @needs_integers
+def test_a_convolution_whose_input_was_changed_after_it_was_quantized_stays_one_of_floats() -> None:
+    class Changed(nn.Module):
+        def __init__(self, by: float) -> None:
+            super().__init__()
+            self.by, self.relu, self.conv, self.head = by, nn.ReLU(), nn.Conv2d(3, 8, 3), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.relu(x)
+            return self.head(self.conv(x.add_(self.by) if self.by else x).mean((2, 3)))
+
+    found: list[set[str]] = []
+    for by in (0.0, 0.1):
+        model = convert(Changed(by), [32, 8], image_size=(32, 32), quantize_once=True).eval()
+        calibrate(model, [rand(16, 3, 32, 32)])
+        switchable_layers(model)["net.conv"].input_quant.disable_quant = True
+        found.append(integers_at(model, 8))
+    assert found == [{"net.conv"}, set()]
+
+
+@needs_integers
 @pytest.mark.parametrize("quantizer", [{"name": "log2"}, {"name": "uniform", "granularity": "group", "group_size": 4}])
 def test_weights_that_are_no_integers_times_a_step_stay_floats(quantizer: dict[str, Any]) -> None:
     model = make_model(weight_quantizer=quantizer)
