@@ -127,8 +127,8 @@ compile_option = click.option(
     "--compile",
     "compiles",
     is_flag=True,
-    help="Run the passes of attacks and certificates through torch.compile: a wait at the first one, of 32 bit and of "
-    "all other precisions together, then faster ones. Results differ by float rounding.",
+    help="Run the passes of attacks and of masked images through torch.compile: a wait at the first one, of 32 bit and "
+    "of all other precisions together, then faster ones. Results differ by float rounding.",
 )
 """--compile, of commands that attack."""
 

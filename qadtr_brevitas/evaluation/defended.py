@@ -17,6 +17,7 @@ from qadtr_brevitas.evaluation.mask_fill import MaskFill
 from qadtr_brevitas.evaluation.masked_predictor import Certified
 from qadtr_brevitas.evaluation.masks import mean_color
 from qadtr_brevitas.quant import at_precision, get_precision
+from qadtr_brevitas.quant.compiled import repeating
 
 _LIFT = 1e-3
 
@@ -76,7 +77,8 @@ class DefendedModel(nn.Module):
     def _remembering_nothing(self, images: Tensor) -> Tensor:
         """Run the model; what gradients need is computed again for them, or all masks would fill the memory at once."""
         if not (torch.is_grad_enabled() and images.requires_grad):
-            return self.model(images)
+            with repeating(self.model):
+                return self.model(images)
         precision = get_precision(self.model)
 
         def run(images: Tensor) -> Tensor:

@@ -1,9 +1,10 @@
-"""Passes of attacks, forward and back to the images, and those of certificates, through torch.compile.
+"""Passes of attacks, forward and back to the images, and those of masked images, through torch.compile.
 
 While weights are frozen, a graph reads quantized weights, norms and levels as tensors (`quant/prepared.py`), so that
-one compilation serves all precisions below 32 bit, and one more serves 32 bit. A certificate takes hundreds of passes
-for an image, without gradients (`repeating`): below 32 bit their convolutions are those of integers, where the CPU
-has exact ones. Other passes run as always: those of other predictions, and of models whose layers have hooks.
+one compilation serves all precisions below 32 bit, and one more serves 32 bit. Certificates and defended predictions
+take up to thousands of passes for an image, without gradients (`repeating`): below 32 bit their convolutions are those
+of integers, where the CPU has exact ones. Other passes run as always: those of other predictions, and of models whose
+layers have hooks.
 """
 
 from __future__ import annotations
@@ -171,8 +172,8 @@ class _CompiledPasses:
             # The way back is compiled when it is first taken; a failure has to show here.
             sample = images.detach().requires_grad_()
             torch.autograd.grad(self._graph(_of_any_number(sample)).sum(), sample)
-        made = "attacks" if _takes_gradients(images) else "certificates"
-        self._report(f"compiled the passes of {made} at {precision} bit in {time.perf_counter() - start:.0f} s")
+        made = "of attacks" if _takes_gradients(images) else "without gradients"
+        self._report(f"compiled the passes {made} at {precision} bit in {time.perf_counter() - start:.0f} s")
         return logits
 
     def _prepare(self, now: SwitchState, images: Tensor) -> Prepared:
