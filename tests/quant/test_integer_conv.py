@@ -113,14 +113,8 @@ def test_weights_that_are_no_integers_times_a_step_stay_floats(quantizer: dict[s
     assert integers_at(model, 4) <= kept
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "cifar_resnet8",
-        pytest.param("mobilenetv3_small_050", marks=pytest.mark.slow),
-        pytest.param("squeezenet1_1", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["cifar_resnet8", "mobilenetv3_small_050", "squeezenet1_1"])
 def test_logits_are_those_of_the_eager_model(name: str) -> None:
     torch.compiler.reset()
     counters.clear()
@@ -144,6 +138,7 @@ def test_logits_are_those_of_the_eager_model(name: str) -> None:
     ]
 
 
+@pytest.mark.slow
 @needs_integers
 def test_changed_weights_are_seen_and_gradients_are_not_lost() -> None:
     torch.compiler.reset()
