@@ -99,6 +99,6 @@ def _integer_product(conv: SwitchableConv2d, levels: TensorLevels, now: SwitchSt
     return IntegerProduct(
         levels=rounded.to(torch.int8),
         steps=(steps * levels.step).reshape(1, -1, 1, 1),
-        input_step=levels.step,
+        per_step=1 / levels.step,
         zero=ZERO_OF_SIGNED if is_signed else 0,
     )

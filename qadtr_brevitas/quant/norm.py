@@ -23,6 +23,7 @@ from qadtr_brevitas.core.errors import UsageError
 from qadtr_brevitas.core.precision import Precision, PrecisionLike
 from qadtr_brevitas.data.batches import ImageBatches, Loader
 from qadtr_brevitas.quant.switch import Switch, at_precision, evaluating, precisions_or_all
+from qadtr_brevitas.quant.tensor_levels import Affine, Statistics
 
 # The base class of BatchNorm1d, 2d and 3d has no public name.
 BatchNorm = batchnorm._BatchNorm  # pyright: ignore[reportPrivateUsage]
@@ -127,8 +128,7 @@ class SwitchableBatchNorm(BatchNorm):
     def forward(self, input: Tensor) -> Tensor:  # named as in nn.BatchNorm2d
         now = self.switch.states.now
         if now.prepared is not None:
-            statistics = now.prepared.norms[id(self)]
-            y = input if statistics is None else F.batch_norm(input, *statistics, False, 0.0, self.eps)
+            y = self._normalized(input, now.prepared.norms[id(self)])
         elif now.folding is not None and self in now.folding.norms:
             y = input
         elif self.training and self._is_synchronized():
@@ -139,6 +139,17 @@ class SwitchableBatchNorm(BatchNorm):
             share = self._share_of_batch() if measures else 0.0
             y = F.batch_norm(input, *self.at(now.precision), measures, share, self.eps)
         return self.act(self.drop(y)) if hasattr(self, "act") else y
+
+    def affine_at(self, precision: Precision) -> Affine:
+        """Return what the norm computes at a precision in evaluation mode."""
+        mean, var, weight, bias = self.at(precision)
+        scale = torch.rsqrt(var + self.eps) if weight is None else weight * torch.rsqrt(var + self.eps)
+        return Affine(scale, -mean * scale if bias is None else bias - mean * scale)
+
+    def _normalized(self, input: Tensor, fixed: Statistics | Affine | None) -> Tensor:
+        if isinstance(fixed, Affine):
+            return fixed.of(input)
+        return input if fixed is None else F.batch_norm(input, *fixed, False, 0.0, self.eps)
 
     def _share_of_batch(self) -> float:
         """Return the weight of a training batch in the statistics, and count the batch."""

@@ -40,14 +40,26 @@ class IntegerProduct(NamedTuple):
     Args:
         levels: int8, the weight in steps, (out, in / groups, height, width).
         steps: float32, steps of the weight times that of the input, (1, out or 1, 1, 1).
-        input_step: the step of the input, without dimensions.
+        per_step: 1 divided by the step of the input, without dimensions.
         zero: the code of 0 in the input.
     """
 
     levels: Tensor
     steps: Tensor
-    input_step: Tensor
+    per_step: Tensor
     zero: int
+
+
+class Affine(NamedTuple):
+    """What a norm computes with fixed statistics: scale times its input plus offset, each (channels,)."""
+
+    scale: Tensor
+    offset: Tensor
+
+    def of(self, x: Tensor) -> Tensor:
+        """Return it for x (N, channels, ...)."""
+        shape = -1, *(1,) * (x.dim() - 2)
+        return x * self.scale.view(shape) + self.offset.view(shape)
 
 
 @dataclass(frozen=True)
@@ -57,13 +69,14 @@ class Prepared:
     Args:
         layers: quantized weight and bias of a convolution or linear layer.
         acts: levels of a quantizer of activations; those that are not here quantize as always.
-        norms: what a norm normalizes with; None if it is folded into a convolution.
+        norms: what a norm normalizes with, or, in passes without gradients, what that comes to; None if it is folded
+            into a convolution.
         integers: convolutions that are computed with integers, in passes without gradients.
     """
 
     layers: dict[int, tuple[Tensor, Tensor | None]]
     acts: dict[int, TensorLevels]
-    norms: dict[int, Statistics | None]
+    norms: dict[int, Statistics | Affine | None]
     integers: dict[int, IntegerProduct] = field(default_factory=dict[int, IntegerProduct])
 
 
