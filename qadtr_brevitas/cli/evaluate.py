@@ -53,6 +53,9 @@ if TYPE_CHECKING:
     from qadtr_brevitas.evaluation.sharding import Shard
     from qadtr_brevitas.quant.inference import InferenceMode
 
+_MANY_PASSES = 200_000
+"""Forward passes that are worth a compilation."""
+
 
 @click.command(
     "evaluate",
@@ -179,7 +182,7 @@ def _plan(
         seed=given.seed,
         batch_size=given.batch_size,
     )
-    _tell_certification_cost(grid)
+    _tell_certification_cost(grid, compiles=given.compiles)
     _tell_ensemble_cost(grid, added)
     _tell_left_out(patches, grid, alone=not (attacks or given.certify or given.audit))
     return grid, patches
@@ -189,10 +192,12 @@ def _against(given: EvaluateOptions, sizes: Sequence[PatchSize] | None) -> list[
     return [certification_of(given, size) for size in sizes or ()]
 
 
-def _tell_certification_cost(grid: Grid) -> None:
+def _tell_certification_cost(grid: Grid, *, compiles: bool) -> None:
     for certification in grid.certifications:
         count, passes = grid.certified_count, certification.passes_to_prove(grid.split.image_size)
         say(f"certifying {count} images against {certification}, at each precision: {passes} passes for a proved image")
+        if count * passes >= _MANY_PASSES and not compiles:
+            say("--compile makes these passes faster, after a wait at the first one")
 
 
 def _tell_ensemble_cost(grid: Grid, added: Sequence[NamedAttack]) -> None:
