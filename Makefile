@@ -44,8 +44,8 @@ test-lowest: .venv-lowest/.installed ## run a selection of tests with the lowest
 	.venv-lowest/bin/python -m pytest $(IN_PARALLEL) -W ignore::DeprecationWarning \
 		-W ignore::UserWarning $(LOWEST_TESTS)
 
-test-ray: $(VENV)/.ray ## run the tests on a real Ray cluster of three nodes, which need the cores for themselves
-	$(BIN)/python -m pytest tests/reproduce/study/test_ray.py
+test-ray: $(VENV)/.ray ## run the tests on real Ray clusters, whose nodes need the cores for themselves
+	$(BIN)/python -m pytest tests/reproduce/study/test_ray.py tests/test_examples.py::test_a_study_runs_on_a_cluster
 
 compilers: .venv-finn/.installed .venv-hls4ml/.installed ## install FINN and hls4ml, for estimates and their tests (1.1 GB)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import runpy
 from collections.abc import Callable
 from functools import cache
@@ -92,6 +93,7 @@ def test_a_folder_for_finn_is_written(run: Callable[[str], Any]) -> None:
     assert (run("finn_from_python") / "model.onnx").is_file()
 
 
+@pytest.mark.skipif("PYTEST_XDIST_WORKER" in os.environ, reason="its node needs the cores for itself: make test-ray")
 def test_a_study_runs_on_a_cluster(run: Callable[[str], Any], tmp_path: Path) -> None:
     pytest.importorskip("ray", reason="needs Ray: pip install 'qadtr-brevitas[ray]'")
     assert run("ray_study") == ["train qat", "evaluate qat"]
