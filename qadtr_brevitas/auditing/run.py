@@ -47,7 +47,7 @@ def audit(
     folder: Path | None = None,
     progress: Progress | None = None,
 ) -> AuditReport:
-    """Run the checks G1 to G22 on a model at each precision, on the same images at the same places.
+    """Run the checks G1 to G22 on a model at each precision, on the same images; all but G22 at the same places.
 
     A check warns if a difference is larger than its threshold and larger than chance could make it on so many images;
     the numbers hold both. A check that cannot measure anything is skipped, with the reason.
@@ -66,7 +66,8 @@ def audit(
         batch_size: images in one pass.
         device: where to compute.
         profile: how much to spend; `quick` takes about 350 forward and backward and 150 forward passes of each image,
-            and up to 100 and 300 more of those that PGD does not break.
+            up to 100 and 300 more of those that PGD does not break, and up to 101 and 366 more of those that withstand
+            patches at random places.
         folder: where the finished precisions of loaded models are kept, so that an interrupted audit can be resumed;
             None to keep nothing.
         progress: called after each check.
