@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qadtr_brevitas.auditing.finding import AuditReport, PrecisionAudit
-from qadtr_brevitas.auditing.standings import Standing, standings
+from qadtr_brevitas.auditing.standings import Standing, is_guessing, standings
 from qadtr_brevitas.auditing.tables import summary
 from qadtr_brevitas.core.table import Table
 from qadtr_brevitas.evaluation.report import EvaluationReport, Rate
@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 # More lines are no longer seen at a glance: each model is then shown at the precision where it resists best.
 _MOST_LINES = 12
 _NOT_AUDITED = "not audited"
+_GUESSES = (
+    " Guessing one of {classes} classes could be right as often: what attacks leave of that, or masks prove, is no "
+    "resistance."
+)
 _CERTIFIED_NOTE = (
     "Proved: of the certified images, those that are right under masks whatever a patch shows; defended: those that "
     "are right under masks without a patch. In brackets, 95 % intervals."
@@ -62,7 +66,7 @@ def headline(report: EvaluationReport, audits: Iterable[AuditReport] = ()) -> He
     lines = standings(report, audits)
     if not lines:
         return None
-    best = _best(lines)
+    best = _best(lines, report)
     sentences = [_resists(best, report), _price(best, lines), _trust(lines)]
     return Headline(tuple(filter(None, sentences)), _table(lines, report))
 
@@ -82,27 +86,36 @@ def audit_headline(audit: AuditReport) -> Headline:
     return Headline((broken, _trust(lines)), summary([audit]))
 
 
-def _best(lines: Sequence[Standing]) -> Standing:
-    """Return the line that resists best of those that met most attacks: fewer attacks leave more by themselves."""
+def _best(lines: Sequence[Standing], report: EvaluationReport) -> Standing:
+    """Return the line that resists best of those that met most attacks: fewer attacks leave more by themselves.
+
+    A network that guesses is the best only among others that do: whoever says one class always, nothing fools.
+    """
     most = max(line.attacks for line in lines)
-    return max((line for line in lines if line.attacks == most), key=lambda line: line.resists)
+    attacked = [line for line in lines if line.attacks == most]
+    return max(attacked, key=lambda line: (not _guesses(line, report), line.resists))
+
+
+def _guesses(line: Standing, report: EvaluationReport) -> bool:
+    return is_guessing(line.clean, len(report.data.classes))
 
 
 def _resists(best: Standing, report: EvaluationReport) -> str:
     where = f"{best.model} at {bits(best.precision)}"
+    guesses = _guesses(best, report)
+    more = _proved(best) + (_GUESSES.format(classes=len(report.data.classes)) if guesses else "")
     n = report.data.images
     if best.robust is None:
-        proved = _proved(best)
-        return f"{where} is right on {percent(best.clean)} % of {n} test images; no attack was made." + proved
+        return f"{where} is right on {percent(best.clean)} % of {n} test images; no attack was made.{more}"
     count = best.robust.attacks
     under = "under the attack" if count == 1 else f"under all {count} attacks together"
     kept = best.robust.robust_accuracy
-    figures = f"is right on {percent(best.clean)} % of {n} test images, and still on {percent(kept)} % {under}."
+    figures = f"is right on {percent(best.clean)} % of {n} test images, and still on {percent(kept)} % {under}.{more}"
     if len(report.models) == len(report.clean) == 1:
-        return f"{where} {figures}" + _proved(best)
-    # Where nothing is left, the best is no better than the others.
-    first = f"{where} resists best: it" if kept.count else f"Nothing resists: {where}, the best,"
-    return f"{first} {figures}" + _proved(best)
+        return f"{where} {figures}"
+    # Where nothing is left, or was ever there, the best is no better than the others.
+    resists = kept.count and not guesses
+    return f"{where} resists best: it {figures}" if resists else f"Nothing resists: {where}, the best, {figures}"
 
 
 def _proved(best: Standing) -> str:
@@ -179,7 +192,7 @@ def _table(lines: Sequence[Standing], report: EvaluationReport) -> Table:
     if len(lines) > _MOST_LINES:
         models = dict.fromkeys(line.model for line in lines)
         own = [[line for line in lines if line.model == model] for model in models]
-        lines = [_best(found) for found in own]
+        lines = [_best(found, report) for found in own]
         notes.append("Each model at the bit-width where it resists best.")
     counts = {line.attacks for line in lines}
     if len(counts) > 1:

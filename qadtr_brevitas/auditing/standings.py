@@ -75,6 +75,11 @@ def standings(report: EvaluationReport, audits: Iterable[AuditReport] = ()) -> l
     ]
 
 
+def is_guessing(accuracy: Rate, classes: int) -> bool:
+    """Return whether guessing one of the classes could be right as often: whether the interval reaches down to that."""
+    return accuracy.n > 0 and accuracy.low <= 1 / classes
+
+
 def _is(found: WorstCase | AttackCell | CertifiedCell, cell: object) -> bool:
     return (found.model, found.precision) == (getattr(cell, "model", None), getattr(cell, "precision", None))
 

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from qadtr_brevitas.auditing.finding import AuditReport, Finding
 from qadtr_brevitas.auditing.headline import audit_headline, headline
+from qadtr_brevitas.auditing.standings import is_guessing
 from qadtr_brevitas.evaluation.metrics import Proportion
 from qadtr_brevitas.evaluation.report import CertifiedCell, EvaluationReport, Rate
 from qadtr_brevitas.evaluation.report.schema import WorstCase
@@ -113,6 +114,29 @@ def test_nothing_resists_that_is_right_on_no_image_under_the_attacks(report: Eva
     assert single is not None
     assert "resists" not in single.sentences[0]
     assert "still on 0.0 %" in single.sentences[0]
+
+
+def test_a_network_that_guesses_does_not_resist(report: EvaluationReport) -> None:
+    """One class of four said always is right on a quarter of the images, and no patch changes that."""
+    quarter = Rate.of(Proportion(10, 40))
+    guesses = tuple(cell.model_copy(update={"accuracy": quarter}) for cell in report.clean)
+    all_guess = headline(report.model_copy(update={"clean": guesses}))
+    assert all_guess is not None
+    assert all_guess.sentences[0].startswith("Nothing resists")
+    assert "Guessing one of 4 classes" in all_guess.sentences[0]
+    # Under attack `a` at 4 bit, which is broken, keeps less than a network that guesses, and still comes before it.
+    pairs = zip(report.clean, guesses, strict=True)
+    others = tuple(right if (right.model, right.precision) == ("a", "4") else guess for right, guess in pairs)
+    one_is_better = headline(report.model_copy(update={"clean": others}))
+    assert one_is_better is not None
+    assert one_is_better.sentences[0].startswith("a at 4 bit resists best")
+    assert "Guessing" not in one_is_better.sentences[0]
+
+
+@pytest.mark.parametrize(("right", "guesses"), [(0, True), (20, True), (27, True), (28, False), (100, False)])
+def test_guessing_is_told_by_the_interval(right: int, guesses: bool) -> None:
+    """Lower limits of 27 and 28 of 100 are 19.3 and 20.1 %, by scipy's `binomtest(...).proportion_ci("wilson")`."""
+    assert is_guessing(Rate.of(Proportion(right, 100)), classes=5) is guesses
 
 
 def test_without_attacks_it_is_about_accuracy(report: EvaluationReport) -> None:

@@ -23,7 +23,7 @@ def test_a_study_runs_from_start_to_report(tmp_path: Path, capsys: pytest.Captur
 
     assert main([*command, "--all"]) == 0
     found = capsys.readouterr()
-    assert "resists best" in found.out
+    assert "test images, and still on" in found.out
     assert "Plain" in found.out
     assert "clean accuracy" in found.out
     assert "study.json, study.yaml, study.md, figures.csv, report.html" in found.err

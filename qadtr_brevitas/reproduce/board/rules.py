@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from qadtr_brevitas.auditing.finding import PrecisionAudit
-from qadtr_brevitas.auditing.standings import Standing
-from qadtr_brevitas.evaluation.report.layout import bits
+from qadtr_brevitas.auditing.standings import Standing, is_guessing
+from qadtr_brevitas.evaluation.report.layout import bits, percent
 from qadtr_brevitas.evaluation.report.schema import DataFacts
 from qadtr_brevitas.quant.inference import parse_mode
 from qadtr_brevitas.reproduce.board.protocol import AttackRule, Protocol
@@ -58,6 +58,13 @@ def _audited(line: Line, protocol: Protocol) -> str:
     if audit.is_incomplete:
         return f"{audit.count('skipped')} of {len(audit.findings)} checks measured nothing: audit more images"
     return f"the audit skipped {', '.join(missing)}: audit more images" if missing else ""
+
+
+def _not_guessing(line: Line, protocol: Protocol) -> str:
+    clean, classes = line.standing.clean, len(line.data.classes)
+    if not is_guessing(clean, classes):
+        return ""
+    return f"right on {percent(clean)} % of {clean.n} images, as guessing one of {classes} classes could be"
 
 
 def _not_random(line: Line, protocol: Protocol) -> str:
@@ -130,6 +137,7 @@ def _same_settings(line: Line, protocol: Protocol) -> str:
 
 RULES = (
     Rule("audit complete", "An audit of the same weights at the same precision, most of whose checks ran.", _audited),
+    Rule("accuracy", "Without an attack, right more often than guessing one of the classes could be.", _not_guessing),
     Rule(
         "no randomness",
         "The same images give the same outputs, or an attack is on the mean of them (EOT).",

@@ -162,6 +162,14 @@ def test_random_outputs_are_admitted_with_an_attack_on_their_mean(first: Path, t
     assert not board(folder).refused
 
 
+def test_a_network_that_guesses_is_refused(first: Path, tmp_path: Path) -> None:
+    report = EvaluationReport.model_validate_json((first / "report.json").read_bytes())
+    clean = tuple(cell.model_copy(update={"accuracy": Rate.of(Proportion(10, 40))}) for cell in report.clean)
+    refused = reasons(board(first, copy(first, tmp_path / "bob", clean=clean)), "bob")
+    assert list(refused) == ["accuracy"]
+    assert "guessing one of 4 classes" in refused["accuracy"]
+
+
 def test_other_images_or_fewer_are_refused(first: Path, few_images: Path, tmp_path: Path) -> None:
     report = EvaluationReport.model_validate_json((first / "report.json").read_bytes())
     assert reasons(board(first, few_images), "evaluation") == {}
