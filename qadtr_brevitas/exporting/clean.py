@@ -7,6 +7,7 @@ step: minutes for a network of a hundred layers. Here each step goes through the
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 from qadtr_brevitas.exporting.constants import fold_constants, infer_shapes, remove_unread
@@ -74,12 +75,27 @@ def _turn_weights(graph: Any) -> None:
     graph.node.extend(nodes)
 
 
-def _give_each_reader_its_own(graph: Any) -> None:
-    """Copy constants that several nodes read, so that a tool may change what one of them reads."""
+def with_own_zero_points(model: Any) -> Any:
+    """Return a model of which each DequantizeLinear has a zero point of its own.
+
+    On x86 without VNNI onnxruntime replaces weights of int8 and their zero points by those of uint8, and fails where
+    two layers share one ("Attempt to replace the existing tensor", releases 1.25 to 1.32).
+    """
+    _give_each_reader_its_own(model.graph, lambda node, index: node.op_type == "DequantizeLinear" and index == 2)
+    return model
+
+
+def _give_each_reader_its_own(graph: Any, which: Callable[[Any, int], bool] = lambda node, index: True) -> None:
+    """Copy constants that several nodes read, so that a tool may change what one of them reads.
+
+    Args:
+        graph: an ONNX GraphProto.
+        which: whether this is about an input of a node, given by its index.
+    """
     fixed, seen = {tensor.name: tensor for tensor in graph.initializer}, Counter[str]()
     for node in graph.node:
         for index, name in enumerate(node.input):
-            if name in fixed:
+            if name in fixed and which(node, index):
                 seen[name] += 1
                 if seen[name] > 1:
                     copy = graph.initializer.add()

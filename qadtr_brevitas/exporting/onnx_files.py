@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qadtr_brevitas.exporting.clean import cleaned, folded
+from qadtr_brevitas.exporting.clean import cleaned, folded, with_own_zero_points
 from qadtr_brevitas.exporting.compiler import Compiler
 from qadtr_brevitas.exporting.constants import fold_constants
 from qadtr_brevitas.exporting.deployed.run import session_options
@@ -122,7 +122,7 @@ def _qcdq(frozen: nn.Module, images: Tensor, path: Path, *, dynamic: bool) -> An
         tracing = _tracing(dynamic=dynamic)
         library("brevitas.export").export_onnx_qcdq(frozen, args=images, export_path=str(path), **tracing)
     model = fold_constants(library("onnx").load(str(path)), keep=("DequantizeLinear",))
-    return move_steps_outside(merge_pads(model))
+    return with_own_zero_points(move_steps_outside(merge_pads(model)))
 
 
 def write_float(network: nn.Module, images: Tensor, path: Path, *, dynamic: bool = False) -> None:

@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 from qadtr_brevitas.exporting import find_format
 from qadtr_brevitas.exporting.clean import cleaned
 from qadtr_brevitas.exporting.deployed.quant_nodes import load_standard
-from qadtr_brevitas.quant import freeze
+from qadtr_brevitas.quant import calibrate, convert, freeze
 from tests.exporting.networks import images_of, loaded, plain
 
 pytest.importorskip("qonnx")
@@ -46,6 +46,19 @@ def run(session_model: Any, images: Any) -> Any:
     runtime = pytest.importorskip("onnxruntime")
     session = runtime.InferenceSession(session_model.SerializeToString(), providers=["CPUExecutionProvider"])
     return session.run(None, {session.get_inputs()[0].name: images})[0]
+
+
+def test_no_two_layers_share_a_zero_point(tmp_path: Path) -> None:
+    """Two layers of as many channels would; onnxruntime does not load such a file on processors without VNNI."""
+    file, net = tmp_path / "model.onnx", convert(plain().eval(), precisions=[32, 8])
+    calibrate(net, [images_of((16, 16))])
+    find_format("qcdq").write(freeze(net, 8), images_of((16, 16))[:1], file)
+    points = [node.input[2] for node in onnx.load(str(file)).graph.node if node.op_type == "DequantizeLinear"]
+    assert len(points) == len(set(points)) > 4
+    runtime = pytest.importorskip("onnxruntime")
+    options = runtime.SessionOptions()
+    options.add_session_config_entry("session.x64quantprecision", "1")
+    runtime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
 
 
 @pytest.mark.slow
