@@ -80,6 +80,7 @@ def certify(
     method: CertifyMethod = "double masking",
     fill: MaskFillKind = "mean",
     tta: TtaKind = "none",
+    overlap: int = 1,
     images: int | None = None,
     seed: int = 0,
     batch_size: int = 256,
@@ -101,6 +102,8 @@ def certify(
         fill: what masks show: the `mean` color, or pixels that `interpolate` the visible ones, as in training.
         tta: test-time augmentation, views of a masked image whose logits are averaged: `flip`, its mirror image;
             `shift`, the image moved by one pixel; `flip-shift`. Each view is one pass more, and more is proved.
+        overlap: masks along each side over a place of the patch, whose logits are averaged; 1 for one mask by itself. 2
+            proves most, for sixteen times the passes (see evaluation/mask_groups.py).
         images: at most this many images, drawn class-balanced; None for all.
         seed: of the draw of images.
         batch_size: images in one forward pass.
@@ -125,7 +128,7 @@ def certify(
             split=as_split(loader, loaded, images=images, seed=seed),
             data_name="loader",
             precisions=precisions,
-            certifications=[Certification(size, masks, method, fill, tta) for size in sizes],  # pyright: ignore[reportArgumentType]
+            certifications=[Certification(size, masks, method, fill, tta, overlap) for size in sizes],  # pyright: ignore[reportArgumentType]
             seed=seed,
             batch_size=batch_size,
         )
@@ -142,6 +145,7 @@ def defend(
     method: CertifyMethod = "double masking",
     fill: MaskFillKind = "mean",
     tta: TtaKind = "none",
+    overlap: int = 1,
     batch_size: int = 256,
 ) -> DefendedClassifier:
     """Return the defended classifier of a network at one precision.
@@ -154,11 +158,12 @@ def defend(
         method: `double masking`, or `one round`.
         fill: what masks show, the `mean` color or pixels that `interpolate` the visible ones.
         tta: test-time augmentation, as for `certify`.
+        overlap: masks along each side over a place of the patch, as for `certify`.
         batch_size: masked images in one forward pass.
 
     Raises:
         UsageError: a precision that the model lacks, a patch that does not fit on its images, or a model that was not
             converted.
     """
-    against = Certification(patch, masks, method, fill, tta)
+    against = Certification(patch, masks, method, fill, tta, overlap)
     return DefendedClassifier(as_loaded(model), precision, against, batch_size=batch_size)

@@ -38,6 +38,7 @@ def export(
     method: CertifyMethod = "double masking",
     fill: MaskFillKind = "mean",
     tta: TtaKind = "none",
+    overlap: int = 1,
     overwrite: bool = False,
     seed: int = 0,
     progress: Progress | None = None,
@@ -62,6 +63,7 @@ def export(
         method: as for `qb.defend`.
         fill: as for `qb.defend`.
         tta: as for `qb.defend`.
+        overlap: as for `qb.defend`.
         overwrite: replace an export that is there, and nothing else.
         seed: of places and the draw of images.
         progress: called after each part of the comparison.
@@ -87,7 +89,7 @@ def export(
             patches=named,
             batch=batch,
             baseline=baseline,
-            certification=None if defend is None else Certification(defend, masks, method, fill, tta),
+            certification=None if defend is None else Certification(defend, masks, method, fill, tta, overlap),
             emulate=split is not None and _can_emulate(form) if emulate is None else emulate,
             seed=seed,
             command="",

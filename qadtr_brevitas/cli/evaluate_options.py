@@ -50,6 +50,7 @@ class EvaluateOptions:
     certify_method: Literal["double-masking", "one-round"]
     certify_fill: Literal["mean", "interpolate"]
     certify_tta: Literal["none", "flip", "shift", "flip-shift"]
+    certify_overlap: int
     certify_images: int | None
     defend: tuple[PatchSize, ...] | None
     images: int | None

@@ -69,6 +69,7 @@ class _ExportOptions:
     certify_method: Literal["double-masking", "one-round"]
     certify_fill: Literal["mean", "interpolate"]
     certify_tta: Literal["none", "flip", "shift", "flip-shift"]
+    certify_overlap: int
     data: str | None
     seed: int
 

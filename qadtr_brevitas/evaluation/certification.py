@@ -16,6 +16,7 @@ from qadtr_brevitas.evaluation.cells import CellStore, CertifyKey
 from qadtr_brevitas.evaluation.entries import LoadedModel
 from qadtr_brevitas.evaluation.jobs import EvaluationInputs, Victim
 from qadtr_brevitas.evaluation.mask_fill import MaskFill, MaskFillKind
+from qadtr_brevitas.evaluation.mask_groups import MaskGroups, covering_groups
 from qadtr_brevitas.evaluation.masked_predictor import Certified
 from qadtr_brevitas.evaluation.masks import MASKS_PER_SIDE, covering_masks, mean_color
 from qadtr_brevitas.evaluation.one_round import WINDOWS_PER_SIDE, check_per_side, line_masks, one_round
@@ -40,10 +41,11 @@ class Certification:
         method: the certifier.
         fill: what masks show.
         tta: test-time augmentation, the views of a masked image whose logits are averaged.
+        overlap: masks along each side over a place of the patch, whose logits are averaged (`mask_groups`); 1 for none.
 
     Raises:
-        UsageError: a size that cannot be read, an unknown method, fill or augmentation, or a number of masks that the
-            method cannot take.
+        UsageError: a size that cannot be read, an unknown method, fill or augmentation, or a number of masks or an
+            overlap that the method cannot take.
     """
 
     size: PatchSize
@@ -51,6 +53,7 @@ class Certification:
     method: CertifyMethod
     fill: MaskFillKind
     tta: TtaKind
+    overlap: int
 
     def __init__(
         self,
@@ -59,6 +62,7 @@ class Certification:
         method: CertifyMethod = "double masking",
         fill: MaskFillKind = "mean",
         tta: TtaKind = "none",
+        overlap: int = 1,
     ) -> None:
         if method not in get_args(CertifyMethod):
             raise UsageError(f"there is no certifier {method!r}: choose from {', '.join(get_args(CertifyMethod))}")
@@ -75,10 +79,16 @@ class Certification:
         object.__setattr__(self, "method", method)
         object.__setattr__(self, "fill", fill)
         object.__setattr__(self, "tta", tta)
+        if overlap < 1:
+            raise UsageError(f"an overlap of {overlap} masks is not possible: give 1 for none, or 2")
+        if overlap > 1 and method != "double masking":
+            raise UsageError("one round has masks that overlap already: leave overlap out, or take double masking")
+        object.__setattr__(self, "overlap", overlap)
 
     def __str__(self) -> str:
         fill, tta = [] if self.fill == "mean" else [self.fill], [] if self.tta == "none" else [self.tta]
-        return ", ".join([str(self.size), self.method, *fill, *tta])
+        overlap = [] if self.overlap == 1 else [f"overlap {self.overlap}"]
+        return ", ".join([str(self.size), self.method, *fill, *tta, *overlap])
 
     @property
     def views(self) -> int:
@@ -91,13 +101,26 @@ class Certification:
         Raises:
             UsageError: the patch does not fit on the images.
         """
+        if self.overlap > 1:
+            return self.groups(image_size).masks
         make = covering_masks if self.method == "double masking" else line_masks
         return make(image_size, self.size, per_side=self.masks)
+
+    def groups(self, image_size: tuple[int, int]) -> MaskGroups:
+        """Return the overlapping masks and which of them cover the same places.
+
+        Raises:
+            UsageError: the patch does not fit on the images.
+        """
+        return covering_groups(image_size, self.size, per_side=self.masks, overlap=self.overlap)
 
     def passes_to_prove(self, image_size: tuple[int, int]) -> int:
         """Return the forward passes that a proved image takes: for each view, its masks and their pairs."""
         count = len(self.covering(image_size))
-        return self.views * (count if self.method == "one round" else count + count * (count - 1) // 2)
+        if self.method == "one round":
+            return self.views * count
+        pairs = count * (count - 1) // 2 if self.overlap == 1 else int(self.groups(image_size).pairs.triu(1).sum())
+        return self.views * (count + pairs)
 
     def run(
         self, model: Callable[[Tensor], Tensor], images: Tensor, *, color: Tensor, batch_size: int, prove: bool = True
@@ -111,11 +134,12 @@ class Certification:
             batch_size: masked images in one forward pass.
             prove: whether to prove predictions; in one round the proof costs nothing.
         """
-        masks, fill = self.covering((images.shape[2], images.shape[3])), MaskFill(color, self.fill)
+        size, fill = (images.shape[2], images.shape[3]), MaskFill(color, self.fill)
         seen = averaged(model, self.tta)
         if self.method == "one round":
-            found = one_round(seen, images, masks, self.size, fill=fill, batch_size=batch_size)
+            found = one_round(seen, images, self.covering(size), self.size, fill=fill, batch_size=batch_size)
         else:
+            masks = self.groups(size) if self.overlap > 1 else self.covering(size)
             found = double_masking(seen, images, masks, fill=fill, patch=self.size, batch_size=batch_size, prove=prove)
         assert found.passes is not None
         return replace(found, passes=found.passes * self.views)
@@ -198,5 +222,6 @@ def masks_fingerprint(certification: Certification, mean: Sequence[float], image
     options = [
         *([] if certification.fill == "mean" else [certification.fill]),
         *([] if certification.tta == "none" else [certification.tta]),
+        *([] if certification.overlap == 1 else [f"overlap {certification.overlap}"]),
     ]
     return fingerprint_facts([found, *options]) if options else found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -29,6 +29,12 @@ class Certified:
     passes: Tensor | None = None
     logits: Tensor | None = None
 
+    @classmethod
+    def joined(cls, parts: Sequence[Certified]) -> Certified:
+        """Return several batches as one, all with passes and logits."""
+        names = ("defended", "proved", "passes", "logits")
+        return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
+
 
 @dataclass(frozen=True)
 class MaskedPredictor:
@@ -54,20 +60,28 @@ class MaskedPredictor:
         zeros = torch.zeros(len(self.images), dtype=torch.int64, device=self.images.device)
         object.__setattr__(self, "passes", zeros)
 
+    @property
+    def count(self) -> int:
+        """How many masks there are."""
+        return len(self.masks)
+
     def under_each(self) -> Tensor:
         """(N, M, classes) logits under each mask alone, differentiable in the images."""
-        count, masks = len(self.images), len(self.masks)
-        images = torch.arange(count, device=self.images.device).repeat_interleave(masks)
-        first = torch.arange(masks, device=self.images.device).repeat(count)
-        return torch.cat(list(self._logits(images, first, first))).unflatten(0, (count, masks))
+        images = torch.arange(len(self.images), device=self.images.device).repeat_interleave(self.count)
+        first = torch.arange(self.count, device=self.images.device).repeat(len(self.images))
+        return self.logits(images, first, first).unflatten(0, (len(self.images), self.count))
 
     @torch.no_grad()
     def under(self, images: Tensor, first: Tensor, second: Tensor) -> Tensor:
         """(n,) classes of images, given by their index, under two masks, given by theirs."""
-        classes = [logits.argmax(dim=1) for logits in self._logits(images, first, second)]
+        classes = [logits.argmax(dim=1) for logits in self._portions(images, first, second)]
         return torch.cat([images.new_empty(0), *classes])
 
-    def _logits(self, images: Tensor, first: Tensor, second: Tensor) -> Iterator[Tensor]:
+    def logits(self, images: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        """(n, classes) logits of images, given by their index, under two masks, given by theirs; n is at least 1."""
+        return torch.cat(list(self._portions(images, first, second)))
+
+    def _portions(self, images: Tensor, first: Tensor, second: Tensor) -> Iterator[Tensor]:
         self.passes.index_add_(0, images, torch.ones_like(images))
         portions = (part.split(self.batch_size) for part in (images, first, second))
         for image, one, two in zip(*portions, strict=True) if len(images) else ():

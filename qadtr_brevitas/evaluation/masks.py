@@ -56,12 +56,8 @@ def covering_set(image_size: tuple[int, int], patch: PatchSizeLike, *, per_side:
         UsageError: the patch is larger than the image.
     """
     size = PatchSize.parse(patch)
+    check_fits(image_size, size)
     height, width = image_size
-    if size.height > height or size.width > width:
-        most = min(image_size)
-        raise UsageError(
-            f"a patch of {size} pixels does not fit on images of {height}x{width}: choose from 1 to {most} pixels"
-        )
     return CoveringSet(size, _along(height, size.height, per_side), _along(width, size.width, per_side))
 
 
@@ -88,6 +84,20 @@ def covered_places(masks: Tensor, patch: PatchSizeLike) -> Tensor:
     counts = lower[:, :, size.width :] - lower[:, :, : -size.width] - upper[:, :, size.width :]
     counts = counts + upper[:, :, : -size.width]
     return (counts == size.pixels).permute(1, 2, 0)
+
+
+def check_fits(image_size: tuple[int, int], patch: PatchSize) -> None:
+    """Check that a patch is not larger than the images, (H, W) in pixels.
+
+    Raises:
+        UsageError: it is.
+    """
+    height, width = image_size
+    if patch.height > height or patch.width > width:
+        most = min(image_size)
+        raise UsageError(
+            f"a patch of {patch} pixels does not fit on images of {height}x{width}: choose from 1 to {most} pixels"
+        )
 
 
 def check_covers(masks: Tensor, patch: PatchSizeLike) -> None:

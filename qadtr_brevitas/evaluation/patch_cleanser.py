@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from qadtr_brevitas.core.patch_size import PatchSizeLike
 from qadtr_brevitas.evaluation.mask_fill import MaskFill
+from qadtr_brevitas.evaluation.mask_groups import GroupedPredictor, MaskGroups
 from qadtr_brevitas.evaluation.masked_predictor import Certified, MaskedPredictor, plurality
 from qadtr_brevitas.evaluation.masks import check_covers
 
@@ -16,10 +18,37 @@ UNPROVED = -1
 _FIRST_PAIRS = 8
 
 
+class Predictor(Protocol):
+    """What a model says of images under masks, or under groups of them, given by their numbers."""
+
+    @property
+    def count(self) -> int:
+        """How many masks or groups there are."""
+        ...
+
+    @property
+    def batch_size(self) -> int:
+        """Masked images in one forward pass."""
+        ...
+
+    @property
+    def passes(self) -> Tensor:
+        """(N,) int64, passes of each image so far."""
+        ...
+
+    def under_each(self) -> Tensor:
+        """(N, count, classes) logits under each alone."""
+        ...
+
+    def under(self, images: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        """(n,) classes of images, given by their index, under two of them."""
+        ...
+
+
 def double_masking(
     model: Callable[[Tensor], Tensor],
     images: Tensor,
-    masks: Tensor,
+    masks: Tensor | MaskGroups,
     *,
     fill: MaskFill,
     patch: PatchSizeLike | None = None,
@@ -43,7 +72,8 @@ def double_masking(
         model: images (n, C, H, W) in [0, 1] -> logits (n, classes), the same whenever it is asked; in eval mode, with
             its weights frozen.
         images: (N, C, H, W) in [0, 1].
-        masks: boolean (M, H, W) that cover any patch, see `masks.covering_masks`.
+        masks: boolean (M, H, W) that cover any patch, see `masks.covering_masks`; or groups of them, each of which then
+            stands for a mask, see `mask_groups.covering_groups`.
         fill: what masks show.
         patch: its size, for which the masks are checked; None to trust them.
         batch_size: masked images in one forward pass; the outcome does not depend on it.
@@ -52,9 +82,18 @@ def double_masking(
     Raises:
         UsageError: no mask covers the patch at some place.
     """
+    fill = fill.to(images.device)
     if patch is not None:
-        check_covers(masks, patch)
-    predictor = MaskedPredictor(model, images, masks.to(images.device), fill.to(images.device), batch_size)
+        check_covers(masks.cores if isinstance(masks, MaskGroups) else masks, patch)
+    if not isinstance(masks, MaskGroups):
+        return _double_masking(MaskedPredictor(model, images, masks.to(images.device), fill, batch_size), prove=prove)
+    groups = masks.to(images.device)
+    # One by one: the logits under all pairs of masks are kept for an image, and its masks alone fill a batch.
+    seen = (GroupedPredictor(model, image, groups, fill, batch_size) for image in images.split(1))
+    return Certified.joined([_double_masking(predictor, prove=prove) for predictor in seen])
+
+
+def _double_masking(predictor: Predictor, *, prove: bool) -> Certified:
     logits = predictor.under_each()
     alone = logits.argmax(dim=2)
     majority = plurality(alone)
@@ -74,10 +113,10 @@ def _margins(logits: Tensor) -> Tensor:
     return highest[:, :, 0] - highest[:, :, -1]
 
 
-def _second_round(predictor: MaskedPredictor, alone: Tensor, majority: Tensor) -> Tensor:
+def _second_round(predictor: Predictor, alone: Tensor, majority: Tensor) -> Tensor:
     """(N,) class of the first mask that disagrees with most and that no second mask contradicts, else the majority."""
     images, first = (alone != majority[:, None]).nonzero(as_tuple=True)
-    count = len(predictor.masks)
+    count = predictor.count
     # Every other mask: a mask beside itself is the mask alone.
     second = torch.arange(count - 1, device=first.device).expand(len(first), -1)
     second = second + (second >= first[:, None])
@@ -87,16 +126,16 @@ def _second_round(predictor: MaskedPredictor, alone: Tensor, majority: Tensor) -
     return torch.where(place < count, alone.gather(1, place.clamp(max=count - 1)[:, None])[:, 0], majority)
 
 
-def _holds_under_pairs(predictor: MaskedPredictor, majority: Tensor, margins: Tensor, images: Tensor) -> Tensor:
+def _holds_under_pairs(predictor: Predictor, majority: Tensor, margins: Tensor, images: Tensor) -> Tensor:
     """Return those of the images (n,), on which all masks agree, that show the same class under every pair."""
-    pairs = torch.combinations(torch.arange(len(predictor.masks), device=images.device))
+    pairs = torch.combinations(torch.arange(predictor.count, device=images.device))
     # The least sure first: most images that fail do so within a few pairs.
     order = margins[images][:, pairs].sum(dim=2).argsort(dim=1, stable=True)
     first, second = pairs[order].unbind(dim=2)
     return images[_stand(predictor, images, first, second, majority[images])]
 
 
-def _stand(predictor: MaskedPredictor, images: Tensor, first: Tensor, second: Tensor, classes: Tensor) -> Tensor:
+def _stand(predictor: Predictor, images: Tensor, first: Tensor, second: Tensor, classes: Tensor) -> Tensor:
     """Return the rows that show their class (n,) under all their pairs of masks, (n, pairs) each, in that order.
 
     A row that fails is not looked at again.

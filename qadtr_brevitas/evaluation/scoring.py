@@ -154,6 +154,7 @@ class _PredictionReader:
                 method=certification.method,
                 fill=certification.fill,
                 tta=certification.tta,
+                overlap=certification.overlap,
                 size=size.height if size.is_square else str(size),
                 masks=len(certification.covering(split.image_size)),
                 clean_accuracy=Rate.of(accuracy(defended, labels)),

@@ -85,6 +85,8 @@ def write_defense(
         arrays["levels"] = np.float32(1 if form.takes_bytes else PIXELS)
     if certification.tta != "none":
         arrays["views"] = np.array(VIEWS[certification.tta])
+    if certification.overlap > 1:
+        arrays["members"] = certification.groups(size).members.numpy()
     if certification.method == "one round":
         arrays["kinds"] = place_kinds(masks, certification.size).numpy()
     np.savez_compressed(folder / MASKS_FILE, **arrays)

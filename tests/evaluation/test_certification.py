@@ -82,9 +82,10 @@ def test_tables_and_files_show_what_is_proved(tmp_path: Path) -> None:
     ]
     assert read_report(tmp_path) == report
     # Programs read these keys: a change needs a new schema version.
-    keys = {"model", "precision", "method", "fill", "tta", "size", "masks", "clean_accuracy", "certified_accuracy"}
+    keys = {"model", "precision", "method", "fill", "tta", "overlap", "size", "masks", "passes"}
+    figures = {"clean_accuracy", "certified_accuracy"}
     prints = {"weights_fingerprint", "masks_fingerprint", "data_fingerprint"}
-    assert set(json.loads((tmp_path / "report.json").read_text())["certified"][0]) == {*keys, *prints, "passes"}
+    assert set(json.loads((tmp_path / "report.json").read_text())["certified"][0]) == {*keys, *figures, *prints}
     (table,) = [table for table in terminal_tables(report) if table.title == "Certified accuracy against one patch"]
     labels = [row[1] for row in table.rows if row]
     assert labels == [
@@ -103,30 +104,35 @@ def test_tables_and_files_show_what_is_proved(tmp_path: Path) -> None:
     ]
     assert "certified" in (tmp_path / "report.md").read_text()
     lines = certified_csv(report).splitlines()
-    assert lines[0].startswith("model,precision,method,fill,tta,size,masks,clean_accuracy_count")
+    assert lines[0].startswith("model,precision,method,fill,tta,overlap,size,masks,clean_accuracy_count")
     assert len(lines) == 1 + 2 * 2
 
 
 def test_rectangles_and_one_round_stand_beside_squares(tmp_path: Path) -> None:
     filled = Certification(TWO.size, TWO.masks, fill="interpolate")
     flipped = Certification(TWO.size, TWO.masks, tta="flip")
-    wanted = [TWO, Certification("1x4", 6), Certification(2, method="one round"), filled, flipped]
+    denser = Certification(TWO.size, 3, overlap=2)
+    wanted = [TWO, Certification("1x4", 6), Certification(2, method="one round"), filled, flipped, denser]
     report = evaluate(make_grid([reader()], certifications=wanted, precisions=[4]), output=tmp_path)
-    square, bar, single, interpolated, mirrored = report.certified
-    assert [(cell.size, cell.method, cell.fill, cell.tta) for cell in report.certified] == [
-        (2, "double masking", "mean", "none"),
-        ("1x4", "double masking", "mean", "none"),
-        (2, "one round", "mean", "none"),
-        (2, "double masking", "interpolate", "none"),
-        (2, "double masking", "mean", "flip"),
+    square, bar, single, interpolated, mirrored, overlapping = report.certified
+    assert [(cell.size, cell.method, cell.fill, cell.tta, cell.overlap) for cell in report.certified] == [
+        (2, "double masking", "mean", "none", 1),
+        ("1x4", "double masking", "mean", "none", 1),
+        (2, "one round", "mean", "none", 1),
+        (2, "double masking", "interpolate", "none", 1),
+        (2, "double masking", "mean", "flip", 1),
+        (2, "double masking", "mean", "none", 2),
     ]
+    assert overlapping.certified_accuracy.value == 1
+    assert overlapping.passes == denser.passes_to_prove((8, 8)) > overlapping.masks
+    assert overlapping.label == f"2x2, {overlapping.masks} masks, overlap 2"
     # The median stays under each pair of masks, but not under lines of windows that cover half of an image.
     assert square.certified_accuracy.value == bar.certified_accuracy.value == 1
     assert single.passes == single.masks
     # All pairs once: 16 masks, 120 pairs.
     assert square.passes == interpolated.passes == 16 + 120
     assert mirrored.passes == 2 * (16 + 120)
-    assert len({cell.masks_fingerprint for cell in report.certified}) == 5
+    assert len({cell.masks_fingerprint for cell in report.certified}) == len(wanted)
     assert {cell.weights_fingerprint for cell in report.certified} == {"reader-weights"}
     assert {cell.data_fingerprint for cell in report.certified} == {report.data.fingerprint}
     assert "1x4, 20 masks: certified" in str([table.rows for table in tables(report)])
@@ -158,6 +164,7 @@ def test_a_certificate_is_never_taken_for_other_weights_precisions_masks_or_imag
         Certification("2x1", 6),
         Certification(2, 5, "one round"),
         Certification(TWO.size, TWO.masks, tta="flip"),
+        Certification(TWO.size, TWO.masks, overlap=2),
     ]
     for other in (Certification(2, 3), Certification(TWO.size, TWO.masks, fill="interpolate"), *others):
         assert forwards(certifications=[other]) > 0
@@ -266,6 +273,10 @@ def test_wrong_sizes_methods_and_repeats_are_refused() -> None:
         Certification(5, method="two rounds")  # pyright: ignore[reportArgumentType]
     with pytest.raises(UsageError, match=r"'blur'.*interpolate"):
         Certification(5, fill="blur")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(UsageError, match="overlap of 0 masks"):
+        Certification(5, overlap=0)
+    with pytest.raises(UsageError, match="overlap already"):
+        Certification(5, method="one round", overlap=2)
     with pytest.raises(UsageError, match="2x2, double masking"):
         make_grid([reader()], certifications=[TWO, TWO])
     with pytest.raises(UsageError, match=r"prime number .* got 6"):

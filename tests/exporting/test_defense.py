@@ -47,9 +47,9 @@ class Colors:
 
 @pytest.mark.parametrize("tta", ["none", "flip-shift"])
 @pytest.mark.parametrize("fill", ["mean", "interpolate"])
-@pytest.mark.parametrize("method", MODELS)
-def test_numpy_decides_as_pytorch_does(method: str, fill: str, tta: TtaKind, tmp_path: Path) -> None:
-    against = qb.Certification(2, MODELS[method], method, fill, tta)  # pyright: ignore[reportArgumentType]
+@pytest.mark.parametrize(("method", "overlap"), [*((method, 1) for method in MODELS), ("double masking", 2)])
+def test_numpy_decides_as_pytorch_does(method: str, overlap: int, fill: str, tta: TtaKind, tmp_path: Path) -> None:
+    against = qb.Certification(2, MODELS[method], method, fill, tta, overlap)  # pyright: ignore[reportArgumentType]
     net, color = Colors(), torch.full((3, 1, 1), 0.5)
     # From images of the color under masks, on which they change nothing, to noise.
     strength = torch.linspace(0, 0.4, 80).view(-1, 1, 1, 1)
@@ -61,6 +61,8 @@ def test_numpy_decides_as_pytorch_does(method: str, fill: str, tta: TtaKind, tmp
         arrays["levels"] = np.float32(255)
     if tta != "none":
         arrays["views"] = np.array(VIEWS[tta])
+    if overlap > 1:
+        arrays["members"] = against.groups((8, 8)).members.numpy()
     if method == "one round":
         arrays["kinds"] = place_kinds(masks, against.size).numpy()
     np.savez(tmp_path / "masks.npz", **arrays)

@@ -9,7 +9,7 @@ from qadtr_brevitas.evaluation.report.schema import EvaluationReport, ImageAttac
 
 _RATE = ("count", "n", "value", "low", "high")
 _ATTACK_RATES = ("asr", "asr_all", "untargeted", "clean_accuracy", "robust_accuracy")
-_CERTIFICATION = ("model", "precision", "method", "fill", "tta", "size", "masks")
+_CERTIFICATION = ("model", "precision", "method", "fill", "tta", "overlap", "size", "masks")
 _CERTIFIED_RATES = ("clean_accuracy", "certified_accuracy")
 _CERTIFICATE = ("passes", "weights_fingerprint", "masks_fingerprint", "data_fingerprint")
 

@@ -225,7 +225,7 @@ class CertifiedCell(Document):
     """What a defense by masks predicts and proves for one model at one precision: a certificate.
 
     `size` is the side of a square patch in pixels, or height and width as `3x10`; `masks` is the number of masks,
-    and `tta` the views that the logits are averaged over.
+    `tta` the views that the logits are averaged over, and `overlap` how many masks along each side lie over a place.
     `clean_accuracy` is that of the defended prediction on clean images; `certified_accuracy` counts the images whose
     defended prediction is right whatever one such patch shows and wherever it lies.
 
@@ -239,6 +239,7 @@ class CertifiedCell(Document):
     method: Literal["double masking", "one round"] = "double masking"
     fill: Literal["mean", "interpolate"] = "mean"
     tta: Literal["none", "flip", "shift", "flip-shift"] = "none"
+    overlap: int = 1
     size: int | str
     masks: int
     clean_accuracy: Rate
@@ -259,7 +260,8 @@ class CertifiedCell(Document):
         method = "" if self.method == "double masking" else f", {self.method}"
         fill = "" if self.fill == "mean" else ", interpolated"
         tta = "" if self.tta == "none" else f", {self.tta}"
-        return f"{self.patch}, {self.masks} masks{method}{fill}{tta}"
+        overlap = "" if self.overlap == 1 else f", overlap {self.overlap}"
+        return f"{self.patch}, {self.masks} masks{method}{fill}{tta}{overlap}"
 
 
 class EvaluationReport(Document):

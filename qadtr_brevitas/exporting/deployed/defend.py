@@ -3,7 +3,8 @@
 The image is seen under the masks of masks.npz, of which one covers any patch of the size that they are made for. Double
 masking (PatchCleanser, Xiang et al. 2022): where all masks agree, that is the class; else the class of a mask that
 disagrees with most, if no second mask changes it; else the class of most masks. It is certified where all pairs of
-masks show it too. One round: the class on which all masks over some place agree; certified where all masks agree.
+masks show it too. Where masks overlap, the masks that cover the same places stand for one mask: their logits are
+averaged. One round: the class on which all masks over some place agree; certified where all masks agree.
 
 It needs numpy.
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
@@ -55,12 +56,14 @@ class Defense:
         self.kinds = stored.get("kinds")
         # Views whose logits are averaged: mirrored or not, and pixels to the right and down; None: the image alone.
         self.views = stored.get("views", np.zeros((1, 2), np.int64))
+        # Numbers of the masks whose logits are averaged, (groups, K); without overlap each mask by itself.
+        self.members = stored.get("members", np.arange(len(self.masks))[:, None])
         self._network = run
 
     def __call__(self, image: Any) -> Answer:
         """Classify an image as the file takes it, (C, H, W)."""
-        seen = _Masked(self._run, image, self.masks, self._cover)
-        logits = seen.logits([(mask, mask) for mask in range(len(self.masks))])
+        seen = _Masked(self._run, image, self.masks, self._cover, self.members)
+        logits = seen.under_each()
         votes = logits.argmax(1)
         majority = int(np.bincount(votes).argmax())
         unanimous = bool((votes == majority).all())
@@ -84,26 +87,47 @@ class Defense:
 
 
 class _Masked:
-    """An image under pairs of masks, given by their numbers; a mask with itself is that mask alone."""
+    """An image under pairs of groups of masks, given by their numbers; each pair of masks is run once."""
 
-    def __init__(self, run: Callable[[Any], Any], image: Any, masks: Any, cover: Callable[[Any, Any], Any]) -> None:
-        self.run, self.image, self.masks, self.cover = run, image, masks, cover
-        self.passes = 0
+    def __init__(
+        self, run: Callable[[Any], Any], image: Any, masks: Any, cover: Callable[[Any, Any], Any], members: Any
+    ) -> None:
+        self.run, self.image, self.masks, self.cover, self.members = run, image, masks, cover, members
+        self._known: dict[tuple[int, int], Any] = {}
 
-    def logits(self, pairs: list[tuple[int, int]]) -> Any:
-        """Return the logits under each pair, (pairs, classes)."""
-        self.passes += len(pairs)
-        found: list[Any] = []
-        for start in range(0, len(pairs), BATCH):
-            first, second = (np.array(side) for side in zip(*pairs[start : start + BATCH], strict=True))
-            covered = (self.masks[first] | self.masks[second])[:, None]
-            found.append(self.run(self.cover(self.image, covered)))
-        return np.concatenate(found)
+    @property
+    def passes(self) -> int:
+        """How many masked images were run."""
+        return len(self._known)
+
+    def under_each(self) -> Any:
+        """Return the logits under each group alone, (groups, classes)."""
+        alone = self._logits([(mask, mask) for mask in range(len(self.masks))])
+        return alone[self.members].mean(1)
 
     def stands(self, pairs: list[tuple[int, int]], label: int) -> bool:
-        """Return whether the image has a class under all pairs; it is run until one shows another class."""
-        parts = (pairs[start : start + BATCH] for start in range(0, len(pairs), BATCH))
-        return all((self.logits(part).argmax(1) == label).all() for part in parts)
+        """Return whether the image has a class under all pairs of groups; it is run until one shows another class."""
+        # About one batch of masked images, however many masks a group has.
+        portion = max(1, BATCH // self.members.shape[1] ** 2)
+        parts = (pairs[start : start + portion] for start in range(0, len(pairs), portion))
+        return all((self._under(part).argmax(1) == label).all() for part in parts)
+
+    def _under(self, pairs: list[tuple[int, int]]) -> Any:
+        """Return the logits under each pair of groups, (pairs, classes): the mean over pairs of a mask of each."""
+        masks = [list(product(self.members[one].tolist(), self.members[two].tolist())) for one, two in pairs]
+        logits = self._logits([pair for group in masks for pair in group])
+        return logits.reshape(len(pairs), -1, logits.shape[1]).mean(1)
+
+    def _logits(self, pairs: list[tuple[int, int]]) -> Any:
+        """Return the logits under each pair of masks, (pairs, classes); a mask with itself is that mask alone."""
+        ordered = [(min(pair), max(pair)) for pair in pairs]
+        new = [pair for pair in dict.fromkeys(ordered) if pair not in self._known]
+        for start in range(0, len(new), BATCH):
+            part = new[start : start + BATCH]
+            first, second = (np.array(side) for side in zip(*part, strict=True))
+            covered = (self.masks[first] | self.masks[second])[:, None]
+            self._known.update(zip(part, self.run(self.cover(self.image, covered)), strict=True))
+        return np.stack([self._known[pair] for pair in ordered])
 
 
 def _view(images: Any, mirrored: int, pixels: int) -> Any:

@@ -134,6 +134,9 @@ class StudyCertification(RecipeSection):
     tta: TtaKind = Field(
         default="none", description="test-time augmentation: views whose logits are averaged, which proves more"
     )
+    overlap: int = Field(
+        default=1, ge=1, description="masks along each side over a place, whose logits are averaged: proves most with 2"
+    )
     images: int | None = Field(
         default=None, ge=1, description="certify at most so many of the test images, balanced over classes; null: all"
     )
@@ -151,7 +154,8 @@ class StudyCertification(RecipeSection):
     @property
     def certifications(self) -> tuple[Certification, ...]:
         """One for each size."""
-        return tuple(Certification(size, self.masks, self.method, self.fill, self.tta) for size in self.sizes)
+        options = (self.masks, self.method, self.fill, self.tta, self.overlap)
+        return tuple(Certification(size, *options) for size in self.sizes)
 
     def count(self, images: int) -> int:
         """Return how many of so many test images are certified."""
