@@ -19,9 +19,10 @@ class AdaptivePatch(DefenseAttack, IterativeAttack):
 
     It attacks predictions defended by double masking (`--defend`), and no others. The place is known from the image
     without a patch: a mask over the patch hides it, so that a second mask has to contradict it (666 forward passes of
-    each image with 6 masks along a side). Then the texture is searched, with `masks` forward and backward passes in
-    each step, and every tenth step is shown to the defense. An image whose prediction is certified has no such place,
-    and is attacked where the fewest masks stand. Give `location-patch` with `init: image` too, which may break more.
+    each image with 6 masks along a side, 10,440 if masks overlap by 2). Then the texture is searched, with `masks`
+    forward and backward passes in each step, and every tenth step is shown to the defense. An image whose prediction is
+    certified has no such place, and is attacked where the fewest masks stand. Give `location-patch` with `init: image`
+    too, which may break more.
     """
 
     size: Annotated[int | None, Field(ge=1, description="side in pixels; null: the size that is defended against")] = (

@@ -9,7 +9,7 @@ texture has to be searched. An image without such a place is attacked where the 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -38,7 +38,8 @@ class AdaptivePatches:
     Args:
         images: (N, C, H, W) in [0, 1], patched.
         corners: (N, 2), row and column of each patch's upper left corner.
-        standing: (N,), masks over the patch that no second mask contradicts; where there is one, the defense can tell.
+        standing: (N,), masks over the patch that no second mask contradicts; where there is one, and masks do not
+            overlap, the defense can tell.
     """
 
     images: Tensor
@@ -69,7 +70,8 @@ def adaptive_patches(
 ) -> AdaptivePatches:
     """Patch each image where the two-mask test fails, with a texture that fools the masks that do not cover it.
 
-    Of an image's patches the first that breaks its defended prediction is returned, or else the last one.
+    Of an image's patches the first that breaks its defended prediction is returned, or else the last one. Masks that
+    overlap are looked at one by one, as if each stood for itself; whether a patch breaks the defense is asked of it.
 
     Args:
         network: a defended model under double masking, in eval mode, at the precision to attack, weights frozen.
@@ -91,9 +93,7 @@ def adaptive_patches(
             f"the attack looks for second masks, and {network.certification} has none: attack it with per-image patches"
         )
     patch = network.certification.size if size is None else PatchSize.parse(size)
-    # Masks that overlap differ little from those that do not, of whose pairs there are far fewer to look at.
-    against = replace(network.certification, overlap=1)
-    masks = against.covering((images.shape[2], images.shape[3])).to(images.device)
+    masks = network.certification.covering((images.shape[2], images.shape[3])).to(images.device)
     places = _weak_places(network, images, labels, masks, patch)
     made: AdaptivePatches | None = None
     broken = torch.zeros_like(labels, dtype=torch.bool)

@@ -320,6 +320,9 @@ def test_certification_needs_no_patches_and_its_masks_need_a_certification(tmp_p
         "model",
         "model defended (2x2, double masking)",
     ]
+    denser = evaluate(model, *("--certify", "4", "--certify-masks", 2, "--certify-overlap", 2, "--images", 6, "--json"))
+    (cell,) = json.loads(denser.stdout)["certified"]
+    assert (cell["overlap"], cell["masks"] > 4) == (2, True)
     wrong = evaluate(model, "--certify", "2,x")
     assert (wrong.exit_code, "'x'" in wrong.stderr, "3x10" in wrong.stderr) == (2, True, True)
     for option, value in (("--certify-images", 3), ("--certify-method", "one-round")):

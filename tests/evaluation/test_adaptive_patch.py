@@ -74,6 +74,24 @@ def test_starts_at_pictures_and_restarts_break_more_than_one_search_from_noise(l
         assert broken(restarts=3) >= broken(restarts=2) >= broken(restarts=1) > 0
 
 
+@pytest.mark.slow
+def test_masks_that_overlap_prove_more_and_fewer_predictions_are_broken(loaded: LoadedModel) -> None:
+    images, labels = waves(64, seed=5)
+    proved, broken = list[int](), list[int]()
+    for overlap in (1, 2):
+        network = DefendedModel(loaded.model, Certification(4, 3, overlap=overlap), mean=loaded.info.mean).eval()
+        with frozen_weights(network):
+            made = adaptive_patches(network, images, labels, steps=20, generator=generator(0))
+            with torch.no_grad():
+                before, after = network.decide(images), network.decide(made.images, prove=False).defended
+        wrong = (before.defended == labels) & (after != labels)
+        assert not wrong[before.proved == labels].any()
+        proved.append(int((before.proved == labels).sum()))
+        broken.append(int(wrong.sum()))
+    assert proved[1] > 2 * proved[0]
+    assert broken[1] < broken[0]
+
+
 def test_a_classifier_attacks_itself_at_its_own_precision(loaded: LoadedModel) -> None:
     images, labels = waves(8, seed=5)
     classifier = DefendedClassifier(loaded, 32, Certification(4, 3))

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -52,8 +53,9 @@ def test_numpy_decides_as_pytorch_does(method: str, overlap: int, fill: str, tta
     against = qb.Certification(2, MODELS[method], method, fill, tta, overlap)  # pyright: ignore[reportArgumentType]
     net, color = Colors(), torch.full((3, 1, 1), 0.5)
     # From images of the color under masks, on which they change nothing, to noise.
-    strength = torch.linspace(0, 0.4, 80).view(-1, 1, 1, 1)
-    images = 0.5 + strength * torch.rand(80, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    count = 80 if overlap == 1 else 20
+    strength = torch.linspace(0, 0.4, count).view(-1, 1, 1, 1)
+    images = 0.5 + strength * torch.rand(count, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     expected = against.run(net, images, color=color, batch_size=64)
     masks = against.covering((8, 8))
     arrays = {"masks": masks.numpy(), "color": color.flatten().numpy()}
@@ -78,17 +80,19 @@ def test_numpy_decides_as_pytorch_does(method: str, overlap: int, fill: str, tta
 
 
 @pytest.mark.slow
-def test_the_runner_gives_the_answers_of_the_defended_classifier(given: LoadedModel, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("overlap", "count", "pairs"), [(1, 9, 36), (2, 49, 1176)])
+def test_the_runner_gives_the_answers_of_the_defended_classifier(
+    given: LoadedModel, tmp_path: Path, overlap: int, count: int, pairs: int
+) -> None:
     batches = [(PIXELS.float() / 255, torch.arange(12) % 4)]
     out = tmp_path / "out"
-    report = export(
-        given.model, out, precision=8, format="qcdq", loader=batches, batch="dynamic", defend=3, masks=3, tta="flip"
-    )
+    masks: dict[str, Any] = {"masks": 3, "tta": "flip", "overlap": overlap}
+    report = export(given.model, out, precision=8, format="qcdq", loader=batches, batch="dynamic", defend=3, **masks)
     assert report.defense is not None
-    assert (report.defense.masks, report.defense.passes_to_certify) == (9, 2 * (9 + 36))
+    assert (report.defense.masks, report.defense.passes_to_certify) == (count, 2 * (count + pairs))
     assert {"masks.npz", "defend.py"} <= set(report.files)
-    assert "18 forward passes" in (out / "README.md").read_text()
-    expected = qb.defend(given.model, 8, patch=3, masks=3, tta="flip")(PIXELS.float() / 255)
+    assert f"{2 * count} forward passes" in (out / "README.md").read_text()
+    expected = qb.defend(given.model, 8, patch=3, **masks)(PIXELS.float() / 255)
     for label in range(4):
         (tmp_path / "photos" / str(label)).mkdir(parents=True)
     (out / "labels.txt").write_text("0\n1\n2\n3\n")

@@ -107,9 +107,7 @@ class _Masked:
 
     def stands(self, pairs: list[tuple[int, int]], label: int) -> bool:
         """Return whether the image has a class under all pairs of groups; it is run until one shows another class."""
-        # About one batch of masked images, however many masks a group has.
-        portion = max(1, BATCH // self.members.shape[1] ** 2)
-        parts = (pairs[start : start + portion] for start in range(0, len(pairs), portion))
+        parts = (pairs[start : start + BATCH] for start in range(0, len(pairs), BATCH))
         return all((self._under(part).argmax(1) == label).all() for part in parts)
 
     def _under(self, pairs: list[tuple[int, int]]) -> Any:
