@@ -103,7 +103,7 @@ def certify(
         tta: test-time augmentation, views of a masked image whose logits are averaged: `flip`, its mirror image;
             `shift`, the image moved by one pixel; `flip-shift`. Each view is one pass more, and more is proved.
         overlap: masks along each side over a place of the patch, whose logits are averaged; 1 for one mask by itself. 2
-            may prove more, for sixteen times the passes (see evaluation/mask_groups.py).
+            proves most, for sixteen times the passes (see evaluation/mask_groups.py).
         images: at most this many images, drawn class-balanced; None for all.
         seed: of the draw of images.
         batch_size: images in one forward pass.

@@ -80,8 +80,8 @@ mask_options = option_block(
         type=click.IntRange(min=1),
         default=1,
         show_default=True,
-        help="Average the logits under so many overlapping masks, along each side, that cover a place: 2 may prove "
-        "more, for 4 times the passes of a prediction and 16 times those of a proof.",
+        help="Average the logits under so many overlapping masks, along each side, that cover a place: 2 proves "
+        "most, for 4 times the passes of a prediction and 16 times those of a proof.",
     ),
 )
 """--certify-masks, --certify-method, --certify-fill, --certify-tta and --certify-overlap."""

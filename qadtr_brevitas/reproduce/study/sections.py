@@ -135,7 +135,7 @@ class StudyCertification(RecipeSection):
         default="none", description="test-time augmentation: views whose logits are averaged, which proves more"
     )
     overlap: int = Field(
-        default=1, ge=1, description="masks along each side over a place, whose logits are averaged: 2 may prove more"
+        default=1, ge=1, description="masks along each side over a place, whose logits are averaged: 2 proves most"
     )
     images: int | None = Field(
         default=None, ge=1, description="certify at most so many of the test images, balanced over classes; null: all"
